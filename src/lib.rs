@@ -1,0 +1,5 @@
+//! mcd: micro-checkpointing fault tolerance for KVM guests.
+//!
+//! The crate is a house of five floors; a room imports from its own floor or those under it.
+
+pub mod protocol;

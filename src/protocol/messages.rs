@@ -1,0 +1,156 @@
+//! What nodes say to each other. `wire/` gives these a byte form; nothing here knows of sockets.
+
+use super::record::Record;
+use super::types::{EpochId, Generation, GuestName, InstanceId};
+
+/// The protocol version this build speaks. A peer of another version is refused with both numbers.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// Which of the two connections of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Channel {
+    /// Epochs, pages and acks.
+    Data,
+    /// Heartbeats only, so that bulk never delays them.
+    Heartbeat,
+}
+
+/// What a newcomer says first on each connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The connection this hello opens.
+    pub channel: Channel,
+    /// The protocol version the newcomer speaks.
+    pub version: u16,
+    /// The guest it wants to hold.
+    pub guest: GuestName,
+    /// Its instance id, the same on both connections.
+    pub instance: InstanceId,
+    /// Feature bits it offers (see [`features`]).
+    pub features: u64,
+    /// Most bytes of staging memory it will spend on epochs that are not applied yet.
+    pub staging_bytes_max: u64,
+    /// A digest of the CPU features its host can give a guest; the primary refuses a host that differs.
+    pub cpu_digest: u64,
+}
+
+/// Feature bits of a hello.
+pub mod features {
+    /// Pages may arrive compressed with lz4.
+    pub const LZ4: u64 = 1 << 0;
+}
+
+/// The shape of a machine: all that a newcomer must know to build one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineShape {
+    /// Guest memory, in bytes, a multiple of the page size.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// The guest's Ethernet address.
+    pub mac: [u8; 6],
+}
+
+/// The primary's answer to a hello it accepts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The primary's instance id.
+    pub instance: InstanceId,
+    /// The generation the primary runs in.
+    pub generation: Generation,
+    /// The machine to build.
+    pub shape: MachineShape,
+    /// Features both sides have.
+    pub features: u64,
+    /// Longest epoch, in microseconds.
+    pub interval_us: u64,
+    /// Time between heartbeats, in microseconds.
+    pub heartbeat_interval_us: u64,
+    /// Silence after which a peer is suspected, in microseconds.
+    pub heartbeat_timeout_us: u64,
+}
+
+/// Why a hello was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RefuseReason {
+    /// The versions differ.
+    Version,
+    /// This node runs another guest.
+    Guest,
+    /// The hosts' CPUs differ in what the guest can see.
+    Cpu,
+    /// The primary has a secondary already.
+    Busy,
+    /// This node does not run the guest (it is a secondary, or fenced).
+    NotPrimary,
+    /// The staging budget is too small for this guest.
+    Staging,
+    /// The hello made no sense where it came.
+    Malformed,
+}
+
+/// The newest epoch a node has committed, and what it is doing: sent as the heartbeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// The sender.
+    pub instance: InstanceId,
+    /// The sender's generation.
+    pub generation: Generation,
+    /// Goes up by one with each heartbeat of this connection.
+    pub sequence: u64,
+    /// Newest epoch the sender knows to be committed, if any.
+    pub committed: Option<EpochId>,
+}
+
+/// A message between two nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Newcomer → primary, first on each connection.
+    Hello(Hello),
+    /// Primary → newcomer: go on.
+    Welcome(Welcome),
+    /// Primary → newcomer: not with you; the connection closes.
+    Refuse {
+        /// Why.
+        reason: RefuseReason,
+        /// The sentence a person reads; at most 512 bytes.
+        detail: String,
+    },
+    /// Primary → secondary: the frames of an epoch follow.
+    EpochBegin {
+        /// The epoch.
+        id: EpochId,
+        /// With this epoch the image is complete: from its commit on it can be activated.
+        completes_resync: bool,
+    },
+    /// Primary → secondary: the epoch is over; it is whole if these figures agree.
+    EpochEnd {
+        /// The epoch.
+        id: EpochId,
+        /// Pages it held.
+        pages: u64,
+        /// Bytes of machine state it held.
+        state_bytes: u64,
+        /// CRC32C over the payloads of its page and state frames, in order.
+        digest: u32,
+    },
+    /// Secondary → primary: the epoch is committed.
+    Ack {
+        /// The epoch.
+        id: EpochId,
+        /// Staging bytes in use on the secondary.
+        staged_bytes: u64,
+    },
+    /// Primary → secondary: the pair is on record at the arbiter.
+    Paired {
+        /// The record that won.
+        record: Record,
+    },
+    /// Either way, on the heartbeat connection.
+    Heartbeat(Heartbeat),
+    /// Either way: the sender ends on purpose; nothing is to be taken over.
+    Bye {
+        /// The sentence a person reads; at most 512 bytes.
+        reason: String,
+    },
+}
