@@ -287,6 +287,7 @@ impl Primary {
             self.lose_peer(&format!("it acknowledged epoch {id}, which is not on its way"));
             return;
         }
+        self.actions.push_back(Action::Committed { id });
         match self.phase {
             Phase::Completing => {
                 self.phase = Phase::Pairing;

@@ -144,6 +144,11 @@ pub enum Action {
         /// Page indexes, rising.
         pages: Vec<u64>,
     },
+    /// The epoch is committed on the peer: its dirt is safe there.
+    Committed {
+        /// The epoch.
+        id: EpochId,
+    },
     /// Let the output of epochs up to `through` go, in order, but not after `before`; say `ReleaseExpired` if that passed.
     Release {
         /// The newest epoch whose output may go.
