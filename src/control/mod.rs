@@ -21,10 +21,10 @@ use std::path::PathBuf;
 mod bind;
 pub mod client;
 mod framer;
-mod message;
+pub mod message;
 pub mod metrics;
 mod outbox;
-mod server;
+pub mod server;
 mod session;
 pub mod status;
 #[cfg(test)]
