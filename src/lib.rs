@@ -2,6 +2,11 @@
 //!
 //! The crate is a house of five floors; a room imports from its own floor or those under it.
 
+pub mod arbiter;
+pub mod checkpoint;
 pub mod control;
+pub mod device;
+pub mod machine;
 pub mod node;
 pub mod protocol;
+pub mod wire;
