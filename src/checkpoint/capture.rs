@@ -84,7 +84,12 @@ impl CapturePool {
 }
 
 /// Copies epoch `id` out of the paused machine. If it fails, the dirt it had read is still in the book.
-pub fn capture(machine: &mut Machine, dirt: &mut DirtBook, id: EpochId, into: &mut Capture) -> Result<(), MachineError> {
+pub fn capture(
+    machine: &mut Machine,
+    dirt: &mut DirtBook,
+    id: EpochId,
+    into: &mut Capture,
+) -> Result<(), MachineError> {
     into.id = id;
     machine.save(&mut into.state)?;
     // The log comes last: saving a device may itself write guest memory.

@@ -4,9 +4,9 @@ use thiserror::Error;
 
 use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
-use crate::control::server::ControlError;
+use crate::control::ControlError;
 use crate::machine::MachineError;
-use crate::wire::WireError;
+use crate::wire::LinkError;
 
 /// Why a node cannot start or go on.
 #[derive(Debug, Error)]
@@ -25,7 +25,7 @@ pub enum NodeError {
     Control(#[from] ControlError),
     /// A port cannot be listened on.
     #[error("{0}")]
-    Wire(#[from] WireError),
+    Listen(#[from] LinkError),
     /// A committed epoch could not be applied.
     #[error("{0}")]
     Apply(#[from] ApplyError),

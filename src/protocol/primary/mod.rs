@@ -105,6 +105,11 @@ impl Primary {
         self.phase
     }
 
+    /// The guest's Ethernet address.
+    pub fn mac(&self) -> [u8; 6] {
+        self.config.shape.mac
+    }
+
     /// The record it runs under.
     pub fn record(&self) -> Record {
         self.record

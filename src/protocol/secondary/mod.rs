@@ -75,15 +75,16 @@ pub struct Secondary {
 }
 
 impl Secondary {
-    /// A newcomer that tries the primary at once.
-    pub fn new(config: SecondaryConfig, me: InstanceId) -> Secondary {
-        let mut secondary = Secondary {
+    /// A newcomer that tries the primary from `start` on. Its connections are numbered above `last_conn`, the newest number an earlier
+    /// instance of this process used, so that nothing meant for that one reaches this one.
+    pub fn new(config: SecondaryConfig, me: InstanceId, last_conn: ConnId, start: Instant) -> Secondary {
+        Secondary {
             me,
             phase: Phase::Connecting,
-            conns: 0,
+            conns: last_conn,
             data: None,
             heartbeat: None,
-            step_at: None,
+            step_at: Some(start),
             welcome: None,
             life: None,
             guard: None,
@@ -97,9 +98,7 @@ impl Secondary {
             last_refusal: None,
             actions: VecDeque::new(),
             config,
-        };
-        secondary.try_primary();
-        secondary
+        }
     }
 
     /// What the secondary is doing.
@@ -115,6 +114,11 @@ impl Secondary {
     /// The primary's generation, as far as known.
     pub fn generation(&self) -> Generation {
         self.generation
+    }
+
+    /// The newest connection number used.
+    pub fn last_conn(&self) -> ConnId {
+        self.conns
     }
 
     /// The newest committed epoch.
