@@ -24,7 +24,7 @@ fn epoch() -> impl Strategy<Value = EpochId> {
 }
 
 fn record() -> impl Strategy<Value = Record> {
-    (any::<u64>(), 0..3, instance(), instance()).prop_map(|(g, state, owner, peer)| Record {
+    (any::<u64>(), 0..3usize, instance(), instance()).prop_map(|(g, state, owner, peer)| Record {
         generation: Generation(g),
         state: [RecordState::Paired, RecordState::Solo, RecordState::Stopped][state],
         owner,
