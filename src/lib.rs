@@ -4,6 +4,7 @@
 
 pub mod arbiter;
 pub mod checkpoint;
+pub mod cli;
 pub mod control;
 pub mod device;
 pub mod machine;
