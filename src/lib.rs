@@ -2,4 +2,5 @@
 //!
 //! The crate is a house of five floors; a room imports from its own floor or those under it.
 
+pub mod demo;
 pub mod protocol;
