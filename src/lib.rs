@@ -6,6 +6,7 @@ pub mod arbiter;
 pub mod checkpoint;
 pub mod cli;
 pub mod control;
+pub mod demo;
 pub mod device;
 pub mod machine;
 pub mod node;
