@@ -2,4 +2,6 @@
 //!
 //! The crate is a house of five floors; a room imports from its own floor or those under it.
 
+pub mod device;
+pub mod machine;
 pub mod protocol;
