@@ -27,7 +27,7 @@ use super::event::Event;
 use super::heartbeat::StallGuard;
 use super::messages::{Channel, Message};
 use super::pages::PageSet;
-use super::record::Record;
+use super::record::{Record, RecordState};
 use super::resync::Ledger;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
@@ -350,10 +350,20 @@ impl Primary {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
             (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (Phase::Stopping, Verdict::Stands(Some(record))) if self.is_ours_since(&record) => {
+                // A swap asked for before the shutdown was carried out after all: stop from there.
+                self.begin_generation(record);
+                self.ask_to_stop();
+            }
             (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
             (_, Verdict::Stands(record)) => self.fence(record),
             (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
         }
+    }
+
+    /// True for a record that followed ours and still says that this node runs the guest.
+    fn is_ours_since(&self, record: &Record) -> bool {
+        record.owner == self.me && record.state != RecordState::Stopped && record.generation > self.record.generation
     }
 
     fn confirmed(&mut self, now: Instant) {
@@ -506,6 +516,10 @@ impl Primary {
             return;
         }
         self.phase = Phase::Stopping;
+        self.ask_to_stop();
+    }
+
+    fn ask_to_stop(&mut self) {
         self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
     }
 
