@@ -73,6 +73,8 @@ pub struct Primary {
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
+    /// An operator ends this node as soon as the arbiter has answered.
+    quitting: bool,
     guest_runs: bool,
     actions: VecDeque<Action>,
 }
@@ -94,6 +96,7 @@ impl Primary {
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
+            quitting: false,
             guest_runs: true,
             actions: VecDeque::new(),
             config,
@@ -391,7 +394,9 @@ impl Primary {
         self.stopped_by_full_output = false;
         self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
         self.tell(Event::Protected { generation: record.generation, peer: instance });
-        if !self.proven {
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        } else if !self.proven {
             self.ask(ArbiterRequest::Read);
         }
     }
@@ -401,6 +406,9 @@ impl Primary {
         self.proven = true;
         self.go_solo();
         self.tell(Event::Unprotected { why: "the secondary is gone".into() });
+        if self.quitting {
+            self.shut_down();
+        }
     }
 
     fn begin_generation(&mut self, record: Record) {
@@ -419,6 +427,9 @@ impl Primary {
         self.guest_runs = false;
         self.actions.push_back(Action::Fence);
         self.tell(Event::Fenced { why });
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        }
     }
 
     fn handle_fenced(&mut self, input: Input) {
@@ -503,8 +514,18 @@ impl Primary {
             Command::Stop => self.stopped_by_operator = true,
             Command::Cont => self.stopped_by_operator = false,
             Command::Checkpoint => self.epochs.press(),
-            Command::Quit if self.holds_output() => self.actions.push_back(Action::Exit),
-            Command::Quit => self.shut_down(),
+            Command::Quit => self.quit(),
+        }
+    }
+
+    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
+    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
+    fn quit(&mut self) {
+        match self.phase {
+            Phase::Protected => self.actions.push_back(Action::Exit),
+            Phase::Pairing | Phase::Deciding if !self.quitting => self.quitting = true,
+            Phase::Pairing | Phase::Deciding => self.actions.push_back(Action::Exit),
+            _ => self.shut_down(),
         }
     }
 
