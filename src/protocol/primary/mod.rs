@@ -1,7 +1,7 @@
 //! The rules of the node that runs the guest.
 //!
 //! ```text
-//!            hello            both connections        last page pushed, arbiter in reach
+//!            hello          first heartbeat           last page pushed, arbiter in reach
 //!   Solo ────────────▶ Joining ────────────▶ Resync ────────────▶ Completing (output held)
 //!    ▲ ▲                  │                    │                        │ ack
 //!    │ └──── newcomer lost: nothing was held ──┴── or is released ──────┤
@@ -36,7 +36,7 @@ use super::types::{EpochId, Generation, InstanceId, Instant};
 pub enum Phase {
     /// Runs the guest alone; output passes.
     Solo,
-    /// A newcomer said hello and builds its machine.
+    /// A newcomer said hello, builds its machine, and opens its heartbeat connection.
     Joining,
     /// A newcomer receives epochs and pages; output passes.
     Resync,
@@ -491,9 +491,11 @@ impl Primary {
     }
 
     fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
-        let Some(peer) = &mut self.peer else { return };
+        let Some(peer) = &self.peer else { return };
         match (peer.channel_of(conn), message) {
-            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => peer.heard(now),
+            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => {
+                self.heartbeat(now)
+            }
             (Some(Channel::Data), Message::Ack { id, .. }) => self.acked(now, id),
             (Some(_), Message::Bye { reason }) => self.lose_peer(&format!("it left ({reason})")),
             (Some(_), other) => self.lose_peer(&format!("it sent what does not belong here ({})", other.name())),
