@@ -207,9 +207,10 @@ impl World {
         }
     }
 
-    /// An operator may end a node whose guest goes on at the secondary.
+    /// An operator may end a node whose guest goes on at the secondary, and any node by asking twice.
     fn excuse_exit(&mut self, proc: ProcId) {
-        if self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Protected) {
+        let node = &self.procs[proc];
+        if node.phase == AnyPhase::Primary(primary::Phase::Protected) || node.quits >= 2 {
             self.excused = true;
         }
     }

@@ -117,6 +117,8 @@ pub struct Proc {
     /// Stall after so many more actions, for how long; true: the guest stalls too.
     pub stall_in: Option<(u64, u64, bool)>,
     pub capture_fails: bool,
+    /// How often an operator told it to end.
+    pub quits: u32,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
     pub target: usize,
@@ -149,6 +151,7 @@ impl Proc {
             crash_in: None,
             stall_in: None,
             capture_fails: false,
+            quits: 0,
             conns: Vec::new(),
             conns_made: 100,
             target: slot,

@@ -471,6 +471,7 @@ impl World {
         if !node.alive {
             return;
         }
+        node.quits += u32::from(command == Command::Quit);
         match node.role {
             Role::Primary(_) => node.inbox.push_back(In::Primary(primary::Input::Command(command))),
             Role::Secondary(_) if command == Command::Quit => {
