@@ -1,7 +1,7 @@
 //! The rules of the node that runs the guest.
 //!
 //! ```text
-//!            hello            both connections        last page pushed, arbiter in reach
+//!            hello          first heartbeat           last page pushed, arbiter in reach
 //!   Solo ────────────▶ Joining ────────────▶ Resync ────────────▶ Completing (output held)
 //!    ▲ ▲                  │                    │                        │ ack
 //!    │ └──── newcomer lost: nothing was held ──┴── or is released ──────┤
@@ -27,7 +27,7 @@ use super::event::Event;
 use super::heartbeat::StallGuard;
 use super::messages::{Channel, Message};
 use super::pages::PageSet;
-use super::record::Record;
+use super::record::{Record, RecordState};
 use super::resync::Ledger;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
@@ -36,7 +36,7 @@ use super::types::{EpochId, Generation, InstanceId, Instant};
 pub enum Phase {
     /// Runs the guest alone; output passes.
     Solo,
-    /// A newcomer said hello and builds its machine.
+    /// A newcomer said hello, builds its machine, and opens its heartbeat connection.
     Joining,
     /// A newcomer receives epochs and pages; output passes.
     Resync,
@@ -73,6 +73,8 @@ pub struct Primary {
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
+    /// An operator ends this node as soon as the arbiter has answered.
+    quitting: bool,
     guest_runs: bool,
     actions: VecDeque<Action>,
 }
@@ -94,6 +96,7 @@ impl Primary {
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
+            quitting: false,
             guest_runs: true,
             actions: VecDeque::new(),
             config,
@@ -356,10 +359,20 @@ impl Primary {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
             (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (Phase::Stopping, Verdict::Stands(Some(record))) if self.is_ours_since(&record) => {
+                // A swap asked for before the shutdown was carried out after all: stop from there.
+                self.begin_generation(record);
+                self.ask_to_stop();
+            }
             (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
             (_, Verdict::Stands(record)) => self.fence(record),
             (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
         }
+    }
+
+    /// True for a record that followed ours and still says that this node runs the guest.
+    fn is_ours_since(&self, record: &Record) -> bool {
+        record.owner == self.me && record.state != RecordState::Stopped && record.generation > self.record.generation
     }
 
     fn confirmed(&mut self, now: Instant) {
@@ -387,7 +400,9 @@ impl Primary {
         self.stopped_by_full_output = false;
         self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
         self.tell(Event::Protected { generation: record.generation, peer: instance });
-        if !self.proven {
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        } else if !self.proven {
             self.ask(ArbiterRequest::Read);
         }
     }
@@ -397,6 +412,9 @@ impl Primary {
         self.proven = true;
         self.go_solo();
         self.tell(Event::Unprotected { why: "the secondary is gone".into() });
+        if self.quitting {
+            self.shut_down();
+        }
     }
 
     fn begin_generation(&mut self, record: Record) {
@@ -415,6 +433,9 @@ impl Primary {
         self.guest_runs = false;
         self.actions.push_back(Action::Fence);
         self.tell(Event::Fenced { why });
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        }
     }
 
     fn handle_fenced(&mut self, input: Input) {
@@ -476,9 +497,11 @@ impl Primary {
     }
 
     fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
-        let Some(peer) = &mut self.peer else { return };
+        let Some(peer) = &self.peer else { return };
         match (peer.channel_of(conn), message) {
-            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => peer.heard(now),
+            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => {
+                self.heartbeat(now)
+            }
             (Some(Channel::Data), Message::Ack { id, .. }) => self.acked(now, id),
             (Some(_), Message::Bye { reason }) => self.lose_peer(&format!("it left ({reason})")),
             (Some(_), other) => self.lose_peer(&format!("it sent what does not belong here ({})", other.name())),
@@ -499,8 +522,18 @@ impl Primary {
             Command::Stop => self.stopped_by_operator = true,
             Command::Cont => self.stopped_by_operator = false,
             Command::Checkpoint => self.epochs.press(),
-            Command::Quit if self.holds_output() => self.actions.push_back(Action::Exit),
-            Command::Quit => self.shut_down(),
+            Command::Quit => self.quit(),
+        }
+    }
+
+    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
+    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
+    fn quit(&mut self) {
+        match self.phase {
+            Phase::Protected => self.actions.push_back(Action::Exit),
+            Phase::Pairing | Phase::Deciding if !self.quitting => self.quitting = true,
+            Phase::Pairing | Phase::Deciding => self.actions.push_back(Action::Exit),
+            _ => self.shut_down(),
         }
     }
 
@@ -512,6 +545,10 @@ impl Primary {
             return;
         }
         self.phase = Phase::Stopping;
+        self.ask_to_stop();
+    }
+
+    fn ask_to_stop(&mut self) {
         self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
     }
 
