@@ -19,7 +19,7 @@ use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::Message;
-use crate::protocol::primary::{Action, ConnId, Input, Phase, Primary};
+use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 
 /// How a primary's life ended.
@@ -177,7 +177,7 @@ impl PrimaryNode {
                 Action::Close { conn } => self.close(conn),
                 Action::StartTracking { conn } => self.start_tracking(conn)?,
                 Action::StopTracking => self.stop_tracking()?,
-                Action::Capture { id, completes_resync, hold } => self.capture(id, completes_resync, hold)?,
+                Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
@@ -252,16 +252,16 @@ impl PrimaryNode {
         Ok(())
     }
 
-    fn capture(&mut self, id: EpochId, completes_resync: bool, hold: bool) -> Result<(), NodeError> {
+    fn capture(&mut self, id: EpochId, completes_resync: bool, output: OutputCut) -> Result<(), NodeError> {
         let started_us = clock::monotonic_us();
         let was_running = self.machine.is_running();
         let mut buffer = self.pool.get();
         self.machine.pause()?;
         let taken = capture(&mut self.machine, &mut self.dirt, id, &mut buffer);
-        if hold {
-            self.gate.hold();
-        } else if self.protocol.holds_output() && !completes_resync {
-            self.gate.seal(id.epoch);
+        match output {
+            OutputCut::Pass => {}
+            OutputCut::Hold => self.gate.hold(),
+            OutputCut::Seal => self.gate.seal(id.epoch),
         }
         if was_running {
             self.machine.resume()?;

@@ -181,7 +181,7 @@ impl World {
                     guest.tracking = false;
                 }
             }
-            Action::Capture { id, completes_resync, hold } => self.capture(proc, id, completes_resync, hold),
+            Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
             Action::Release { through, before } => self.release(proc, through, before),
             Action::ReleaseAll => {
@@ -241,7 +241,7 @@ impl World {
         }
     }
 
-    fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, hold: bool) {
+    fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, output: OutputCut) {
         let us = self.takes(self.plan.capture_us);
         let now = self.now;
         let node = &mut self.procs[proc];
@@ -250,9 +250,9 @@ impl World {
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
         let dirt = guest.take_dirt();
-        if hold {
+        if output == OutputCut::Hold {
             node.output.hold();
-        } else if node.output.holds {
+        } else if output == OutputCut::Seal {
             node.output.seal(id.epoch);
         }
         if fails {

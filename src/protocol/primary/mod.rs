@@ -18,7 +18,7 @@ mod types;
 
 use std::collections::VecDeque;
 
-pub use types::{Action, Command, ConnId, Input, PrimaryConfig};
+pub use types::{Action, Command, ConnId, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
@@ -262,10 +262,15 @@ impl Primary {
             return;
         }
         let id = self.epochs.begin(now);
+        let output = match self.phase {
+            Phase::Resync if completes_resync => OutputCut::Hold,
+            Phase::Resync => OutputCut::Pass,
+            _ => OutputCut::Seal,
+        };
         if completes_resync {
             self.phase = Phase::Completing;
         }
-        self.actions.push_back(Action::Capture { id, completes_resync, hold: completes_resync });
+        self.actions.push_back(Action::Capture { id, completes_resync, output });
     }
 
     fn captured(&mut self, id: EpochId) {
