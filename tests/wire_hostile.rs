@@ -451,7 +451,7 @@ fn bad_records_are_told_apart() {
 #[test]
 fn a_chunk_with_room_never_outgrows_its_frame() {
     let mut encoder = PageEncoder::new(true);
-    let noise: [u8; PAGE_BYTES] = std::array::from_fn(|n| (n * n >> 3) as u8 ^ (n as u8).wrapping_mul(31));
+    let noise: [u8; PAGE_BYTES] = std::array::from_fn(|n| ((n * n) >> 3) as u8 ^ (n as u8).wrapping_mul(31));
     assert!(!is_zero(&noise));
     let mut batch = FrameBatch::new();
     let pages = batch

@@ -154,8 +154,9 @@ impl Encoder<'_> {
     }
 
     fn text(&mut self, text: &str) {
-        let cut = text.floor_char_boundary(TEXT_BYTES_MAX);
-        let text = text.get(..cut).unwrap_or_default();
+        // Cut between characters: position 0 always is such a place.
+        let cut = (0..=text.len().min(TEXT_BYTES_MAX)).rev().find(|at| text.is_char_boundary(*at));
+        let text = cut.and_then(|at| text.get(..at)).unwrap_or_default();
         self.u16(text.len() as u16);
         self.bytes(text.as_bytes());
     }
