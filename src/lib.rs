@@ -5,6 +5,7 @@
 pub mod arbiter;
 pub mod checkpoint;
 pub mod control;
+pub mod demo;
 pub mod device;
 pub mod machine;
 pub mod node;
