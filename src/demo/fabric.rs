@@ -131,7 +131,7 @@ impl Namespace {
             Ok(File::open("/proc/thread-self/ns/net")?.into())
         });
         let made = made.map_err(failed(action()))?.join();
-        let fd = made.map_err(|_| io::Error::other("its thread panicked")).flatten().map_err(failed(action()))?;
+        let fd = made.unwrap_or_else(|_| Err(io::Error::other("its thread panicked"))).map_err(failed(action()))?;
         let namespace = Namespace { name: name.to_owned(), fd };
         namespace.ip(&["link set lo up"])?;
         Ok(namespace)
@@ -157,7 +157,7 @@ impl Namespace {
         let action = format!("run in the network namespace of {}", self.name);
         let result = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().spawn_scoped(scope, || self.enter().map(|()| work()))?;
-            thread.join().map_err(|_| io::Error::other("the thread panicked")).flatten()
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
         });
         result.map_err(failed(action))
     }
