@@ -102,12 +102,8 @@ impl World {
     fn feed(&mut self, proc: ProcId, input: In) {
         let now = self.procs[proc].clock.local(self.now);
         match input {
-            In::Background(conn, pages) => self.apply(proc, conn, &pages),
-            In::EpochPages(conn, pages) => {
-                if self.procs[proc].conn(conn).is_some() {
-                    self.procs[proc].staging.extend(pages);
-                }
-            }
+            In::Background(pages) => self.apply(proc, &pages),
+            In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
             In::EpochEnd { conn, id, completes, counter, life } => {
                 let pages = std::mem::take(&mut self.procs[proc].staging);
                 self.procs[proc].staged = Some(Staged { id, completes, pages, counter, life });
@@ -269,7 +265,8 @@ impl World {
         }
         node.urgent.push_back(In::Primary(primary::Input::Captured { id }));
         self.stats.epochs += 1;
-        self.model.captured(id, snapshot);
+        let check = self.model.captured(id, snapshot);
+        self.check(check);
         self.note(proc, || format!("capture {id}: {} pages, packets below {counter}", pages.len()));
         self.submit(proc, Job::Epoch { id, completes, pages, counter, life });
     }
@@ -490,9 +487,9 @@ impl World {
         }
     }
 
-    fn apply(&mut self, proc: ProcId, conn: ConnId, pages: &[(u64, u64)]) {
+    fn apply(&mut self, proc: ProcId, pages: &[(u64, u64)]) {
         let node = &mut self.procs[proc];
-        if node.conn(conn).is_none() || node.image.is_empty() {
+        if node.image.is_empty() {
             return;
         }
         for (page, version) in pages {

@@ -221,6 +221,8 @@ impl World {
         let before = self.arbiter.record;
         let (answer, changed) = self.arbiter.serve(call.request);
         if changed {
+            // The arbiter may give the guest to a node that died after it asked.
+            self.excused |= !self.procs[proc].alive;
             let text = format!("arbiter: {:?}", self.arbiter.record);
             self.trace.across(self.now, &text);
             if let (Some(old), Some(new)) = (before, self.arbiter.record) {

@@ -1,15 +1,11 @@
 //! The trivial model: what was captured, committed, activated and released, and whether that keeps the invariants.
 
 use std::collections::BTreeMap;
-use std::collections::VecDeque;
 
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, InstanceId};
 
 use crate::guest::{Snapshot, TORN};
-
-/// Snapshots kept; a takeover never goes further back.
-const SNAPSHOTS_MAX: usize = 64;
 
 /// What a node holds of the guest.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +27,7 @@ struct Releases {
 
 #[derive(Debug, Default)]
 pub struct Model {
-    snapshots: VecDeque<(EpochId, Snapshot)>,
+    snapshots: BTreeMap<EpochId, Snapshot>,
     pub holdings: BTreeMap<InstanceId, Holding>,
     releases: BTreeMap<InstanceId, Releases>,
     releasers: BTreeMap<Generation, InstanceId>,
@@ -55,16 +51,15 @@ impl Model {
         self.releases.insert(me, Releases { next: counter, life });
     }
 
-    pub fn captured(&mut self, id: EpochId, snapshot: Snapshot) {
-        if self.snapshots.len() == SNAPSHOTS_MAX {
-            self.snapshots.pop_front();
+    pub fn captured(&mut self, id: EpochId, snapshot: Snapshot) -> Check {
+        match self.snapshots.insert(id, snapshot) {
+            None => Ok(()),
+            Some(_) => Err(format!("I2: epoch {id} was captured twice")),
         }
-        self.snapshots.push_back((id, snapshot));
     }
 
     fn snapshot(&self, id: EpochId) -> Result<&Snapshot, String> {
-        let found = self.snapshots.iter().rev().find(|(have, _)| *have == id);
-        found.map(|(_, snapshot)| snapshot).ok_or_else(|| format!("I2: nobody captured epoch {id}"))
+        self.snapshots.get(&id).ok_or_else(|| format!("I2: nobody captured epoch {id}"))
     }
 
     /// A node committed an epoch.

@@ -48,8 +48,8 @@ pub enum Role {
 pub enum In {
     Primary(primary::Input),
     Secondary(secondary::Input),
-    Background(ConnId, Vec<(u64, u64)>),
-    EpochPages(ConnId, Vec<(u64, u64)>),
+    Background(Vec<(u64, u64)>),
+    EpochPages(Vec<(u64, u64)>),
     EpochEnd { conn: ConnId, id: EpochId, completes: bool, counter: u64, life: u64 },
     Answer { ticket: u64, answer: ArbiterAnswer },
 }

@@ -487,13 +487,15 @@ impl World {
     fn check_holders(&mut self) {
         let excused = std::mem::take(&mut self.excused);
         let Some(record) = self.arbiter.record else { return };
-        if self.lost || record.state == RecordState::Stopped || self.violation.is_some() {
+        if record.state == RecordState::Stopped || self.violation.is_some() {
             return;
         }
         if self.procs.iter().any(|proc| self.has_guest(proc, record)) {
-            return;
-        }
-        if excused {
+            // A dead node's last question to the arbiter may have put a pair on record.
+            self.lost = false;
+        } else if self.lost {
+            // Until somebody starts it anew.
+        } else if excused {
             self.lost = true;
             self.stats.lost_guests += 1;
             self.trace.across(self.now, "the guest is lost: nobody else had it");

@@ -534,23 +534,21 @@ impl Primary {
     /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
     /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
     fn quit(&mut self) {
+        let twice = std::mem::replace(&mut self.quitting, true);
         match self.phase {
+            _ if twice => self.actions.push_back(Action::Exit),
             Phase::Protected => self.actions.push_back(Action::Exit),
-            Phase::Pairing | Phase::Deciding if !self.quitting => self.quitting = true,
-            Phase::Pairing | Phase::Deciding => self.actions.push_back(Action::Exit),
+            Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
             _ => self.shut_down(),
         }
     }
 
     /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
     fn shut_down(&mut self) {
-        if self.phase == Phase::Stopping {
-            // Asked twice: the operator does not want to wait for the arbiter.
-            self.actions.push_back(Action::Exit);
-            return;
+        if self.phase != Phase::Stopping {
+            self.phase = Phase::Stopping;
+            self.ask_to_stop();
         }
-        self.phase = Phase::Stopping;
-        self.ask_to_stop();
     }
 
     fn ask_to_stop(&mut self) {
