@@ -55,8 +55,6 @@ pub enum NodeEvent {
     },
     /// Background pages arrived.
     Background {
-        /// The connection.
-        conn: ConnId,
         /// Encoded pages, verified.
         payload: Vec<u8>,
     },

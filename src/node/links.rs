@@ -199,13 +199,12 @@ impl Receiver<'_> {
     }
 
     fn bulk(&mut self, kind: FrameKind, payload: &[u8]) -> Result<Option<NodeEvent>, String> {
-        let conn = self.conn;
         let stager = self.stager()?;
         let staged = match kind {
             FrameKind::Pages => stager.pages(payload).map(|()| None),
             FrameKind::State => stager.state(payload).map(|()| None),
             FrameKind::Background => {
-                stager.background(payload).map(|payload| Some(NodeEvent::Background { conn, payload }))
+                stager.background(payload).map(|payload| Some(NodeEvent::Background { payload }))
             }
             FrameKind::Message => Ok(None),
         };

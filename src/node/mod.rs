@@ -38,6 +38,7 @@ use self::primary::{PrimaryEnd, PrimaryNode};
 use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
 use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
+use crate::machine::boot::builtin;
 use crate::machine::{GuestNet, cpu_digest};
 use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::primary::Primary;
@@ -68,11 +69,9 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
     let mut machine = new_machine(&start.shape, gate.clone(), &events)?;
-    machine.boot_builtin(&GuestNet {
-        ipv4: start.net.ipv4,
-        prefix_len: start.net.prefix_len,
-        gateway: start.net.gateway,
-    })?;
+    let net = GuestNet { ipv4: start.net.ipv4, prefix_len: start.net.prefix_len, gateway: start.net.gateway };
+    let vcpus = builtin::load(machine.memory(), &start.shape, &net)?;
+    machine.start_vcpus(vcpus)?;
     let mut arbiter = open_arbiter(&config);
     let (server, context) = open_doors(config, Some(start.net.ipv4), events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
@@ -155,7 +154,7 @@ fn new_instance() -> Result<InstanceId, NodeError> {
 fn open_arbiter(config: &NodeConfig) -> Box<dyn Arbiter> {
     match &config.arbiter {
         ArbiterConfig::File { directory } => {
-            Box::new(crate::arbiter::file::FileArbiter::new(directory, config.guest.as_str()))
+            Box::new(crate::arbiter::file::FileArbiter::new(directory, &config.guest))
         }
         ArbiterConfig::None { on_peer_loss } => {
             tracing::warn!(

@@ -34,7 +34,6 @@ pub enum PrimaryEnd {
 /// The epoch on its way, for the figures.
 #[derive(Clone, Copy)]
 struct OnItsWay {
-    id: EpochId,
     started_us: u64,
     pause_us: u64,
     dirty_pages: u64,
@@ -272,7 +271,7 @@ impl PrimaryNode {
                 self.protocol.note_dirt(self.dirt.taken());
                 let dirty_pages = buffer.pages.len() as u64;
                 buffer.completes_resync = completes_resync;
-                self.on_its_way = Some(OnItsWay { id, started_us, pause_us, dirty_pages });
+                self.on_its_way = Some(OnItsWay { started_us, pause_us, dirty_pages });
                 self.job(SenderJob::Epoch(buffer));
                 Input::Captured { id }
             }

@@ -147,7 +147,7 @@ impl<'a> SecondaryNode<'a> {
                 self.staged = Some(epoch);
                 Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used() })
             }
-            NodeEvent::Background { payload, .. } => {
+            NodeEvent::Background { payload } => {
                 if let Some(image) = &self.image {
                     image.applier.background(payload);
                 }
