@@ -1,0 +1,4 @@
+//! Tests of one machine under KVM: pausing, saving and restoring, dirt, devices.
+
+mod pause;
+mod support;
