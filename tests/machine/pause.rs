@@ -155,7 +155,11 @@ fn pause_times_are_reported() {
     encodes.sort_unstable();
     println!(
         "pause and save {} µs, of it stop {} settle {} encode {}; {} bytes",
-        gaps[250], stops[250], settles[250], encodes[250], state.len()
+        gaps[250],
+        stops[250],
+        settles[250],
+        encodes[250],
+        state.len()
     );
     assert!(!state.is_empty());
 }

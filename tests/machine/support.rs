@@ -103,14 +103,8 @@ pub fn ring3(cpu: u64) -> InitialVcpu {
         ..Default::default()
     };
     let data = segment(3, 0x23, 0);
-    let tss = kvm_segment {
-        base: TSS,
-        limit: TSS_BYTES - 1,
-        selector: 0x28,
-        type_: 11,
-        present: 1,
-        ..Default::default()
-    };
+    let tss =
+        kvm_segment { base: TSS, limit: TSS_BYTES - 1, selector: 0x28, type_: 11, present: 1, ..Default::default() };
     let sregs = kvm_sregs {
         cs: segment(11, 0x33, 1),
         ds: data,
