@@ -24,6 +24,7 @@
 //! `memory` where RAM lies · `dirty` what changed · `vcpu` threads and the pause word · `wait` the wait port · `state` the byte
 //! form of everything · `host` what this host can do · `initial` what a guest starts with.
 
+pub mod boot;
 pub mod dirty;
 mod error;
 mod futex;
