@@ -25,7 +25,6 @@
 //! form of everything · `host` what this host can do · `initial` what a guest starts with · `boot` who gives it that.
 
 pub mod boot;
-pub mod boot;
 pub mod dirty;
 mod error;
 mod futex;
