@@ -15,3 +15,5 @@ pub mod resp;
 pub mod server;
 pub mod store;
 pub mod sum;
+#[cfg(test)]
+mod test_support;

@@ -99,7 +99,7 @@ impl Parser {
     }
 
     /// Looks at `input`, which begins where the current command began. After [`Progress::Ready`], use [`Parser::argument`], then
-    /// [`Parser::next_command`], and leave the command's bytes out of the next `input`.
+    /// [`Parser::next_command`], and leave the command's bytes out of the next `input`. Until then it gives the same again.
     ///
     /// # Errors
     /// [`ProtocolError`] if the client cannot be understood; the parser is of no use then.
@@ -219,7 +219,9 @@ impl Parser {
         let line = input.get(..end).unwrap_or(&[]);
         self.inline = true;
         self.split_line(line.strip_suffix(b"\r").unwrap_or(line))?;
-        Ok(Progress::Ready(end + 1))
+        self.at = end + 1;
+        self.bulks_left = Some(0);
+        Ok(Progress::Ready(self.at))
     }
 
     /// Splits an inline command at spaces; "double" quotes know escapes, 'single' ones only \'.

@@ -15,6 +15,7 @@ fn read(input: &[u8], cuts: &[usize]) -> Result<Vec<Command>, ProtocolError> {
         buffer.extend_from_slice(&input[fed..end]);
         fed = end;
         while let Progress::Ready(bytes) = parser.advance(&buffer)? {
+            assert_eq!(parser.advance(&buffer), Ok(Progress::Ready(bytes)), "ready stays ready");
             commands.push((0..parser.argument_count()).map(|i| parser.argument(i, &buffer).to_vec()).collect());
             parser.next_command();
             buffer.drain(..bytes);
