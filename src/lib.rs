@@ -4,4 +4,5 @@
 
 pub mod device;
 pub mod machine;
+
 pub mod protocol;

@@ -8,7 +8,11 @@
 
 use std::net::Ipv4Addr;
 
-use kvm_bindings::{kvm_fpu, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_fpu, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use super::error::{StateError, kvm};
+use super::state::vcpu::set_msrs;
 
 /// The state a vCPU starts with. vCPUs beyond the end of the list that boot returns wait for an INIT and a SIPI.
 #[derive(Clone)]
@@ -32,4 +36,19 @@ pub struct GuestNet {
     pub prefix_len: u8,
     /// The way out of its network, if it has one.
     pub gateway: Option<Ipv4Addr>,
+}
+
+/// Puts a first state into a vCPU. Called from its thread.
+pub(super) fn apply(initial: &InitialVcpu, vcpu: &VcpuFd) -> Result<(), StateError> {
+    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(kvm("KVM_SET_MP_STATE"))?;
+    vcpu.set_regs(&initial.regs).map_err(kvm("KVM_SET_REGS"))?;
+    let mut sregs = initial.sregs;
+    if sregs.apic_base == 0 {
+        sregs.apic_base = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?.apic_base;
+    }
+    vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
+    if let Some(fpu) = &initial.fpu {
+        vcpu.set_fpu(fpu).map_err(kvm("KVM_SET_FPU"))?;
+    }
+    set_msrs(vcpu, &initial.msrs)
 }

@@ -1,9 +1,459 @@
 //! Floor 2: one virtual machine. It can be paused, read for dirt, saved, restored and resumed, and knows nothing of replication.
+//!
+//! # A capture, step by step
+//!
+//! ```text
+//! controller                          vCPU thread                       device thread
+//! pause()  order Park, kick  ───────→ leaves the guest
+//!          quiesce devices  ─────────────────────────────────────────→ out of guest memory
+//!                                     completes pending I/O
+//!          ←──────────────── stopped
+//! collect_dirt(), copy_pages()        harvests its state into its slot
+//! save()   ←──────────────── settled
+//!          slots, chips, devices → bytes
+//! resume() order Run  ──────────────→ runs the guest
+//!          unquiesce devices  ───────────────────────────────────────→ works again
+//! ```
+//!
+//! [`Machine::pause`] returns as soon as guest memory stands still; the vCPU threads are then still reading their own state, and
+//! [`Machine::save`] waits for them. A controller that copies pages in between gets that time for nothing. (Harvesting writes no
+//! guest memory, so the dirty log may be read before it is over.)
+//!
+//! # Rooms
+//!
+//! `memory` where RAM lies · `dirty` what changed · `vcpu` threads and the pause word · `wait` the wait port · `state` the byte
+//! form of everything · `host` what this host can do · `initial` what a guest starts with.
 
 pub mod boot;
 pub mod dirty;
+mod error;
+mod futex;
+mod host;
 pub mod initial;
 pub mod memory;
+mod state;
+mod vcpu;
+pub mod wait;
 
-pub use initial::{GuestNet, InitialVcpu};
-pub use memory::{GuestRam, MemoryError};
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+
+pub use self::error::{KvmError, MachineError, StateError};
+pub use self::host::{CPUS_MAX, cpu_digest};
+pub use self::initial::{GuestNet, InitialVcpu};
+pub use self::memory::{GuestRam, MemoryError};
+pub use self::state::FormatError;
+pub use crate::device::{NetBackend, Transmit};
+
+use self::dirty::DirtyLog;
+use self::error::kvm;
+use self::host::HostCaps;
+use self::memory::GuestMmap;
+use self::state::chips::ChipState;
+use self::state::sections::{self, Kind, Sections};
+use self::vcpu::gate::{Order, Patience};
+use self::vcpu::{Common, Task, Vcpu};
+use self::wait::Doorbell;
+use crate::device::bus::DeviceKind;
+use crate::device::{Bus, Signals};
+use crate::protocol::messages::MachineShape;
+use crate::protocol::pages::{PAGE_BYTES, PageSet};
+
+/// Most events that wait to be read; more are dropped (the guest can ring the event port for ever).
+const EVENTS_MAX: usize = 64;
+/// The version of the shape section.
+const SHAPE_VERSION: u16 = 1;
+/// Three pages KVM needs on Intel hosts, in the hole, out of every device's way.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// One more such page.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// What a machine tells its owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest says it is up and serving.
+    Booted,
+    /// The guest switched itself off.
+    Shutdown,
+    /// The guest asked for a reset (or faulted in a way that resets a CPU).
+    Reset,
+    /// The guest panicked; its words were on the console.
+    GuestPanic,
+    /// A vCPU cannot go on.
+    VcpuFailed {
+        /// The vCPU.
+        cpu: u16,
+        /// Why.
+        reason: String,
+    },
+    /// The guest broke the rules of a device, which is dead until the guest resets it.
+    DeviceBroken {
+        /// The device.
+        device: &'static str,
+        /// How.
+        reason: String,
+    },
+}
+
+/// How long the last pause took to stop the guest, and the last save to get its vCPUs' state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PauseTimes {
+    /// From the call of `pause` until every vCPU was out of the guest with its I/O complete, in microseconds.
+    pub stop_us: u64,
+    /// What `save` waited for vCPUs that were still reading their state, in microseconds.
+    pub settle_us: u64,
+    /// What `save` took after that, in microseconds.
+    pub encode_us: u64,
+}
+
+/// One virtual machine. Dropping it ends its threads.
+pub struct Machine {
+    // Field order is drop order: vCPU threads end before the devices they call and the VM they belong to.
+    vcpus: Vec<Vcpu>,
+    bus: Arc<Bus<GuestMmap>>,
+    vm: Arc<VmFd>,
+    ram: GuestRam,
+    shape: MachineShape,
+    dirty_log: DirtyLog,
+    events: Receiver<MachineEvent>,
+    running: bool,
+    /// A restore failed: what the machine holds is of no guest.
+    half_restored: bool,
+    times: PauseTimes,
+}
+
+/// The machine's side of its devices.
+struct MachineSignals {
+    vm: Arc<VmFd>,
+    doorbells: Vec<Arc<Doorbell>>,
+    events: Sender<MachineEvent>,
+}
+
+impl Signals for MachineSignals {
+    fn set_irq(&self, gsi: u32, active: bool) {
+        // Synchronous on purpose: when this returns the interrupt is in the controllers' state, so no capture can miss it.
+        if let Err(error) = self.vm.set_irq_line(gsi, active) {
+            tracing::error!(gsi, active, %error, "KVM refused an interrupt");
+        }
+    }
+
+    fn ring(&self) {
+        self.doorbells.iter().for_each(|doorbell| doorbell.ring());
+    }
+
+    fn broken(&self, device: &'static str, reason: &str) {
+        let _ = self.events.try_send(MachineEvent::DeviceBroken { device, reason: reason.to_owned() });
+    }
+}
+
+impl Machine {
+    /// Builds a machine of `shape`, paused and empty. Its network card is plugged into `net`; what it writes to its serial port
+    /// goes to `console`, which must not block for long.
+    ///
+    /// # Errors
+    /// Without /dev/kvm or what is needed of it, without memory, or if the shape is not possible.
+    pub fn new(
+        shape: &MachineShape,
+        net: Arc<dyn NetBackend>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Machine, MachineError> {
+        vcpu::install_kick_handler()?;
+        let kvm_fd = host::open()?;
+        let caps = Arc::new(HostCaps::ask(&kvm_fd)?);
+        if shape.cpus == 0 || shape.cpus > caps.cpus_max {
+            return Err(MachineError::Cpus { cpus: shape.cpus, max: caps.cpus_max });
+        }
+        let ram = GuestRam::new(shape.memory_bytes)?;
+        let vm = Arc::new(create_vm(&kvm_fd)?);
+        let (events_in, events) = bounded(EVENTS_MAX);
+        let doorbells: Vec<Arc<Doorbell>> = (0..shape.cpus).map(|_| Arc::default()).collect();
+        let signals = MachineSignals { vm: Arc::clone(&vm), doorbells: doorbells.clone(), events: events_in.clone() };
+        let bus = Bus::new(ram.mmap().clone(), shape.mac, net, console, Arc::new(signals))
+            .map_err(|reason| MachineError::Start { what: "the network device", reason })?;
+        let bus = Arc::new(bus);
+        let common =
+            Common { cpus: shape.cpus, caps, bus: Arc::clone(&bus), events: events_in, patience: patience(shape.cpus) };
+        let mut machine = Machine {
+            vcpus: Vec::new(),
+            bus,
+            vm,
+            dirty_log: DirtyLog::new(&ram),
+            ram,
+            shape: shape.clone(),
+            events,
+            running: false,
+            half_restored: false,
+            times: PauseTimes::default(),
+        };
+        machine.map_memory(false)?;
+        for (cpu, doorbell) in (0..shape.cpus).zip(doorbells) {
+            let fd = machine.vm.create_vcpu(u64::from(cpu)).map_err(kvm("KVM_CREATE_VCPU"))?;
+            machine.vcpus.push(Vcpu::start(cpu, fd, doorbell, &common)?);
+        }
+        Ok(machine)
+    }
+
+    /// Gives each vCPU its first state. vCPUs beyond the end of `vcpus` wait for an INIT and a SIPI from another. Guest memory
+    /// must be loaded already.
+    ///
+    /// # Errors
+    /// [`MachineError::Running`], or what KVM refuses.
+    pub fn start_vcpus(&mut self, vcpus: Vec<InitialVcpu>) -> Result<(), MachineError> {
+        self.need_paused("start its vCPUs")?;
+        let count = vcpus.len();
+        for (vcpu, initial) in self.vcpus.iter_mut().zip(vcpus) {
+            vcpu.wait_settled("stop")?;
+            vcpu.slot().task = Task::Start(Box::new(initial));
+            vcpu.order(Order::Apply);
+        }
+        for vcpu in self.vcpus.iter().take(count) {
+            vcpu.wait_settled("start the guest")?;
+            vcpu.check()?;
+        }
+        Ok(())
+    }
+
+    /// Runs the guest.
+    ///
+    /// # Errors
+    /// [`MachineError::HalfRestored`].
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        if self.half_restored {
+            return Err(MachineError::HalfRestored);
+        }
+        if !self.running {
+            self.running = true;
+            self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Run));
+            self.bus.unquiesce();
+        }
+        Ok(())
+    }
+
+    /// Stops the guest. When this returns, every vCPU is out of the guest with its I/O complete, no device thread is in guest
+    /// memory, and the vCPUs' state is being read by their own threads ([`Machine::save`] waits for it).
+    ///
+    /// # Errors
+    /// [`MachineError::Stuck`] if a vCPU does not stop within ten seconds; the machine runs on then.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if !self.running {
+            return Ok(());
+        }
+        let start = Instant::now();
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Park));
+        // While the kick is on its way.
+        self.bus.quiesce();
+        let stopped: Result<(), MachineError> = self.vcpus.iter().try_for_each(Vcpu::wait_stopped);
+        if stopped.is_err() {
+            self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Run));
+            self.bus.unquiesce();
+            return stopped;
+        }
+        self.running = false;
+        self.times = PauseTimes { stop_us: elapsed_us(start), ..PauseTimes::default() };
+        Ok(())
+    }
+
+    /// True between `resume` and `pause`.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Appends the machine's state, without its memory, to `out`.
+    ///
+    /// # Errors
+    /// [`MachineError::Running`], [`MachineError::HalfRestored`], or [`MachineError::State`] if KVM would not hand over all of
+    /// it; `out` then holds a part that is of no use.
+    pub fn save(&mut self, out: &mut Vec<u8>) -> Result<(), MachineError> {
+        self.need_paused("save it")?;
+        if self.half_restored {
+            return Err(MachineError::HalfRestored);
+        }
+        let start = Instant::now();
+        for vcpu in &self.vcpus {
+            vcpu.wait_settled("hand over its state")?;
+        }
+        self.times.settle_us = elapsed_us(start);
+        sections::write(out, Kind::Shape, SHAPE_VERSION, 0, |o| {
+            o.push(self.shape.cpus);
+            o.extend_from_slice(&self.shape.memory_bytes.to_le_bytes());
+        });
+        for vcpu in &self.vcpus {
+            vcpu.check()?;
+            vcpu.slot().state.encode(vcpu.number(), out);
+        }
+        ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?.encode(out);
+        for device in DeviceKind::ALL {
+            sections::write(out, kind_of(device), device.version(), 0, |o| self.bus.save(device, o));
+        }
+        self.times.encode_us = elapsed_us(start) - self.times.settle_us;
+        Ok(())
+    }
+
+    /// Puts a saved state into the machine, which is left paused. Guest memory must hold what it held when the state was saved.
+    ///
+    /// # Errors
+    /// [`MachineError::Running`], or [`MachineError::State`] if the bytes are no state of such a machine or KVM refuses a part;
+    /// the machine then cannot be resumed or saved until a restore succeeds.
+    pub fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.need_paused("restore it")?;
+        for vcpu in &self.vcpus {
+            vcpu.wait_settled("stop")?;
+        }
+        self.half_restored = true;
+        let chips = self.decode(state)?;
+        for vcpu in &mut self.vcpus {
+            vcpu.slot().task = Task::Restore;
+            vcpu.order(Order::Apply);
+        }
+        for vcpu in &self.vcpus {
+            vcpu.wait_settled("take over its state")?;
+            vcpu.check()?;
+        }
+        chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
+        for (device, bytes) in chips.devices {
+            let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device).bad(e.what));
+            restored.map_err(state_error("devices"))?;
+        }
+        self.half_restored = false;
+        Ok(())
+    }
+
+    /// Reads every section: the vCPUs' into their slots, the rest into the result.
+    fn decode<'a>(&mut self, state: &'a [u8]) -> Result<Decoded<'a>, MachineError> {
+        let mut from = Sections::parse(state).map_err(state_error("state"))?;
+        self.check_shape(&mut from).map_err(state_error("state"))?;
+        for vcpu in &self.vcpus {
+            vcpu.slot().state.decode(vcpu.number(), &mut from).map_err(state_error("vCPU"))?;
+        }
+        let chips = ChipState::decode(&mut from).map_err(state_error("interrupt controllers"))?;
+        let mut devices = Vec::with_capacity(DeviceKind::ALL.len());
+        for device in DeviceKind::ALL {
+            let mut fields = from.take(kind_of(device), device.version(), 0).map_err(state_error("devices"))?;
+            devices.push((device, fields.remaining()));
+        }
+        from.finish().map_err(state_error("state"))?;
+        Ok(Decoded { chips, devices })
+    }
+
+    fn check_shape(&self, from: &mut Sections<'_>) -> Result<(), FormatError> {
+        let mut shape = from.take(Kind::Shape, SHAPE_VERSION, 0)?;
+        let (cpus, memory_bytes) = (shape.u8()?, shape.u64()?);
+        shape.end()?;
+        if (cpus, memory_bytes) == (self.shape.cpus, self.shape.memory_bytes) {
+            return Ok(());
+        }
+        Err(Kind::Shape.bad(format!("it is of a machine with {cpus} vCPUs and {memory_bytes} bytes of memory")))
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Switches tracking of written pages on or off; from now on, or from here on no more.
+    ///
+    /// # Errors
+    /// What KVM refuses.
+    pub fn track_dirt(&mut self, on: bool) -> Result<(), MachineError> {
+        dirty::clear_bitmaps(&self.ram);
+        self.map_memory(on)
+    }
+
+    /// Adds every page written since the last call (or since tracking was switched on) to `into`. **Reading clears**: see
+    /// [`dirty`].
+    ///
+    /// # Errors
+    /// What KVM refuses; pages may be missing from its log and present in `into` then.
+    pub fn collect_dirt(&mut self, into: &mut PageSet) -> Result<(), MachineError> {
+        self.dirty_log
+            .collect(&self.vm, &self.ram, into)
+            .map_err(|errno| KvmError { call: "KVM_GET_DIRTY_LOG", errno }.into())
+    }
+
+    /// Output has room again: a network device that had to leave frames in its queue looks again. Never blocks.
+    pub fn kick_net(&self) {
+        self.bus.kick_net();
+    }
+
+    /// What the machine has to tell. Every receiver shares one queue.
+    pub fn events(&self) -> Receiver<MachineEvent> {
+        self.events.clone()
+    }
+
+    /// How long the last pause and save took.
+    pub fn pause_times(&self) -> PauseTimes {
+        self.times
+    }
+
+    /// The machine's shape.
+    pub fn shape(&self) -> &MachineShape {
+        &self.shape
+    }
+
+    fn need_paused(&self, what: &'static str) -> Result<(), MachineError> {
+        if self.running { Err(MachineError::Running { what }) } else { Ok(()) }
+    }
+
+    /// Tells KVM where RAM is, and whether it is to log writes to it. Slot n is region n.
+    fn map_memory(&self, log: bool) -> Result<(), MachineError> {
+        for (slot, region) in (0u32..).zip(self.ram.regions()) {
+            let slot_region = kvm_userspace_memory_region {
+                slot,
+                flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                guest_phys_addr: region.address,
+                memory_size: region.pages * PAGE_BYTES as u64,
+                userspace_addr: region.host.0 as u64,
+            };
+            // SAFETY: the region is a mapping of that size which lives as long as `self.ram`, which lives as long as the VM is
+            // used; regions do not overlap.
+            unsafe { self.vm.set_user_memory_region(slot_region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+}
+
+/// What is not applied by a vCPU.
+struct Decoded<'a> {
+    chips: ChipState,
+    devices: Vec<(DeviceKind, &'a [u8])>,
+}
+
+fn create_vm(kvm_fd: &kvm_ioctls::Kvm) -> Result<VmFd, MachineError> {
+    let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(TSS_ADDRESS).map_err(kvm("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(kvm("KVM_CREATE_PIT2"))?;
+    Ok(vm)
+}
+
+/// Looking before sleeping pays only where the other side has a core of its own.
+fn patience(cpus: u8) -> Patience {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if cores > usize::from(cpus) {
+        Patience { controller: Duration::from_micros(50), vcpu: Duration::from_micros(100) }
+    } else {
+        Patience { controller: Duration::ZERO, vcpu: Duration::ZERO }
+    }
+}
+
+fn kind_of(device: DeviceKind) -> Kind {
+    match device {
+        DeviceKind::Serial => Kind::Serial,
+        DeviceKind::Net => Kind::Net,
+    }
+}
+
+fn state_error<E: Into<StateError>>(part: &'static str) -> impl Fn(E) -> MachineError {
+    move |error| MachineError::State { part: part.to_owned(), error: error.into() }
+}
+
+fn elapsed_us(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,161 @@
+//! Which device answers at which port and address. The map is fixed, so the bus is a few comparisons.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use vm_memory::GuestMemory;
+
+use super::net::NetBackend;
+use super::serial::{SERIAL_PORT, SERIAL_PORTS, SERIAL_STATE_VERSION, SerialPort};
+use super::virtio::net::{NET_STATE_VERSION, NetDevice};
+use super::{DeviceStateError, Signals};
+
+/// Guest-physical address of the first virtio-mmio device; device n is at `+ n * VIRTIO_WINDOW_BYTES`.
+pub const VIRTIO_BASE: u64 = 0xD000_0000;
+/// Bytes of a virtio-mmio device's window.
+pub const VIRTIO_WINDOW_BYTES: u64 = 0x1000;
+/// Interrupt line of the first virtio-mmio device; device n is on `+ n`.
+pub const VIRTIO_GSI: u32 = 5;
+
+/// The keyboard controller's command port, of which only the reset line exists.
+const KEYBOARD_COMMAND_PORT: u16 = 0x64;
+/// The command that pulses the reset line.
+const KEYBOARD_RESET: u8 = 0xfe;
+
+/// What a port write makes the machine do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortEffect {
+    /// Nothing more.
+    None,
+    /// The guest asked for a reset.
+    Reset,
+}
+
+/// The devices of one machine.
+pub struct Bus<M: GuestMemory + Send + Sync + 'static> {
+    serial: Mutex<SerialPort>,
+    net: NetDevice<M>,
+}
+
+/// A saved device: which, in which version, and its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The serial console.
+    Serial,
+    /// The network device.
+    Net,
+}
+
+impl DeviceKind {
+    /// Every device, in the order of restoring.
+    pub const ALL: [DeviceKind; 2] = [DeviceKind::Serial, DeviceKind::Net];
+
+    /// The version of the saved state this build writes.
+    pub fn version(self) -> u16 {
+        match self {
+            DeviceKind::Serial => SERIAL_STATE_VERSION,
+            DeviceKind::Net => NET_STATE_VERSION,
+        }
+    }
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
+    /// The devices of a machine with memory `mem`: a serial console, and a network card with address `mac` in `backend`.
+    ///
+    /// # Errors
+    /// If the host gives no eventfd or thread.
+    pub fn new(
+        mem: M,
+        mac: [u8; 6],
+        backend: Arc<dyn NetBackend>,
+        console: Box<dyn Write + Send>,
+        signals: Arc<dyn Signals>,
+    ) -> io::Result<Bus<M>> {
+        let serial = Mutex::new(SerialPort::new(console, Arc::clone(&signals)));
+        Ok(Bus { serial, net: NetDevice::new(mem, mac, VIRTIO_GSI, backend, signals)? })
+    }
+
+    /// The guest reads `data.len()` bytes from `port`. Where nothing is, it reads ones.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match serial_register(port) {
+            Some(register) => {
+                let mut serial = self.serial.lock();
+                data.iter_mut().for_each(|byte| *byte = serial.read(register));
+            }
+            // No key was pressed and the controller is idle.
+            None if port == KEYBOARD_COMMAND_PORT => data.fill(0),
+            None => {}
+        }
+    }
+
+    /// The guest writes `data` to `port`: more than one byte if it used a string instruction.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> PortEffect {
+        if let Some(register) = serial_register(port) {
+            let mut serial = self.serial.lock();
+            data.iter().for_each(|byte| serial.write(register, *byte));
+        } else if port == KEYBOARD_COMMAND_PORT && data.last() == Some(&KEYBOARD_RESET) {
+            return PortEffect::Reset;
+        }
+        PortEffect::None
+    }
+
+    /// The guest reads `data.len()` bytes at guest-physical `address`. Where nothing is, it reads ones.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match net_offset(address) {
+            Some(offset) => self.net.mmio_read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes `data` at guest-physical `address`.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some(offset) = net_offset(address) {
+            self.net.mmio_write(offset, data);
+        }
+    }
+
+    /// See [`NetDevice::kick`].
+    pub fn kick_net(&self) {
+        self.net.kick();
+    }
+
+    /// Keeps every device thread out of guest memory; returns when all are out.
+    pub fn quiesce(&self) {
+        self.net.quiesce();
+    }
+
+    /// Lets the device threads work again.
+    pub fn unquiesce(&self) {
+        self.net.unquiesce();
+    }
+
+    /// Appends the saved state of a device. The machine must be paused.
+    pub fn save(&self, device: DeviceKind, out: &mut Vec<u8>) {
+        match device {
+            DeviceKind::Serial => self.serial.lock().save(out),
+            DeviceKind::Net => self.net.save(out),
+        }
+    }
+
+    /// Takes over the saved state of a device. The machine must be paused.
+    ///
+    /// # Errors
+    /// [`DeviceStateError`] if `bytes` are no state of it; it is as it was then.
+    pub fn restore(&self, device: DeviceKind, bytes: &[u8]) -> Result<(), DeviceStateError> {
+        match device {
+            DeviceKind::Serial => self.serial.lock().restore(bytes),
+            DeviceKind::Net => self.net.restore(bytes),
+        }
+    }
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    let register = port.checked_sub(SERIAL_PORT).filter(|r| *r < SERIAL_PORTS)?;
+    u8::try_from(register).ok()
+}
+
+fn net_offset(address: u64) -> Option<u64> {
+    address.checked_sub(VIRTIO_BASE).filter(|offset| *offset < VIRTIO_WINDOW_BYTES)
+}

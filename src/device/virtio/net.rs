@@ -1,0 +1,467 @@
+//! virtio-net: one receive and one transmit queue, no offloads.
+//!
+//! **Who does what.** A transmit happens in the vCPU thread that notified the queue. A receive, and a transmit that had to wait
+//! for room, happen in the device's own thread, which sleeps in `poll` on the backend's descriptor and an eventfd. One lock keeps
+//! them apart; it is held for a bounded batch, never while sleeping.
+//!
+//! **No room outside.** If the backend is full, the frame stays in the queue (the pop is undone) and the device is *stalled*
+//! until the guest notifies again or the owner calls `kick`. The kick takes no lock, so it may come from inside the backend.
+//!
+//! **No room inside.** If the guest has put no receive buffers, frames stay in the backend: the thread stops looking at its
+//! descriptor, asks the guest to notify, and sleeps. While there are buffers the guest is asked *not* to notify: each notify
+//! would cost it an exit for nothing.
+//!
+//! **Paused.** `quiesce` returns when the thread is not in guest memory and will not be until `unquiesce`. A frame that arrives
+//! meanwhile wakes the thread once; then it stops looking, so a pause stays quiet.
+//!
+//! **A guest that breaks the rules** gets DEVICE_NEEDS_RESET and a dead device until it resets it; the machine is told.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use parking_lot::Mutex;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::chain::{self, ChainError, Scatter};
+use super::mmio::{Effect, INTERRUPT_CONFIG, INTERRUPT_USED, Transport, status};
+pub use super::net_state::NET_STATE_VERSION;
+use super::net_state::NetState;
+use crate::device::{DeviceStateError, NetBackend, Signals, Transmit};
+
+/// virtio device id of a network card.
+const DEVICE_ID_NET: u32 = 1;
+/// The device has a MAC address.
+const VIRTIO_NET_F_MAC: u64 = 1 << 5;
+/// Index of the receive queue.
+const RX: usize = 0;
+/// Index of the transmit queue.
+const TX: usize = 1;
+/// Most buffers in each queue.
+pub const QUEUE_SIZE_MAX: u16 = 256;
+/// Bytes of the header before each frame (virtio_net_hdr with num_buffers).
+const HEADER_BYTES: usize = 12;
+/// Most bytes of a chain: the header and the largest frame any driver may hand over.
+const CHAIN_BYTES_MAX: usize = 65_562;
+/// Fewest bytes of an Ethernet frame: its header.
+const FRAME_BYTES_MIN: usize = 14;
+/// Most frames delivered before the lock is given up once.
+const RECEIVE_BATCH: usize = 32;
+/// How long a backend that fails is left alone, in milliseconds.
+const BACKEND_RETRY_MS: u16 = 100;
+/// The driver's word that it needs no interrupt for used buffers (VIRTQ_AVAIL_F_NO_INTERRUPT).
+const AVAIL_NO_INTERRUPT: u16 = 1;
+
+/// What the device's thread should wait for next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    /// More to do at once.
+    None,
+    /// A frame, or the eventfd.
+    Frame,
+    /// The eventfd only: the machine is paused, the driver not ready, or out of receive buffers.
+    Event,
+    /// The backend failed: the eventfd, or a while.
+    Retry,
+}
+
+struct Core {
+    transport: Transport,
+    /// Guest memory is off limits for the device's thread.
+    paused: bool,
+    /// The device's thread looks at nothing but the eventfd and must be woken when that changes.
+    resting: bool,
+    /// The interrupt line is up.
+    line_up: bool,
+    /// Room for one chain's bytes, kept.
+    buffer: Vec<u8>,
+}
+
+struct Shared<M> {
+    core: Mutex<Core>,
+    mem: M,
+    mac: [u8; 6],
+    gsi: u32,
+    backend: Arc<dyn NetBackend>,
+    signals: Arc<dyn Signals>,
+    event: EventFd,
+    stop: AtomicBool,
+    /// A frame waits in the transmit queue for room outside.
+    stalled: AtomicBool,
+    /// There may be room again: look at the transmit queue.
+    kicked: AtomicBool,
+    /// The backend failed the last time it was read.
+    failing: AtomicBool,
+}
+
+/// A virtio-net device and its thread.
+pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
+    shared: Arc<Shared<M>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
+    /// A device with address `mac` on interrupt line `gsi`, plugged into `backend`. It begins paused.
+    ///
+    /// # Errors
+    /// If the host gives no eventfd or thread.
+    pub fn new(
+        mem: M,
+        mac: [u8; 6],
+        gsi: u32,
+        backend: Arc<dyn NetBackend>,
+        signals: Arc<dyn Signals>,
+    ) -> io::Result<NetDevice<M>> {
+        let queue = || Queue::new(QUEUE_SIZE_MAX).map_err(|e| io::Error::other(e.to_string()));
+        let transport = Transport::new(DEVICE_ID_NET, VIRTIO_NET_F_MAC, vec![queue()?, queue()?]);
+        let core = Core {
+            transport,
+            paused: true,
+            resting: true,
+            line_up: false,
+            buffer: Vec::with_capacity(CHAIN_BYTES_MAX),
+        };
+        let shared = Arc::new(Shared {
+            core: Mutex::new(core),
+            mem,
+            mac,
+            gsi,
+            backend,
+            signals,
+            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            stop: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
+            kicked: AtomicBool::new(false),
+            failing: AtomicBool::new(false),
+        });
+        let thread = std::thread::Builder::new().name("mcd-net".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.serve()
+        })?;
+        Ok(NetDevice { shared, thread: Some(thread) })
+    }
+
+    /// The driver reads at `offset` of the device's registers.
+    pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        self.shared.core.lock().transport.read(offset, data, &self.shared.mac);
+    }
+
+    /// The driver writes at `offset` of the device's registers. A notify of the transmit queue sends before this returns.
+    pub fn mmio_write(&self, offset: u64, data: &[u8]) {
+        let shared = &*self.shared;
+        let mut core = shared.core.lock();
+        match core.transport.write(offset, data, &shared.mem) {
+            Effect::None => {}
+            Effect::Notify(queue) if usize::from(queue) == TX => shared.transmit(&mut core, false),
+            Effect::Notify(queue) if usize::from(queue) == RX => shared.wake(&mut core),
+            Effect::Notify(_) => {}
+            Effect::Ready => shared.wake(&mut core),
+            Effect::Acked => shared.update_line(&mut core),
+            Effect::Reset => {
+                shared.stalled.store(false, Ordering::SeqCst);
+                shared.update_line(&mut core);
+            }
+        }
+    }
+
+    /// There may be room outside again: a stalled device looks at its transmit queue. Takes no lock and does not block.
+    pub fn kick(&self) {
+        if self.shared.stalled.load(Ordering::SeqCst) {
+            self.shared.kicked.store(true, Ordering::SeqCst);
+            self.shared.ring_event();
+        }
+    }
+
+    /// Keeps the device's thread out of guest memory; returns when it is out.
+    pub fn quiesce(&self) {
+        self.shared.core.lock().paused = true;
+    }
+
+    /// Lets the device's thread work again.
+    pub fn unquiesce(&self) {
+        let mut core = self.shared.core.lock();
+        core.paused = false;
+        self.shared.wake(&mut core);
+    }
+
+    /// Appends the saved state. The machine must be paused.
+    pub fn save(&self, out: &mut Vec<u8>) {
+        let core = self.shared.core.lock();
+        NetState::write(&core.transport, self.shared.mac, self.shared.stalled.load(Ordering::SeqCst), out);
+    }
+
+    /// Takes over a saved state, and sets the interrupt line as its status demands. The machine must be paused, its interrupt
+    /// controllers restored, and guest memory in place.
+    ///
+    /// # Errors
+    /// [`DeviceStateError`] if `bytes` are no state of this device; it is as it was then.
+    pub fn restore(&self, bytes: &[u8]) -> Result<(), DeviceStateError> {
+        let shared = &*self.shared;
+        let state = NetState::read(bytes)?;
+        if state.mac != shared.mac {
+            return Err(DeviceStateError::new("the state is of a device with another MAC address"));
+        }
+        let mut core = shared.core.lock();
+        state.apply(&mut core.transport, &shared.mem)?;
+        core.resting = true;
+        core.line_up = core.transport.interrupt_status != 0;
+        shared.signals.set_irq(shared.gsi, core.line_up);
+        // Whatever stood in the queues when the state was saved is looked at again at resume.
+        shared.stalled.store(state.transmit_stalled, Ordering::SeqCst);
+        shared.kicked.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> Drop for NetDevice<M> {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.ring_event();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<M: GuestMemory> Shared<M> {
+    /// The device's thread.
+    fn serve(&self) {
+        while !self.stop.load(Ordering::SeqCst) {
+            let rest = self.work();
+            if rest != Rest::None {
+                self.sleep(rest);
+            }
+        }
+    }
+
+    fn sleep(&self, rest: Rest) {
+        // SAFETY: the eventfd lives as long as `self`.
+        let event = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
+        let frame_fd: RawFd = self.backend.readable_fd();
+        // SAFETY: the backend promises that its descriptor stays open as long as the device, which holds the backend.
+        let frame = unsafe { BorrowedFd::borrow_raw(frame_fd) };
+        let mut both = [PollFd::new(event, PollFlags::POLLIN), PollFd::new(frame, PollFlags::POLLIN)];
+        let timeout = if rest == Rest::Retry { PollTimeout::from(BACKEND_RETRY_MS) } else { PollTimeout::NONE };
+        let watched = if rest == Rest::Frame { 2 } else { 1 };
+        // An interrupted or failed poll is as good as a wake: the loop looks again.
+        let _ = both.get_mut(..watched).map(|fds| poll(fds, timeout));
+        let _ = self.event.read();
+    }
+
+    /// One bounded piece of work; says what to wait for next.
+    fn work(&self) -> Rest {
+        let mut core = self.core.lock();
+        if core.paused || !core.transport.is_live() {
+            core.resting = true;
+            return Rest::Event;
+        }
+        core.resting = false;
+        if self.kicked.swap(false, Ordering::SeqCst) {
+            self.transmit(&mut core, true);
+        }
+        let rest = self.receive(&mut core);
+        core.resting = matches!(rest, Rest::Event | Rest::Retry);
+        rest
+    }
+
+    /// Wakes the device's thread if it looks at nothing but the eventfd.
+    fn wake(&self, core: &mut Core) {
+        if std::mem::take(&mut core.resting) {
+            self.ring_event();
+        }
+    }
+
+    fn ring_event(&self) {
+        // It can only fail when the counter is full, and then the thread is being woken already.
+        let _ = self.event.write(1);
+    }
+
+    /// Sends what stands in the transmit queue: at most a queue's worth, since whatever the guest adds meanwhile comes with a
+    /// notify of its own. `ring_always`: the guest does not know that this happens, so its doorbell rings whatever it asked for.
+    fn transmit(&self, core: &mut Core, ring_always: bool) {
+        if !core.transport.is_live() {
+            return;
+        }
+        let mut used = false;
+        for _ in 0..QUEUE_SIZE_MAX {
+            match self.transmit_one(core) {
+                Ok(true) => used = true,
+                Ok(false) => break,
+                Err(error) => {
+                    self.break_down(core, &format!("transmit queue: {error}"));
+                    return;
+                }
+            }
+        }
+        if used {
+            self.notify_used(core, TX, ring_always);
+        }
+    }
+
+    /// Sends one frame; false if there is none or no room for it.
+    fn transmit_one(&self, core: &mut Core) -> Result<bool, ChainError> {
+        let Core { transport, buffer, .. } = core;
+        let Some(queue) = transport.queues.get_mut(TX).filter(|q| q.ready()) else { return Ok(false) };
+        let Some(found) = chain::pop(queue, &self.mem)? else { return Ok(false) };
+        let head = found.head_index();
+        buffer.clear();
+        chain::gather(&self.mem, found, buffer, CHAIN_BYTES_MAX)?;
+        let frame = buffer.get(HEADER_BYTES..).ok_or(ChainError::Empty)?;
+        // A stub that is no Ethernet frame is dropped, like a switch would.
+        if frame.len() >= FRAME_BYTES_MIN && !self.hand_over(frame) {
+            queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+            return Ok(false);
+        }
+        queue.add_used(&self.mem, head, 0).map_err(|_| ChainError::Ring)?;
+        Ok(true)
+    }
+
+    /// Gives a frame to the backend; false if it is full, and then `stalled` says so.
+    fn hand_over(&self, frame: &[u8]) -> bool {
+        if self.backend.transmit(frame) == Transmit::Accepted {
+            self.stalled.store(false, Ordering::SeqCst);
+            return true;
+        }
+        // Between that answer and this store a kick would find nothing stalled, so ask once more after it.
+        self.stalled.store(true, Ordering::SeqCst);
+        let accepted = self.backend.transmit(frame) == Transmit::Accepted;
+        if accepted {
+            self.stalled.store(false, Ordering::SeqCst);
+        }
+        accepted
+    }
+
+    /// Delivers a batch of frames.
+    fn receive(&self, core: &mut Core) -> Rest {
+        if !core.transport.is_live() {
+            return Rest::Event;
+        }
+        let mut used = false;
+        let mut rest = Rest::None;
+        for _ in 0..RECEIVE_BATCH {
+            match self.receive_one(core) {
+                Ok(Delivery::Delivered) => used = true,
+                Ok(Delivery::Dropped) => {}
+                Ok(Delivery::Rest(wait)) => {
+                    rest = wait;
+                    break;
+                }
+                Err(error) => {
+                    self.break_down(core, &format!("receive queue: {error}"));
+                    return Rest::Event;
+                }
+            }
+        }
+        if used {
+            self.notify_used(core, RX, true);
+        }
+        rest
+    }
+
+    fn receive_one(&self, core: &mut Core) -> Result<Delivery, ChainError> {
+        let Core { transport, buffer, .. } = core;
+        let Some(queue) = transport.queues.get_mut(RX).filter(|q| q.ready()) else {
+            return Ok(Delivery::Rest(Rest::Event));
+        };
+        if !self.has_buffer(queue)? {
+            return Ok(Delivery::Rest(Rest::Event));
+        }
+        buffer.resize(CHAIN_BYTES_MAX, 0);
+        let (header, frame) = buffer.split_at_mut_checked(HEADER_BYTES).ok_or(ChainError::TooLong)?;
+        let length = match self.backend.receive(frame) {
+            Ok(Some(length)) => length.min(frame.len()),
+            Ok(None) => return Ok(Delivery::Rest(Rest::Frame)),
+            Err(error) => {
+                if !self.failing.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%error, "network backend cannot be read, trying every {BACKEND_RETRY_MS} ms");
+                }
+                return Ok(Delivery::Rest(Rest::Retry));
+            }
+        };
+        self.failing.store(false, Ordering::Relaxed);
+        // No offloads: an empty header but for num_buffers = 1.
+        header.fill(0);
+        if let Some(num_buffers) = header.get_mut(10) {
+            *num_buffers = 1;
+        }
+        let Some(found) = chain::pop(queue, &self.mem)? else { return Ok(Delivery::Dropped) };
+        let head = found.head_index();
+        let bytes = buffer.get(..HEADER_BYTES + length).ok_or(ChainError::TooLong)?;
+        match chain::scatter(&self.mem, found, bytes)? {
+            Scatter::Written(written) => {
+                queue.add_used(&self.mem, head, written).map_err(|_| ChainError::Ring)?;
+                Ok(Delivery::Delivered)
+            }
+            // A frame larger than the buffers the driver promised is dropped; the buffer stays for the next one.
+            Scatter::TooSmall => {
+                queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+                Ok(Delivery::Dropped)
+            }
+        }
+    }
+
+    /// True if the guest has put a receive buffer. If not, the guest is asked to notify when it does; else, not to.
+    fn has_buffer(&self, queue: &mut Queue) -> Result<bool, ChainError> {
+        if self.buffers_waiting(queue)? {
+            queue.disable_notification(&self.mem).map_err(|_| ChainError::Ring)?;
+            return Ok(true);
+        }
+        // Asked first and looked again after: a buffer put in between would otherwise come without a notify.
+        queue.enable_notification(&self.mem).map_err(|_| ChainError::Ring)
+    }
+
+    fn buffers_waiting(&self, queue: &Queue) -> Result<bool, ChainError> {
+        let driver_index = queue.avail_idx(&self.mem, Ordering::Acquire).map_err(|_| ChainError::Ring)?;
+        Ok(driver_index.0 != queue.next_avail())
+    }
+
+    /// Tells the guest that buffers of `queue` were used: an interrupt unless it wants none, and the doorbell. A polling guest
+    /// wants no interrupts at all but sleeps in the wait port, so the doorbell rings regardless; only for transmit buffers that
+    /// it sees returned while it notifies does its word count for the doorbell too.
+    fn notify_used(&self, core: &mut Core, queue: usize, ring_always: bool) {
+        let avail = core.transport.queues.get(queue).map_or(0, |q| q.avail_ring());
+        let flags = self.mem.load::<u16>(GuestAddress(avail), Ordering::Acquire).map_or(0, u16::from_le);
+        let interrupt = flags & AVAIL_NO_INTERRUPT == 0;
+        if interrupt {
+            core.transport.interrupt_status |= INTERRUPT_USED;
+            self.update_line(core);
+        }
+        if interrupt || ring_always {
+            self.signals.ring();
+        }
+    }
+
+    /// Brings the interrupt line to what the interrupt status says: the line is level-triggered, up while any bit is set.
+    fn update_line(&self, core: &mut Core) {
+        let up = core.transport.interrupt_status != 0;
+        if up != core.line_up {
+            core.line_up = up;
+            self.signals.set_irq(self.gsi, up);
+        }
+    }
+
+    /// Marks the device broken until the guest resets it.
+    fn break_down(&self, core: &mut Core, reason: &str) {
+        core.transport.status |= status::NEEDS_RESET;
+        core.transport.interrupt_status |= INTERRUPT_CONFIG;
+        self.stalled.store(false, Ordering::SeqCst);
+        self.update_line(core);
+        self.signals.ring();
+        self.signals.broken("virtio-net", reason);
+    }
+}
+
+/// What became of one receive.
+enum Delivery {
+    /// A frame is with the guest.
+    Delivered,
+    /// A frame did not fit and is gone.
+    Dropped,
+    /// There is nothing to do.
+    Rest(Rest),
+}

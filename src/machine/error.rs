@@ -1,0 +1,128 @@
+//! What can go wrong with a machine.
+
+use nix::errno::Errno;
+use thiserror::Error;
+
+use super::memory::MemoryError;
+use super::state::FormatError;
+
+/// A call to KVM that failed.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("{call} failed: {errno}")]
+pub struct KvmError {
+    /// The call.
+    pub call: &'static str,
+    /// What the kernel said.
+    pub errno: Errno,
+}
+
+/// Makes a [`KvmError`] of what kvm-ioctls returns.
+pub(super) fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError { call, errno: Errno::from_raw(error.errno()) }
+}
+
+/// Why a vCPU's or a device's state could not be saved or restored.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum StateError {
+    /// KVM refused a call.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The bytes are no state of this machine.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// An MSR could not be read or written; KVM stops at the first.
+    #[error("KVM refused to {call} MSR {index:#x}: the two hosts' kernels or CPUs differ")]
+    Msr {
+        /// `read` or `write`.
+        call: &'static str,
+        /// The MSR.
+        index: u32,
+    },
+    /// The saved TSC frequency is not the host's.
+    #[error(
+        "the guest's TSC runs at {saved_khz} kHz, this host's at {host_khz} kHz and cannot be scaled: use equal hosts"
+    )]
+    Tsc {
+        /// The guest's, in kHz.
+        saved_khz: u32,
+        /// This host's, in kHz.
+        host_khz: u32,
+    },
+    /// More registers than the kernel's interface can carry.
+    #[error("this host's CPU state is larger than the KVM interface carries")]
+    Room,
+}
+
+/// What can go wrong with a machine.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// /dev/kvm could not be opened.
+    #[error("cannot open /dev/kvm ({errno}): load the kvm module, or give this user access to it")]
+    Open {
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// The host's KVM lacks something a machine cannot do without.
+    #[error("this host's KVM lacks {what}: a newer kernel is needed")]
+    Lacks {
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// KVM refused a call.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The machine cannot have this many vCPUs.
+    #[error("a machine has 1 to {max} vCPUs, not {cpus}")]
+    Cpus {
+        /// What was asked for.
+        cpus: u8,
+        /// The most this host and mcd can do.
+        max: u8,
+    },
+    /// The guest could not be loaded.
+    #[error("the guest could not be loaded: {what}")]
+    Boot {
+        /// Why.
+        what: String,
+    },
+    /// State could not be saved or restored.
+    #[error("{part}: {error}")]
+    State {
+        /// Which part of the machine.
+        part: String,
+        /// Why.
+        error: StateError,
+    },
+    /// The operation needs a paused machine.
+    #[error("the machine must be paused to {what}")]
+    Running {
+        /// The operation.
+        what: &'static str,
+    },
+    /// A restore failed half way; what the machine holds is of no guest.
+    #[error("the machine cannot run: its last restore failed, restore a whole state first")]
+    HalfRestored,
+    /// A vCPU did not stop or obey in time.
+    #[error(
+        "vCPU {cpu} did not {what} within {limit_s} s: the host is stalled or the console or network backend blocks"
+    )]
+    Stuck {
+        /// The vCPU.
+        cpu: u16,
+        /// What it was to do.
+        what: &'static str,
+        /// How long it was waited for, in seconds.
+        limit_s: u64,
+    },
+    /// A thread or an event descriptor could not be made.
+    #[error("cannot start {what} ({reason}): the host is out of resources")]
+    Start {
+        /// What.
+        what: &'static str,
+        /// Why.
+        reason: std::io::Error,
+    },
+}

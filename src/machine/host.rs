@@ -1,0 +1,193 @@
+//! What the host's KVM can give a guest: capabilities, CPUID, MSRs, and a digest by which two hosts are compared.
+
+use std::arch::x86_64::__cpuid_count;
+use std::fs::OpenOptions;
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+use nix::errno::Errno;
+
+use super::error::{MachineError, kvm};
+
+/// Most vCPUs mcd gives a machine.
+pub const CPUS_MAX: u8 = 64;
+
+/// Leaf of KVM's paravirtual features.
+const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
+/// KVM's asynchronous page faults (three bits): tokens in flight cannot be saved, so guests do not get them.
+const KVM_FEATURES_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+/// CR4.OSXSAVE mirrored in leaf 1: says what the guest's kernel did, not what the CPU can.
+const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
+/// The TSC-deadline timer in leaf 1: KVM emulates it but does not list it.
+const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+
+/// What this host can do, asked once per machine.
+pub(super) struct HostCaps {
+    /// MSRs to save and restore, in the order KVM lists them.
+    pub(super) msrs: Vec<u32>,
+    /// Bytes of the XSAVE area.
+    pub(super) xsave_bytes: usize,
+    /// The guest's TSC can be scaled.
+    pub(super) tsc_control: bool,
+    /// What the guest's CPUID says, but for the vCPU's own number.
+    pub(super) cpuid: CpuId,
+    /// Most vCPUs.
+    pub(super) cpus_max: u8,
+}
+
+/// Opens /dev/kvm.
+pub(super) fn open() -> Result<Kvm, MachineError> {
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open("/dev/kvm")
+        .map_err(|e| MachineError::Open { errno: Errno::from_raw(e.raw_os_error().unwrap_or(0)) })?;
+    use std::os::fd::FromRawFd;
+    // SAFETY: the descriptor was just opened on /dev/kvm and is handed over whole.
+    Ok(unsafe { Kvm::from_raw_fd(device.into_raw_fd()) })
+}
+
+impl HostCaps {
+    /// Asks `kvm`.
+    pub(super) fn ask(kvm_fd: &Kvm) -> Result<HostCaps, MachineError> {
+        let needed = [
+            (Cap::Irqchip, "an in-kernel interrupt controller"),
+            (Cap::Pit2, "an in-kernel timer"),
+            (Cap::PitState2, "an in-kernel timer whose state can be read"),
+            (Cap::ImmediateExit, "immediate_exit"),
+            (Cap::Xcrs, "KVM_GET_XCRS"),
+            (Cap::Xsave, "KVM_GET_XSAVE"),
+            (Cap::VcpuEvents, "KVM_GET_VCPU_EVENTS"),
+            (Cap::Debugregs, "KVM_GET_DEBUGREGS"),
+            (Cap::AdjustClock, "KVM_SET_CLOCK"),
+        ];
+        if let Some((_, what)) = needed.iter().find(|(cap, _)| !kvm_fd.check_extension(*cap)) {
+            return Err(MachineError::Lacks { what });
+        }
+        if kvm_fd.check_extension_int(Cap::SyncRegs) & 7 != 7 {
+            return Err(MachineError::Lacks { what: "KVM_CAP_SYNC_REGS for registers, sregs and events" });
+        }
+        let msrs = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(HostCaps {
+            msrs: msrs.as_slice().to_vec(),
+            xsave_bytes: usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096),
+            tsc_control: kvm_fd.check_extension(Cap::TscControl),
+            cpuid: guest_cpuid(kvm_fd)?,
+            cpus_max: u8::try_from(kvm_fd.get_max_vcpus()).unwrap_or(u8::MAX).min(CPUS_MAX),
+        })
+    }
+
+    /// The CPUID of vCPU `cpu` of `cpus`.
+    pub(super) fn cpuid_of(&self, cpu: u8, cpus: u8) -> CpuId {
+        let mut cpuid = self.cpuid.clone();
+        for entry in cpuid.as_mut_slice() {
+            match entry.function {
+                // Local APIC id and number of logical processors.
+                1 => entry.ebx = entry.ebx & 0xffff | u32::from(cpus) << 16 | u32::from(cpu) << 24,
+                // x2APIC id, and one level of topology: every vCPU a core of one package.
+                0xb | 0x1f => fill_topology(entry, cpu, cpus),
+                // AMD: extended APIC id, compute unit, node.
+                0x8000_001e => entry.eax = u32::from(cpu),
+                _ => {}
+            }
+        }
+        cpuid
+    }
+}
+
+fn fill_topology(entry: &mut kvm_cpuid_entry2, cpu: u8, cpus: u8) {
+    entry.edx = u32::from(cpu);
+    entry.ecx = entry.index;
+    (entry.eax, entry.ebx) = match entry.index {
+        0 => (0, 1),
+        1 => (u32::from(cpus).next_power_of_two().trailing_zeros(), u32::from(cpus)),
+        _ => (0, 0),
+    };
+    entry.ecx |= match entry.index {
+        0 => 1 << 8,
+        1 => 2 << 8,
+        _ => 0,
+    };
+}
+
+/// What KVM supports on this host, freed of what depends on the CPU that was asked and of what cannot be saved.
+fn guest_cpuid(kvm_fd: &Kvm) -> Result<CpuId, MachineError> {
+    let mut cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let deadline_timer = kvm_fd.check_extension(Cap::TscDeadlineTimer);
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => {
+                // EBX: brand index and CLFLUSH size stay; APIC id and count are the asked CPU's.
+                entry.ebx &= 0xffff;
+                entry.ecx &= !LEAF1_ECX_OSXSAVE;
+                if deadline_timer {
+                    entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
+                }
+            }
+            0xb | 0x1f => entry.edx = 0,
+            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0),
+            LEAF_KVM_FEATURES => entry.eax &= !KVM_FEATURES_ASYNC_PF,
+            _ => {}
+        }
+    }
+    Ok(cpuid)
+}
+
+/// A digest of what a guest can see of this host's CPU: two hosts whose digests differ cannot take over from each other.
+///
+/// It covers the CPUID that guests are given, the MSRs and the size of the vector state that are saved, and, because some hosts
+/// let a guest's user mode execute CPUID unfiltered, the feature leaves of the bare CPU. Names and frequencies are left out.
+///
+/// # Errors
+/// [`MachineError::Open`] without /dev/kvm, [`MachineError::Lacks`] or [`MachineError::Kvm`] if it cannot be asked.
+pub fn cpu_digest() -> Result<u64, MachineError> {
+    let caps = HostCaps::ask(&open()?)?;
+    let mut digest = Digest::new();
+    for entry in caps.cpuid.as_slice().iter().filter(|e| !is_name_or_frequency(e.function)) {
+        digest.add(&[entry.function, entry.index, entry.eax, entry.ebx, entry.ecx, entry.edx]);
+    }
+    digest.add(&caps.msrs);
+    digest.add(&[caps.xsave_bytes as u32]);
+    for (leaf, index, masks) in BARE_LEAVES {
+        let found = __cpuid_count(leaf, index);
+        let words = [found.eax, found.ebx, found.ecx, found.edx];
+        for (word, mask) in words.iter().zip(masks) {
+            digest.add(&[word & mask]);
+        }
+    }
+    Ok(digest.value)
+}
+
+fn is_name_or_frequency(function: u32) -> bool {
+    matches!(function, 0x15 | 0x16 | 0x4000_0010 | 0x8000_0002..=0x8000_0004)
+}
+
+/// Leaves of the bare CPU that matter to programs, with masks over EAX to EDX that leave out what differs from core to core.
+const BARE_LEAVES: [(u32, u32, [u32; 4]); 6] = [
+    (0, 0, [u32::MAX; 4]),
+    (1, 0, [u32::MAX, 0xff00, !LEAF1_ECX_OSXSAVE, u32::MAX]),
+    (7, 0, [u32::MAX; 4]),
+    (0xd, 0, [u32::MAX, 0, u32::MAX, u32::MAX]),
+    (0xd, 1, [u32::MAX, 0, u32::MAX, u32::MAX]),
+    (0x8000_0001, 0, [u32::MAX; 4]),
+];
+
+/// FNV-1a over 32-bit words: the digest tells hosts apart, it does not keep secrets.
+struct Digest {
+    value: u64,
+}
+
+impl Digest {
+    fn new() -> Digest {
+        Digest { value: 0xcbf2_9ce4_8422_2325 }
+    }
+
+    fn add(&mut self, words: &[u32]) {
+        for byte in words.iter().flat_map(|w| w.to_le_bytes()) {
+            self.value = (self.value ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The state of what the vCPUs share inside KVM: timer, interrupt controllers, clock.
+//!
+//! Saved and restored after the vCPUs. The timer goes in before the controllers: setting it may raise its line, which the
+//! controllers' own state then overrides.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+
+use super::plain::{self, bytes_of};
+use super::sections::{self, FormatError, Kind, Sections};
+use crate::machine::error::{StateError, kvm};
+
+const VERSION: u16 = 1;
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+/// Timer, interrupt controllers and clock.
+pub(in crate::machine) struct ChipState {
+    pit: kvm_pit_state2,
+    chips: [kvm_irqchip; 3],
+    clock: kvm_clock_data,
+}
+
+impl ChipState {
+    /// Takes the state from `vm`.
+    pub(in crate::machine) fn harvest(vm: &VmFd) -> Result<ChipState, StateError> {
+        let pit = vm.get_pit2().map_err(kvm("KVM_GET_PIT2"))?;
+        let mut chips = [kvm_irqchip::default(); 3];
+        for (chip, id) in chips.iter_mut().zip(CHIPS) {
+            chip.chip_id = id;
+            vm.get_irqchip(chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+        }
+        let clock = vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        Ok(ChipState { pit, chips, clock })
+    }
+
+    /// Puts the state into `vm`.
+    ///
+    /// The clock goes on from where it was saved: for the guest, the time of the takeover did not pass. Adding it (KVM offers to)
+    /// would make every timer in the guest fire at once, and would trust two hosts' wall clocks to agree.
+    pub(in crate::machine) fn apply(&self, vm: &VmFd) -> Result<(), StateError> {
+        vm.set_pit2(&self.pit).map_err(kvm("KVM_SET_PIT2"))?;
+        let clock = kvm_clock_data { clock: self.clock.clock, flags: 0, ..Default::default() };
+        vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
+        for chip in &self.chips {
+            vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+        }
+        Ok(())
+    }
+
+    /// Appends the state's sections.
+    pub(in crate::machine) fn encode(&self, out: &mut Vec<u8>) {
+        sections::write(out, Kind::Pit, VERSION, 0, |o| o.extend_from_slice(bytes_of(&self.pit)));
+        for (instance, chip) in (0u16..).zip(&self.chips) {
+            sections::write(out, Kind::IrqChip, VERSION, instance, |o| o.extend_from_slice(bytes_of(chip)));
+        }
+        sections::write(out, Kind::Clock, VERSION, 0, |o| o.extend_from_slice(bytes_of(&self.clock)));
+    }
+
+    /// Reads the state from `sections`.
+    pub(in crate::machine) fn decode(from: &mut Sections<'_>) -> Result<ChipState, FormatError> {
+        let pit = take(from, Kind::Pit, 0)?;
+        let mut chips = [kvm_irqchip::default(); 3];
+        for ((instance, chip), id) in (0u16..).zip(chips.iter_mut()).zip(CHIPS) {
+            *chip = take(from, Kind::IrqChip, instance)?;
+            if chip.chip_id != id {
+                return Err(Kind::IrqChip.bad(format!("chip {} stands where {id} should", chip.chip_id)));
+            }
+        }
+        let clock = take(from, Kind::Clock, 0)?;
+        Ok(ChipState { pit, chips, clock })
+    }
+}
+
+fn take<T: plain::Plain>(from: &mut Sections<'_>, kind: Kind, instance: u16) -> Result<T, FormatError> {
+    let mut fields = from.take(kind, VERSION, instance)?;
+    let value = plain::read(&mut fields)?;
+    fields.end()?;
+    Ok(value)
+}

@@ -1,0 +1,8 @@
+//! Saving and restoring: the byte format, and one file per concern.
+
+pub(super) mod chips;
+pub(super) mod plain;
+pub(super) mod sections;
+pub(super) mod vcpu;
+
+pub use sections::FormatError;

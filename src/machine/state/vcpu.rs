@@ -1,0 +1,245 @@
+//! The state of one vCPU: taken from KVM, given to KVM, written as sections, read from sections.
+//!
+//! The value is allocated once per vCPU and filled again in every pause. The orders of the calls are load-bearing:
+//!
+//! Saving: MP_STATE first, because reading it makes KVM digest a pending INIT or SIPI, which changes registers. Then registers,
+//! FPU, control, LAPIC, MSRs; the events on their way in last, because the calls before may move them.
+//!
+//! Restoring: TSC frequency, MP_STATE, then sregs before the LAPIC (they carry the APIC base and with it the mode the LAPIC's
+//! registers are read in), the LAPIC before the MSRs (the TSC deadline is dropped unless the LAPIC's timer is in deadline mode),
+//! IA32_TSC before the deadline (which is compared with it), events last (setting registers clears pending exceptions).
+
+use kvm_bindings::{
+    Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
+};
+use kvm_ioctls::VcpuFd;
+
+use super::plain::{self, Plain, bytes_of, bytes_of_words};
+use super::sections::{self, FormatError, Kind, Sections};
+use crate::machine::error::{StateError, kvm};
+use crate::machine::host::HostCaps;
+
+/// The version of every vCPU section this build writes.
+const VERSION: u16 = 1;
+/// IA32_TSC_DEADLINE.
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Words of the legacy XSAVE region that `kvm_xsave` itself holds; what is beyond comes behind it.
+const XSAVE_WORDS: usize = 1024;
+/// Most parts per million by which two hosts' TSC may differ without scaling; as other VMMs have it.
+const TSC_TOLERANCE_PPM: u64 = 250;
+/// Register offset and mode bits of the LAPIC's timer entry.
+const LAPIC_LVT_TIMER: usize = 0x320;
+
+/// The state of one vCPU.
+pub(in crate::machine) struct VcpuState {
+    /// The guest ended this vCPU (shut down, panicked, failed): it is never entered again.
+    pub(in crate::machine) ended: bool,
+    tsc_khz: u32,
+    mp_state: u32,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Xsave,
+    xcrs: kvm_xcrs,
+    debugregs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Msrs,
+    events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// An empty state with room for everything a vCPU of this host has.
+    pub(in crate::machine) fn new(caps: &HostCaps, tsc_khz: u32) -> Result<VcpuState, StateError> {
+        let extra_words = caps.xsave_bytes.div_ceil(4).saturating_sub(XSAVE_WORDS);
+        let entries: Vec<kvm_msr_entry> =
+            caps.msrs.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        Ok(VcpuState {
+            ended: false,
+            tsc_khz,
+            mp_state: 0,
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: Xsave::new(extra_words).map_err(|_| StateError::Room)?,
+            xcrs: kvm_xcrs::default(),
+            debugregs: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            msrs: Msrs::from_entries(&entries).map_err(|_| StateError::Room)?,
+            events: kvm_vcpu_events::default(),
+        })
+    }
+
+    /// Takes the state of `vcpu`, whose last KVM_RUN returned EINTR with every register synchronised into its run page.
+    ///
+    /// Each call to KVM costs about 5 µs, so general registers, sregs and events come from the run page. Only where another vCPU
+    /// could have sent an INIT since is that not enough: then the registers are asked for again, and if they moved, all are.
+    pub(in crate::machine) fn harvest(&mut self, vcpu: &VcpuFd, alone: bool) -> Result<(), StateError> {
+        self.mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?.mp_state;
+        let synced = vcpu.sync_regs();
+        self.regs = synced.regs;
+        self.sregs = synced.sregs;
+        let moved = !alone && vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))? != synced.regs;
+        if moved {
+            self.regs = vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?;
+            self.sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
+        }
+        // SAFETY: the buffer was made with as many bytes as KVM_CAP_XSAVE2 names, and no feature that would enlarge the area
+        // is enabled after the vCPU was made.
+        unsafe { vcpu.get_xsave2(&mut self.xsave) }.map_err(kvm("KVM_GET_XSAVE2"))?;
+        self.xcrs = vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?;
+        self.debugregs = vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?;
+        self.lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
+        let read = vcpu.get_msrs(&mut self.msrs).map_err(kvm("KVM_GET_MSRS"))?;
+        if let Some(stuck) = self.msrs.as_slice().get(read) {
+            return Err(StateError::Msr { call: "read", index: stuck.index });
+        }
+        self.events = if moved { vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))? } else { synced.events };
+        Ok(())
+    }
+
+    /// Puts the state into `vcpu`.
+    pub(in crate::machine) fn apply(&self, vcpu: &VcpuFd, caps: &HostCaps) -> Result<(), StateError> {
+        self.apply_tsc_frequency(vcpu, caps)?;
+        vcpu.set_mp_state(kvm_mp_state { mp_state: self.mp_state }).map_err(kvm("KVM_SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
+        vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
+        // SAFETY: the buffer holds as many bytes as KVM_CAP_XSAVE2 names; KVM reads no more, and checks the content.
+        unsafe { vcpu.set_xsave2(&self.xsave) }.map_err(kvm("KVM_SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debugregs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
+        vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
+        self.apply_msrs(vcpu)?;
+        vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))?;
+        Ok(())
+    }
+
+    /// Runs the guest's TSC at the saved frequency where the host can, and refuses where it cannot and would be off.
+    fn apply_tsc_frequency(&self, vcpu: &VcpuFd, caps: &HostCaps) -> Result<(), StateError> {
+        let host = vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?;
+        if host == self.tsc_khz {
+            return Ok(());
+        }
+        if caps.tsc_control {
+            return Ok(vcpu.set_tsc_khz(self.tsc_khz).map_err(kvm("KVM_SET_TSC_KHZ"))?);
+        }
+        let off_khz = u64::from(host.abs_diff(self.tsc_khz));
+        if off_khz * 1_000_000 > u64::from(self.tsc_khz) * TSC_TOLERANCE_PPM {
+            return Err(StateError::Tsc { saved_khz: self.tsc_khz, host_khz: host });
+        }
+        Ok(())
+    }
+
+    /// Writes the MSRs, IA32_TSC_DEADLINE after all others.
+    fn apply_msrs(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
+        let is_deadline = |entry: &kvm_msr_entry| entry.index == MSR_TSC_DEADLINE;
+        let mut first: Vec<kvm_msr_entry> = self.msrs.as_slice().iter().filter(|e| !is_deadline(e)).copied().collect();
+        set_msrs(vcpu, &first)?;
+        first.clear();
+        if let Some(deadline) = self.msrs.as_slice().iter().find(|e| is_deadline(e)) {
+            let mut deadline = *deadline;
+            if deadline.data == 0 && self.deadline_timer_armed() {
+                // KVM reads the deadline as 0 from when the timer has fired until its interrupt is injected. If the state was
+                // saved in between, writing 0 would disarm the timer and the guest would wait for ever; a deadline in the past
+                // (TSC 1) fires at once. A timer that was really disarmed fires once more than it should, which a guest that
+                // uses it must bear anyway: on hardware, too, disarming races with firing.
+                deadline.data = 1;
+            }
+            set_msrs(vcpu, &[deadline])?;
+        }
+        Ok(())
+    }
+
+    /// True if the LAPIC's timer is in TSC-deadline mode and not masked.
+    fn deadline_timer_armed(&self) -> bool {
+        let byte = |offset: usize| self.lapic.regs.get(LAPIC_LVT_TIMER + offset).map_or(0, |b| *b as u8);
+        let entry = u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)]);
+        let (mode, masked) = ((entry >> 17) & 3, (entry >> 16) & 1 == 1);
+        mode == 2 && !masked
+    }
+
+    /// Appends the state's sections.
+    pub(in crate::machine) fn encode(&self, cpu: u16, out: &mut Vec<u8>) {
+        sections::write(out, Kind::VcpuRun, VERSION, cpu, |o| {
+            o.extend_from_slice(&self.mp_state.to_le_bytes());
+            o.extend_from_slice(&self.tsc_khz.to_le_bytes());
+            o.push(u8::from(self.ended));
+        });
+        sections::write(out, Kind::Regs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.regs)));
+        sections::write(out, Kind::Sregs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.sregs)));
+        sections::write(out, Kind::Xsave, VERSION, cpu, |o| {
+            o.extend_from_slice(bytes_of_words(&self.xsave.as_fam_struct_ref().xsave.region));
+            o.extend_from_slice(bytes_of_words(self.xsave.as_slice()));
+        });
+        sections::write(out, Kind::Xcrs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.xcrs)));
+        sections::write(out, Kind::DebugRegs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.debugregs)));
+        sections::write(out, Kind::Lapic, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.lapic)));
+        sections::write(out, Kind::Msrs, VERSION, cpu, |o| {
+            for entry in self.msrs.as_slice() {
+                o.extend_from_slice(&entry.index.to_le_bytes());
+                o.extend_from_slice(&entry.data.to_le_bytes());
+            }
+        });
+        sections::write(out, Kind::VcpuEvents, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.events)));
+    }
+
+    /// Reads the state of vCPU `cpu` from `sections` into this value.
+    ///
+    /// The MSRs must be the ones this host has, in its order: a state with others cannot be restored whole here.
+    pub(in crate::machine) fn decode(&mut self, cpu: u16, from: &mut Sections<'_>) -> Result<(), FormatError> {
+        let mut run = from.take(Kind::VcpuRun, VERSION, cpu)?;
+        self.mp_state = run.u32()?;
+        self.tsc_khz = run.u32()?;
+        self.ended = run.u8()? != 0;
+        run.end()?;
+        self.regs = take_plain(from, Kind::Regs, cpu)?;
+        self.sregs = take_plain(from, Kind::Sregs, cpu)?;
+        self.decode_xsave(cpu, from)?;
+        self.xcrs = take_plain(from, Kind::Xcrs, cpu)?;
+        self.debugregs = take_plain(from, Kind::DebugRegs, cpu)?;
+        self.lapic = take_plain(from, Kind::Lapic, cpu)?;
+        let mut msrs = from.take(Kind::Msrs, VERSION, cpu)?;
+        for entry in self.msrs.as_mut_slice() {
+            let index = msrs.u32()?;
+            if index != entry.index {
+                return Err(Kind::Msrs.bad(format!("MSR {index:#x} stands where this host has {:#x}", entry.index)));
+            }
+            entry.data = msrs.u64()?;
+        }
+        msrs.end()?;
+        self.events = take_plain(from, Kind::VcpuEvents, cpu)?;
+        Ok(())
+    }
+
+    fn decode_xsave(&mut self, cpu: u16, from: &mut Sections<'_>) -> Result<(), FormatError> {
+        let mut fields = from.take(Kind::Xsave, VERSION, cpu)?;
+        let extra_words = self.xsave.as_slice().len();
+        let bytes = fields.bytes((XSAVE_WORDS + extra_words) * 4)?;
+        fields.end()?;
+        let mut words = bytes.chunks_exact(4).map(|c| c.try_into().map_or(0, u32::from_le_bytes));
+        // SAFETY: only the words of the area are written; the length field, on which the wrapper's bounds rest, is not.
+        let area = unsafe { self.xsave.as_mut_fam_struct() };
+        for (word, saved) in area.xsave.region.iter_mut().zip(words.by_ref()) {
+            *word = saved;
+        }
+        for (word, saved) in self.xsave.as_mut_slice().iter_mut().zip(words) {
+            *word = saved;
+        }
+        Ok(())
+    }
+}
+
+fn take_plain<T: Plain>(from: &mut Sections<'_>, kind: Kind, cpu: u16) -> Result<T, FormatError> {
+    let mut fields = from.take(kind, VERSION, cpu)?;
+    let value = plain::read(&mut fields)?;
+    fields.end()?;
+    Ok(value)
+}
+
+/// Writes `entries` and checks that KVM took every one: it stops silently at the first it refuses.
+pub(in crate::machine) fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| StateError::Room)?;
+    let written = vcpu.set_msrs(&msrs).map_err(kvm("KVM_SET_MSRS"))?;
+    match entries.get(written) {
+        Some(stuck) => Err(StateError::Msr { call: "write", index: stuck.index }),
+        None => Ok(()),
+    }
+}
