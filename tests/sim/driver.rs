@@ -130,7 +130,10 @@ impl World {
     }
 
     fn feed_secondary(&mut self, proc: ProcId, now: Instant, input: secondary::Input) {
+        let quits = self.procs[proc].quits;
         if let Role::Secondary(machine) = &mut self.procs[proc].role {
+            let quit = matches!(input, secondary::Input::Quit);
+            self.excused |= quit && (quits >= 2 || machine.phase() != secondary::Phase::Deciding);
             machine.handle(now, input);
         }
     }
@@ -480,7 +483,6 @@ impl World {
                 self.note(proc, || format!("exits: {ending:?}"));
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);
-                self.excused |= ending == secondary::Ending::Quit;
                 self.end(proc);
             }
             Action::Tell(event) => self.note(proc, || format!("* {event}")),

@@ -142,6 +142,7 @@ impl World {
             self.after(us, Event::Reset { conn, end, why: "broken" });
             if self.rng.chance(500) {
                 self.conns[conn].ends[end].queue.clear();
+                self.conns[conn].ends[end].broken = true;
             }
         }
     }

@@ -65,7 +65,8 @@ impl World {
     pub fn send(&mut self, proc: ProcId, local: ConnId, item: Item) {
         let Some(conn) = self.procs[proc].conn(local) else { return };
         let Some(from) = self.end_of(conn, proc) else { return };
-        if !self.conns[conn].established || self.conns[conn].ends[from].closed {
+        let end = &self.conns[conn].ends[from];
+        if !self.conns[conn].established || end.closed || end.broken {
             return;
         }
         if self.trace.on && !matches!(item, Item::Message(Message::Heartbeat(_))) {
@@ -238,7 +239,7 @@ impl World {
         if self.conns[conn].ends[end].closed {
             return;
         }
-        if self.conns[conn].established {
+        if self.conns[conn].established && !self.conns[conn].ends[end].broken {
             self.enqueue(conn, end, Item::Fin);
         }
         self.conns[conn].ends[end].closed = true;

@@ -56,6 +56,8 @@ pub struct End {
     pub closed: bool,
     /// The host died: nothing is received, nothing answered.
     pub silent: bool,
+    /// What is sent from here gets lost: the connection is broken, but nobody knows yet.
+    pub broken: bool,
     /// The oldest item not yet acknowledged was sent then.
     pub unacked_since: Option<u64>,
     /// Items on their way from this end: when sent, when due, what.
@@ -72,6 +74,7 @@ impl End {
             local,
             closed: false,
             silent: false,
+            broken: false,
             unacked_since: None,
             queue: VecDeque::new(),
             greeted: false,

@@ -98,6 +98,8 @@ pub struct World {
     pub calm_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
     lost: bool,
+    /// The guest was lost, and is not any more, because an old question reached the arbiter late.
+    by_luck: bool,
     /// A crash just happened: what is lost by it is excused.
     pub excused: bool,
     instances: u64,
@@ -129,6 +131,7 @@ impl World {
             stats: Stats::default(),
             calm_since: None,
             lost: false,
+            by_luck: false,
             excused: false,
             instances: 0,
             versions: 0,
@@ -491,11 +494,13 @@ impl World {
             return;
         }
         if self.procs.iter().any(|proc| self.has_guest(proc, record)) {
-            // A dead node's last question to the arbiter may have put a pair on record.
+            // A dead node's last question to the arbiter may have put a pair on record. Its peer may have read the record before that
+            // and be about to join anew: it had no right to the guest when its primary died.
+            self.by_luck = self.lost || (self.by_luck && record.state == RecordState::Paired);
             self.lost = false;
         } else if self.lost {
             // Until somebody starts it anew.
-        } else if excused {
+        } else if excused || self.by_luck {
             self.lost = true;
             self.stats.lost_guests += 1;
             self.trace.across(self.now, "the guest is lost: nobody else had it");

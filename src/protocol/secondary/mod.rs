@@ -71,6 +71,8 @@ pub struct Secondary {
     arbiter_lost: Option<String>,
     cause: String,
     last_refusal: Option<String>,
+    /// An operator ends this node as soon as the arbiter has answered.
+    quitting: bool,
     actions: VecDeque<Action>,
 }
 
@@ -96,6 +98,7 @@ impl Secondary {
             arbiter_lost: None,
             cause: String::new(),
             last_refusal: None,
+            quitting: false,
             actions: VecDeque::new(),
             config,
         }
@@ -162,7 +165,7 @@ impl Secondary {
                     self.verdict(verdict);
                 }
             }
-            Input::Quit => self.exit(Ending::Quit),
+            Input::Quit => self.quit(),
         }
         self.on_time(now);
     }
@@ -307,7 +310,19 @@ impl Secondary {
         }
     }
 
+    /// Ends this node. While it asks for the guest it may be the only one that has it, so the answer is waited for (and the guest run, if
+    /// that is the answer), unless the operator asks twice.
+    fn quit(&mut self) {
+        let twice = std::mem::replace(&mut self.quitting, true);
+        if twice || self.phase != Phase::Deciding {
+            self.exit(Ending::Quit);
+        }
+    }
+
     fn rejoin(&mut self, why: &str) {
+        if self.quitting {
+            return self.exit(Ending::Quit);
+        }
         self.close_connections();
         self.phase = Phase::Done;
         self.tell(Event::Rejoining { why: why.into() });
