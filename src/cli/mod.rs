@@ -57,6 +57,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
 fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<ExitCode, Failure> {
     let (config, start) = (config::node(node)?, config::primary(node, machine, cold)?);
     log::start(&node.log, Level::INFO);
+    node::prepare_process();
     ended(node::run_primary(config, &start))
 }
 
@@ -72,6 +73,7 @@ fn cold_start(args: &ColdStartArgs) -> Result<ExitCode, Failure> {
 fn secondary(args: &SecondaryArgs) -> Result<ExitCode, Failure> {
     let (config, start) = (config::node(&args.node)?, config::secondary(args)?);
     log::start(&args.node.log, Level::INFO);
+    node::prepare_process();
     ended(node::run_secondary(config, &start))
 }
 

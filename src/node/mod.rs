@@ -17,6 +17,7 @@ mod conns;
 mod context;
 mod error;
 mod events;
+mod keeper;
 mod links;
 mod primary;
 mod secondary;
@@ -39,7 +40,7 @@ use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
 use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
 use crate::machine::boot::builtin;
-use crate::machine::{GuestNet, cpu_digest};
+use crate::machine::{GuestNet, MachineError, cpu_digest};
 use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::primary::Primary;
 use crate::protocol::record::Record;
@@ -60,6 +61,13 @@ pub enum NodeEnd {
     Fenced,
 }
 
+/// Prepares the process. Call it first, from the main thread, before any file or thread is there.
+pub fn prepare_process() {
+    if let Err(error) = keeper::start() {
+        tracing::warn!(%error, "no keeper process: if this node is killed its peer hears of it later, the more memory the guest has");
+    }
+}
+
 /// Starts the guest and protects it until it ends here.
 ///
 /// # Errors
@@ -70,6 +78,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let gate = open_gate(&config, &events)?;
     let mut machine = new_machine(&start.shape, gate.clone(), &events)?;
     let net = GuestNet { ipv4: start.net.ipv4, prefix_len: start.net.prefix_len, gateway: start.net.gateway };
+    machine.memory().prefault().map_err(MachineError::from)?;
     let vcpus = builtin::load(machine.memory(), &start.shape, &net)?;
     machine.start_vcpus(vcpus)?;
     let mut arbiter = open_arbiter(&config);
