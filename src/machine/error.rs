@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 use thiserror::Error;
 
+use super::boot::BootError;
 use super::memory::MemoryError;
 use super::state::FormatError;
 
@@ -83,11 +84,8 @@ pub enum MachineError {
         max: u8,
     },
     /// The guest could not be loaded.
-    #[error("the guest could not be loaded: {what}")]
-    Boot {
-        /// Why.
-        what: String,
-    },
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// State could not be saved or restored.
     #[error("{part}: {error}")]
     State {

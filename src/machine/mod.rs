@@ -22,7 +22,7 @@
 //! # Rooms
 //!
 //! `memory` where RAM lies · `dirty` what changed · `vcpu` threads and the pause word · `wait` the wait port · `state` the byte
-//! form of everything · `host` what this host can do · `initial` what a guest starts with.
+//! form of everything · `host` what this host can do · `initial` what a guest starts with · `boot` who gives it that.
 
 pub mod boot;
 pub mod dirty;
@@ -196,6 +196,16 @@ impl Machine {
             machine.vcpus.push(Vcpu::start(cpu, fd, doorbell, &common)?);
         }
         Ok(machine)
+    }
+
+    /// Loads the built-in guest and gives the vCPUs their first state; the next resume boots it.
+    ///
+    /// # Errors
+    /// [`MachineError::Boot`] if the machine's shape is not one the guest runs on; [`MachineError::Running`]; what KVM refuses.
+    pub fn boot_builtin(&mut self, net: &GuestNet) -> Result<(), MachineError> {
+        self.need_paused("boot it")?;
+        let vcpus = boot::builtin::load(&self.ram, &self.shape, net)?;
+        self.start_vcpus(vcpus)
     }
 
     /// Gives each vCPU its first state. vCPUs beyond the end of `vcpus` wait for an INIT and a SIPI from another. Guest memory

@@ -270,11 +270,6 @@ impl<'a> Fields<'a> {
         Ok(u8::from_le_bytes(self.array()?))
     }
 
-    /// The next two bytes.
-    pub(in crate::machine) fn u16(&mut self) -> Result<u16, FormatError> {
-        Ok(u16::from_le_bytes(self.array()?))
-    }
-
     /// The next four bytes.
     pub(in crate::machine) fn u32(&mut self) -> Result<u32, FormatError> {
         Ok(u32::from_le_bytes(self.array()?))
@@ -288,11 +283,6 @@ impl<'a> Fields<'a> {
     /// Everything that is left.
     pub(in crate::machine) fn remaining(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.rest)
-    }
-
-    /// The kind of the section.
-    pub(in crate::machine) fn kind(&self) -> Kind {
-        self.kind
     }
 
     /// Checks that nothing is left.
@@ -327,8 +317,8 @@ mod tests {
         let mut sections = Sections::parse(&bytes).expect("parse");
         assert!(matches!(sections.finish(), Err(FormatError::Unknown { kind: 1, .. })));
         let mut shape = sections.take(Kind::Shape, 1, 0).expect("shape");
-        assert_eq!(shape.u16().expect("u16"), 0x0201);
-        assert!(shape.u16().is_err());
+        assert_eq!(shape.bytes(2).expect("two"), [1, 2]);
+        assert!(shape.u32().is_err());
         assert_eq!(shape.u8().expect("u8"), 3);
         shape.end().expect("end");
         assert!(matches!(sections.take(Kind::Shape, 1, 0), Err(FormatError::Missing { .. })));

@@ -1,0 +1,5 @@
+//! Tests of one machine under KVM: pausing, saving and restoring, dirt, devices.
+
+mod pause;
+mod state;
+mod support;
