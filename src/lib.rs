@@ -2,7 +2,8 @@
 //!
 //! The crate is a house of five floors; a room imports from its own floor or those under it.
 
+pub mod control;
 pub mod device;
 pub mod machine;
-
+pub mod node;
 pub mod protocol;

@@ -154,3 +154,20 @@ pub enum Message {
         reason: String,
     },
 }
+
+impl Message {
+    /// What kind of message this is, for people.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Message::Hello(_) => "hello",
+            Message::Welcome(_) => "welcome",
+            Message::Refuse { .. } => "refuse",
+            Message::EpochBegin { .. } => "epoch-begin",
+            Message::EpochEnd { .. } => "epoch-end",
+            Message::Ack { .. } => "ack",
+            Message::Paired { .. } => "paired",
+            Message::Heartbeat(_) => "heartbeat",
+            Message::Bye { .. } => "bye",
+        }
+    }
+}

@@ -1,7 +1,14 @@
 //! Floor 1: every rule about epochs, acks, release, takeover, resync and capacity. Pure: no socket, thread, clock, file, KVM or
 //! random source; a test enforces it.
 
+pub mod arbitration;
+pub mod claim;
+pub mod event;
+pub mod heartbeat;
 pub mod messages;
 pub mod pages;
+pub mod primary;
 pub mod record;
+pub mod resync;
+pub mod secondary;
 pub mod types;

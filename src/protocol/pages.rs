@@ -92,8 +92,14 @@ impl PageSet {
 
     /// The pages in the set, in rising order.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
-        self.words.iter().enumerate().filter(|(_, w)| **w != 0).flat_map(|(i, w)| {
-            let mut rest = *w;
+        self.iter_from(0)
+    }
+
+    /// The pages in the set from page `first` on, in rising order.
+    pub fn iter_from(&self, first: u64) -> impl Iterator<Item = u64> + '_ {
+        let skip = (first / 64) as usize;
+        self.words.iter().enumerate().skip(skip).filter(|(_, w)| **w != 0).flat_map(move |(i, w)| {
+            let mut rest = if i == skip { *w & (u64::MAX << (first % 64)) } else { *w };
             std::iter::from_fn(move || {
                 if rest == 0 {
                     return None;

@@ -1,0 +1,156 @@
+//! Applying committed epochs to the image, in order, on a thread of its own.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use thiserror::Error;
+
+use super::stage::{StagedEpoch, StagingBudget};
+use crate::machine::memory::{GuestRam, MemoryError};
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::types::EpochId;
+use crate::wire::pages::{Page, PageDecoder, PageError};
+
+/// Why the image cannot be activated. Staged epochs were checked, so either of the first two is a bug.
+#[derive(Debug, Error)]
+pub enum ApplyError {
+    /// Pages that were checked do not decode.
+    #[error("a committed epoch does not decode ({0}); the image is unusable, please report this with the log")]
+    Pages(#[from] PageError),
+    /// Pages that were checked do not fit.
+    #[error("a committed epoch does not fit the guest's memory ({0}); the image is unusable, please report this with the log")]
+    Memory(#[from] MemoryError),
+    /// Another epoch than asked for is the newest.
+    #[error("the image holds epoch {newest:?}, not the committed epoch {wanted}; it is not activated")]
+    NotNewest {
+        /// The epoch asked for.
+        wanted: EpochId,
+        /// The newest in the image.
+        newest: Option<EpochId>,
+    },
+    /// The thread is gone.
+    #[error("the applying thread ended early; the image is not activated")]
+    Gone,
+}
+
+enum Job {
+    Background(Vec<u8>),
+    Epoch(Box<StagedEpoch>),
+    Finish(EpochId, Sender<Result<Vec<u8>, ApplyError>>),
+}
+
+/// The applying thread. Dropping it ends the thread once its queue is empty.
+pub struct Applier {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Applier {
+    /// Starts the thread for an image in `memory`; applied bytes go back to `budget`.
+    pub fn start(memory: GuestRam, budget: Arc<StagingBudget>) -> std::io::Result<Applier> {
+        let (jobs, queue) = unbounded();
+        let image = Image { memory, budget, newest: None, state: Vec::new(), failed: None };
+        let thread = std::thread::Builder::new().name("mcd-apply".into()).spawn(move || image.run(&queue))?;
+        Ok(Applier { jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Applies background pages. The queue is bounded by the staging budget they were taken from.
+    pub fn background(&self, payload: Vec<u8>) {
+        self.submit(Job::Background(payload));
+    }
+
+    /// Applies a committed epoch.
+    pub fn epoch(&self, epoch: Box<StagedEpoch>) {
+        self.submit(Job::Epoch(epoch));
+    }
+
+    /// Applies what is queued and gives the machine state of `epoch`, which must be the newest.
+    pub fn finish(&self, epoch: EpochId) -> Result<Vec<u8>, ApplyError> {
+        let (reply, result) = bounded(1);
+        self.submit(Job::Finish(epoch, reply));
+        result.recv().map_err(|_| ApplyError::Gone)?
+    }
+
+    fn submit(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            // The thread lives as long as this handle; if it died, `finish` says so.
+            let _ = jobs.send(job);
+        }
+    }
+}
+
+impl Drop for Applier {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Image {
+    memory: GuestRam,
+    budget: Arc<StagingBudget>,
+    newest: Option<EpochId>,
+    state: Vec<u8>,
+    failed: Option<ApplyError>,
+}
+
+impl Image {
+    fn run(mut self, queue: &Receiver<Job>) {
+        for job in queue {
+            match job {
+                Job::Background(payload) => {
+                    let applied = self.write(&payload);
+                    self.note(applied);
+                    self.budget.give_back(payload.len() as u64);
+                }
+                Job::Epoch(epoch) => self.apply(*epoch),
+                Job::Finish(wanted, reply) => {
+                    // The node that asked may have given up.
+                    let _ = reply.send(self.finish(wanted));
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, epoch: StagedEpoch) {
+        for chunk in &epoch.chunks {
+            let applied = self.write(chunk);
+            self.note(applied);
+        }
+        self.newest = Some(epoch.id);
+        self.state = epoch.state;
+        self.budget.give_back(epoch.bytes);
+    }
+
+    fn note(&mut self, applied: Result<(), ApplyError>) {
+        if let Err(error) = applied {
+            tracing::error!(%error, "image");
+            self.failed.get_or_insert(error);
+        }
+    }
+
+    fn write(&self, payload: &[u8]) -> Result<(), ApplyError> {
+        let mut decoder = PageDecoder::new(payload, self.memory.pages());
+        let mut scratch = [0; PAGE_BYTES];
+        while let Some(record) = decoder.next_page(&mut scratch)? {
+            match record.page {
+                Page::Zero => self.memory.zero_page(record.index)?,
+                Page::Bytes => self.memory.write_page(record.index, &scratch)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, wanted: EpochId) -> Result<Vec<u8>, ApplyError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        if self.newest != Some(wanted) {
+            return Err(ApplyError::NotNewest { wanted, newest: self.newest });
+        }
+        Ok(std::mem::take(&mut self.state))
+    }
+}

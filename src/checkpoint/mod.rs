@@ -1,0 +1,8 @@
+//! Floor 3: the data path, in order: dirt → capture → encode and send → stage → apply; and the output that waits for it.
+
+pub mod apply;
+pub mod capture;
+pub mod dirt;
+pub mod output;
+pub mod sender;
+pub mod stage;

@@ -1,0 +1,285 @@
+//! The guest's way out: frames pass, or are held until their epoch is committed.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use netbuf::{OutputBuffer, PacketPort, PushError};
+use parking_lot::Mutex;
+
+use crate::device::virtio::net::{NetBackend, Transmit};
+
+/// What the gate tells the driver; called from vCPU threads, so it must not block.
+pub trait OutputListener: Send + Sync {
+    /// The open epoch has its first frame.
+    fn output_waiting(&self);
+    /// A frame found the buffer full.
+    fn output_full(&self);
+}
+
+/// How a release ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReleaseEnd {
+    /// All that was due has left.
+    Done,
+    /// The right to release ran out; the rest is still held.
+    Expired,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Nothing goes out or comes in: this node does not run the guest.
+    Closed,
+    /// Frames leave at once.
+    Pass,
+    /// Frames wait.
+    Hold,
+}
+
+struct Held {
+    buffer: OutputBuffer,
+    mode: Mode,
+    /// When the first frame of each epoch that has any was held.
+    since_us: VecDeque<(u64, u64)>,
+    open_since_us: Option<u64>,
+    told_full: bool,
+    was_full: bool,
+    first_out_us: Option<u64>,
+    lost_frames: u64,
+    last_hold_us: u64,
+}
+
+/// The output of one machine: its port, and what is held of it.
+pub struct OutputGate {
+    port: Box<dyn PacketPort>,
+    listener: Box<dyn OutputListener>,
+    clock_us: fn() -> u64,
+    held: Mutex<Held>,
+}
+
+/// What is held, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeldFigures {
+    /// Frames held.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Frames the port did not take.
+    pub lost_frames: u64,
+    /// When the first frame left since the gate opened (the clock the gate was given).
+    pub first_out_us: Option<u64>,
+}
+
+impl OutputGate {
+    /// A closed gate before `port`.
+    pub fn new(
+        port: Box<dyn PacketPort>,
+        buffer: OutputBuffer,
+        listener: Box<dyn OutputListener>,
+        clock_us: fn() -> u64,
+    ) -> Arc<OutputGate> {
+        let held = Held {
+            buffer,
+            mode: Mode::Closed,
+            since_us: VecDeque::new(),
+            open_since_us: None,
+            told_full: false,
+            was_full: false,
+            first_out_us: None,
+            lost_frames: 0,
+            last_hold_us: 0,
+        };
+        Arc::new(OutputGate { port, listener, clock_us, held: Mutex::new(held) })
+    }
+
+    /// Lets all held frames go, in order, and what follows at once.
+    pub fn pass(&self) {
+        let mut held = self.held.lock();
+        let held = &mut *held;
+        // The open epoch is closed under the next free number so that it leaves behind the sealed ones.
+        let last = held.buffer.newest_sealed().map_or(0, |newest| newest.saturating_add(1));
+        if let Err(error) = held.buffer.seal(last) {
+            tracing::error!(%error, "the open epoch's output is lost");
+        }
+        self.let_go(held, u64::MAX, &mut || true);
+        held.mode = Mode::Pass;
+        held.forget_times();
+    }
+
+    /// Holds every frame from now on. Epochs may be numbered from 0 again.
+    pub fn hold(&self) {
+        let mut held = self.held.lock();
+        if let Err(error) = held.buffer.restart() {
+            // A gate that passes holds nothing, so there is nothing sealed here; if there were, it would never have been released.
+            tracing::error!(%error, "old output is thrown away");
+            held.buffer.discard();
+            let _ = held.buffer.restart();
+        }
+        held.mode = Mode::Hold;
+        held.forget_times();
+    }
+
+    /// Throws held frames away; nothing goes out or comes in any more.
+    pub fn close(&self) {
+        let mut held = self.held.lock();
+        held.buffer.discard();
+        held.mode = Mode::Closed;
+        held.forget_times();
+    }
+
+    /// The frames held since the last seal belong to `epoch`.
+    pub fn seal(&self, epoch: u64) {
+        let mut held = self.held.lock();
+        if let Err(error) = held.buffer.seal(epoch) {
+            // Epochs rise by construction; if they did not, holding on is the safe side.
+            tracing::error!(%error, "output of epoch {epoch} stays held");
+            return;
+        }
+        if let Some(since_us) = held.open_since_us.take() {
+            held.since_us.push_back((epoch, since_us));
+        }
+        held.told_full = false;
+    }
+
+    /// Lets the frames of epochs up to `through` go, in order, as long as `may` says so before each of them.
+    pub fn release(&self, through: u64, mut may: impl FnMut() -> bool) -> ReleaseEnd {
+        let mut held = self.held.lock();
+        let held = &mut *held;
+        let end = self.let_go(held, through, &mut may);
+        if end == ReleaseEnd::Done {
+            held.note_released(through, (self.clock_us)());
+        }
+        end
+    }
+
+    fn let_go(&self, held: &mut Held, through: u64, may: &mut dyn FnMut() -> bool) -> ReleaseEnd {
+        while let Some(first) = held.buffer.first(through) {
+            if !may() {
+                return ReleaseEnd::Expired;
+            }
+            self.emit(first.frame(), &mut held.lost_frames, &mut held.first_out_us);
+            first.take();
+        }
+        ReleaseEnd::Done
+    }
+
+    fn emit(&self, frame: &[u8], lost: &mut u64, first: &mut Option<u64>) {
+        // A port that does not take a frame is a wire that lost it: the guest's own protocols repeat it.
+        if self.port.send(frame).is_err() {
+            *lost += 1;
+        } else if first.is_none() {
+            *first = Some((self.clock_us)());
+        }
+    }
+
+    /// Sends a frame of the node's own, past everything held.
+    pub fn send_now(&self, frame: &[u8]) {
+        let mut held = self.held.lock();
+        let held = &mut *held;
+        if held.mode != Mode::Closed {
+            self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
+        }
+    }
+
+    /// Throws away what the network sent while nobody ran the guest here.
+    pub fn drain_input(&self) {
+        let mut scratch = [0; 2048];
+        // A frame that is longer than the scratch is drained as well, and the count is bounded by the port's queue.
+        for _ in 0..65_536 {
+            if self.port.recv(&mut scratch).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Frames of the open epoch.
+    pub fn open_packets(&self) -> u64 {
+        self.held.lock().buffer.open_packets() as u64
+    }
+
+    /// True once after a frame was turned away because the buffer was full.
+    pub fn take_was_full(&self) -> bool {
+        std::mem::take(&mut self.held.lock().was_full)
+    }
+
+    /// How long the first frame of the epoch released last was held.
+    pub fn last_hold_us(&self) -> u64 {
+        self.held.lock().last_hold_us
+    }
+
+    /// What is held.
+    pub fn figures(&self) -> HeldFigures {
+        let held = self.held.lock();
+        HeldFigures {
+            packets: held.buffer.held_packets() as u64,
+            bytes: held.buffer.held_bytes() as u64,
+            lost_frames: held.lost_frames,
+            first_out_us: held.first_out_us,
+        }
+    }
+}
+
+impl Held {
+    fn forget_times(&mut self) {
+        self.since_us.clear();
+        self.open_since_us = None;
+        self.told_full = false;
+    }
+
+    fn note_released(&mut self, through: u64, now_us: u64) {
+        while let Some((_, since_us)) = self.since_us.pop_front_if(|(epoch, _)| *epoch <= through) {
+            self.last_hold_us = now_us.saturating_sub(since_us);
+        }
+    }
+}
+
+impl NetBackend for OutputGate {
+    fn transmit(&self, frame: &[u8]) -> Transmit {
+        let mut guard = self.held.lock();
+        let held = &mut *guard;
+        match held.mode {
+            Mode::Closed => Transmit::Accepted,
+            Mode::Pass => {
+                self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
+                Transmit::Accepted
+            }
+            Mode::Hold => {
+                match held.buffer.push(frame) {
+                    Ok(()) => {}
+                    Err(PushError::Full { .. }) => {
+                        held.was_full = true;
+                        let tell = !std::mem::replace(&mut held.told_full, true);
+                        drop(guard);
+                        if tell {
+                            self.listener.output_full();
+                        }
+                        return Transmit::Full;
+                    }
+                    Err(PushError::TooLarge { .. } | PushError::Empty) => {
+                        held.lost_frames += 1;
+                        return Transmit::Accepted;
+                    }
+                }
+                if held.open_since_us.is_none() {
+                    held.open_since_us = Some((self.clock_us)());
+                    drop(guard);
+                    self.listener.output_waiting();
+                }
+                Transmit::Accepted
+            }
+        }
+    }
+
+    fn receive(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        match self.port.recv(buf) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn readable_fd(&self) -> RawFd {
+        self.port.as_raw_fd()
+    }
+}

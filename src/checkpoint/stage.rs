@@ -1,0 +1,239 @@
+//! Staging: an epoch is collected whole and checked before anyone hears that it is committed (I2).
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+use thiserror::Error;
+
+use crate::protocol::types::EpochId;
+use crate::wire::pages::{PageError, check_pages};
+
+/// What is wrong with a stream of epochs.
+#[derive(Debug, Error)]
+pub enum StageError {
+    /// A frame came where it has no place.
+    #[error("the primary sent {what} outside an epoch; both nodes must run the same mcd")]
+    OutOfPlace {
+        /// The frame.
+        what: &'static str,
+    },
+    /// The figures at the end do not agree with what came.
+    #[error("epoch {id} is not whole: {what} is {came}, announced as {announced}")]
+    NotWhole {
+        /// The epoch.
+        id: EpochId,
+        /// Which figure.
+        what: &'static str,
+        /// What came.
+        came: u64,
+        /// What was announced.
+        announced: u64,
+    },
+    /// More came than this node promised to stage.
+    #[error("epoch {id} is larger than the {budget_bytes} bytes this node stages; raise --staging-max on this node")]
+    TooLarge {
+        /// The epoch.
+        id: EpochId,
+        /// The budget.
+        budget_bytes: u64,
+    },
+    /// The pages make no sense.
+    #[error("epoch pages are damaged: {0}")]
+    Pages(#[from] PageError),
+}
+
+/// A whole epoch, checked.
+#[derive(Debug, Default)]
+pub struct StagedEpoch {
+    /// Its name.
+    pub id: EpochId,
+    /// The image is whole with it.
+    pub completes_resync: bool,
+    /// Encoded pages, in order.
+    pub chunks: Vec<Vec<u8>>,
+    /// The machine's saved state.
+    pub state: Vec<u8>,
+    /// Staging bytes it takes.
+    pub bytes: u64,
+}
+
+/// Staging memory: spent as frames arrive, given back as epochs are applied.
+#[derive(Debug)]
+pub struct StagingBudget {
+    bytes_max: u64,
+    used: Mutex<u64>,
+    given_back: Condvar,
+}
+
+impl StagingBudget {
+    /// A budget of `bytes_max` bytes.
+    pub fn new(bytes_max: u64) -> Arc<StagingBudget> {
+        Arc::new(StagingBudget { bytes_max, used: Mutex::new(0), given_back: Condvar::new() })
+    }
+
+    /// The whole budget.
+    pub fn bytes_max(&self) -> u64 {
+        self.bytes_max
+    }
+
+    /// Bytes spent now.
+    pub fn used(&self) -> u64 {
+        *self.used.lock()
+    }
+
+    /// Spends `bytes`, waiting until earlier epochs gave theirs back; `own` of what is spent belongs to the caller.
+    /// False if they can never fit beside what the caller holds already.
+    pub fn spend(&self, bytes: u64, own: u64) -> bool {
+        if own.saturating_add(bytes) > self.bytes_max {
+            return false;
+        }
+        let mut used = self.used.lock();
+        while used.saturating_add(bytes) > self.bytes_max {
+            self.given_back.wait(&mut used);
+        }
+        *used += bytes;
+        true
+    }
+
+    /// Gives `bytes` back.
+    pub fn give_back(&self, bytes: u64) {
+        let mut used = self.used.lock();
+        *used = used.saturating_sub(bytes);
+        self.given_back.notify_all();
+    }
+}
+
+/// Collects the frames of one connection into epochs.
+pub struct Stager {
+    budget: Arc<StagingBudget>,
+    pages_total: u64,
+    open: Option<Open>,
+}
+
+struct Open {
+    epoch: StagedEpoch,
+    pages: u64,
+    digest: u32,
+}
+
+impl Stager {
+    /// A stager for a guest of `pages_total` pages.
+    pub fn new(budget: Arc<StagingBudget>, pages_total: u64) -> Stager {
+        Stager { budget, pages_total, open: None }
+    }
+
+    /// An epoch begins.
+    pub fn begin(&mut self, id: EpochId, completes_resync: bool) -> Result<(), StageError> {
+        if self.open.is_some() {
+            return Err(StageError::OutOfPlace { what: "the begin of an epoch inside another" });
+        }
+        let epoch = StagedEpoch { id, completes_resync, ..StagedEpoch::default() };
+        self.open = Some(Open { epoch, pages: 0, digest: 0 });
+        Ok(())
+    }
+
+    /// Encoded pages of the open epoch.
+    pub fn pages(&mut self, payload: &[u8]) -> Result<(), StageError> {
+        let count = check_pages(payload, self.pages_total)?;
+        let open = self.spend(payload, "pages")?;
+        open.pages += count;
+        open.epoch.chunks.push(payload.to_vec());
+        Ok(())
+    }
+
+    /// A part of the open epoch's machine state.
+    pub fn state(&mut self, payload: &[u8]) -> Result<(), StageError> {
+        let open = self.spend(payload, "machine state")?;
+        open.epoch.state.extend_from_slice(payload);
+        Ok(())
+    }
+
+    fn spend(&mut self, payload: &[u8], what: &'static str) -> Result<&mut Open, StageError> {
+        let open = self.open.as_mut().ok_or(StageError::OutOfPlace { what })?;
+        let bytes = payload.len() as u64;
+        if !self.budget.spend(bytes, open.epoch.bytes) {
+            return Err(StageError::TooLarge { id: open.epoch.id, budget_bytes: self.budget.bytes_max() });
+        }
+        open.epoch.bytes += bytes;
+        open.digest = crc32c::crc32c_append(open.digest, payload);
+        Ok(open)
+    }
+
+    /// Background pages, checked: they may come only between epochs.
+    pub fn background(&mut self, payload: &[u8]) -> Result<Vec<u8>, StageError> {
+        if self.open.is_some() {
+            return Err(StageError::OutOfPlace { what: "background pages inside an epoch" });
+        }
+        check_pages(payload, self.pages_total)?;
+        if !self.budget.spend(payload.len() as u64, 0) {
+            return Err(StageError::TooLarge { id: EpochId::default(), budget_bytes: self.budget.bytes_max() });
+        }
+        Ok(payload.to_vec())
+    }
+
+    /// The open epoch ends: it is whole if the figures agree.
+    pub fn end(&mut self, id: EpochId, pages: u64, state_bytes: u64, digest: u32) -> Result<StagedEpoch, StageError> {
+        let open = self.open.take().ok_or(StageError::OutOfPlace { what: "the end of an epoch" })?;
+        let figures = [
+            ("its number", open.epoch.id.epoch, id.epoch),
+            ("its generation", open.epoch.id.generation.0, id.generation.0),
+            ("its page count", open.pages, pages),
+            ("its state's length", open.epoch.state.len() as u64, state_bytes),
+            ("its checksum", u64::from(open.digest), u64::from(digest)),
+        ];
+        for (what, came, announced) in figures {
+            if came != announced {
+                self.budget.give_back(open.epoch.bytes);
+                return Err(StageError::NotWhole { id, what, came, announced });
+            }
+        }
+        Ok(open.epoch)
+    }
+}
+
+impl Drop for Stager {
+    fn drop(&mut self) {
+        if let Some(open) = self.open.take() {
+            self.budget.give_back(open.epoch.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::types::Generation;
+
+    fn id(epoch: u64) -> EpochId {
+        EpochId { generation: Generation(2), epoch }
+    }
+
+    #[test]
+    fn only_a_whole_epoch_comes_out() {
+        let mut stager = Stager::new(StagingBudget::new(1000), 16);
+        assert!(stager.state(b"lost").is_err(), "state outside an epoch");
+        stager.begin(id(0), false).unwrap();
+        assert!(stager.begin(id(1), false).is_err());
+        stager.state(b"abc").unwrap();
+        let digest = crc32c::crc32c(b"abc");
+        assert!(matches!(stager.end(id(0), 1, 3, digest), Err(StageError::NotWhole { what: "its page count", .. })));
+        stager.begin(id(0), false).unwrap();
+        stager.state(b"a").unwrap();
+        stager.state(b"bc").unwrap();
+        assert!(stager.background(&[]).is_err());
+        let epoch = stager.end(id(0), 0, 3, digest).unwrap();
+        assert_eq!((epoch.state.as_slice(), epoch.bytes), (b"abc".as_slice(), 3));
+    }
+
+    #[test]
+    fn the_budget_is_never_exceeded() {
+        let budget = StagingBudget::new(10);
+        let mut stager = Stager::new(budget.clone(), 16);
+        stager.begin(id(0), false).unwrap();
+        stager.state(&[0; 8]).unwrap();
+        assert!(matches!(stager.state(&[0; 3]), Err(StageError::TooLarge { budget_bytes: 10, .. })));
+        assert_eq!(budget.used(), 8);
+        drop(stager);
+        assert_eq!(budget.used(), 0, "an unfinished epoch gives its memory back");
+    }
+}

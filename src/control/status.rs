@@ -1,0 +1,347 @@
+//! What a node says of itself: the answer to `mc-query`, for both sides of the socket.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::metrics::Quantiles;
+
+/// What a node is to its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// It runs the guest.
+    Primary,
+    /// It holds the guest's image, or is getting it.
+    Secondary,
+    /// It lost the guest to the other node and stays silent.
+    Fenced,
+}
+
+/// What a node is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Secondary: looking for its primary.
+    Connecting,
+    /// Either: the secondary is getting the guest's image and cannot take over yet.
+    Resync,
+    /// Secondary: it holds a whole committed epoch and can take over.
+    Standby,
+    /// Primary: a secondary can take over.
+    Protected,
+    /// Primary: it runs the guest without a copy elsewhere.
+    Solo,
+    /// Either: the peer is silent or gone, the arbiter is being asked.
+    Suspecting,
+    /// Secondary: it won and is bringing the guest to life.
+    Takeover,
+    /// It lost the guest to the other node.
+    Fenced,
+}
+
+macro_rules! display_as_serialized {
+    ($name:ident { $($variant:ident = $text:literal),* $(,)? }) => {
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $($name::$variant => $text),* })
+            }
+        }
+    };
+}
+
+display_as_serialized!(Role { Primary = "primary", Secondary = "secondary", Fenced = "fenced" });
+display_as_serialized!(State {
+    Connecting = "connecting",
+    Resync = "resync",
+    Standby = "standby",
+    Protected = "protected",
+    Solo = "solo",
+    Suspecting = "suspecting",
+    Takeover = "takeover",
+    Fenced = "fenced",
+});
+
+/// The arbiter as a node sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArbiterStatus {
+    /// `file` or `none`.
+    pub kind: String,
+    /// Whether it answered when it was last asked.
+    pub reachable: bool,
+    /// Which one it is, or what is wrong with it.
+    pub detail: String,
+}
+
+/// How many epochs there were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochCounts {
+    /// Epochs the secondary has acknowledged.
+    pub committed: u64,
+    /// Epochs that were captured and never committed.
+    pub aborted: u64,
+}
+
+/// How far a resync is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncProgress {
+    /// Pages of the guest.
+    pub pages_total: u64,
+    /// Pages the newcomer does not have yet.
+    pub pages_left: u64,
+}
+
+/// The stages of a takeover, in milliseconds each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TakeoverReport {
+    /// Why: `closed` (the peer's socket) or `silence` (no heartbeat), or a sentence.
+    pub cause: String,
+    /// From the last sign of life to the suspicion.
+    pub detect_ms: f64,
+    /// Until the arbiter had decided.
+    pub arbitrate_ms: f64,
+    /// Until every committed epoch was in the image.
+    pub apply_ms: f64,
+    /// Until the machine had its state.
+    pub restore_ms: f64,
+    /// Until the guest ran.
+    pub resume_ms: f64,
+    /// From the suspicion to the first packet the guest sent; none yet if absent.
+    pub first_packet_ms: Option<f64>,
+    /// When the suspicion arose, in microseconds of the host's monotonic clock.
+    pub started_monotonic_us: u64,
+    /// When the first packet left, in microseconds of the host's monotonic clock.
+    pub first_packet_monotonic_us: Option<u64>,
+}
+
+/// The whole answer to `mc-query`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// What the node is to its guest.
+    pub role: Role,
+    /// What it is doing.
+    pub state: State,
+    /// Whether the guest would survive the loss of the node that runs it.
+    pub protected: bool,
+    /// The guest's name.
+    pub guest: String,
+    /// This node's instance id.
+    pub instance: String,
+    /// The generation it is in.
+    pub generation: u64,
+    /// The newest committed epoch of that generation.
+    pub epoch: u64,
+    /// Whether the guest's vCPUs run here.
+    pub running: bool,
+    /// The other node's address, if one is connected.
+    pub peer: Option<String>,
+    /// Where this node listens for a newcomer's data connection.
+    pub listen: String,
+    /// The arbiter.
+    pub arbiter: ArbiterStatus,
+    /// The longest an epoch may last, in milliseconds.
+    pub interval_ms: u64,
+    /// How long captures stopped the guest, in microseconds.
+    pub pause_us: Quantiles,
+    /// From the start of the pause to the ack, in microseconds.
+    pub commit_us: Quantiles,
+    /// Dirty pages in an epoch.
+    pub dirty_pages: Quantiles,
+    /// How long the oldest packet of an epoch was held, in microseconds.
+    pub hold_us: Quantiles,
+    /// How many epochs there were.
+    pub epochs: EpochCounts,
+    /// Bytes sent to secondaries.
+    pub wire_bytes: u64,
+    /// Packets held now.
+    pub held_packets: u64,
+    /// Bytes held now.
+    pub held_bytes: u64,
+    /// How far a resync is, while there is one.
+    pub resync: Option<ResyncProgress>,
+    /// How this node became primary, if by takeover.
+    pub takeover: Option<TakeoverReport>,
+    /// What a person should look at, one sentence each.
+    pub alarms: Vec<String>,
+}
+
+impl NodeStatus {
+    /// The answer to `query-status`, in QEMU's shape and words: a secondary is `inmigrate` (it receives the guest's state),
+    /// a fenced node `postmigrate` (the guest runs elsewhere).
+    pub fn query_status(&self) -> Value {
+        let status = match (self.role, self.running) {
+            (_, true) => "running",
+            (Role::Primary, false) => "paused",
+            (Role::Secondary, false) => "inmigrate",
+            (Role::Fenced, false) => "postmigrate",
+        };
+        json!({"running": self.running, "status": status, "singlestep": false})
+    }
+}
+
+impl fmt::Display for NodeStatus {
+    /// The summary `mcd status` prints: one screen, the answer first.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let running = if self.running { "running" } else { "not running" };
+        let shield = if self.protected { "protected" } else { "NOT PROTECTED" };
+        writeln!(f, "guest       {}: {shield}", self.guest)?;
+        writeln!(f, "node        {} ({}), the guest is {running} here", self.role, self.state)?;
+        writeln!(f, "instance    {}, listens on {}", self.instance, self.listen)?;
+        writeln!(f, "peer        {}", self.peer.as_deref().unwrap_or("none"))?;
+        let reach = if self.arbiter.reachable { "reachable" } else { "OUT OF REACH" };
+        writeln!(f, "arbiter     {}: {reach} ({})", self.arbiter.kind, self.arbiter.detail)?;
+        let epochs = self.epochs;
+        writeln!(f, "generation  {}, epoch {}, interval {} ms", self.generation, self.epoch, self.interval_ms)?;
+        writeln!(
+            f,
+            "epochs      {} committed, {} aborted, {} sent",
+            epochs.committed,
+            epochs.aborted,
+            bytes_text(self.wire_bytes)
+        )?;
+        if epochs.committed > 0 {
+            for (name, quantiles, unit) in [
+                ("pause", self.pause_us, "µs"),
+                ("commit", self.commit_us, "µs"),
+                ("hold", self.hold_us, "µs"),
+                ("dirty", self.dirty_pages, "pages"),
+            ] {
+                let Quantiles { p50, p99, max } = quantiles;
+                writeln!(f, "  {name:<9} p50 {p50}, p99 {p99}, max {max} {unit}")?;
+            }
+        }
+        writeln!(f, "held output {} packets, {}", self.held_packets, bytes_text(self.held_bytes))?;
+        if let Some(resync) = self.resync {
+            let done = resync.pages_total.saturating_sub(resync.pages_left);
+            let percent = done.saturating_mul(100).checked_div(resync.pages_total).unwrap_or(100);
+            writeln!(f, "resync      {done} of {} pages ({percent} %)", resync.pages_total)?;
+        }
+        if let Some(takeover) = &self.takeover {
+            writeln!(f, "takeover    {takeover}")?;
+        }
+        for alarm in &self.alarms {
+            writeln!(f, "ALARM       {alarm}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for TakeoverReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: detect {:.1}, arbitrate {:.1}, apply {:.1}, restore {:.1}, resume {:.1} ms",
+            self.cause, self.detect_ms, self.arbitrate_ms, self.apply_ms, self.restore_ms, self.resume_ms
+        )?;
+        match self.first_packet_ms {
+            Some(ms) => write!(f, ", first packet after {ms:.1} ms"),
+            None => write!(f, ", no packet sent yet"),
+        }
+    }
+}
+
+fn bytes_text(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = "bytes";
+    for next in UNITS {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    if unit == "bytes" { format!("{bytes} bytes") } else { format!("{value:.1} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> NodeStatus {
+        NodeStatus {
+            role: Role::Primary,
+            state: State::Resync,
+            protected: false,
+            guest: "web".into(),
+            instance: "0123".into(),
+            generation: 3,
+            epoch: 17,
+            running: true,
+            peer: Some("10.0.0.2:4000".into()),
+            listen: "0.0.0.0:7401".into(),
+            arbiter: ArbiterStatus { kind: "file".into(), reachable: true, detail: "/srv/arbiter".into() },
+            interval_ms: 20,
+            pause_us: Quantiles { p50: 100, p99: 200, max: 300 },
+            commit_us: Quantiles::default(),
+            dirty_pages: Quantiles::default(),
+            hold_us: Quantiles::default(),
+            epochs: EpochCounts { committed: 18, aborted: 1 },
+            wire_bytes: 5 << 20,
+            held_packets: 2,
+            held_bytes: 128,
+            resync: Some(ResyncProgress { pages_total: 200, pages_left: 50 }),
+            takeover: Some(TakeoverReport {
+                cause: "closed".into(),
+                detect_ms: 0.5,
+                arbitrate_ms: 1.0,
+                apply_ms: 2.0,
+                restore_ms: 3.0,
+                resume_ms: 0.25,
+                first_packet_ms: None,
+                started_monotonic_us: 1,
+                first_packet_monotonic_us: None,
+            }),
+            alarms: vec!["the arbiter was slow".into()],
+        }
+    }
+
+    #[test]
+    fn a_status_survives_json() {
+        let value = serde_json::to_value(status()).unwrap();
+        assert_eq!(value["state"], "resync");
+        assert_eq!(value["role"], "primary");
+        assert_eq!(serde_json::from_value::<NodeStatus>(value).unwrap(), status());
+    }
+
+    #[test]
+    fn names_are_the_same_for_people_and_programs() {
+        for state in [
+            State::Connecting,
+            State::Resync,
+            State::Standby,
+            State::Protected,
+            State::Solo,
+            State::Suspecting,
+            State::Takeover,
+            State::Fenced,
+        ] {
+            assert_eq!(serde_json::to_value(state).unwrap(), state.to_string());
+        }
+        for role in [Role::Primary, Role::Secondary, Role::Fenced] {
+            assert_eq!(serde_json::to_value(role).unwrap(), role.to_string());
+        }
+    }
+
+    #[test]
+    fn query_status_has_qemus_words() {
+        let mut node = status();
+        assert_eq!(node.query_status(), json!({"running": true, "status": "running", "singlestep": false}));
+        node.running = false;
+        for (role, word) in [(Role::Primary, "paused"), (Role::Secondary, "inmigrate"), (Role::Fenced, "postmigrate")] {
+            node.role = role;
+            assert_eq!(node.query_status()["status"], word);
+        }
+    }
+
+    #[test]
+    fn the_summary_says_what_matters() {
+        let text = status().to_string();
+        for part in
+            ["web: NOT PROTECTED", "p50 100, p99 200, max 300 µs", "150 of 200 pages (75 %)", "5.0 MiB", "ALARM"]
+        {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+    }
+}

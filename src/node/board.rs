@@ -1,0 +1,270 @@
+//! What a node shows: the driver writes it down, the control socket reads it at any time without waiting for the driver.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, bounded};
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+
+use super::events::NodeEvent;
+use crate::checkpoint::output::OutputGate;
+use crate::control::message::QmpError;
+use crate::control::metrics::{EpochLog, EpochSample};
+use crate::control::server::Handler;
+use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::primary::{self, Command, Primary};
+use crate::protocol::secondary::{self, Secondary};
+use crate::protocol::types::{EpochId, InstanceId};
+
+/// Samples of epochs kept for `mc-query-epochs`.
+const SAMPLES_MAX: usize = 16_384;
+/// How long a command may take to take effect before its client is told that it did not.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+const COMMANDS: &[&str] =
+    &["query-status", "query-name", "mc-query", "mc-query-epochs", "mc-checkpoint", "stop", "cont", "quit"];
+
+/// The figures that change all the time; cheap to copy.
+#[derive(Clone, Debug)]
+struct Vitals {
+    role: Role,
+    state: State,
+    protected: bool,
+    instance: Option<InstanceId>,
+    at: EpochId,
+    running: bool,
+    peer: Option<InstanceId>,
+    pages_left: Option<u64>,
+    pages_total: u64,
+    arbiter_lost: Option<String>,
+}
+
+struct Fixed {
+    guest: String,
+    listen: String,
+    arbiter_kind: String,
+    arbiter_detail: String,
+    interval_ms: u64,
+}
+
+struct Shown {
+    vitals: Vitals,
+    gate: Option<Arc<OutputGate>>,
+    takeover: Option<TakeoverReport>,
+    guest_alarm: Option<String>,
+}
+
+/// The board of one node, over all its roles.
+pub struct Board {
+    fixed: Fixed,
+    shown: Mutex<Shown>,
+    log: Mutex<EpochLog>,
+    events: Sender<NodeEvent>,
+}
+
+impl Board {
+    /// The board of a node that has done nothing yet.
+    pub fn new(
+        guest: String,
+        listen: String,
+        arbiter: (String, String),
+        interval_ms: u64,
+        events: Sender<NodeEvent>,
+    ) -> Arc<Board> {
+        let vitals = Vitals {
+            role: Role::Secondary,
+            state: State::Connecting,
+            protected: false,
+            instance: None,
+            at: EpochId::default(),
+            running: false,
+            peer: None,
+            pages_left: None,
+            pages_total: 0,
+            arbiter_lost: None,
+        };
+        let (arbiter_kind, arbiter_detail) = arbiter;
+        Arc::new(Board {
+            fixed: Fixed { guest, listen, arbiter_kind, arbiter_detail, interval_ms },
+            shown: Mutex::new(Shown { vitals, gate: None, takeover: None, guest_alarm: None }),
+            log: Mutex::new(EpochLog::new(SAMPLES_MAX)),
+            events,
+        })
+    }
+
+    /// The gate whose held output is shown.
+    pub fn show_gate(&self, gate: Arc<OutputGate>) {
+        self.shown.lock().gate = Some(gate);
+    }
+
+    /// Writes down how a primary is.
+    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64) {
+        use primary::Phase;
+        let (role, state) = match node.phase() {
+            Phase::Solo | Phase::Stopping => (Role::Primary, State::Solo),
+            Phase::Joining | Phase::Resync | Phase::Completing | Phase::Pairing => (Role::Primary, State::Resync),
+            Phase::Protected => (Role::Primary, State::Protected),
+            Phase::Deciding => (Role::Primary, State::Suspecting),
+            Phase::Fenced => (Role::Fenced, State::Fenced),
+        };
+        self.shown.lock().vitals = Vitals {
+            role,
+            state,
+            protected: node.phase() == Phase::Protected,
+            instance: Some(node.me()),
+            at: node.running_epoch(),
+            running,
+            peer: node.peer(),
+            pages_left: node.resync_pages_left(),
+            pages_total,
+            arbiter_lost: node.arbiter_lost().map(str::to_owned),
+        };
+    }
+
+    /// Writes down how a secondary is.
+    pub fn secondary(&self, node: &Secondary) {
+        use secondary::Phase;
+        let state = match node.phase() {
+            Phase::Connecting | Phase::Greeting | Phase::Done => State::Connecting,
+            Phase::Building | Phase::Joining | Phase::Syncing => State::Resync,
+            Phase::Standby | Phase::Paired => State::Standby,
+            Phase::Deciding => State::Suspecting,
+            Phase::Promoted => State::Takeover,
+        };
+        let at = node.committed().unwrap_or(EpochId { generation: node.generation(), epoch: 0 });
+        self.shown.lock().vitals = Vitals {
+            role: Role::Secondary,
+            state,
+            protected: node.phase() == Phase::Paired,
+            instance: Some(node.me()),
+            at,
+            running: false,
+            peer: node.primary(),
+            pages_left: None,
+            pages_total: 0,
+            arbiter_lost: node.arbiter_lost().map(str::to_owned),
+        };
+    }
+
+    /// A takeover has come as far as a running guest.
+    pub fn takeover(&self, report: TakeoverReport) {
+        self.shown.lock().takeover = Some(report);
+    }
+
+    /// An epoch was committed.
+    pub fn committed(&self, sample: EpochSample) {
+        self.log.lock().commit(sample);
+    }
+
+    /// An epoch was captured and will not be committed.
+    pub fn aborted(&self) {
+        self.log.lock().abort();
+    }
+
+    /// Bytes went to the peer outside an epoch.
+    pub fn add_wire_bytes(&self, bytes: u64) {
+        self.log.lock().add_wire_bytes(bytes);
+    }
+
+    /// The guest has a trouble of its own.
+    pub fn guest_alarm(&self, alarm: String) {
+        self.shown.lock().guest_alarm = Some(alarm);
+    }
+
+    /// The whole status.
+    pub fn status(&self) -> NodeStatus {
+        let (vitals, held, takeover, guest_alarm) = {
+            let shown = self.shown.lock();
+            let held = shown.gate.as_ref().map(|gate| gate.figures()).unwrap_or_default();
+            (shown.vitals.clone(), held, shown.takeover.clone(), shown.guest_alarm.clone())
+        };
+        let log = self.log.lock();
+        let mut alarms: Vec<String> = guest_alarm.into_iter().collect();
+        if let Some(why) = &vitals.arbiter_lost {
+            alarms.push(format!("arbiter out of reach: {why}"));
+        }
+        NodeStatus {
+            role: vitals.role,
+            state: vitals.state,
+            protected: vitals.protected,
+            guest: self.fixed.guest.clone(),
+            instance: vitals.instance.map(|id| id.to_string()).unwrap_or_default(),
+            generation: vitals.at.generation.0,
+            epoch: vitals.at.epoch,
+            running: vitals.running,
+            peer: vitals.peer.map(|id| id.to_string()),
+            listen: self.fixed.listen.clone(),
+            arbiter: ArbiterStatus {
+                kind: self.fixed.arbiter_kind.clone(),
+                reachable: vitals.arbiter_lost.is_none(),
+                detail: vitals.arbiter_lost.clone().unwrap_or_else(|| self.fixed.arbiter_detail.clone()),
+            },
+            interval_ms: self.fixed.interval_ms,
+            pause_us: log.pause_us(),
+            commit_us: log.commit_us(),
+            dirty_pages: log.dirty_pages(),
+            hold_us: log.hold_us(),
+            epochs: log.counts(),
+            wire_bytes: log.wire_bytes(),
+            held_packets: held.packets,
+            held_bytes: held.bytes,
+            resync: vitals
+                .pages_left
+                .map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
+            takeover: takeover.map(|report| with_first_packet(report, held.first_out_us)),
+            alarms,
+        }
+    }
+
+    fn command(&self, command: Command) -> Result<Value, QmpError> {
+        let (reply, result) = bounded(1);
+        let gone = || QmpError::generic("this node is ending");
+        self.events.send(NodeEvent::Command { command, reply: Some(reply) }).map_err(|_| gone())?;
+        match result.recv_timeout(COMMAND_TIMEOUT) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(why)) => Err(QmpError::generic(why)),
+            Err(_) if command == Command::Quit => Ok(json!({})),
+            Err(_) => Err(QmpError::generic("the command did not take effect in time; see mc-query for the state")),
+        }
+    }
+}
+
+fn with_first_packet(mut report: TakeoverReport, first_out_us: Option<u64>) -> TakeoverReport {
+    report.first_packet_monotonic_us = first_out_us;
+    report.first_packet_ms = first_out_us.map(|us| us.saturating_sub(report.started_monotonic_us) as f64 / 1000.0);
+    report
+}
+
+/// How many pages `bytes` of memory are.
+pub fn pages_of(bytes: u64) -> u64 {
+    bytes / PAGE_BYTES as u64
+}
+
+impl Handler for Board {
+    fn commands(&self) -> &[&str] {
+        COMMANDS
+    }
+
+    fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+        match command {
+            "query-status" => Ok(self.status().query_status()),
+            "query-name" => Ok(json!({ "name": self.fixed.guest })),
+            "mc-query" => to_value(&self.status()),
+            "mc-query-epochs" => {
+                let since = arguments.get("since").map_or(Some(0), Value::as_u64);
+                let since = since.ok_or_else(|| QmpError::generic("'since' must be a number, 0 or more"))?;
+                to_value(&self.log.lock().since(since))
+            }
+            "mc-checkpoint" => self.command(Command::Checkpoint),
+            "stop" => self.command(Command::Stop),
+            "cont" => self.command(Command::Cont),
+            "quit" => self.command(Command::Quit),
+            other => Err(QmpError::not_found(format!("The command {other} has not been found"))),
+        }
+    }
+}
+
+fn to_value(value: &impl serde::Serialize) -> Result<Value, QmpError> {
+    serde_json::to_value(value).map_err(|error| QmpError::generic(error.to_string()))
+}

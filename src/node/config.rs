@@ -1,0 +1,110 @@
+//! What an operator decides about a node: plain values, already checked. `cli/` makes them from flags and files.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::protocol::heartbeat::HeartbeatConfig;
+use crate::protocol::messages::MachineShape;
+use crate::protocol::types::GuestName;
+
+/// What every node needs to know, in either role: a secondary becomes a primary by takeover, and then uses all of it.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The guest.
+    pub guest: GuestName,
+    /// The tap device the guest's network card is joined to.
+    pub tap: String,
+    /// Where a newcomer's data connection is accepted.
+    pub listen: SocketAddr,
+    /// Where a newcomer's heartbeat connection is accepted.
+    pub heartbeat_listen: SocketAddr,
+    /// Who decides when the nodes cannot see each other.
+    pub arbiter: ArbiterConfig,
+    /// The longest an epoch may last.
+    pub interval: Duration,
+    /// The least time from one capture to the next; at most `interval`.
+    pub interval_min: Duration,
+    /// Cut an epoch as soon as output waits and no commit is on its way.
+    pub commit_on_output: bool,
+    /// How often heartbeats are sent and when a silent peer is suspected; the timeout is at least twice the interval.
+    pub heartbeat: HeartbeatConfig,
+    /// How pages are packed for the wire.
+    pub compress: Compress,
+    /// Most bytes of staging memory, as a secondary.
+    pub staging_bytes_max: u64,
+    /// Most bytes of held output, as a primary.
+    pub output_bytes_max: usize,
+    /// Most packets of held output, as a primary.
+    pub output_packets_max: usize,
+    /// The control socket.
+    pub control: PathBuf,
+}
+
+/// What only a node that starts as primary needs to know.
+#[derive(Clone, Debug)]
+pub struct PrimaryStart {
+    /// The machine to build.
+    pub shape: MachineShape,
+    /// The built-in guest's network.
+    pub net: GuestAddress,
+    /// The operator's word that both nodes of the guest are dead: claim it whatever the arbiter has on record.
+    pub both_nodes_are_dead: bool,
+}
+
+/// What only a node that starts as secondary needs to know.
+#[derive(Clone, Debug)]
+pub struct SecondaryStart {
+    /// The primary's data address.
+    pub peer: SocketAddr,
+    /// The primary's heartbeat address.
+    pub peer_heartbeat: SocketAddr,
+    /// The guest's address, if known: a takeover is then announced by ARP too, not by RARP alone.
+    pub guest_ip: Option<Ipv4Addr>,
+}
+
+/// The built-in guest's address and way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestAddress {
+    /// Its address.
+    pub ipv4: Ipv4Addr,
+    /// Bits of its network's prefix, 1 to 30.
+    pub prefix_len: u8,
+    /// Its gateway, in the same network, if it has one.
+    pub gateway: Option<Ipv4Addr>,
+}
+
+/// Which arbiter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ArbiterConfig {
+    /// Files in a directory both nodes see.
+    File {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// Nobody: each node does as it was told.
+    None {
+        /// What that is.
+        on_peer_loss: OnPeerLoss,
+    },
+}
+
+/// What a node without arbiter does when its peer is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnPeerLoss {
+    /// Wait for the peer or a person: never two primaries, and no takeover by itself.
+    Wait,
+    /// Go on alone: a takeover by itself, and two primaries if both nodes live.
+    Continue,
+}
+
+/// How pages are packed for the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compress {
+    /// mcd decides.
+    Auto,
+    /// Not at all, but for zero pages.
+    None,
+    /// With lz4.
+    Lz4,
+}

@@ -1,0 +1,60 @@
+//! Why a node cannot start or go on, in one line each.
+
+use thiserror::Error;
+
+use crate::arbiter::ArbiterError;
+use crate::checkpoint::apply::ApplyError;
+use crate::control::server::ControlError;
+use crate::machine::MachineError;
+use crate::wire::WireError;
+
+/// Why a node cannot start or go on.
+#[derive(Debug, Error)]
+pub enum NodeError {
+    /// The host cannot run the machine, or the machine failed.
+    #[error("{0}")]
+    Machine(#[from] MachineError),
+    /// The tap cannot be used.
+    #[error("{0}")]
+    Tap(#[from] netbuf::TapError),
+    /// The arbiter cannot be asked at the start.
+    #[error("{0}")]
+    Arbiter(#[from] ArbiterError),
+    /// The control socket cannot be opened.
+    #[error("{0}")]
+    Control(#[from] ControlError),
+    /// A port cannot be listened on.
+    #[error("{0}")]
+    Wire(#[from] WireError),
+    /// A committed epoch could not be applied.
+    #[error("{0}")]
+    Apply(#[from] ApplyError),
+    /// The arbiter knows the guest as running elsewhere.
+    #[error(
+        "guest '{guest}' is on record as running elsewhere ({record}); start this node with `mcd secondary`, or, if no node of it runs any more, use `mcd cold-start`"
+    )]
+    RunsElsewhere {
+        /// The guest.
+        guest: String,
+        /// The record, in words.
+        record: String,
+    },
+    /// The primary turned this node away.
+    #[error("the primary refused this node: {0}")]
+    Refused(String),
+    /// This secondary cannot build the guest's machine.
+    #[error("this host cannot hold the guest: {0}")]
+    NoMachine(String),
+    /// The guest cannot go on.
+    #[error("the guest failed: {0}; its secondary, if it has one, takes over")]
+    GuestFailed(String),
+    /// A thread could not be started.
+    #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
+    Thread(#[from] std::io::Error),
+    /// A secondary without a primary to go to.
+    #[error("a secondary needs --peer, the address where its primary listens")]
+    NoPeer,
+    /// The parts of the node went away under it.
+    #[error("the node's threads ended before it did; this is a bug in mcd, please report it with the log")]
+    Gone,
+}

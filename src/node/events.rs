@@ -1,0 +1,88 @@
+//! What reaches a driver: everything that happens to a node arrives on one channel, in one order.
+
+use crossbeam::channel::Sender;
+use serde_json::Value;
+
+use crate::checkpoint::stage::StagedEpoch;
+use crate::machine::MachineEvent;
+use crate::protocol::arbitration::ArbiterAnswer;
+use crate::protocol::messages::{Hello, Message};
+use crate::protocol::primary::{Command, ConnId};
+use crate::wire::link::{LinkReader, LinkWriter};
+
+/// Something that happened.
+pub enum NodeEvent {
+    /// A peer connected to us and said hello.
+    Accepted {
+        /// The connection.
+        conn: ConnId,
+        /// What it said.
+        hello: Hello,
+        /// The way back.
+        writer: LinkWriter,
+    },
+    /// A connection we asked for stands.
+    Connected {
+        /// The connection.
+        conn: ConnId,
+        /// The way there.
+        writer: LinkWriter,
+        /// The way back; nobody reads it yet.
+        reader: LinkReader,
+    },
+    /// A message arrived.
+    Message {
+        /// The connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+    },
+    /// A connection is gone.
+    Closed {
+        /// The connection.
+        conn: ConnId,
+        /// Why, in words.
+        why: String,
+    },
+    /// A whole epoch was staged and verified.
+    Staged {
+        /// The connection.
+        conn: ConnId,
+        /// The epoch.
+        epoch: Box<StagedEpoch>,
+    },
+    /// Background pages arrived.
+    Background {
+        /// The connection.
+        conn: ConnId,
+        /// Encoded pages, verified.
+        payload: Vec<u8>,
+    },
+    /// A push was read and handed to the link.
+    Pushed {
+        /// The connection.
+        conn: ConnId,
+        /// Bytes it took.
+        bytes: u64,
+    },
+    /// The open epoch has output.
+    OutputWaiting,
+    /// The output buffer is full.
+    OutputFull,
+    /// The arbiter answered.
+    Answer {
+        /// The question's ticket.
+        ticket: u64,
+        /// The answer.
+        answer: ArbiterAnswer,
+    },
+    /// The machine has something to say.
+    Machine(MachineEvent),
+    /// A command from the control socket.
+    Command {
+        /// The command.
+        command: Command,
+        /// Where the result goes once the command took effect.
+        reply: Option<Sender<Result<Value, String>>>,
+    },
+}

@@ -1,0 +1,3 @@
+//! Floor 5: the two drivers. They turn events into inputs and actions into effects.
+
+pub mod config;

@@ -1,0 +1,316 @@
+//! The driver of the node that runs the guest: turns events into inputs, and actions into effects. It holds no rule.
+
+use std::sync::Arc;
+
+use crossbeam::channel::RecvTimeoutError;
+
+use super::context::Context;
+use super::conns::Conns;
+use super::error::NodeError;
+use super::events::NodeEvent;
+use super::{announce, clock};
+use crate::checkpoint::capture::{CapturePool, capture};
+use crate::checkpoint::dirt::DirtBook;
+use crate::checkpoint::output::{OutputGate, ReleaseEnd};
+use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
+use crate::control::metrics::EpochSample;
+use crate::machine::{Machine, MachineEvent};
+use crate::protocol::messages::Message;
+use crate::protocol::primary::{Action, Command, ConnId, Input, Phase, Primary};
+use crate::protocol::types::EpochId;
+
+/// How a primary's life ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum PrimaryEnd {
+    /// As it should: an operator or the guest ended it.
+    Quit,
+    /// Another node runs the guest.
+    Fenced,
+}
+
+/// The epoch on its way, for the figures.
+#[derive(Clone, Copy)]
+struct OnItsWay {
+    id: EpochId,
+    started_us: u64,
+    pause_us: u64,
+    dirty_pages: u64,
+}
+
+/// The driver.
+pub struct PrimaryNode {
+    context: Context,
+    machine: Machine,
+    gate: Arc<OutputGate>,
+    protocol: Primary,
+    conns: Conns,
+    sender: Option<Sender>,
+    pool: CapturePool,
+    dirt: DirtBook,
+    on_its_way: Option<OnItsWay>,
+    epochs_sampled: u64,
+    end: Option<PrimaryEnd>,
+}
+
+impl PrimaryNode {
+    /// A driver for a machine that is booted or restored, and still paused.
+    pub fn new(context: Context, machine: Machine, gate: Arc<OutputGate>, protocol: Primary) -> PrimaryNode {
+        let pages = machine.memory().pages();
+        PrimaryNode {
+            context,
+            machine,
+            gate,
+            protocol,
+            conns: Conns::default(),
+            sender: None,
+            pool: CapturePool::default(),
+            dirt: DirtBook::new(pages),
+            on_its_way: None,
+            epochs_sampled: 0,
+            end: None,
+        }
+    }
+
+    /// Opens the output, lets the guest run, and drives it until it ends here.
+    ///
+    /// # Errors
+    /// What this node cannot go on after: the machine failed.
+    pub fn run(mut self, announce: bool) -> Result<PrimaryEnd, NodeError> {
+        clock::sharpen_timers();
+        self.gate.pass();
+        self.machine.resume()?;
+        self.context.board.resumed(clock::monotonic_us());
+        if announce {
+            self.announce();
+        }
+        loop {
+            self.act()?;
+            self.publish();
+            if let Some(end) = self.end.take() {
+                return Ok(end);
+            }
+            let input = self.next_input()?;
+            if let Some(input) = input {
+                self.protocol.handle(clock::now(), input);
+            }
+        }
+    }
+
+    fn announce(&self) {
+        for frame in announce::frames(self.context.mac, self.context.guest_ip) {
+            self.gate.send_now(&frame);
+        }
+    }
+
+    fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+        let event = match self.protocol.poll_timeout() {
+            None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
+            Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => return Ok(Some(Input::Tick)),
+                Err(RecvTimeoutError::Disconnected) => return Err(NodeError::Gone),
+            },
+        };
+        self.translate(event)
+    }
+
+    fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
+        Ok(match event {
+            NodeEvent::Accepted { conn, hello, writer } => {
+                self.conns.insert(conn, writer);
+                Some(Input::Hello { conn, hello })
+            }
+            NodeEvent::Message { conn, message } => Some(Input::Message { conn, message }),
+            NodeEvent::Closed { conn, why } => {
+                self.conns.remove(conn);
+                Some(Input::Closed { conn, why })
+            }
+            NodeEvent::Pushed { conn, bytes } => {
+                self.context.board.add_wire_bytes(bytes);
+                self.sender_is(conn).then_some(Input::Pushed)
+            }
+            NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
+            NodeEvent::OutputFull => Some(Input::OutputFull),
+            NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
+            NodeEvent::Machine(event) => self.machine_event(event)?,
+            NodeEvent::Command { command, reply } => {
+                self.context.board.pend(command, reply);
+                Some(Input::Command(command))
+            }
+            // What a secondary hears of; a late one may still be in the channel after a takeover.
+            NodeEvent::Connected { .. } | NodeEvent::Staged { .. } | NodeEvent::Background { .. } => None,
+        })
+    }
+
+    fn sender_is(&self, conn: ConnId) -> bool {
+        self.sender.as_ref().is_some_and(|sender| sender.conn() == conn)
+    }
+
+    fn machine_event(&mut self, event: MachineEvent) -> Result<Option<Input>, NodeError> {
+        tracing::info!(?event, "guest");
+        self.context.board.machine_event(&event);
+        Ok(match event {
+            MachineEvent::Shutdown => Some(Input::GuestShutdown),
+            MachineEvent::VcpuFailed { .. } => return Err(NodeError::GuestFailed(format!("{event:?}"))),
+            _ => None,
+        })
+    }
+
+    // ---- effects ----
+
+    fn act(&mut self) -> Result<(), NodeError> {
+        while let Some(action) = self.protocol.poll_action() {
+            match action {
+                Action::Send { conn, message } => self.send(conn, message),
+                Action::Close { conn } => self.close(conn),
+                Action::StartTracking { conn } => self.start_tracking(conn)?,
+                Action::StopTracking => self.stop_tracking()?,
+                Action::Capture { id, completes_resync, hold } => self.capture(id, completes_resync, hold)?,
+                Action::Push { pages } => self.job(SenderJob::Push(pages)),
+                Action::Committed { id } => self.committed(id),
+                Action::Release { through, before } => self.release(through, before),
+                Action::ReleaseAll => {
+                    self.gate.pass();
+                    self.machine.kick_net();
+                }
+                Action::Run(run) => self.run_guest(run)?,
+                Action::Ask(call) => self.context.arbiter.ask(call),
+                Action::Fence => self.fence()?,
+                Action::Exit => {
+                    let fenced = self.protocol.phase() == Phase::Fenced;
+                    self.end = Some(if fenced { PrimaryEnd::Fenced } else { PrimaryEnd::Quit });
+                }
+                Action::Tell(event) => self.context.tell(&event),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, conn: ConnId, message: Message) {
+        if self.sender_is(conn) {
+            self.job(SenderJob::Message(message));
+        } else if let Some(why) = self.conns.send(conn, &message) {
+            self.protocol.handle(clock::now(), Input::Closed { conn, why });
+        }
+    }
+
+    fn job(&mut self, job: SenderJob) {
+        if let Some(sender) = &self.sender {
+            sender.submit(job);
+        }
+    }
+
+    fn close(&mut self, conn: ConnId) {
+        if self.sender_is(conn) {
+            // What was handed over before leaves first; the thread closes behind it.
+            self.sender = None;
+        }
+        self.conns.close(conn);
+    }
+
+    fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
+        let Some(writer) = self.conns.take(conn) else { return Ok(()) };
+        self.pool.warm(self.machine.memory().pages());
+        self.dirt.forget();
+        self.machine.track_dirt(true)?;
+        let events = self.context.events.clone();
+        let report = move |report: SenderReport| {
+            let event = match report {
+                SenderReport::Pushed(bytes) => NodeEvent::Pushed { conn, bytes },
+                SenderReport::Failed(why) => NodeEvent::Closed { conn, why },
+            };
+            // The driver is gone: nobody needs to know.
+            let _ = events.send(event);
+        };
+        let memory = self.machine.memory().clone();
+        self.sender =
+            Some(Sender::start(conn, writer, memory, self.context.config.compress, self.pool.clone(), report)?);
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), NodeError> {
+        self.sender = None;
+        if self.on_its_way.take().is_some() {
+            self.context.board.aborted();
+        }
+        self.dirt.forget();
+        self.machine.track_dirt(false)?;
+        Ok(())
+    }
+
+    fn capture(&mut self, id: EpochId, completes_resync: bool, hold: bool) -> Result<(), NodeError> {
+        let started_us = clock::monotonic_us();
+        let was_running = self.machine.is_running();
+        let mut buffer = self.pool.get();
+        self.machine.pause()?;
+        let taken = capture(&mut self.machine, &mut self.dirt, id, &mut buffer);
+        if hold {
+            self.gate.hold();
+        } else if self.protocol.holds_output() && !completes_resync {
+            self.gate.seal(id.epoch);
+        }
+        if was_running {
+            self.machine.resume()?;
+        }
+        let pause_us = clock::monotonic_us().saturating_sub(started_us);
+        let input = match taken {
+            Ok(()) => {
+                self.protocol.note_dirt(self.dirt.taken());
+                let dirty_pages = buffer.pages.len() as u64;
+                buffer.completes_resync = completes_resync;
+                self.on_its_way = Some(OnItsWay { id, started_us, pause_us, dirty_pages });
+                self.job(SenderJob::Epoch(buffer));
+                Input::Captured { id }
+            }
+            Err(error) => {
+                self.dirt.put_back();
+                Input::CaptureFailed { why: error.to_string() }
+            }
+        };
+        self.protocol.handle(clock::now(), input);
+        Ok(())
+    }
+
+    fn release(&mut self, through: u64, before: crate::protocol::types::Instant) {
+        if self.gate.release(through, || clock::now() < before) == ReleaseEnd::Expired {
+            self.protocol.handle(clock::now(), Input::ReleaseExpired);
+        }
+        if self.gate.take_was_full() {
+            self.machine.kick_net();
+        }
+    }
+
+    /// The epoch on its way is committed: its dirt is safe and its figures are complete.
+    fn committed(&mut self, id: EpochId) {
+        self.dirt.committed(id);
+        let Some(way) = self.on_its_way.take() else { return };
+        let sample = EpochSample {
+            index: self.epochs_sampled,
+            pause_us: way.pause_us,
+            commit_us: clock::monotonic_us().saturating_sub(way.started_us),
+            dirty_pages: way.dirty_pages,
+            wire_bytes: self.sender.as_ref().map_or(0, Sender::last_epoch_bytes),
+            hold_us: self.gate.last_hold_us(),
+        };
+        self.epochs_sampled += 1;
+        self.context.board.committed(sample);
+    }
+
+    fn run_guest(&mut self, run: bool) -> Result<(), NodeError> {
+        if run { self.machine.resume()? } else { self.machine.pause()? }
+        self.context.board.answer_pending();
+        Ok(())
+    }
+
+    fn fence(&mut self) -> Result<(), NodeError> {
+        self.gate.close();
+        self.machine.pause()?;
+        self.sender = None;
+        self.conns.close_all();
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        self.context.board.primary(&self.protocol, &self.gate, self.machine.is_running());
+    }
+}

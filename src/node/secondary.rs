@@ -1,0 +1,271 @@
+//! The driver of the node that holds the guest's image. It holds no rule.
+
+use std::sync::Arc;
+
+use crossbeam::channel::RecvTimeoutError;
+
+use super::clock;
+use super::conns::Conns;
+use super::context::Context;
+use super::error::NodeError;
+use super::events::NodeEvent;
+use super::links;
+use crate::checkpoint::apply::Applier;
+use crate::checkpoint::output::OutputGate;
+use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
+use crate::control::status::TakeoverReport;
+use crate::machine::Machine;
+use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
+use crate::protocol::primary::{Command, ConnId};
+use crate::protocol::record::Record;
+use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
+use crate::protocol::types::EpochId;
+
+/// How a secondary's life ended.
+pub enum SecondaryEnd {
+    /// It runs the guest now: restored, still paused.
+    Promoted(Box<Promoted>),
+    /// It has to begin anew, as a newcomer, after this long.
+    Rejoin(std::time::Duration),
+    /// The process ends.
+    Over(Ending),
+}
+
+/// What a takeover hands to the primary's driver.
+pub struct Promoted {
+    /// The restored machine.
+    pub machine: Machine,
+    /// Its way out, still closed.
+    pub gate: Arc<OutputGate>,
+    /// The record that won.
+    pub record: Record,
+    /// The primary's word about the guest (its shape above all).
+    pub welcome: Welcome,
+    /// What the takeover took so far.
+    pub report: TakeoverReport,
+}
+
+/// The image in the making.
+struct Image {
+    machine: Machine,
+    gate: Arc<OutputGate>,
+    welcome: Welcome,
+    applier: Applier,
+}
+
+/// When the stages of a takeover were reached, on the monotonic clock.
+#[derive(Default)]
+struct Stages {
+    heard_us: u64,
+    suspected_us: u64,
+    decided_us: u64,
+}
+
+/// The driver, for one instance id.
+pub struct SecondaryNode<'a> {
+    context: &'a Context,
+    protocol: Secondary,
+    conns: Conns,
+    budget: Arc<StagingBudget>,
+    image: Option<Image>,
+    staged: Option<Box<StagedEpoch>>,
+    stages: Stages,
+    end: Option<SecondaryEnd>,
+}
+
+impl<'a> SecondaryNode<'a> {
+    /// A newcomer under a new instance id.
+    pub fn new(context: &'a Context, config: SecondaryConfig, protocol: Secondary) -> SecondaryNode<'a> {
+        SecondaryNode {
+            context,
+            protocol,
+            conns: Conns::default(),
+            budget: StagingBudget::new(config.staging_bytes_max),
+            image: None,
+            staged: None,
+            stages: Stages::default(),
+            end: None,
+        }
+    }
+
+    /// Drives the secondary until its life as this instance ends.
+    ///
+    /// # Errors
+    /// What this node cannot go on after.
+    pub fn run(mut self) -> Result<SecondaryEnd, NodeError> {
+        clock::sharpen_timers();
+        loop {
+            self.act()?;
+            self.context.board.secondary(&self.protocol);
+            if let Some(end) = self.end.take() {
+                self.conns.close_all();
+                return Ok(end);
+            }
+            if let Some(input) = self.next_input()? {
+                self.protocol.handle(clock::now(), input);
+            }
+        }
+    }
+
+    fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+        let event = match self.protocol.poll_timeout() {
+            None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
+            Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => return Ok(Some(Input::Tick)),
+                Err(RecvTimeoutError::Disconnected) => return Err(NodeError::Gone),
+            },
+        };
+        self.translate(event)
+    }
+
+    fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
+        Ok(match event {
+            NodeEvent::Connected { conn, writer, reader } => {
+                self.conns.insert(conn, writer);
+                links::read_as_secondary(conn, reader, self.budget.clone(), self.context.events.clone())?;
+                Some(Input::Connected { conn })
+            }
+            NodeEvent::Message { conn, message } => {
+                self.stages.heard_us = clock::monotonic_us();
+                Some(Input::Message { conn, message })
+            }
+            NodeEvent::Closed { conn, why } => {
+                self.conns.remove(conn);
+                Some(Input::Closed { conn, why })
+            }
+            NodeEvent::Staged { conn, epoch } => {
+                self.stages.heard_us = clock::monotonic_us();
+                let (id, completes_resync) = (epoch.id, epoch.completes_resync);
+                self.staged = Some(epoch);
+                Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used() })
+            }
+            NodeEvent::Background { payload, .. } => {
+                if let Some(image) = &self.image {
+                    image.applier.background(payload);
+                }
+                None
+            }
+            NodeEvent::Answer { ticket, answer } => {
+                self.stages.decided_us = clock::monotonic_us();
+                Some(Input::Answer { ticket, answer })
+            }
+            NodeEvent::Accepted { mut writer, .. } => {
+                let detail = "this node is a secondary: it does not run the guest; name the primary with --peer".into();
+                // Whether the stranger hears it is the stranger's business.
+                let _ = writer.send(&Message::Refuse { reason: RefuseReason::NotPrimary, detail });
+                writer.handle().shutdown();
+                None
+            }
+            NodeEvent::Command { command: Command::Quit, reply } => {
+                answer(reply, Ok(serde_json::json!({})));
+                Some(Input::Quit)
+            }
+            NodeEvent::Command { reply, .. } => {
+                answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
+                None
+            }
+            NodeEvent::Machine(_)
+            | NodeEvent::OutputWaiting
+            | NodeEvent::OutputFull
+            | NodeEvent::Pushed { .. } => None,
+        })
+    }
+
+    fn act(&mut self) -> Result<(), NodeError> {
+        while let Some(action) = self.protocol.poll_action() {
+            match action {
+                Action::Connect { conn, channel } => self.connect(conn, channel)?,
+                Action::Send { conn, message } => {
+                    if let Some(why) = self.conns.send(conn, &message) {
+                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
+                    }
+                }
+                Action::Close { conn } => {
+                    self.stages.suspected_us = clock::monotonic_us();
+                    self.conns.close(conn);
+                }
+                Action::BuildMachine(welcome) => self.build(welcome),
+                Action::Commit { id } => self.commit(id),
+                Action::Ask(call) => self.context.arbiter.ask(call),
+                Action::Promote { record, epoch, cause } => self.promote(record, epoch, cause)?,
+                Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
+                Action::Exit(ending) => self.end = Some(SecondaryEnd::Over(ending)),
+                Action::Tell(event) => self.context.tell(&event),
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&self, conn: ConnId, channel: Channel) -> Result<(), NodeError> {
+        let config = &self.context.config;
+        let address = match channel {
+            Channel::Data => config.peer,
+            Channel::Heartbeat => config.peer_heartbeat,
+        };
+        let address = address.ok_or(NodeError::NoPeer)?;
+        links::connect(conn, address, channel, self.context.timeouts(), self.context.events.clone())
+    }
+
+    fn build(&mut self, welcome: Welcome) {
+        let input = match self.build_image(welcome) {
+            Ok(image) => {
+                self.context.board.show_gate(image.gate.clone());
+                self.image = Some(image);
+                Input::MachineReady
+            }
+            Err(error) => Input::MachineFailed { why: error.to_string() },
+        };
+        self.protocol.handle(clock::now(), input);
+    }
+
+    fn build_image(&self, welcome: Welcome) -> Result<Image, NodeError> {
+        let gate = self.context.open_gate()?;
+        let machine = self.context.new_machine(&welcome.shape, gate.clone())?;
+        let applier = Applier::start(machine.memory().clone(), self.budget.clone())?;
+        Ok(Image { machine, gate, welcome, applier })
+    }
+
+    fn commit(&mut self, id: EpochId) {
+        if let (Some(image), Some(epoch)) = (&self.image, self.staged.take_if(|epoch| epoch.id == id)) {
+            image.applier.epoch(epoch);
+        }
+    }
+
+    fn promote(&mut self, record: Record, epoch: EpochId, cause: String) -> Result<(), NodeError> {
+        let Some(Image { mut machine, gate, welcome, applier }) = self.image.take() else {
+            return Err(NodeError::GuestFailed("there is no image to take over with".into()));
+        };
+        let state = applier.finish(epoch)?;
+        let applied_us = clock::monotonic_us();
+        machine.restore(&state)?;
+        gate.drain_input();
+        let restored_us = clock::monotonic_us();
+        let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
+        let Stages { heard_us, suspected_us, decided_us } = self.stages;
+        let report = TakeoverReport {
+            cause,
+            detect_ms: ms(heard_us, suspected_us),
+            arbitrate_ms: ms(suspected_us, decided_us),
+            apply_ms: ms(decided_us, applied_us),
+            restore_ms: ms(applied_us, restored_us),
+            // Known once the guest runs: until then, when that began.
+            resume_ms: 0.0,
+            first_packet_ms: None,
+            started_monotonic_us: suspected_us,
+            first_packet_monotonic_us: None,
+        };
+        self.end = Some(SecondaryEnd::Promoted(Box::new(Promoted { machine, gate, record, welcome, report })));
+        Ok(())
+    }
+}
+
+fn answer(
+    reply: Option<crossbeam::channel::Sender<Result<serde_json::Value, String>>>,
+    result: Result<serde_json::Value, String>,
+) {
+    if let Some(reply) = reply {
+        // The client may have given up waiting.
+        let _ = reply.send(result);
+    }
+}

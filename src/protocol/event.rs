@@ -1,0 +1,118 @@
+//! What a node tells people: events for the log and the control socket.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::messages::RefuseReason;
+use super::types::{EpochId, Generation, InstanceId};
+
+/// Something an operator may want to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A newcomer was accepted and is being filled.
+    ResyncStarted {
+        /// The newcomer.
+        newcomer: InstanceId,
+    },
+    /// A newcomer was turned away.
+    Refused {
+        /// Why.
+        reason: RefuseReason,
+        /// In words.
+        detail: String,
+    },
+    /// The newcomer went away before it was of use.
+    NewcomerLost {
+        /// Why.
+        why: String,
+    },
+    /// The guest has a committed copy elsewhere, and the arbiter knows.
+    Protected {
+        /// The generation of the pair.
+        generation: Generation,
+        /// The node that holds the copy.
+        peer: InstanceId,
+    },
+    /// The guest has no copy any more.
+    Unprotected {
+        /// Why.
+        why: String,
+    },
+    /// The peer may be dead; the arbiter is asked.
+    Suspected {
+        /// Why.
+        why: String,
+    },
+    /// This node takes over the guest.
+    Takeover {
+        /// The generation it won.
+        generation: Generation,
+        /// The epoch the guest goes on from.
+        epoch: EpochId,
+    },
+    /// This node may no longer run the guest.
+    Fenced {
+        /// Why.
+        why: String,
+    },
+    /// This node stood still for too long and asks the arbiter before it releases anything.
+    Stalled {
+        /// For how long.
+        stall: Duration,
+    },
+    /// The arbiter is out of reach: held output stays held, a secondary waits.
+    ArbiterLost {
+        /// Why.
+        why: String,
+    },
+    /// The arbiter answers again.
+    ArbiterBack,
+    /// The secondary lost its place; it joins again as a newcomer.
+    Rejoining {
+        /// Why.
+        why: String,
+    },
+}
+
+impl Event {
+    /// The name the control socket uses.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Event::ResyncStarted { .. } => "MC_RESYNC",
+            Event::Refused { .. } => "MC_REFUSED",
+            Event::NewcomerLost { .. } => "MC_NEWCOMER_LOST",
+            Event::Protected { .. } => "MC_PROTECTED",
+            Event::Unprotected { .. } => "MC_UNPROTECTED",
+            Event::Suspected { .. } => "MC_SUSPECTED",
+            Event::Takeover { .. } => "MC_TAKEOVER",
+            Event::Fenced { .. } => "MC_FENCED",
+            Event::Stalled { .. } => "MC_STALLED",
+            Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
+            Event::ArbiterBack => "MC_ARBITER_BACK",
+            Event::Rejoining { .. } => "MC_REJOINING",
+        }
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Event::ResyncStarted { newcomer } => write!(f, "resync started with newcomer {newcomer:?}"),
+            Event::Refused { detail, .. } => write!(f, "newcomer refused: {detail}"),
+            Event::NewcomerLost { why } => write!(f, "newcomer lost: {why}; the guest runs on alone"),
+            Event::Protected { generation, peer } => write!(f, "protected in {generation} by {peer:?}"),
+            Event::Unprotected { why } => {
+                write!(f, "unprotected: {why}; the guest runs alone and waits for a newcomer")
+            }
+            Event::Suspected { why } => write!(f, "peer suspected: {why}; asking the arbiter"),
+            Event::Takeover { generation, epoch } => write!(f, "takeover: {generation}, from epoch {epoch}"),
+            Event::Fenced { why } => write!(f, "fenced: {why}; the guest is stopped here and nothing is released"),
+            Event::Stalled { stall } => {
+                write!(f, "this node stood still for {} ms; asking the arbiter", stall.as_millis())
+            }
+            Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
+            Event::ArbiterBack => write!(f, "arbiter answers again"),
+            Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Heartbeats: when to send one, when a silence is too long, and when it was *we* who slept.
+
+use std::time::Duration;
+
+use super::types::Instant;
+
+/// How often heartbeats go out and how long a silence may last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeartbeatConfig {
+    /// Time between two heartbeats.
+    pub interval: Duration,
+    /// Silence after which the peer is suspected; also the longest a node may have slept without asking the arbiter.
+    pub timeout: Duration,
+}
+
+/// Says when the next heartbeat is due and gives it its number.
+#[derive(Debug)]
+pub struct Pulse {
+    interval: Duration,
+    due: Instant,
+    sequence: u64,
+}
+
+impl Pulse {
+    /// A pulse whose first heartbeat is due at once.
+    pub fn new(interval: Duration, now: Instant) -> Pulse {
+        Pulse { interval, due: now, sequence: 0 }
+    }
+
+    /// When the next heartbeat is due.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// The number of the heartbeat to send now, if one is due.
+    pub fn beat(&mut self, now: Instant) -> Option<u64> {
+        if now < self.due {
+            return None;
+        }
+        self.due = now + self.interval;
+        self.sequence += 1;
+        Some(self.sequence)
+    }
+}
+
+/// Judges the peer's silence. It only suspects; the arbiter decides.
+#[derive(Debug)]
+pub struct Judge {
+    timeout: Duration,
+    heard: Instant,
+}
+
+impl Judge {
+    /// A judge that counts silence from `now`.
+    pub fn new(timeout: Duration, now: Instant) -> Judge {
+        Judge { timeout, heard: now }
+    }
+
+    /// A heartbeat arrived.
+    pub fn heard(&mut self, now: Instant) {
+        self.heard = self.heard.max(now);
+    }
+
+    /// When the peer becomes suspect if nothing more is heard.
+    pub fn deadline(&self) -> Instant {
+        self.heard + self.timeout
+    }
+
+    /// The silence so far, if it is longer than allowed.
+    pub fn suspects(&self, now: Instant) -> Option<Duration> {
+        (now >= self.deadline()).then(|| now.since(self.heard))
+    }
+}
+
+/// Notices that this node itself stood still (SIGSTOP, a frozen host): then what it remembers hearing proves nothing.
+#[derive(Debug)]
+pub struct StallGuard {
+    limit: Duration,
+    awake: Instant,
+}
+
+impl StallGuard {
+    /// A guard that calls a gap of `limit` or more between two looks a stall. The driver looks at least every heartbeat interval.
+    pub fn new(limit: Duration, now: Instant) -> StallGuard {
+        StallGuard { limit, awake: now }
+    }
+
+    /// Looks at the clock; the length of the stall that just ended, if there was one.
+    pub fn look(&mut self, now: Instant) -> Option<Duration> {
+        let gap = now.since(self.awake);
+        self.awake = self.awake.max(now);
+        (gap >= self.limit).then_some(gap)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_judge_waits_for_the_whole_time_out() {
+        let mut judge = Judge::new(30 * MS, Instant::from_us(0));
+        judge.heard(Instant::from_us(10_000));
+        judge.heard(Instant::from_us(5_000)); // an older look never shortens the silence allowed
+        assert_eq!(judge.suspects(Instant::from_us(39_999)), None);
+        assert_eq!(judge.suspects(Instant::from_us(40_000)), Some(30 * MS));
+    }
+
+    #[test]
+    fn a_pulse_beats_once_per_interval() {
+        let mut pulse = Pulse::new(10 * MS, Instant::from_us(0));
+        assert_eq!(pulse.beat(Instant::from_us(0)), Some(1));
+        assert_eq!(pulse.beat(Instant::from_us(9_999)), None);
+        assert_eq!(pulse.beat(Instant::from_us(10_000)), Some(2));
+    }
+
+    #[test]
+    fn a_stall_is_noticed_once() {
+        let mut guard = StallGuard::new(30 * MS, Instant::from_us(0));
+        assert_eq!(guard.look(Instant::from_us(29_000)), None);
+        assert_eq!(guard.look(Instant::from_us(89_000)), Some(60 * MS));
+        assert_eq!(guard.look(Instant::from_us(89_001)), None);
+    }
+}

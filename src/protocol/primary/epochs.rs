@@ -1,0 +1,123 @@
+//! The primary's book of epochs: what runs, what is on its way, what is committed, and when the next cut is due.
+
+use super::types::PrimaryConfig;
+use crate::protocol::types::{EpochId, Generation, Instant};
+
+/// At most one epoch is on its way: a second one in flight would not make the first commit sooner.
+#[derive(Debug)]
+pub struct Epochs {
+    next: EpochId,
+    capturing: Option<EpochId>,
+    in_flight: Option<EpochId>,
+    committed: Option<EpochId>,
+    last_capture: Instant,
+    output_waits: bool,
+    pressed: bool,
+}
+
+impl Epochs {
+    pub fn new(generation: Generation, now: Instant) -> Epochs {
+        Epochs {
+            next: EpochId { generation, epoch: 0 },
+            capturing: None,
+            in_flight: None,
+            committed: None,
+            last_capture: now,
+            output_waits: false,
+            pressed: false,
+        }
+    }
+
+    /// The name of the epoch that runs now.
+    pub fn next_id(&self) -> EpochId {
+        self.next
+    }
+
+    /// The newest committed epoch of this generation.
+    pub fn committed(&self) -> Option<EpochId> {
+        self.committed
+    }
+
+    /// True if nothing is being captured or on its way.
+    pub fn idle(&self) -> bool {
+        self.capturing.is_none() && self.in_flight.is_none()
+    }
+
+    /// True if somebody asked for a cut.
+    pub fn is_pressed(&self) -> bool {
+        self.pressed
+    }
+
+    pub fn press(&mut self) {
+        self.pressed = true;
+    }
+
+    pub fn output_waiting(&mut self) {
+        self.output_waits = true;
+    }
+
+    /// When the running epoch is to be cut.
+    pub fn due(&self, config: &PrimaryConfig, cuts_on_output: bool) -> Instant {
+        let early = self.pressed || (self.output_waits && cuts_on_output);
+        self.last_capture + if early { config.interval_min.min(config.interval) } else { config.interval }
+    }
+
+    /// A resync begins: the first epoch is cut after one interval.
+    pub fn start(&mut self, now: Instant) {
+        self.last_capture = now;
+        self.abandon();
+    }
+
+    /// Cuts the running epoch and names it.
+    pub fn begin(&mut self, now: Instant) -> EpochId {
+        let id = self.next;
+        self.next = id.next();
+        self.capturing = Some(id);
+        self.last_capture = now;
+        self.output_waits = false;
+        self.pressed = false;
+        id
+    }
+
+    /// The epoch was captured and is on its way.
+    pub fn captured(&mut self, id: EpochId) {
+        if self.capturing == Some(id) {
+            self.capturing = None;
+            self.in_flight = Some(id);
+        }
+    }
+
+    /// The capture failed.
+    pub fn failed(&mut self, now: Instant) {
+        self.capturing = None;
+        self.last_capture = now;
+    }
+
+    /// The peer says that it has committed `id`; false if that cannot be.
+    pub fn commit(&mut self, id: EpochId) -> bool {
+        // A fast ack may overtake the driver's word that the capture is done.
+        let expected = self.in_flight.or(self.capturing);
+        if expected != Some(id) {
+            return false;
+        }
+        self.in_flight = None;
+        self.capturing = None;
+        self.committed = Some(id);
+        true
+    }
+
+    /// A new generation begins: epochs are numbered from 0 again.
+    pub fn begin_generation(&mut self, generation: Generation) {
+        self.next = EpochId { generation, epoch: 0 };
+        self.abandon();
+    }
+
+    /// Nothing is on its way any more, and nothing of it is committed to anyone.
+    pub fn abandon(&mut self) {
+        self.capturing = None;
+        self.in_flight = None;
+        self.committed = None;
+        self.output_waits = false;
+        self.pressed = false;
+    }
+}

@@ -1,0 +1,540 @@
+//! The rules of the node that runs the guest.
+//!
+//! ```text
+//!            hello            both connections        last page pushed, arbiter in reach
+//!   Solo ────────────▶ Joining ────────────▶ Resync ────────────▶ Completing (output held)
+//!    ▲ ▲                  │                    │                        │ ack
+//!    │ └──── newcomer lost: nothing was held ──┴── or is released ──────┤
+//!    │                                                                  ▼
+//!    │ swap won                 peer suspected             swap won   Pairing
+//!    └──────────── Deciding ◀──────────────────── Protected ◀───────────┘
+//!                     │ swap lost                     │ another record stands
+//!                     └──────────▶ Fenced ◀───────────┘
+//! ```
+
+mod epochs;
+mod peer;
+mod types;
+
+use std::collections::VecDeque;
+
+pub use types::{Action, Command, ConnId, Input, PrimaryConfig};
+
+use self::epochs::Epochs;
+use self::peer::Peer;
+use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
+use super::event::Event;
+use super::heartbeat::StallGuard;
+use super::messages::{Channel, Message};
+use super::pages::PageSet;
+use super::record::Record;
+use super::resync::Ledger;
+use super::types::{EpochId, Generation, InstanceId, Instant};
+
+/// What a primary is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Runs the guest alone; output passes.
+    Solo,
+    /// A newcomer said hello and builds its machine.
+    Joining,
+    /// A newcomer receives epochs and pages; output passes.
+    Resync,
+    /// The epoch that makes the newcomer's image whole is on its way; output is held.
+    Completing,
+    /// That epoch is committed; the arbiter is asked to record the pair; output is held.
+    Pairing,
+    /// Output leaves as its epochs are committed.
+    Protected,
+    /// The peer is suspected; the arbiter is asked whether this node may go on alone; output is held.
+    Deciding,
+    /// The guest has shut down (or must); the arbiter is told.
+    Stopping,
+    /// Another node runs the guest.
+    Fenced,
+}
+
+/// The primary's state machine.
+#[derive(Debug)]
+pub struct Primary {
+    config: PrimaryConfig,
+    me: InstanceId,
+    record: Record,
+    phase: Phase,
+    peer: Option<Peer>,
+    epochs: Epochs,
+    ledger: Option<Ledger>,
+    arbitration: Arbitration,
+    guard: StallGuard,
+    /// False after a stall, until the arbiter has confirmed the record.
+    proven: bool,
+    /// The arbiter confirmed the record since this resync became complete.
+    pairing_checked: bool,
+    arbiter_lost: Option<String>,
+    stopped_by_operator: bool,
+    stopped_by_full_output: bool,
+    guest_runs: bool,
+    actions: VecDeque<Action>,
+}
+
+impl Primary {
+    /// A primary that runs the guest alone under `record`, which the arbiter holds already.
+    pub fn new(config: PrimaryConfig, me: InstanceId, record: Record, now: Instant) -> Primary {
+        Primary {
+            me,
+            record,
+            phase: Phase::Solo,
+            peer: None,
+            epochs: Epochs::new(record.generation, now),
+            ledger: None,
+            arbitration: Arbitration::new(config.arbiter_retry),
+            guard: StallGuard::new(config.heartbeat.timeout, now),
+            proven: true,
+            pairing_checked: false,
+            arbiter_lost: None,
+            stopped_by_operator: false,
+            stopped_by_full_output: false,
+            guest_runs: true,
+            actions: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// What the primary is doing.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The record it runs under.
+    pub fn record(&self) -> Record {
+        self.record
+    }
+
+    /// This node's instance id.
+    pub fn me(&self) -> InstanceId {
+        self.me
+    }
+
+    /// The generation and the number of the epoch that runs now.
+    pub fn running_epoch(&self) -> EpochId {
+        self.epochs.next_id()
+    }
+
+    /// The peer, if there is one.
+    pub fn peer(&self) -> Option<InstanceId> {
+        self.peer.as_ref().map(|peer| peer.instance)
+    }
+
+    /// Pages a newcomer still lacks, during a resync.
+    pub fn resync_pages_left(&self) -> Option<u64> {
+        self.ledger.as_ref().map(Ledger::pages_left)
+    }
+
+    /// Why the arbiter is out of reach, if it is.
+    pub fn arbiter_lost(&self) -> Option<&str> {
+        self.arbiter_lost.as_deref()
+    }
+
+    /// True if the guest's vCPUs are to run (outside a capture's pause).
+    pub fn guest_runs(&self) -> bool {
+        self.guest_runs
+    }
+
+    /// True while output must be held.
+    pub fn holds_output(&self) -> bool {
+        matches!(self.phase, Phase::Completing | Phase::Pairing | Phase::Protected | Phase::Deciding)
+    }
+
+    /// Tells the resync ledger which pages travel in the epoch being captured. Called between `Action::Capture` and `Input::Captured`.
+    pub fn note_dirt(&mut self, dirt: &PageSet) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.travelled(dirt);
+        }
+    }
+
+    /// Takes what happened.
+    pub fn handle(&mut self, now: Instant, input: Input) {
+        self.notice_stall(now);
+        if self.phase == Phase::Fenced {
+            self.handle_fenced(input);
+            return;
+        }
+        match input {
+            Input::Tick => {}
+            Input::Hello { conn, hello } => self.hello(now, conn, hello),
+            Input::Message { conn, message } => self.message(now, conn, message),
+            Input::Closed { conn, why } => self.closed(now, conn, &why),
+            Input::OutputWaiting => self.epochs.output_waiting(),
+            Input::OutputFull => self.output_full(),
+            Input::Captured { id } => self.captured(id),
+            Input::CaptureFailed { why } => self.capture_failed(now, &why),
+            Input::Pushed => self.pushed(),
+            Input::ReleaseExpired => self.prove_again(),
+            Input::Answer { ticket, answer } => {
+                if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
+                    self.verdict(now, verdict);
+                }
+            }
+            Input::Command(command) => self.command(command),
+            Input::GuestShutdown => self.shut_down(),
+        }
+        self.on_time(now);
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When to call `handle(now, Input::Tick)` at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if self.phase == Phase::Fenced {
+            return None;
+        }
+        let peer = self.peer.as_ref().and_then(|peer| peer.due(self.phase));
+        let capture = self.may_capture().then(|| self.epochs.due(&self.config, self.cuts_on_output()));
+        [peer, capture, self.arbitration.due()].into_iter().flatten().min()
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        if let Some(call) = self.arbitration.poll(now) {
+            self.actions.push_back(Action::Ask(call));
+        }
+        self.mind_peer(now);
+        self.resync_step();
+        self.consider_capture(now);
+        self.sync_run();
+    }
+
+    fn mind_peer(&mut self, now: Instant) {
+        let committed = self.epochs.committed();
+        let (me, generation) = (self.me, self.record.generation);
+        let Some(peer) = &mut self.peer else { return };
+        if let Some((conn, beat)) = peer.beat(now, me, generation, committed) {
+            self.actions.push_back(Action::Send { conn, message: Message::Heartbeat(beat) });
+        }
+        if let Some(why) = peer.suspicion(now, self.phase) {
+            self.lose_peer(&why);
+        }
+    }
+
+    fn resync_step(&mut self) {
+        if self.phase != Phase::Resync {
+            return;
+        }
+        let Some(ledger) = &mut self.ledger else { return };
+        if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
+            self.actions.push_back(Action::Push { pages });
+        } else if ledger.is_done() && !self.pairing_checked && !self.arbitration.is_asking() {
+            // Holding begins with the completing capture and ends with the arbiter's word: begin only if it can be had.
+            self.ask(ArbiterRequest::Read);
+        }
+    }
+
+    // ---- captures ----
+
+    fn may_capture(&self) -> bool {
+        matches!(self.phase, Phase::Resync | Phase::Protected) && self.epochs.idle()
+    }
+
+    fn cuts_on_output(&self) -> bool {
+        self.phase == Phase::Protected && (self.config.commit_on_output || self.epochs.is_pressed())
+    }
+
+    fn completes(&self) -> bool {
+        self.phase == Phase::Resync && self.pairing_checked && self.ledger.as_ref().is_some_and(Ledger::is_done)
+    }
+
+    fn consider_capture(&mut self, now: Instant) {
+        if !self.may_capture() {
+            return;
+        }
+        let completes_resync = self.completes();
+        if !completes_resync && now < self.epochs.due(&self.config, self.cuts_on_output()) {
+            return;
+        }
+        let id = self.epochs.begin(now);
+        if completes_resync {
+            self.phase = Phase::Completing;
+        }
+        self.actions.push_back(Action::Capture { id, completes_resync, hold: completes_resync });
+    }
+
+    fn captured(&mut self, id: EpochId) {
+        self.epochs.captured(id);
+    }
+
+    fn capture_failed(&mut self, now: Instant, why: &str) {
+        self.epochs.failed(now);
+        self.lose_peer(&format!("capture failed ({why})"));
+    }
+
+    fn pushed(&mut self) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.pushed();
+        }
+    }
+
+    fn output_full(&mut self) {
+        self.epochs.press();
+        if matches!(self.phase, Phase::Completing | Phase::Pairing | Phase::Deciding) {
+            self.stopped_by_full_output = true;
+        }
+    }
+
+    fn acked(&mut self, now: Instant, id: EpochId) {
+        if !self.epochs.commit(id) {
+            self.lose_peer(&format!("it acknowledged epoch {id}, which is not on its way"));
+            return;
+        }
+        self.actions.push_back(Action::Committed { id });
+        match self.phase {
+            Phase::Completing => {
+                self.phase = Phase::Pairing;
+                if let Some(peer) = &self.peer {
+                    let new = self.record.next_paired(self.me, peer.instance);
+                    self.ask(ArbiterRequest::Swap { expected: self.record, new });
+                }
+            }
+            Phase::Protected => self.release(now),
+            _ => {}
+        }
+    }
+
+    fn release(&mut self, now: Instant) {
+        if self.phase != Phase::Protected || !self.proven {
+            return;
+        }
+        let Some(committed) = self.epochs.committed() else { return };
+        // The peer waits for the whole time-out after our last heartbeat, which left at most one interval ago.
+        let slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
+        self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
+    }
+
+    // ---- the arbiter ----
+
+    fn ask(&mut self, request: ArbiterRequest) {
+        let call = self.arbitration.ask(request);
+        self.actions.push_back(Action::Ask(call));
+    }
+
+    fn notice_stall(&mut self, now: Instant) {
+        let Some(stall) = self.guard.look(now) else { return };
+        if let Some(peer) = &mut self.peer {
+            peer.forgive(now);
+        }
+        if matches!(self.phase, Phase::Pairing | Phase::Protected) {
+            self.tell(Event::Stalled { stall });
+            self.prove_again();
+        }
+    }
+
+    fn prove_again(&mut self) {
+        self.proven = false;
+        if self.phase == Phase::Protected {
+            self.ask(ArbiterRequest::Read);
+        }
+    }
+
+    fn verdict(&mut self, now: Instant, verdict: Verdict) {
+        if let Verdict::Unreachable(why) = verdict {
+            if self.arbiter_lost.is_none() {
+                self.tell(Event::ArbiterLost { why: why.clone() });
+            }
+            self.arbiter_lost = Some(why);
+            return;
+        }
+        if self.arbiter_lost.take().is_some() {
+            self.tell(Event::ArbiterBack);
+        }
+        match (self.phase, verdict) {
+            (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
+            (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
+            (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
+            (_, Verdict::Stands(record)) => self.fence(record),
+            (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
+        }
+    }
+
+    fn confirmed(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Resync => self.pairing_checked = true,
+            Phase::Protected => {
+                self.proven = true;
+                self.release(now);
+            }
+            _ => {}
+        }
+    }
+
+    fn paired(&mut self, record: Record) {
+        self.begin_generation(record);
+        self.ledger = None;
+        let Some(peer) = &self.peer else {
+            // It died while the arbiter thought: the pair is on record, so going on alone takes another swap.
+            self.phase = Phase::Deciding;
+            self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            return;
+        };
+        let (conn, instance) = (peer.data, peer.instance);
+        self.phase = Phase::Protected;
+        self.stopped_by_full_output = false;
+        self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
+        self.tell(Event::Protected { generation: record.generation, peer: instance });
+        if !self.proven {
+            self.ask(ArbiterRequest::Read);
+        }
+    }
+
+    fn alone(&mut self, record: Record) {
+        self.begin_generation(record);
+        self.proven = true;
+        self.go_solo();
+        self.tell(Event::Unprotected { why: "the secondary is gone".into() });
+    }
+
+    fn begin_generation(&mut self, record: Record) {
+        self.record = record;
+        self.epochs.begin_generation(record.generation);
+    }
+
+    fn fence(&mut self, record: Option<Record>) {
+        let why = match record {
+            Some(record) => format!("the arbiter's record is {} owned by {:?}", record.generation, record.owner),
+            None => "the arbiter has no record of this guest".into(),
+        };
+        self.drop_connections();
+        self.arbitration.forget();
+        self.phase = Phase::Fenced;
+        self.guest_runs = false;
+        self.actions.push_back(Action::Fence);
+        self.tell(Event::Fenced { why });
+    }
+
+    fn handle_fenced(&mut self, input: Input) {
+        match input {
+            Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
+            Input::Hello { conn, .. } => self.actions.push_back(Action::Close { conn }),
+            _ => {}
+        }
+    }
+
+    // ---- the peer ----
+
+    fn drop_connections(&mut self) {
+        if let Some(peer) = self.peer.take() {
+            for conn in [Some(peer.data), peer.heartbeat].into_iter().flatten() {
+                self.actions.push_back(Action::Close { conn });
+            }
+        }
+    }
+
+    fn lose_peer(&mut self, why: &str) {
+        self.drop_connections();
+        match self.phase {
+            Phase::Joining | Phase::Resync | Phase::Completing => {
+                self.go_solo();
+                self.tell(Event::NewcomerLost { why: why.into() });
+            }
+            Phase::Protected => {
+                self.phase = Phase::Deciding;
+                self.tell(Event::Suspected { why: why.into() });
+                let new = self.record.next_solo(self.me);
+                self.ask(ArbiterRequest::Swap { expected: self.record, new });
+            }
+            // Pairing: the answer decides. The others have no peer.
+            Phase::Pairing | Phase::Solo | Phase::Deciding | Phase::Stopping | Phase::Fenced => {}
+        }
+    }
+
+    fn go_solo(&mut self) {
+        self.phase = Phase::Solo;
+        self.ledger = None;
+        self.pairing_checked = false;
+        self.arbitration.forget();
+        self.stopped_by_full_output = false;
+        self.epochs.abandon();
+        self.actions.push_back(Action::StopTracking);
+        self.actions.push_back(Action::ReleaseAll);
+    }
+
+    fn start_resync(&mut self, now: Instant, conn: ConnId) {
+        self.phase = Phase::Resync;
+        self.pairing_checked = false;
+        self.ledger = Some(Ledger::new(self.config.shape.memory_bytes / super::pages::PAGE_BYTES as u64));
+        self.epochs.start(now);
+        self.actions.push_back(Action::StartTracking { conn });
+        if let Some(newcomer) = self.peer() {
+            self.tell(Event::ResyncStarted { newcomer });
+        }
+    }
+
+    fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
+        let Some(peer) = &mut self.peer else { return };
+        match (peer.channel_of(conn), message) {
+            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => peer.heard(now),
+            (Some(Channel::Data), Message::Ack { id, .. }) => self.acked(now, id),
+            (Some(_), Message::Bye { reason }) => self.lose_peer(&format!("it left ({reason})")),
+            (Some(_), other) => self.lose_peer(&format!("it sent what does not belong here ({})", other.name())),
+            (None, _) => {}
+        }
+    }
+
+    fn closed(&mut self, _now: Instant, conn: ConnId, why: &str) {
+        if self.peer.as_ref().is_some_and(|peer| peer.channel_of(conn).is_some()) {
+            self.lose_peer(why);
+        }
+    }
+
+    // ---- commands ----
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Stop => self.stopped_by_operator = true,
+            Command::Cont => self.stopped_by_operator = false,
+            Command::Checkpoint => self.epochs.press(),
+            Command::Quit if self.holds_output() => self.actions.push_back(Action::Exit),
+            Command::Quit => self.shut_down(),
+        }
+    }
+
+    /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
+    fn shut_down(&mut self) {
+        if self.phase == Phase::Stopping {
+            // Asked twice: the operator does not want to wait for the arbiter.
+            self.actions.push_back(Action::Exit);
+            return;
+        }
+        self.phase = Phase::Stopping;
+        self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
+    }
+
+    fn end(&mut self) {
+        self.actions.push_back(Action::ReleaseAll);
+        if let Some(peer) = &self.peer {
+            let message = Message::Bye { reason: "the guest was shut down".into() };
+            self.actions.push_back(Action::Send { conn: peer.data, message });
+        }
+        self.drop_connections();
+        self.actions.push_back(Action::Exit);
+    }
+
+    fn sync_run(&mut self) {
+        let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
+        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output;
+        if wanted != self.guest_runs {
+            self.guest_runs = wanted;
+            self.actions.push_back(Action::Run(wanted));
+        }
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.actions.push_back(Action::Tell(event));
+    }
+
+    /// The generation this node runs in.
+    pub fn generation(&self) -> Generation {
+        self.record.generation
+    }
+}

@@ -1,0 +1,164 @@
+//! Who the primary's peer is: hellos, its two connections, and whether it is alive.
+
+use super::types::{Action, ConnId};
+use super::{Phase, Primary};
+use crate::protocol::event::Event;
+use crate::protocol::heartbeat::{HeartbeatConfig, Judge, Pulse};
+use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
+
+/// The secondary, or the newcomer that becomes it.
+#[derive(Debug)]
+pub struct Peer {
+    pub instance: InstanceId,
+    pub data: ConnId,
+    pub heartbeat: Option<ConnId>,
+    life: Option<(Pulse, Judge)>,
+    join_by: Instant,
+}
+
+impl Peer {
+    fn new(instance: InstanceId, data: ConnId, join_by: Instant) -> Peer {
+        Peer { instance, data, heartbeat: None, life: None, join_by }
+    }
+
+    fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
+        self.heartbeat = Some(conn);
+        self.life = Some((Pulse::new(config.interval, now), Judge::new(config.timeout, now)));
+    }
+
+    pub fn channel_of(&self, conn: ConnId) -> Option<Channel> {
+        if conn == self.data {
+            Some(Channel::Data)
+        } else {
+            (self.heartbeat == Some(conn)).then_some(Channel::Heartbeat)
+        }
+    }
+
+    pub fn heard(&mut self, now: Instant) {
+        if let Some((_, judge)) = &mut self.life {
+            judge.heard(now);
+        }
+    }
+
+    /// We slept ourselves: the silence proves nothing.
+    pub fn forgive(&mut self, now: Instant) {
+        self.heard(now);
+    }
+
+    /// The heartbeat to send now, if one is due.
+    pub fn beat(
+        &mut self,
+        now: Instant,
+        me: InstanceId,
+        generation: Generation,
+        committed: Option<EpochId>,
+    ) -> Option<(ConnId, Heartbeat)> {
+        let conn = self.heartbeat?;
+        let (pulse, _) = self.life.as_mut()?;
+        let sequence = pulse.beat(now)?;
+        Some((conn, Heartbeat { instance: me, generation, sequence, committed }))
+    }
+
+    /// Why the peer is suspect, if it is.
+    pub fn suspicion(&self, now: Instant, phase: Phase) -> Option<String> {
+        match &self.life {
+            Some((_, judge)) => {
+                judge.suspects(now).map(|silence| format!("no heartbeat for {} ms", silence.as_millis()))
+            }
+            None if phase == Phase::Joining && now >= self.join_by => {
+                Some("it did not open its heartbeat connection in time".into())
+            }
+            None => None,
+        }
+    }
+
+    /// When the peer next needs attention.
+    pub fn due(&self, phase: Phase) -> Option<Instant> {
+        match &self.life {
+            Some((pulse, judge)) => Some(pulse.due().min(judge.deadline())),
+            None => (phase == Phase::Joining).then_some(self.join_by),
+        }
+    }
+}
+
+impl Primary {
+    /// Answers a hello on a new connection.
+    pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
+        if let Err((reason, detail)) = self.judge_hello(&hello) {
+            self.tell(Event::Refused { reason, detail: detail.clone() });
+            self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
+            self.actions.push_back(Action::Close { conn });
+            return;
+        }
+        self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
+        match (hello.channel, &mut self.peer) {
+            (Channel::Data, _) => {
+                self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
+                self.phase = Phase::Joining;
+            }
+            (Channel::Heartbeat, Some(peer)) => {
+                peer.join(conn, self.config.heartbeat, now);
+                let data = peer.data;
+                self.start_resync(now, data);
+            }
+            (Channel::Heartbeat, None) => {}
+        }
+    }
+
+    fn welcome(&self, hello: &Hello) -> Welcome {
+        let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        Welcome {
+            instance: self.me,
+            generation: self.record.generation,
+            shape: self.config.shape.clone(),
+            features: self.config.features & hello.features,
+            interval_us: us(self.config.interval),
+            heartbeat_interval_us: us(self.config.heartbeat.interval),
+            heartbeat_timeout_us: us(self.config.heartbeat.timeout),
+        }
+    }
+
+    fn judge_hello(&self, hello: &Hello) -> Result<(), (RefuseReason, String)> {
+        let config = &self.config;
+        let no = |reason, detail: String| Err((reason, detail));
+        if hello.version != PROTOCOL_VERSION {
+            let detail = format!(
+                "the newcomer speaks protocol version {}, this primary {PROTOCOL_VERSION}; run the same mcd on both hosts",
+                hello.version
+            );
+            return no(RefuseReason::Version, detail);
+        }
+        if hello.guest != config.guest {
+            let detail = format!(
+                "this primary runs guest '{}', not '{}'; check --guest and --peer of the secondary",
+                config.guest, hello.guest
+            );
+            return no(RefuseReason::Guest, detail);
+        }
+        if hello.cpu_digest != config.cpu_digest {
+            let detail =
+                "the newcomer's host has other CPU features than the guest was started with; use hosts of one kind";
+            return no(RefuseReason::Cpu, detail.into());
+        }
+        if hello.staging_bytes_max < config.shape.memory_bytes {
+            let detail = format!(
+                "the newcomer stages at most {} MiB, but an epoch of this guest may hold {} MiB; raise its --staging-max",
+                hello.staging_bytes_max >> 20,
+                config.shape.memory_bytes >> 20
+            );
+            return no(RefuseReason::Staging, detail);
+        }
+        match (hello.channel, &self.peer, self.phase) {
+            (Channel::Data, None, Phase::Solo) => Ok(()),
+            (Channel::Heartbeat, Some(peer), Phase::Joining) if peer.instance == hello.instance => Ok(()),
+            (Channel::Data, ..) => {
+                no(RefuseReason::Busy, "this primary has a secondary, or is deciding about one; try again later".into())
+            }
+            (Channel::Heartbeat, ..) => no(
+                RefuseReason::Malformed,
+                "a heartbeat connection comes second, from the newcomer that said hello".into(),
+            ),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What goes into a primary and what comes out.
+
+use std::time::Duration;
+
+use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::event::Event;
+use crate::protocol::heartbeat::HeartbeatConfig;
+use crate::protocol::messages::{Hello, MachineShape, Message};
+use crate::protocol::types::{EpochId, GuestName, Instant};
+
+/// Names a connection; the driver gives the numbers and never uses one twice.
+pub type ConnId = u64;
+
+/// How a primary behaves.
+#[derive(Clone, Debug)]
+pub struct PrimaryConfig {
+    /// The guest it runs.
+    pub guest: GuestName,
+    /// The guest's machine, told to newcomers.
+    pub shape: MachineShape,
+    /// Digest of the CPU features the guest sees; a newcomer must have the same.
+    pub cpu_digest: u64,
+    /// Features this build offers.
+    pub features: u64,
+    /// The longest an epoch may last.
+    pub interval: Duration,
+    /// The least time from one capture to the next.
+    pub interval_min: Duration,
+    /// Cut an epoch as soon as output waits and no commit is on its way.
+    pub commit_on_output: bool,
+    /// Heartbeats.
+    pub heartbeat: HeartbeatConfig,
+    /// Time between two questions to an arbiter out of reach.
+    pub arbiter_retry: Duration,
+    /// How long a newcomer may take from its hello to its second connection.
+    pub join_timeout: Duration,
+    /// Most pages in one background push.
+    pub push_pages_max: usize,
+}
+
+/// What an operator asks of a primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Stop the vCPUs.
+    Stop,
+    /// Let them go on.
+    Cont,
+    /// Cut an epoch now.
+    Checkpoint,
+    /// End this node. A protected guest goes on at the secondary; an unprotected one is shut down.
+    Quit,
+}
+
+/// What happened, told to the primary.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Time passed.
+    Tick,
+    /// A hello arrived on a new connection.
+    Hello {
+        /// The connection.
+        conn: ConnId,
+        /// What it said.
+        hello: Hello,
+    },
+    /// A message arrived.
+    Message {
+        /// The connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+    },
+    /// A connection is gone, or what came over it made no sense.
+    Closed {
+        /// The connection.
+        conn: ConnId,
+        /// Why, in words.
+        why: String,
+    },
+    /// The open epoch has output.
+    OutputWaiting,
+    /// The output buffer is full.
+    OutputFull,
+    /// The epoch asked for was captured and handed to the link.
+    Captured {
+        /// The epoch.
+        id: EpochId,
+    },
+    /// The capture failed; its dirt was put back.
+    CaptureFailed {
+        /// Why, in words.
+        why: String,
+    },
+    /// The background push asked for was read and handed to the link.
+    Pushed,
+    /// The release asked for was not finished before its deadline.
+    ReleaseExpired,
+    /// The arbiter answered.
+    Answer {
+        /// The question's ticket.
+        ticket: u64,
+        /// The answer.
+        answer: ArbiterAnswer,
+    },
+    /// An operator asks for something.
+    Command(Command),
+    /// The guest shut itself down.
+    GuestShutdown,
+}
+
+/// What the driver has to do, in this order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send a message.
+    Send {
+        /// The connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+    },
+    /// Close a connection once what was sent before is out.
+    Close {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// From now on know every page the guest or a device writes.
+    StartTracking {
+        /// Where epochs and pushes go from now on.
+        conn: ConnId,
+    },
+    /// Stop knowing; forget what is on its way to the newcomer.
+    StopTracking,
+    /// Capture an epoch: pause, save, copy dirt, seal output, resume; send it; then say `Captured` or `CaptureFailed`.
+    Capture {
+        /// Its name.
+        id: EpochId,
+        /// The image is whole with this epoch.
+        completes_resync: bool,
+        /// From this capture on output is held (before the guest runs again).
+        hold: bool,
+    },
+    /// Push these pages behind the epochs, then say `Pushed`.
+    Push {
+        /// Page indexes, rising.
+        pages: Vec<u64>,
+    },
+    /// The epoch is committed on the peer: its dirt is safe there.
+    Committed {
+        /// The epoch.
+        id: EpochId,
+    },
+    /// Let the output of epochs up to `through` go, in order, but not after `before`; say `ReleaseExpired` if that passed.
+    Release {
+        /// The newest epoch whose output may go.
+        through: u64,
+        /// After this the right to release must be proven again.
+        before: Instant,
+    },
+    /// Let all held output go, and let what follows pass at once.
+    ReleaseAll,
+    /// Let the guest run (or not).
+    Run(bool),
+    /// Ask the arbiter.
+    Ask(ArbiterCall),
+    /// Stop the guest for good, throw held output away, close all connections. Only the control socket stays.
+    Fence,
+    /// End the process.
+    Exit,
+    /// Tell people.
+    Tell(Event),
+}

@@ -1,0 +1,88 @@
+//! The ledger of a background resync: which pages the newcomer still lacks.
+//!
+//! A page is settled when it was pushed behind the epochs, or when it travelled in an epoch as dirt. Pushed pages are read
+//! while the guest runs, so a pushed page may be torn or too new for the epoch before it; that is mended by the next epoch, in which
+//! it is dirt. Hence the image is whole only with an epoch that is *captured after the last push was read*: see [`Ledger::is_done`].
+
+use super::pages::PageSet;
+
+/// The pages a newcomer still lacks, and the push on its way.
+#[derive(Debug)]
+pub struct Ledger {
+    left: PageSet,
+    cursor: u64,
+    pushing: bool,
+}
+
+impl Ledger {
+    /// A ledger for a newcomer that has none of `pages` pages.
+    pub fn new(pages: u64) -> Ledger {
+        Ledger { left: PageSet::full(pages), cursor: 0, pushing: false }
+    }
+
+    /// Takes the next pages to push, at most `pages_max`; `None` while a push is on its way or when none is left.
+    pub fn next_push(&mut self, pages_max: usize) -> Option<Vec<u64>> {
+        if self.pushing {
+            return None;
+        }
+        let batch: Vec<u64> = self.left.iter_from(self.cursor).take(pages_max).collect();
+        let last = *batch.last()?;
+        for page in &batch {
+            self.left.remove(*page);
+        }
+        self.cursor = last + 1;
+        self.pushing = true;
+        Some(batch)
+    }
+
+    /// The push on its way has been read from memory and handed to the link.
+    pub fn pushed(&mut self) {
+        self.pushing = false;
+    }
+
+    /// These pages travel in an epoch: they need no push.
+    pub fn travelled(&mut self, dirt: &PageSet) {
+        self.left.subtract(dirt);
+    }
+
+    /// True when an epoch captured now makes the image whole.
+    pub fn is_done(&self) -> bool {
+        !self.pushing && self.left.is_empty()
+    }
+
+    /// Pages that still have to be pushed.
+    pub fn pages_left(&self) -> u64 {
+        self.left.count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_is_pushed_once_or_travels() {
+        let mut ledger = Ledger::new(1000);
+        let mut dirt = PageSet::empty(1000);
+        for page in (0..1000).step_by(7) {
+            dirt.insert(page);
+        }
+        let first = ledger.next_push(100).unwrap();
+        assert_eq!(first.len(), 100);
+        assert!(ledger.next_push(100).is_none(), "one push at a time");
+        ledger.travelled(&dirt);
+        ledger.pushed();
+        let mut seen: Vec<u64> = first;
+        while let Some(batch) = ledger.next_push(64) {
+            assert!(!ledger.is_done(), "a push that is being read is not done");
+            assert!(batch.iter().all(|p| !dirt.contains(*p)));
+            seen.extend(batch);
+            ledger.pushed();
+        }
+        assert!(ledger.is_done());
+        seen.extend(dirt.iter());
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, (0..1000).collect::<Vec<_>>());
+    }
+}

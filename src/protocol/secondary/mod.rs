@@ -1,0 +1,462 @@
+//! The rules of the node that holds the guest's image.
+//!
+//! ```text
+//!  Connecting ─▶ Greeting ─▶ Building ─▶ Joining ─▶ Syncing ─▶ Standby ─▶ Paired
+//!      ▲  primary busy or out of reach      │           │    image whole  │  on record
+//!      └────────────────────────────────────┘           │          │      │
+//!                                           link lost:  ▼          ▼      ▼
+//!                                              Rejoin (new id)   Deciding ─▶ Promoted
+//!                                                    ▲ lost the swap │
+//!                                                    └───────────────┘
+//! ```
+
+mod types;
+
+use std::collections::VecDeque;
+
+pub use types::{Action, Ending, Input, SecondaryConfig};
+
+use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
+use super::event::Event;
+use super::heartbeat::{Judge, Pulse, StallGuard};
+use super::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use super::primary::ConnId;
+use super::record::{Record, RecordState};
+use super::types::{EpochId, Generation, InstanceId, Instant};
+
+/// What a secondary is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Waits for its time to try the primary, or for the connection.
+    Connecting,
+    /// Said hello; waits for the answer.
+    Greeting,
+    /// Builds the machine.
+    Building,
+    /// Opens its heartbeat connection.
+    Joining,
+    /// Receives epochs and pages; the image has holes.
+    Syncing,
+    /// The image is whole; the arbiter does not know yet.
+    Standby,
+    /// On record: it takes over if the primary fails.
+    Paired,
+    /// The primary is suspect; the arbiter is asked.
+    Deciding,
+    /// It runs the guest now (as a primary).
+    Promoted,
+    /// It is over: the driver ends it or starts anew.
+    Done,
+}
+
+/// The secondary's state machine, for one instance id.
+#[derive(Debug)]
+pub struct Secondary {
+    config: SecondaryConfig,
+    me: InstanceId,
+    phase: Phase,
+    conns: u64,
+    data: Option<ConnId>,
+    heartbeat: Option<ConnId>,
+    /// When to try again (Connecting) or to give up waiting (Greeting, Joining).
+    step_at: Option<Instant>,
+    welcome: Option<Welcome>,
+    life: Option<(Pulse, Judge)>,
+    guard: Option<StallGuard>,
+    generation: Generation,
+    expected: Option<EpochId>,
+    committed: Option<EpochId>,
+    record: Option<Record>,
+    arbitration: Arbitration,
+    arbiter_lost: Option<String>,
+    cause: String,
+    last_refusal: Option<String>,
+    actions: VecDeque<Action>,
+}
+
+impl Secondary {
+    /// A newcomer that tries the primary at once.
+    pub fn new(config: SecondaryConfig, me: InstanceId) -> Secondary {
+        let mut secondary = Secondary {
+            me,
+            phase: Phase::Connecting,
+            conns: 0,
+            data: None,
+            heartbeat: None,
+            step_at: None,
+            welcome: None,
+            life: None,
+            guard: None,
+            generation: Generation(0),
+            expected: None,
+            committed: None,
+            record: None,
+            arbitration: Arbitration::new(config.retry),
+            arbiter_lost: None,
+            cause: String::new(),
+            last_refusal: None,
+            actions: VecDeque::new(),
+            config,
+        };
+        secondary.try_primary();
+        secondary
+    }
+
+    /// What the secondary is doing.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// This node's instance id.
+    pub fn me(&self) -> InstanceId {
+        self.me
+    }
+
+    /// The primary's generation, as far as known.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The newest committed epoch.
+    pub fn committed(&self) -> Option<EpochId> {
+        self.committed
+    }
+
+    /// The primary, once it said welcome.
+    pub fn primary(&self) -> Option<InstanceId> {
+        self.welcome.as_ref().map(|welcome| welcome.instance)
+    }
+
+    /// Why the arbiter is out of reach, if it is.
+    pub fn arbiter_lost(&self) -> Option<&str> {
+        self.arbiter_lost.as_deref()
+    }
+
+    /// Why the primary does not want this node yet, if it said so.
+    pub fn last_refusal(&self) -> Option<&str> {
+        self.last_refusal.as_deref()
+    }
+
+    /// Takes what happened.
+    pub fn handle(&mut self, now: Instant, input: Input) {
+        if matches!(self.phase, Phase::Promoted | Phase::Done) {
+            return;
+        }
+        self.notice_stall(now);
+        match input {
+            Input::Tick => {}
+            Input::Connected { conn } => self.connected(now, conn),
+            Input::Message { conn, message } => self.message(now, conn, message),
+            Input::Closed { conn, why } => self.closed(now, conn, &why),
+            Input::MachineReady => self.open_heartbeat(now),
+            Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
+            Input::Staged { conn, id, completes_resync, staged_bytes } => {
+                self.staged(now, conn, id, completes_resync, staged_bytes);
+            }
+            Input::Answer { ticket, answer } => {
+                if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
+                    self.verdict(verdict);
+                }
+            }
+            Input::Quit => self.exit(Ending::Quit),
+        }
+        self.on_time(now);
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When to call `handle(now, Input::Tick)` at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let life = self.life.as_ref().map(|(pulse, judge)| pulse.due().min(judge.deadline()));
+        [self.step_at, life, self.arbitration.due()].into_iter().flatten().min()
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        if let Some(call) = self.arbitration.poll(now) {
+            self.actions.push_back(Action::Ask(call));
+        }
+        if self.step_at.is_some_and(|at| now >= at) {
+            self.step_at = None;
+            match self.phase {
+                Phase::Connecting => self.try_primary(),
+                _ => self.start_over(now, "the primary did not answer in time"),
+            }
+        }
+        self.mind_primary(now);
+    }
+
+    fn notice_stall(&mut self, now: Instant) {
+        let Some(stall) = self.guard.as_mut().and_then(|guard| guard.look(now)) else { return };
+        if let Some((_, judge)) = &mut self.life {
+            // We slept ourselves: the silence proves nothing.
+            judge.heard(now);
+            self.tell(Event::Stalled { stall });
+        }
+    }
+
+    fn mind_primary(&mut self, now: Instant) {
+        let (Some((pulse, judge)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
+        if let Some(silence) = judge.suspects(now) {
+            let why = format!("no heartbeat for {} ms", silence.as_millis());
+            self.lose_primary(now, &why);
+        } else if let Some(sequence) = pulse.beat(now) {
+            let beat =
+                Heartbeat { instance: self.me, generation: self.generation, sequence, committed: self.committed };
+            self.actions.push_back(Action::Send { conn, message: Message::Heartbeat(beat) });
+        }
+    }
+
+    // ---- joining ----
+
+    fn new_conn(&mut self) -> ConnId {
+        self.conns += 1;
+        self.conns
+    }
+
+    fn try_primary(&mut self) {
+        let conn = self.new_conn();
+        self.phase = Phase::Connecting;
+        self.data = Some(conn);
+        self.step_at = None;
+        self.generation = Generation(0);
+        self.actions.push_back(Action::Connect { conn, channel: Channel::Data });
+        self.guard = None;
+    }
+
+    fn connected(&mut self, now: Instant, conn: ConnId) {
+        let channel = match (self.phase, conn) {
+            (Phase::Connecting, conn) if self.data == Some(conn) => Channel::Data,
+            (Phase::Joining, conn) if self.heartbeat == Some(conn) => Channel::Heartbeat,
+            _ => return self.actions.push_back(Action::Close { conn }),
+        };
+        if channel == Channel::Data {
+            self.phase = Phase::Greeting;
+        }
+        self.step_at = Some(now + self.config.answer_timeout);
+        let hello = Hello {
+            channel,
+            version: PROTOCOL_VERSION,
+            guest: self.config.guest.clone(),
+            instance: self.me,
+            features: self.config.features,
+            staging_bytes_max: self.config.staging_bytes_max,
+            cpu_digest: self.config.cpu_digest,
+        };
+        self.actions.push_back(Action::Send { conn, message: Message::Hello(hello) });
+    }
+
+    fn welcomed(&mut self, now: Instant, conn: ConnId, welcome: Welcome) {
+        self.step_at = None;
+        match self.phase {
+            Phase::Greeting if self.data == Some(conn) => {
+                self.phase = Phase::Building;
+                self.generation = welcome.generation;
+                self.last_refusal = None;
+                self.actions.push_back(Action::BuildMachine(welcome.clone()));
+                self.welcome = Some(welcome);
+            }
+            Phase::Joining if self.heartbeat == Some(conn) => {
+                self.phase = Phase::Syncing;
+                let interval = std::time::Duration::from_micros(welcome.heartbeat_interval_us);
+                let timeout = std::time::Duration::from_micros(welcome.heartbeat_timeout_us);
+                self.life = Some((Pulse::new(interval, now), Judge::new(timeout, now)));
+                self.guard = Some(StallGuard::new(timeout, now));
+            }
+            _ => self.start_over(now, "the primary said welcome out of turn"),
+        }
+    }
+
+    fn open_heartbeat(&mut self, now: Instant) {
+        if self.phase != Phase::Building {
+            return;
+        }
+        let conn = self.new_conn();
+        self.phase = Phase::Joining;
+        self.heartbeat = Some(conn);
+        self.step_at = Some(now + self.config.answer_timeout);
+        self.actions.push_back(Action::Connect { conn, channel: Channel::Heartbeat });
+    }
+
+    fn refused(&mut self, now: Instant, reason: RefuseReason, detail: String) {
+        if matches!(reason, RefuseReason::Busy | RefuseReason::NotPrimary) {
+            if self.last_refusal.as_ref() != Some(&detail) {
+                self.tell(Event::Refused { reason, detail: detail.clone() });
+            }
+            self.last_refusal = Some(detail);
+            self.start_over(now, "the primary is busy");
+        } else {
+            self.exit(Ending::Refused { reason, detail });
+        }
+    }
+
+    /// Back to the start. Before anything was built that costs only a while; afterwards this instance is over.
+    fn start_over(&mut self, now: Instant, why: &str) {
+        self.close_connections();
+        if matches!(self.phase, Phase::Connecting | Phase::Greeting) {
+            self.phase = Phase::Connecting;
+            self.step_at = Some(now + self.config.retry);
+        } else {
+            self.rejoin(why);
+        }
+    }
+
+    fn rejoin(&mut self, why: &str) {
+        self.close_connections();
+        self.phase = Phase::Done;
+        self.tell(Event::Rejoining { why: why.into() });
+        self.actions.push_back(Action::Rejoin { after: self.config.retry });
+    }
+
+    fn exit(&mut self, ending: Ending) {
+        self.close_connections();
+        self.phase = Phase::Done;
+        self.actions.push_back(Action::Exit(ending));
+    }
+
+    fn close_connections(&mut self) {
+        for conn in [self.data.take(), self.heartbeat.take()].into_iter().flatten() {
+            self.actions.push_back(Action::Close { conn });
+        }
+        self.life = None;
+        self.guard = None;
+        self.step_at = None;
+    }
+
+    // ---- epochs ----
+
+    fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
+        if self.data != Some(conn) && self.heartbeat != Some(conn) {
+            return;
+        }
+        let on_data = self.data == Some(conn);
+        match message {
+            Message::Welcome(welcome) => self.welcomed(now, conn, welcome),
+            Message::Refuse { reason, detail } => self.refused(now, reason, detail),
+            Message::Heartbeat(beat) if !on_data && Some(beat.instance) == self.primary() => {
+                if let Some((_, judge)) = &mut self.life {
+                    judge.heard(now);
+                }
+            }
+            Message::Paired { record } if on_data => self.paired(now, record),
+            Message::Bye { reason } => self.exit(Ending::GuestEnded(reason)),
+            other => self.lose_primary(now, &format!("it sent what does not belong here ({})", other.name())),
+        }
+    }
+
+    fn staged(&mut self, now: Instant, conn: ConnId, id: EpochId, completes_resync: bool, staged_bytes: u64) {
+        let syncing = self.phase == Phase::Syncing;
+        if self.data != Some(conn) || !(syncing || self.phase == Phase::Paired) {
+            return;
+        }
+        let in_order = match self.expected {
+            Some(expected) => id == expected,
+            None => id.generation == self.generation,
+        };
+        if !in_order || (completes_resync && !syncing) {
+            self.lose_primary(now, &format!("it sent epoch {id} out of order"));
+            return;
+        }
+        self.expected = Some(id.next());
+        self.committed = Some(id);
+        if completes_resync {
+            self.phase = Phase::Standby;
+        }
+        self.actions.push_back(Action::Commit { id });
+        self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
+    }
+
+    fn paired(&mut self, now: Instant, record: Record) {
+        let ours = record.state == RecordState::Paired
+            && record.peer == Some(self.me)
+            && Some(record.owner) == self.primary()
+            && record.generation == self.generation.next();
+        if self.phase != Phase::Standby || !ours {
+            self.lose_primary(now, "it announced a pair that is not this one");
+            return;
+        }
+        self.phase = Phase::Paired;
+        self.generation = record.generation;
+        self.expected = Some(EpochId { generation: record.generation, epoch: 0 });
+        self.record = Some(record);
+        self.tell(Event::Protected { generation: record.generation, peer: self.me });
+    }
+
+    // ---- takeover ----
+
+    fn closed(&mut self, now: Instant, conn: ConnId, why: &str) {
+        if self.data == Some(conn) || self.heartbeat == Some(conn) {
+            self.lose_primary(now, why);
+        }
+    }
+
+    fn lose_primary(&mut self, now: Instant, why: &str) {
+        match self.phase {
+            Phase::Standby | Phase::Paired => {
+                self.close_connections();
+                self.phase = Phase::Deciding;
+                self.cause = why.to_owned();
+                self.tell(Event::Suspected { why: why.to_owned() });
+                let request = match self.record {
+                    Some(expected) => ArbiterRequest::Swap { expected, new: expected.next_solo(self.me) },
+                    // The pair may be on record without our having heard of it.
+                    None => ArbiterRequest::Read,
+                };
+                self.ask(request);
+            }
+            Phase::Deciding | Phase::Promoted | Phase::Done => {}
+            _ => self.start_over(now, why),
+        }
+    }
+
+    fn ask(&mut self, request: ArbiterRequest) {
+        let call = self.arbitration.ask(request);
+        self.actions.push_back(Action::Ask(call));
+    }
+
+    fn verdict(&mut self, verdict: Verdict) {
+        if let Verdict::Unreachable(why) = verdict {
+            if self.arbiter_lost.is_none() {
+                self.tell(Event::ArbiterLost { why: why.clone() });
+            }
+            self.arbiter_lost = Some(why);
+            return;
+        }
+        if self.arbiter_lost.take().is_some() {
+            self.tell(Event::ArbiterBack);
+        }
+        if self.phase != Phase::Deciding {
+            return;
+        }
+        match verdict {
+            Verdict::Won(record) => self.promote(record),
+            Verdict::Stands(Some(record)) => self.lost_to(record),
+            Verdict::Stands(None) => self.rejoin("the arbiter has no record of this guest"),
+            Verdict::Unreachable(_) => {}
+        }
+    }
+
+    fn lost_to(&mut self, record: Record) {
+        match record.state {
+            RecordState::Stopped => self.exit(Ending::GuestEnded("the guest was shut down".into())),
+            RecordState::Paired if record.peer == Some(self.me) && self.record.is_none() => {
+                self.record = Some(record);
+                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            }
+            _ => self.rejoin("the arbiter gave the guest to another node"),
+        }
+    }
+
+    fn promote(&mut self, record: Record) {
+        let Some(epoch) = self.committed else { return };
+        self.phase = Phase::Promoted;
+        self.tell(Event::Takeover { generation: record.generation, epoch });
+        self.actions.push_back(Action::Promote { record, epoch, cause: self.cause.clone() });
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.actions.push_back(Action::Tell(event));
+    }
+}

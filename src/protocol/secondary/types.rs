@@ -1,0 +1,149 @@
+//! What goes into a secondary and what comes out.
+
+use std::time::Duration;
+
+use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::event::Event;
+use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
+use crate::protocol::primary::ConnId;
+use crate::protocol::record::Record;
+use crate::protocol::types::{EpochId, GuestName};
+
+/// How a secondary behaves.
+#[derive(Clone, Debug)]
+pub struct SecondaryConfig {
+    /// The guest it wants to hold.
+    pub guest: GuestName,
+    /// Digest of the CPU features its host can give a guest.
+    pub cpu_digest: u64,
+    /// Features this build offers.
+    pub features: u64,
+    /// Most bytes of staging memory.
+    pub staging_bytes_max: u64,
+    /// Time between two tries to reach a primary, or an arbiter out of reach.
+    pub retry: Duration,
+    /// How long a primary may take to answer a hello.
+    pub answer_timeout: Duration,
+}
+
+/// What happened, told to the secondary.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Time passed.
+    Tick,
+    /// The connection asked for stands.
+    Connected {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// A message arrived.
+    Message {
+        /// The connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+    },
+    /// A connection could not be made, is gone, or carried what made no sense.
+    Closed {
+        /// The connection.
+        conn: ConnId,
+        /// Why, in words.
+        why: String,
+    },
+    /// The machine asked for is built.
+    MachineReady,
+    /// The machine asked for cannot be built on this host.
+    MachineFailed {
+        /// Why, in words.
+        why: String,
+    },
+    /// A whole epoch is in staging memory, verified.
+    Staged {
+        /// The connection it came over.
+        conn: ConnId,
+        /// The epoch.
+        id: EpochId,
+        /// The image is whole with it.
+        completes_resync: bool,
+        /// Staging bytes in use.
+        staged_bytes: u64,
+    },
+    /// The arbiter answered.
+    Answer {
+        /// The question's ticket.
+        ticket: u64,
+        /// The answer.
+        answer: ArbiterAnswer,
+    },
+    /// An operator ends this node.
+    Quit,
+}
+
+/// Why a secondary's process ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// An operator asked for it.
+    Quit,
+    /// The guest was shut down: there is nothing to protect any more.
+    GuestEnded(String),
+    /// The primary turned this node away for good.
+    Refused {
+        /// Why.
+        reason: RefuseReason,
+        /// In words.
+        detail: String,
+    },
+    /// The machine cannot be built here.
+    NoMachine(String),
+}
+
+/// What the driver has to do, in this order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Open a connection to the primary, then say `Connected` or `Closed`.
+    Connect {
+        /// Its name.
+        conn: ConnId,
+        /// Which one.
+        channel: Channel,
+    },
+    /// Send a message.
+    Send {
+        /// The connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+    },
+    /// Close a connection.
+    Close {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// Build the machine, then say `MachineReady` or `MachineFailed`.
+    BuildMachine(Welcome),
+    /// This staged epoch is committed: keep it, and apply it in order.
+    Commit {
+        /// The epoch.
+        id: EpochId,
+    },
+    /// Ask the arbiter.
+    Ask(ArbiterCall),
+    /// Throw away what is staged but not committed; finish applying; restore; run the guest under `record`.
+    Promote {
+        /// The record that won.
+        record: Record,
+        /// The newest committed epoch.
+        epoch: EpochId,
+        /// What made the primary suspect.
+        cause: String,
+    },
+    /// Drop the image and join again after a while, under a new instance id.
+    Rejoin {
+        /// How long to wait.
+        after: Duration,
+    },
+    /// End the process.
+    Exit(Ending),
+    /// Tell people.
+    Tell(Event),
+}
