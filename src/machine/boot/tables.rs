@@ -7,11 +7,12 @@
 //! 0x07000   boot info page
 //! 0x08000   kvmclock pages, 64 bytes per vCPU
 //! 0x10000   page tables: PML4, PDPT, the first 2 MiB in small pages, then one page directory per GiB
-//! 0x80000   stacks of vCPUs 1, 2, ... (16 KiB each, the last page of each not mapped)
-//! 0xC0000   vCPU 0's stack (256 KiB, the last page not mapped)
+//! 0x80000   stacks of vCPUs 1, 2, ... (16 KiB each, the last page of each not writable)
+//! 0xC0000   vCPU 0's stack (256 KiB, the last page not writable)
 //! 0x100000  the image
 //! ```
-//! "Last" is the lowest address: stacks grow down, and one that grows too far faults instead of writing into its neighbour.
+//! "Last" is the lowest address: stacks grow down, and one that grows too far faults instead of writing into its neighbour. These
+//! pages can be read, because the guest's checksum reads all RAM but page 0.
 
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 
@@ -50,6 +51,8 @@ pub(super) const MEMORY_MAX: u64 = ((STACKS - DIRECTORIES) / PAGE - 1) * GIB;
 /// does not dirty its page tables.
 const TABLE: u64 = 0x27;
 const LEAF: u64 = 0x67;
+/// The bit among them that lets the guest write.
+const WRITABLE: u64 = 0x02;
 const LARGE: u64 = 0x80;
 /// No caching, for devices.
 const UNCACHED: u64 = 0x18;
@@ -178,7 +181,11 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), MemoryError> {
     let pointers: Vec<u64> = (0..last_gib).map(|gib| (DIRECTORIES + gib * PAGE) | TABLE).collect();
     let first: Vec<u64> = (0..LARGE_PAGE / PAGE)
         .map(|page| page * PAGE)
-        .map(|address| if is_guard(address) || address >= low_end { 0 } else { address | LEAF })
+        .map(|address| match address {
+            0 => 0,
+            _ if is_guard(address) => address | LEAF & !WRITABLE,
+            _ => address | LEAF,
+        })
         .collect();
     ram.write(DIRECTORIES, &as_bytes(&directories))?;
     ram.write(PDPT, &as_bytes(&pointers))?;
@@ -186,10 +193,10 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), MemoryError> {
     ram.write(PML4, &as_bytes(&[PDPT | TABLE]))
 }
 
-/// Whether the page at `address` is one that must not be touched: page 0 or the end of a stack.
+/// Whether the page at `address` is the end of a stack.
 fn is_guard(address: u64) -> bool {
     let is_stack_end = (STACKS..FIRST_STACK).contains(&address) && (address - STACKS).is_multiple_of(STACK_BYTES);
-    address == 0 || address == FIRST_STACK || is_stack_end
+    is_stack_end || address == FIRST_STACK
 }
 
 fn as_bytes(words: &[u64]) -> Vec<u8> {
@@ -206,12 +213,12 @@ mod tests {
         u64::from_le_bytes(bytes)
     }
 
-    /// Walks the tables as the CPU does; the physical address behind `address`, if it is mapped.
+    /// Walks the tables as the CPU does; the physical address behind `address`, if it is mapped and can be written.
     fn walk(ram: &GuestRam, address: u64) -> Option<u64> {
         let mut table = PML4;
         for shift in [39, 30, 21, 12] {
             let entry = word(ram, table + (address >> shift & 511) * 8);
-            if entry & 1 == 0 {
+            if entry & 1 == 0 || entry & WRITABLE == 0 {
                 return None;
             }
             assert_eq!(entry & 0x27, 0x27, "present, writable, for ring 3, accessed");
