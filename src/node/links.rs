@@ -169,9 +169,13 @@ impl Receiver<'_> {
                 },
                 Err(error) => return error.to_string(),
             };
-            match event.map(|event| event.map(|event| self.events.send(event))) {
-                Ok(Some(Err(_))) => return "this node is ending".into(),
-                Ok(_) => {}
+            match event {
+                Ok(Some(event)) => {
+                    if self.events.send(event).is_err() {
+                        return "this node is ending".into();
+                    }
+                }
+                Ok(None) => {}
                 Err(why) => return why,
             }
         }
@@ -203,9 +207,7 @@ impl Receiver<'_> {
         let staged = match kind {
             FrameKind::Pages => stager.pages(payload).map(|()| None),
             FrameKind::State => stager.state(payload).map(|()| None),
-            FrameKind::Background => {
-                stager.background(payload).map(|payload| Some(NodeEvent::Background { payload }))
-            }
+            FrameKind::Background => stager.background(payload).map(|payload| Some(NodeEvent::Background { payload })),
             FrameKind::Message => Ok(None),
         };
         staged.map_err(|error| error.to_string())

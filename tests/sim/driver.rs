@@ -1,7 +1,7 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
 use mcd::protocol::messages::Message;
-use mcd::protocol::primary::{self, Command, ConnId};
+use mcd::protocol::primary::{self, Command, ConnId, OutputCut};
 use mcd::protocol::secondary;
 use mcd::protocol::types::{EpochId, Instant};
 
@@ -182,6 +182,8 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
+            // The model keeps every epoch's dirt until the primary forgets the peer.
+            Action::Committed { .. } => {}
             Action::Release { through, before } => self.release(proc, through, before),
             Action::ReleaseAll => {
                 let packets = self.procs[proc].output.take_all();

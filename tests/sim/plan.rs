@@ -178,7 +178,7 @@ impl Plan {
             guest: Plan::guest_name(),
             cpu_digest: 7,
             features: 1,
-            staging_bytes_max: self.pages * PAGE_BYTES as u64,
+            staging_bytes_max: 1 << 30,
             retry: Duration::from_micros(self.retry_us),
             answer_timeout: Duration::from_micros(self.join_timeout_us),
         }

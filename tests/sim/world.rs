@@ -301,7 +301,9 @@ impl World {
         if self.slots[slot].is_some_and(|proc| self.procs[proc].alive) {
             return;
         }
-        let proc = self.new_proc(slot, |plan, me, _| Role::Secondary(Box::new(Secondary::new(plan.secondary(), me))));
+        let proc = self.new_proc(slot, |plan, me, _| {
+            Role::Secondary(Box::new(Secondary::new(plan.secondary(), me, 0, mcd::protocol::types::Instant::default())))
+        });
         let me = self.procs[proc].me;
         self.note(proc, || format!("starts as newcomer {me:?}"));
         self.drive(proc);
@@ -319,7 +321,7 @@ impl World {
             return;
         }
         let me = self.instance(self.procs[proc].slot);
-        let secondary = Secondary::new(self.plan.secondary(), me);
+        let secondary = Secondary::new(self.plan.secondary(), me, 0, mcd::protocol::types::Instant::default());
         let node = &mut self.procs[proc];
         node.forget();
         node.me = me;

@@ -148,11 +148,11 @@ impl Primary {
                 "the newcomer's host has other CPU features than the guest was started with; use hosts of one kind";
             return no(RefuseReason::Cpu, detail.into());
         }
-        if hello.staging_bytes_max < config.shape.memory_bytes {
+        if hello.staging_bytes_max < config.shape.epoch_bytes_max() {
             let detail = format!(
                 "the newcomer stages at most {} MiB, but an epoch of this guest may hold {} MiB; raise its --staging-max",
                 hello.staging_bytes_max >> 20,
-                config.shape.memory_bytes >> 20
+                config.shape.epoch_bytes_max().div_ceil(1 << 20)
             );
             return no(RefuseReason::Staging, detail);
         }
