@@ -372,6 +372,9 @@ fn a_frame_larger_than_its_buffer_is_dropped_and_the_buffer_kept() {
 /// Each hostile transmit set-up, with words its complaint must have.
 type Hostile = (&'static str, fn(&mut Rig), &'static str);
 
+/// A hostile receive set-up.
+type HostileBuffer = (&'static str, fn(&mut Rig));
+
 const HOSTILE: [Hostile; 12] = [
     (
         "loop",
@@ -489,7 +492,7 @@ fn a_hostile_transmit_breaks_the_device_and_nothing_else() {
 
 #[test]
 fn a_hostile_receive_buffer_breaks_the_device() {
-    let cases: [(&str, fn(&mut Rig)); 5] = [
+    let cases: [HostileBuffer; 5] = [
         ("read-only", |r| {
             r.descriptor(RX, 0, 0x8_0000, 2048, 0, 0);
             r.add(RX, 0)
