@@ -2,8 +2,13 @@
 //!
 //! The crate is a house of five floors; a room imports from its own floor or those under it.
 
+pub mod arbiter;
+pub mod checkpoint;
+pub mod cli;
 pub mod control;
+pub mod demo;
 pub mod device;
 pub mod machine;
 pub mod node;
 pub mod protocol;
+pub mod wire;

@@ -1,2 +1,7 @@
-//! x
-fn main() {}
+//! `mcd`: arguments in, exit code out. Everything else is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mcd::cli::main(&std::env::args_os().collect::<Vec<_>>())
+}

@@ -10,7 +10,7 @@ use super::stage::{StagedEpoch, StagingBudget};
 use crate::machine::memory::{GuestRam, MemoryError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
-use crate::wire::pages::{Page, PageDecoder, PageError};
+use crate::wire::{PageDecoder, PageError};
 
 /// Why the image cannot be activated. Staged epochs were checked, so either of the first two is a bug.
 #[derive(Debug, Error)]
@@ -19,7 +19,9 @@ pub enum ApplyError {
     #[error("a committed epoch does not decode ({0}); the image is unusable, please report this with the log")]
     Pages(#[from] PageError),
     /// Pages that were checked do not fit.
-    #[error("a committed epoch does not fit the guest's memory ({0}); the image is unusable, please report this with the log")]
+    #[error(
+        "a committed epoch does not fit the guest's memory ({0}); the image is unusable, please report this with the log"
+    )]
     Memory(#[from] MemoryError),
     /// Another epoch than asked for is the newest.
     #[error("the image holds epoch {newest:?}, not the committed epoch {wanted}; it is not activated")]
@@ -133,12 +135,15 @@ impl Image {
     }
 
     fn write(&self, payload: &[u8]) -> Result<(), ApplyError> {
-        let mut decoder = PageDecoder::new(payload, self.memory.pages());
         let mut scratch = [0; PAGE_BYTES];
-        while let Some(record) = decoder.next_page(&mut scratch)? {
-            match record.page {
-                Page::Zero => self.memory.zero_page(record.index)?,
-                Page::Bytes => self.memory.write_page(record.index, &scratch)?,
+        for record in PageDecoder::new(payload, self.memory.pages()) {
+            let record = record?;
+            match record.raw() {
+                Some(page) => self.memory.write_page(record.index, page)?,
+                None => {
+                    record.expand(&mut scratch)?;
+                    self.memory.write_page(record.index, &scratch)?;
+                }
             }
         }
         Ok(())

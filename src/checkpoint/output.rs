@@ -8,7 +8,7 @@ use std::sync::Arc;
 use netbuf::{OutputBuffer, PacketPort, PushError};
 use parking_lot::Mutex;
 
-use crate::device::virtio::net::{NetBackend, Transmit};
+use crate::device::net::{NetBackend, Transmit};
 
 /// What the gate tells the driver; called from vCPU threads, so it must not block.
 pub trait OutputListener: Send + Sync {

@@ -11,13 +11,13 @@ use crate::machine::memory::GuestRam;
 use crate::protocol::messages::Message;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::ConnId;
-use crate::wire::WireError;
-use crate::wire::frame::{FrameKind, PAYLOAD_BYTES_MAX};
-use crate::wire::link::{LinkHandle, LinkWriter};
-use crate::wire::pages::{Compress, PageEncoder};
+use crate::wire::{FrameBatch, FrameKind, LinkCloser, LinkWriter, PageEncoder, WireError};
 
 /// Pages encoded into one frame.
 const PAGES_PER_FRAME: usize = 128;
+
+/// Bytes gathered before they are written.
+const BATCH_BYTES_MAX: usize = 1 << 20;
 
 /// Something to send.
 pub enum SenderJob {
@@ -43,7 +43,7 @@ pub struct Sender {
     conn: ConnId,
     jobs: Option<Queue<SenderJob>>,
     thread: Option<JoinHandle<()>>,
-    handle: LinkHandle,
+    closer: LinkCloser,
     epoch_bytes: Arc<AtomicU64>,
 }
 
@@ -51,17 +51,23 @@ impl Sender {
     /// Starts the thread for connection `conn`. `report` is called from it.
     pub fn start(
         conn: ConnId,
-        writer: LinkWriter,
+        (writer, closer): (LinkWriter, LinkCloser),
         memory: GuestRam,
-        compress: Compress,
+        lz4: bool,
         pool: CapturePool,
         report: impl Fn(SenderReport) + Send + 'static,
     ) -> std::io::Result<Sender> {
         let (jobs, queue) = unbounded();
-        let handle = writer.handle();
         let epoch_bytes = Arc::new(AtomicU64::new(0));
-        let mut stream =
-            Stream { writer, memory, encoder: PageEncoder::new(compress), pool, payload: Vec::new(), epoch_bytes: epoch_bytes.clone() };
+        let mut stream = Stream {
+            writer,
+            memory,
+            encoder: PageEncoder::new(lz4),
+            pool,
+            batch: FrameBatch::new(),
+            epoch_bytes: epoch_bytes.clone(),
+        };
+        let end = closer.clone();
         let thread = std::thread::Builder::new().name("mcd-send".into()).spawn(move || {
             for job in queue {
                 match stream.send(job) {
@@ -73,9 +79,9 @@ impl Sender {
                     }
                 }
             }
-            stream.writer.handle().shutdown();
+            end.shutdown();
         })?;
-        Ok(Sender { conn, jobs: Some(jobs), thread: Some(thread), handle, epoch_bytes })
+        Ok(Sender { conn, jobs: Some(jobs), thread: Some(thread), closer, epoch_bytes })
     }
 
     /// The connection it writes to.
@@ -98,7 +104,7 @@ impl Sender {
 
     /// Ends the connection now; what is still queued is lost.
     pub fn abort(mut self) {
-        self.handle.shutdown();
+        self.closer.shutdown();
         self.finish();
     }
 
@@ -121,14 +127,14 @@ struct Stream {
     memory: GuestRam,
     encoder: PageEncoder,
     pool: CapturePool,
-    payload: Vec<u8>,
+    batch: FrameBatch,
     epoch_bytes: Arc<AtomicU64>,
 }
 
 impl Stream {
     fn send(&mut self, job: SenderJob) -> Result<Option<SenderReport>, WireError> {
         match job {
-            SenderJob::Message(message) => self.writer.send(&message).map(|_| None),
+            SenderJob::Message(message) => self.writer.write_message(&message).map(|()| None),
             SenderJob::Epoch(capture) => {
                 let sent = self.epoch(&capture);
                 self.pool.put(capture);
@@ -140,46 +146,62 @@ impl Stream {
 
     fn epoch(&mut self, capture: &Capture) -> Result<(), WireError> {
         let id = capture.id;
+        let before = self.writer.bytes_written();
         let mut digest = 0;
-        let mut bytes = 0;
-        self.writer.queue_message(&Message::EpochBegin { id, completes_resync: capture.completes_resync })?;
-        let pages = capture.pages.chunks(PAGES_PER_FRAME).zip(capture.bytes.chunks(PAGES_PER_FRAME * PAGE_BYTES));
-        for (indexes, contents) in pages {
-            self.payload.clear();
-            for (index, content) in indexes.iter().zip(contents.chunks_exact(PAGE_BYTES)) {
-                self.encoder.encode(*index, content, &mut self.payload);
-            }
-            digest = crc32c::crc32c_append(digest, &self.payload);
-            bytes += self.payload.len() as u64;
-            self.writer.queue_frame(FrameKind::Pages, &self.payload)?;
+        self.batch.clear();
+        self.batch.push_message(&Message::EpochBegin { id, completes_resync: capture.completes_resync })?;
+        let (pages, _) = capture.bytes.as_chunks::<PAGE_BYTES>();
+        for (indexes, contents) in capture.pages.chunks(PAGES_PER_FRAME).zip(pages.chunks(PAGES_PER_FRAME)) {
+            let encoder = &mut self.encoder;
+            digest = self.batch.build(FrameKind::Pages, |payload| {
+                let start = payload.len();
+                for (index, content) in indexes.iter().zip(contents) {
+                    encoder.encode(*index, content, payload);
+                }
+                crc32c::crc32c_append(digest, &payload[start..])
+            })?;
+            self.flush_if_large()?;
         }
-        for part in capture.state.chunks(PAYLOAD_BYTES_MAX) {
+        for part in capture.state.chunks(FrameKind::State.bytes_max()) {
             digest = crc32c::crc32c_append(digest, part);
-            bytes += part.len() as u64;
-            self.writer.queue_frame(FrameKind::State, part)?;
+            self.batch.push(FrameKind::State, part)?;
+            self.flush_if_large()?;
         }
-        // Before the last byte leaves, so that it is known when the ack comes.
-        self.epoch_bytes.store(bytes, Ordering::Relaxed);
         let (pages, state_bytes) = (capture.pages.len() as u64, capture.state.len() as u64);
-        self.writer.queue_message(&Message::EpochEnd { id, pages, state_bytes, digest })?;
-        self.writer.flush()
+        self.batch.push_message(&Message::EpochEnd { id, pages, state_bytes, digest })?;
+        // Before the last byte leaves, so that it is known when the ack comes.
+        let bytes = self.writer.bytes_written() - before + self.batch.as_bytes().len() as u64;
+        self.epoch_bytes.store(bytes, Ordering::Relaxed);
+        self.flush()
     }
 
     fn push(&mut self, pages: &[u64]) -> Result<u64, WireError> {
-        let mut bytes = 0;
+        let before = self.writer.bytes_written();
         let mut page = [0; PAGE_BYTES];
         for indexes in pages.chunks(PAGES_PER_FRAME) {
-            self.payload.clear();
-            for index in indexes {
-                // The ledger knows only pages the guest has.
-                if self.memory.read_page(*index, &mut page).is_ok() {
-                    self.encoder.encode(*index, &page, &mut self.payload);
+            let (encoder, memory) = (&mut self.encoder, &self.memory);
+            self.batch.build(FrameKind::Background, |payload| {
+                for index in indexes {
+                    // The ledger knows only pages the guest has.
+                    if memory.read_page(*index, &mut page).is_ok() {
+                        encoder.encode(*index, &page, payload);
+                    }
                 }
-            }
-            bytes += self.payload.len() as u64;
-            self.writer.queue_frame(FrameKind::Background, &self.payload)?;
+            })?;
+            self.flush_if_large()?;
         }
-        self.writer.flush()?;
-        Ok(bytes)
+        self.flush()?;
+        Ok(self.writer.bytes_written() - before)
+    }
+
+    /// Small epochs leave in one write; large ones leave while the rest is being encoded.
+    fn flush_if_large(&mut self) -> Result<(), WireError> {
+        if self.batch.as_bytes().len() < BATCH_BYTES_MAX { Ok(()) } else { self.flush() }
+    }
+
+    fn flush(&mut self) -> Result<(), WireError> {
+        let written = self.writer.write_batch(&self.batch);
+        self.batch.clear();
+        written
     }
 }

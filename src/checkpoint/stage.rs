@@ -5,8 +5,9 @@ use std::sync::Arc;
 use parking_lot::{Condvar, Mutex};
 use thiserror::Error;
 
+use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
-use crate::wire::pages::{PageError, check_pages};
+use crate::wire::{PageDecoder, PageError, PageKind};
 
 /// What is wrong with a stream of epochs.
 #[derive(Debug, Error)]
@@ -189,6 +190,20 @@ impl Stager {
         }
         Ok(open.epoch)
     }
+}
+
+/// Checks that a chunk can be applied, all of it, and counts its pages.
+fn check_pages(chunk: &[u8], pages_total: u64) -> Result<u64, PageError> {
+    let mut scratch = [0; PAGE_BYTES];
+    let mut count = 0;
+    for record in PageDecoder::new(chunk, pages_total) {
+        let record = record?;
+        if record.kind == PageKind::Lz4 {
+            record.expand(&mut scratch)?;
+        }
+        count += 1;
+    }
+    Ok(count)
 }
 
 impl Drop for Stager {

@@ -113,7 +113,8 @@ mod tests {
     fn a_stale_socket_is_taken_over_and_a_file_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mcd.sock");
-        drop(UnixListener::bind(&path).unwrap());
+        // Never listened on: a test that forks at this moment cannot keep it alive, as it could a dropped listener.
+        Socket::new(Domain::UNIX, Type::STREAM, None).unwrap().bind(&SockAddr::unix(&path).unwrap()).unwrap();
         assert!(path.exists());
         drop(BoundSocket::new(&path).unwrap());
         fs::write(&path, "precious").unwrap();

@@ -18,7 +18,14 @@ pub fn frames(mac: [u8; 6], ip: Option<Ipv4Addr>) -> Vec<Vec<u8>> {
     frames
 }
 
-fn arp(kind: u16, operation: u16, sender: [u8; 6], sender_ip: Ipv4Addr, target: [u8; 6], target_ip: Ipv4Addr) -> Vec<u8> {
+fn arp(
+    kind: u16,
+    operation: u16,
+    sender: [u8; 6],
+    sender_ip: Ipv4Addr,
+    target: [u8; 6],
+    target_ip: Ipv4Addr,
+) -> Vec<u8> {
     let mut frame = Vec::with_capacity(FRAME_BYTES_MIN);
     frame.extend_from_slice(&BROADCAST);
     frame.extend_from_slice(&sender);

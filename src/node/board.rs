@@ -7,13 +7,12 @@ use crossbeam::channel::{Sender, bounded};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
+use super::config::{ArbiterConfig, NodeConfig};
 use super::events::NodeEvent;
 use crate::checkpoint::output::OutputGate;
-use crate::control::message::QmpError;
 use crate::control::metrics::{EpochLog, EpochSample};
-use crate::control::server::Handler;
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
-use crate::protocol::pages::PAGE_BYTES;
+use crate::control::{Handler, QmpError};
 use crate::protocol::primary::{self, Command, Primary};
 use crate::protocol::secondary::{self, Secondary};
 use crate::protocol::types::{EpochId, InstanceId};
@@ -43,7 +42,7 @@ struct Vitals {
 struct Fixed {
     guest: String,
     listen: String,
-    arbiter_kind: String,
+    arbiter_kind: &'static str,
     arbiter_detail: String,
     interval_ms: u64,
 }
@@ -65,13 +64,18 @@ pub struct Board {
 
 impl Board {
     /// The board of a node that has done nothing yet.
-    pub fn new(
-        guest: String,
-        listen: String,
-        arbiter: (String, String),
-        interval_ms: u64,
-        events: Sender<NodeEvent>,
-    ) -> Arc<Board> {
+    pub fn new(config: &NodeConfig, events: Sender<NodeEvent>) -> Arc<Board> {
+        let (arbiter_kind, arbiter_detail) = match &config.arbiter {
+            ArbiterConfig::File { directory } => ("file", directory.display().to_string()),
+            ArbiterConfig::None { .. } => ("none", "no arbiter: see --on-peer-loss".into()),
+        };
+        let fixed = Fixed {
+            guest: config.guest.to_string(),
+            listen: config.listen.to_string(),
+            arbiter_kind,
+            arbiter_detail,
+            interval_ms: u64::try_from(config.interval.as_millis()).unwrap_or(u64::MAX),
+        };
         let vitals = Vitals {
             role: Role::Secondary,
             state: State::Connecting,
@@ -84,9 +88,8 @@ impl Board {
             pages_total: 0,
             arbiter_lost: None,
         };
-        let (arbiter_kind, arbiter_detail) = arbiter;
         Arc::new(Board {
-            fixed: Fixed { guest, listen, arbiter_kind, arbiter_detail, interval_ms },
+            fixed,
             shown: Mutex::new(Shown { vitals, gate: None, takeover: None, guest_alarm: None }),
             log: Mutex::new(EpochLog::new(SAMPLES_MAX)),
             events,
@@ -196,7 +199,7 @@ impl Board {
             peer: vitals.peer.map(|id| id.to_string()),
             listen: self.fixed.listen.clone(),
             arbiter: ArbiterStatus {
-                kind: self.fixed.arbiter_kind.clone(),
+                kind: self.fixed.arbiter_kind.into(),
                 reachable: vitals.arbiter_lost.is_none(),
                 detail: vitals.arbiter_lost.clone().unwrap_or_else(|| self.fixed.arbiter_detail.clone()),
             },
@@ -209,9 +212,7 @@ impl Board {
             wire_bytes: log.wire_bytes(),
             held_packets: held.packets,
             held_bytes: held.bytes,
-            resync: vitals
-                .pages_left
-                .map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
+            resync: vitals.pages_left.map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
             takeover: takeover.map(|report| with_first_packet(report, held.first_out_us)),
             alarms,
         }
@@ -234,11 +235,6 @@ fn with_first_packet(mut report: TakeoverReport, first_out_us: Option<u64>) -> T
     report.first_packet_monotonic_us = first_out_us;
     report.first_packet_ms = first_out_us.map(|us| us.saturating_sub(report.started_monotonic_us) as f64 / 1000.0);
     report
-}
-
-/// How many pages `bytes` of memory are.
-pub fn pages_of(bytes: u64) -> u64 {
-    bytes / PAGE_BYTES as u64
 }
 
 impl Handler for Board {

@@ -4,9 +4,10 @@ use thiserror::Error;
 
 use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
-use crate::control::server::ControlError;
+use crate::control::ControlError;
 use crate::machine::MachineError;
-use crate::wire::WireError;
+use crate::machine::boot::BootError;
+use crate::wire::LinkError;
 
 /// Why a node cannot start or go on.
 #[derive(Debug, Error)]
@@ -14,6 +15,9 @@ pub enum NodeError {
     /// The host cannot run the machine, or the machine failed.
     #[error("{0}")]
     Machine(#[from] MachineError),
+    /// The built-in guest cannot be loaded.
+    #[error("{0}")]
+    Boot(#[from] BootError),
     /// The tap cannot be used.
     #[error("{0}")]
     Tap(#[from] netbuf::TapError),
@@ -25,7 +29,7 @@ pub enum NodeError {
     Control(#[from] ControlError),
     /// A port cannot be listened on.
     #[error("{0}")]
-    Wire(#[from] WireError),
+    Listen(#[from] LinkError),
     /// A committed epoch could not be applied.
     #[error("{0}")]
     Apply(#[from] ApplyError),

@@ -8,7 +8,7 @@ use crate::machine::MachineEvent;
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::primary::{Command, ConnId};
-use crate::wire::link::{LinkReader, LinkWriter};
+use crate::wire::{LinkCloser, LinkWriter};
 
 /// Something that happened.
 pub enum NodeEvent {
@@ -20,6 +20,8 @@ pub enum NodeEvent {
         hello: Hello,
         /// The way back.
         writer: LinkWriter,
+        /// Ends it.
+        closer: LinkCloser,
     },
     /// A connection we asked for stands.
     Connected {
@@ -27,8 +29,8 @@ pub enum NodeEvent {
         conn: ConnId,
         /// The way there.
         writer: LinkWriter,
-        /// The way back; nobody reads it yet.
-        reader: LinkReader,
+        /// Ends it.
+        closer: LinkCloser,
     },
     /// A message arrived.
     Message {
@@ -53,8 +55,6 @@ pub enum NodeEvent {
     },
     /// Background pages arrived.
     Background {
-        /// The connection.
-        conn: ConnId,
         /// Encoded pages, verified.
         payload: Vec<u8>,
     },

@@ -1,3 +1,218 @@
-//! Floor 5: the two drivers. They turn events into inputs and actions into effects.
+//! Floor 5: the node's drivers. They turn what happens into inputs for `protocol/` and its actions into effects.
+//!
+//! ```text
+//!  vCPU threads ─ output waiting ─┐                        ┌─▶ capture, release, run (driver thread)
+//!  link readers ─ messages ───────┤   one inbox            ├─▶ sender thread ─▶ data connection
+//!  arbiter thread ─ answers ──────┼─▶ driver thread ─▶ protocol ─▶ actions ─▶ heartbeat connection
+//!  control socket ─ commands ─────┘        │               └─▶ arbiter thread
+//!                                          └─▶ board ◀─ control socket (reads without waiting)
+//! ```
 
+mod announce;
+mod arbiter_thread;
+mod board;
+pub mod clock;
 pub mod config;
+mod conns;
+mod context;
+mod error;
+mod events;
+mod keeper;
+mod links;
+mod primary;
+mod secondary;
+mod signals;
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+
+pub use error::NodeError;
+
+use self::board::Board;
+use self::config::{ArbiterConfig, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
+use self::context::{Context, RETRY, Unarbitrated, new_machine, open_gate};
+use self::events::NodeEvent;
+use self::links::Ears;
+use self::primary::{PrimaryEnd, PrimaryNode};
+use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
+use crate::arbiter::{Arbiter, Swap};
+use crate::control::Server;
+use crate::machine::boot::builtin;
+use crate::machine::{GuestNet, MachineError, cpu_digest};
+use crate::protocol::claim::{ClaimRefused, claim};
+use crate::protocol::primary::Primary;
+use crate::protocol::record::Record;
+use crate::protocol::secondary::{Ending, Secondary, SecondaryConfig};
+use crate::protocol::types::InstanceId;
+
+/// How long a primary may take to answer a hello.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How a node's process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeEnd {
+    /// As asked.
+    Quit,
+    /// The guest shut down.
+    GuestEnded(String),
+    /// Another node runs the guest.
+    Fenced,
+}
+
+/// Prepares the process. Call it first, from the main thread, before any file or thread is there.
+pub fn prepare_process() {
+    if let Err(error) = keeper::start() {
+        tracing::warn!(%error, "no keeper process: if this node is killed its peer hears of it later, the more memory the guest has");
+    }
+}
+
+/// Starts the guest and protects it until it ends here.
+///
+/// # Errors
+/// See [`NodeError`]: what the host lacks, what the arbiter says, what failed.
+pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, NodeError> {
+    let me = new_instance()?;
+    let (events, inbox) = unbounded();
+    let gate = open_gate(&config, &events)?;
+    let mut machine = new_machine(&start.shape, gate.clone(), &events)?;
+    let net = GuestNet { ipv4: start.net.ipv4, prefix_len: start.net.prefix_len, gateway: start.net.gateway };
+    machine.memory().prefault().map_err(MachineError::from)?;
+    let vcpus = builtin::load(machine.memory(), &start.shape, &net)?;
+    machine.start_vcpus(vcpus)?;
+    let mut arbiter = open_arbiter(&config);
+    let (server, context) = open_doors(config, Some(start.net.ipv4), events, inbox)?;
+    // The claim comes last: a guest that cannot start here must not be on record as ours.
+    let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
+    let context = context.with_arbiter(arbiter)?;
+    let protocol = Primary::new(context.primary_config(start.shape.clone()), me, record, clock::now());
+    context.board.show_gate(gate.clone());
+    let guest = context.config.guest.as_str();
+    tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
+    let end = PrimaryNode::new(context, machine, gate, protocol).run(None)?;
+    drop(server);
+    Ok(end_of(end))
+}
+
+/// Joins a primary, holds its guest's image, and takes over when it fails.
+///
+/// # Errors
+/// See [`NodeError`].
+pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeEnd, NodeError> {
+    let (events, inbox) = unbounded();
+    // An occupied tap is told now, not at the takeover.
+    drop(open_gate(&config, &events)?);
+    let arbiter = open_arbiter(&config);
+    let (server, context) = open_doors(config, start.guest_ip, events, inbox)?;
+    let context = context.with_arbiter(arbiter)?;
+    let mut last_conn = 0;
+    let mut start_at = clock::now();
+    let end = loop {
+        let me = new_instance()?;
+        let config = SecondaryConfig {
+            guest: context.config.guest.clone(),
+            cpu_digest: context.cpu_digest,
+            features: context.features(),
+            staging_bytes_max: context.config.staging_bytes_max,
+            retry: RETRY,
+            answer_timeout: ANSWER_TIMEOUT,
+        };
+        let protocol = Secondary::new(config.clone(), me, last_conn, start_at);
+        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol).run()?;
+        last_conn = newest_conn;
+        match end {
+            SecondaryEnd::Promoted(promoted) => break lead(context, *promoted, me)?,
+            SecondaryEnd::Over(ending) => break ending_of(ending)?,
+            SecondaryEnd::Rejoin(after) => start_at = clock::now() + after,
+        }
+    };
+    drop(server);
+    Ok(end)
+}
+
+/// The secondary is the primary now.
+fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
+    let Promoted { machine, gate, record, welcome, report } = promoted;
+    let protocol = Primary::new(context.primary_config(welcome.shape), me, record, clock::now());
+    Ok(end_of(PrimaryNode::new(context, machine, gate, protocol).run(Some(report))?))
+}
+
+fn end_of(end: PrimaryEnd) -> NodeEnd {
+    match end {
+        PrimaryEnd::Quit => NodeEnd::Quit,
+        PrimaryEnd::Fenced => NodeEnd::Fenced,
+    }
+}
+
+fn ending_of(ending: Ending) -> Result<NodeEnd, NodeError> {
+    match ending {
+        Ending::Quit => Ok(NodeEnd::Quit),
+        Ending::GuestEnded(why) => Ok(NodeEnd::GuestEnded(why)),
+        Ending::Refused { detail, .. } => Err(NodeError::Refused(detail)),
+        Ending::NoMachine(why) => Err(NodeError::NoMachine(why)),
+    }
+}
+
+fn new_instance() -> Result<InstanceId, NodeError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| NodeError::Thread(std::io::Error::other(error.to_string())))?;
+    Ok(InstanceId(u128::from_le_bytes(bytes)))
+}
+
+fn open_arbiter(config: &NodeConfig) -> Box<dyn Arbiter> {
+    match &config.arbiter {
+        ArbiterConfig::File { directory } => {
+            Box::new(crate::arbiter::file::FileArbiter::new(directory, &config.guest))
+        }
+        ArbiterConfig::None { on_peer_loss } => {
+            tracing::warn!(
+                "no arbiter: {}",
+                match on_peer_loss {
+                    OnPeerLoss::Wait => "a lost peer is waited for, and a person must decide",
+                    OnPeerLoss::Continue => "if the link between the nodes is cut, both will run the guest",
+                }
+            );
+            let on_peer_loss = match on_peer_loss {
+                OnPeerLoss::Wait => crate::arbiter::none::OnPeerLoss::Wait,
+                OnPeerLoss::Continue => crate::arbiter::none::OnPeerLoss::Continue,
+            };
+            Box::new(crate::arbiter::none::NoArbiter::new(on_peer_loss))
+        }
+    }
+}
+
+fn claim_guest(
+    arbiter: &mut dyn Arbiter,
+    config: &NodeConfig,
+    me: InstanceId,
+    both_nodes_are_dead: bool,
+) -> Result<Record, NodeError> {
+    let elsewhere = |record: &Record| NodeError::RunsElsewhere {
+        guest: config.guest.to_string(),
+        record: format!("{} {:?}, owner {}", record.generation, record.state, record.owner),
+    };
+    let stands = arbiter.read()?;
+    let new = claim(stands, me, both_nodes_are_dead).map_err(|ClaimRefused::Elsewhere(record)| elsewhere(&record))?;
+    match arbiter.swap(stands.as_ref(), &new)? {
+        Swap::Won => Ok(new),
+        Swap::Lost(Some(record)) => Err(elsewhere(&record)),
+        Swap::Lost(None) => Err(NodeError::Gone),
+    }
+}
+
+/// Opens the ports, the control socket and the signal handlers.
+fn open_doors(
+    config: NodeConfig,
+    guest_ip: Option<Ipv4Addr>,
+    events: Sender<NodeEvent>,
+    inbox: Receiver<NodeEvent>,
+) -> Result<(Server, Unarbitrated), NodeError> {
+    let cpu_digest = cpu_digest()?;
+    Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
+    let board = Board::new(&config, events.clone());
+    let server = Server::bind(&config.control, board.clone())?;
+    signals::listen(events.clone())?;
+    let sink = server.events();
+    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, cpu_digest }))
+}

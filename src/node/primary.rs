@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use crossbeam::channel::RecvTimeoutError;
+use serde_json::Value;
 
-use super::context::Context;
+use super::config::Compress;
 use super::conns::Conns;
+use super::context::Context;
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::{announce, clock};
@@ -14,9 +16,10 @@ use crate::checkpoint::dirt::DirtBook;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
 use crate::control::metrics::EpochSample;
+use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::Message;
-use crate::protocol::primary::{Action, Command, ConnId, Input, Phase, Primary};
+use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 
 /// How a primary's life ended.
@@ -31,7 +34,6 @@ pub enum PrimaryEnd {
 /// The epoch on its way, for the figures.
 #[derive(Clone, Copy)]
 struct OnItsWay {
-    id: EpochId,
     started_us: u64,
     pause_us: u64,
     dirty_pages: u64,
@@ -48,7 +50,7 @@ pub struct PrimaryNode {
     pool: CapturePool,
     dirt: DirtBook,
     on_its_way: Option<OnItsWay>,
-    epochs_sampled: u64,
+    replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
     end: Option<PrimaryEnd>,
 }
 
@@ -66,7 +68,7 @@ impl PrimaryNode {
             pool: CapturePool::default(),
             dirt: DirtBook::new(pages),
             on_its_way: None,
-            epochs_sampled: 0,
+            replies: Vec::new(),
             end: None,
         }
     }
@@ -75,17 +77,23 @@ impl PrimaryNode {
     ///
     /// # Errors
     /// What this node cannot go on after: the machine failed.
-    pub fn run(mut self, announce: bool) -> Result<PrimaryEnd, NodeError> {
+    pub fn run(mut self, takeover: Option<TakeoverReport>) -> Result<PrimaryEnd, NodeError> {
         clock::sharpen_timers();
+        let resuming_us = clock::monotonic_us();
         self.gate.pass();
         self.machine.resume()?;
-        self.context.board.resumed(clock::monotonic_us());
-        if announce {
+        if let Some(mut report) = takeover {
+            report.resume_ms = clock::monotonic_us().saturating_sub(resuming_us) as f64 / 1000.0;
             self.announce();
+            self.context.board.takeover(report);
         }
         loop {
             self.act()?;
             self.publish();
+            for reply in self.replies.drain(..) {
+                // The client may have given up waiting.
+                let _ = reply.send(Ok(serde_json::json!({})));
+            }
             if let Some(end) = self.end.take() {
                 return Ok(end);
             }
@@ -97,7 +105,7 @@ impl PrimaryNode {
     }
 
     fn announce(&self) {
-        for frame in announce::frames(self.context.mac, self.context.guest_ip) {
+        for frame in announce::frames(self.protocol.mac(), self.context.guest_ip) {
             self.gate.send_now(&frame);
         }
     }
@@ -116,8 +124,8 @@ impl PrimaryNode {
 
     fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
         Ok(match event {
-            NodeEvent::Accepted { conn, hello, writer } => {
-                self.conns.insert(conn, writer);
+            NodeEvent::Accepted { conn, hello, writer, closer } => {
+                self.conns.insert(conn, writer, closer);
                 Some(Input::Hello { conn, hello })
             }
             NodeEvent::Message { conn, message } => Some(Input::Message { conn, message }),
@@ -134,7 +142,7 @@ impl PrimaryNode {
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => self.machine_event(event)?,
             NodeEvent::Command { command, reply } => {
-                self.context.board.pend(command, reply);
+                self.replies.extend(reply);
                 Some(Input::Command(command))
             }
             // What a secondary hears of; a late one may still be in the channel after a takeover.
@@ -148,12 +156,15 @@ impl PrimaryNode {
 
     fn machine_event(&mut self, event: MachineEvent) -> Result<Option<Input>, NodeError> {
         tracing::info!(?event, "guest");
-        self.context.board.machine_event(&event);
-        Ok(match event {
-            MachineEvent::Shutdown => Some(Input::GuestShutdown),
+        match event {
+            MachineEvent::Shutdown => return Ok(Some(Input::GuestShutdown)),
             MachineEvent::VcpuFailed { .. } => return Err(NodeError::GuestFailed(format!("{event:?}"))),
-            _ => None,
-        })
+            MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
+                self.context.board.guest_alarm(format!("the guest is in trouble: {event:?}"));
+            }
+            MachineEvent::Booted | MachineEvent::Reset => {}
+        }
+        Ok(None)
     }
 
     // ---- effects ----
@@ -165,7 +176,7 @@ impl PrimaryNode {
                 Action::Close { conn } => self.close(conn),
                 Action::StartTracking { conn } => self.start_tracking(conn)?,
                 Action::StopTracking => self.stop_tracking()?,
-                Action::Capture { id, completes_resync, hold } => self.capture(id, completes_resync, hold)?,
+                Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
@@ -201,15 +212,17 @@ impl PrimaryNode {
     }
 
     fn close(&mut self, conn: ConnId) {
-        if self.sender_is(conn) {
-            // What was handed over before leaves first; the thread closes behind it.
-            self.sender = None;
+        match self.sender.take_if(|sender| sender.conn() == conn) {
+            // A peer that is given up on must not hold us up; a planned goodbye leaves with what was handed over before it.
+            Some(sender) if self.protocol.phase() != Phase::Stopping => sender.abort(),
+            Some(sender) => drop(sender),
+            None => {}
         }
         self.conns.close(conn);
     }
 
     fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
-        let Some(writer) = self.conns.take(conn) else { return Ok(()) };
+        let Some((writer, closer)) = self.conns.take(conn) else { return Ok(()) };
         self.pool.warm(self.machine.memory().pages());
         self.dirt.forget();
         self.machine.track_dirt(true)?;
@@ -223,8 +236,8 @@ impl PrimaryNode {
             let _ = events.send(event);
         };
         let memory = self.machine.memory().clone();
-        self.sender =
-            Some(Sender::start(conn, writer, memory, self.context.config.compress, self.pool.clone(), report)?);
+        let lz4 = self.context.config.compress == Compress::Lz4;
+        self.sender = Some(Sender::start(conn, (writer, closer), memory, lz4, self.pool.clone(), report)?);
         Ok(())
     }
 
@@ -238,16 +251,16 @@ impl PrimaryNode {
         Ok(())
     }
 
-    fn capture(&mut self, id: EpochId, completes_resync: bool, hold: bool) -> Result<(), NodeError> {
+    fn capture(&mut self, id: EpochId, completes_resync: bool, output: OutputCut) -> Result<(), NodeError> {
         let started_us = clock::monotonic_us();
         let was_running = self.machine.is_running();
         let mut buffer = self.pool.get();
         self.machine.pause()?;
         let taken = capture(&mut self.machine, &mut self.dirt, id, &mut buffer);
-        if hold {
-            self.gate.hold();
-        } else if self.protocol.holds_output() && !completes_resync {
-            self.gate.seal(id.epoch);
+        match output {
+            OutputCut::Pass => {}
+            OutputCut::Hold => self.gate.hold(),
+            OutputCut::Seal => self.gate.seal(id.epoch),
         }
         if was_running {
             self.machine.resume()?;
@@ -258,7 +271,7 @@ impl PrimaryNode {
                 self.protocol.note_dirt(self.dirt.taken());
                 let dirty_pages = buffer.pages.len() as u64;
                 buffer.completes_resync = completes_resync;
-                self.on_its_way = Some(OnItsWay { id, started_us, pause_us, dirty_pages });
+                self.on_its_way = Some(OnItsWay { started_us, pause_us, dirty_pages });
                 self.job(SenderJob::Epoch(buffer));
                 Input::Captured { id }
             }
@@ -285,20 +298,22 @@ impl PrimaryNode {
         self.dirt.committed(id);
         let Some(way) = self.on_its_way.take() else { return };
         let sample = EpochSample {
-            index: self.epochs_sampled,
+            index: 0, // the log numbers them
             pause_us: way.pause_us,
             commit_us: clock::monotonic_us().saturating_sub(way.started_us),
             dirty_pages: way.dirty_pages,
             wire_bytes: self.sender.as_ref().map_or(0, Sender::last_epoch_bytes),
             hold_us: self.gate.last_hold_us(),
         };
-        self.epochs_sampled += 1;
         self.context.board.committed(sample);
     }
 
     fn run_guest(&mut self, run: bool) -> Result<(), NodeError> {
-        if run { self.machine.resume()? } else { self.machine.pause()? }
-        self.context.board.answer_pending();
+        if run {
+            self.machine.resume()?
+        } else {
+            self.machine.pause()?
+        }
         Ok(())
     }
 
@@ -311,6 +326,7 @@ impl PrimaryNode {
     }
 
     fn publish(&mut self) {
-        self.context.board.primary(&self.protocol, &self.gate, self.machine.is_running());
+        let pages = self.machine.memory().pages();
+        self.context.board.primary(&self.protocol, self.machine.is_running(), pages);
     }
 }

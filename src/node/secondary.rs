@@ -5,8 +5,9 @@ use std::sync::Arc;
 use crossbeam::channel::RecvTimeoutError;
 
 use super::clock;
+use super::config::SecondaryStart;
 use super::conns::Conns;
-use super::context::Context;
+use super::context::{Context, new_machine, open_gate};
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::links;
@@ -14,7 +15,7 @@ use crate::checkpoint::apply::Applier;
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
 use crate::control::status::TakeoverReport;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError};
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
@@ -64,6 +65,7 @@ struct Stages {
 /// The driver, for one instance id.
 pub struct SecondaryNode<'a> {
     context: &'a Context,
+    start: &'a SecondaryStart,
     protocol: Secondary,
     conns: Conns,
     budget: Arc<StagingBudget>,
@@ -75,9 +77,15 @@ pub struct SecondaryNode<'a> {
 
 impl<'a> SecondaryNode<'a> {
     /// A newcomer under a new instance id.
-    pub fn new(context: &'a Context, config: SecondaryConfig, protocol: Secondary) -> SecondaryNode<'a> {
+    pub fn new(
+        context: &'a Context,
+        start: &'a SecondaryStart,
+        config: SecondaryConfig,
+        protocol: Secondary,
+    ) -> SecondaryNode<'a> {
         SecondaryNode {
             context,
+            start,
             protocol,
             conns: Conns::default(),
             budget: StagingBudget::new(config.staging_bytes_max),
@@ -88,18 +96,18 @@ impl<'a> SecondaryNode<'a> {
         }
     }
 
-    /// Drives the secondary until its life as this instance ends.
+    /// Drives the secondary until its life as this instance ends; also the newest connection number it used.
     ///
     /// # Errors
     /// What this node cannot go on after.
-    pub fn run(mut self) -> Result<SecondaryEnd, NodeError> {
+    pub fn run(mut self) -> Result<(SecondaryEnd, ConnId), NodeError> {
         clock::sharpen_timers();
         loop {
             self.act()?;
             self.context.board.secondary(&self.protocol);
             if let Some(end) = self.end.take() {
                 self.conns.close_all();
-                return Ok(end);
+                return Ok((end, self.protocol.last_conn()));
             }
             if let Some(input) = self.next_input()? {
                 self.protocol.handle(clock::now(), input);
@@ -121,9 +129,8 @@ impl<'a> SecondaryNode<'a> {
 
     fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
         Ok(match event {
-            NodeEvent::Connected { conn, writer, reader } => {
-                self.conns.insert(conn, writer);
-                links::read_as_secondary(conn, reader, self.budget.clone(), self.context.events.clone())?;
+            NodeEvent::Connected { conn, writer, closer } => {
+                self.conns.insert(conn, writer, closer);
                 Some(Input::Connected { conn })
             }
             NodeEvent::Message { conn, message } => {
@@ -140,7 +147,7 @@ impl<'a> SecondaryNode<'a> {
                 self.staged = Some(epoch);
                 Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used() })
             }
-            NodeEvent::Background { payload, .. } => {
+            NodeEvent::Background { payload } => {
                 if let Some(image) = &self.image {
                     image.applier.background(payload);
                 }
@@ -150,11 +157,11 @@ impl<'a> SecondaryNode<'a> {
                 self.stages.decided_us = clock::monotonic_us();
                 Some(Input::Answer { ticket, answer })
             }
-            NodeEvent::Accepted { mut writer, .. } => {
+            NodeEvent::Accepted { mut writer, closer, .. } => {
                 let detail = "this node is a secondary: it does not run the guest; name the primary with --peer".into();
                 // Whether the stranger hears it is the stranger's business.
-                let _ = writer.send(&Message::Refuse { reason: RefuseReason::NotPrimary, detail });
-                writer.handle().shutdown();
+                let _ = writer.write_message(&Message::Refuse { reason: RefuseReason::NotPrimary, detail });
+                closer.shutdown();
                 None
             }
             NodeEvent::Command { command: Command::Quit, reply } => {
@@ -165,10 +172,7 @@ impl<'a> SecondaryNode<'a> {
                 answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
                 None
             }
-            NodeEvent::Machine(_)
-            | NodeEvent::OutputWaiting
-            | NodeEvent::OutputFull
-            | NodeEvent::Pushed { .. } => None,
+            NodeEvent::Machine(_) | NodeEvent::OutputWaiting | NodeEvent::OutputFull | NodeEvent::Pushed { .. } => None,
         })
     }
 
@@ -198,13 +202,12 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn connect(&self, conn: ConnId, channel: Channel) -> Result<(), NodeError> {
-        let config = &self.context.config;
         let address = match channel {
-            Channel::Data => config.peer,
-            Channel::Heartbeat => config.peer_heartbeat,
+            Channel::Data => self.start.peer,
+            Channel::Heartbeat => self.start.peer_heartbeat,
         };
-        let address = address.ok_or(NodeError::NoPeer)?;
-        links::connect(conn, address, channel, self.context.timeouts(), self.context.events.clone())
+        links::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
+        Ok(())
     }
 
     fn build(&mut self, welcome: Welcome) {
@@ -220,8 +223,10 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn build_image(&self, welcome: Welcome) -> Result<Image, NodeError> {
-        let gate = self.context.open_gate()?;
-        let machine = self.context.new_machine(&welcome.shape, gate.clone())?;
+        let gate = open_gate(&self.context.config, &self.context.events)?;
+        let machine = new_machine(&welcome.shape, gate.clone(), &self.context.events)?;
+        // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
+        machine.memory().prefault().map_err(MachineError::from)?;
         let applier = Applier::start(machine.memory().clone(), self.budget.clone())?;
         Ok(Image { machine, gate, welcome, applier })
     }

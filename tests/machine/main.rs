@@ -1,5 +1,6 @@
 //! Tests of one machine under KVM: pausing, saving and restoring, dirt, devices.
 
+mod builtin;
 mod pause;
 mod state;
 mod support;

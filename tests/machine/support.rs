@@ -47,6 +47,7 @@ macro_rules! guest_code {
             ".popsection",
         );
         fn $name() -> &'static [u8] {
+            // SAFETY: both symbols are defined by the assembly above, and only their addresses are taken.
             unsafe extern "C" {
                 #[link_name = concat!(stringify!($name), "_begin")]
                 static BEGIN: u8;

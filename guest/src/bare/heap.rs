@@ -9,6 +9,7 @@ use super::boot_info::BootInfo;
 #[global_allocator]
 static HEAP: TalcLock<RawSpinlock, Manual> = TalcLock::new(Manual);
 
+// SAFETY: the linker script defines the symbol, and only its address is ever taken.
 unsafe extern "C" {
     /// The first byte behind the image; the linker script defines it.
     static __image_end: u8;

@@ -1,7 +1,7 @@
 //! The rules of the node that runs the guest.
 //!
 //! ```text
-//!            hello            both connections        last page pushed, arbiter in reach
+//!            hello          first heartbeat           last page pushed, arbiter in reach
 //!   Solo ────────────▶ Joining ────────────▶ Resync ────────────▶ Completing (output held)
 //!    ▲ ▲                  │                    │                        │ ack
 //!    │ └──── newcomer lost: nothing was held ──┴── or is released ──────┤
@@ -18,7 +18,7 @@ mod types;
 
 use std::collections::VecDeque;
 
-pub use types::{Action, Command, ConnId, Input, PrimaryConfig};
+pub use types::{Action, Command, ConnId, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
@@ -27,7 +27,7 @@ use super::event::Event;
 use super::heartbeat::StallGuard;
 use super::messages::{Channel, Message};
 use super::pages::PageSet;
-use super::record::Record;
+use super::record::{Record, RecordState};
 use super::resync::Ledger;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
@@ -36,7 +36,7 @@ use super::types::{EpochId, Generation, InstanceId, Instant};
 pub enum Phase {
     /// Runs the guest alone; output passes.
     Solo,
-    /// A newcomer said hello and builds its machine.
+    /// A newcomer said hello, builds its machine, and opens its heartbeat connection.
     Joining,
     /// A newcomer receives epochs and pages; output passes.
     Resync,
@@ -73,6 +73,8 @@ pub struct Primary {
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
+    /// An operator ends this node as soon as the arbiter has answered.
+    quitting: bool,
     guest_runs: bool,
     actions: VecDeque<Action>,
 }
@@ -94,6 +96,7 @@ impl Primary {
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
+            quitting: false,
             guest_runs: true,
             actions: VecDeque::new(),
             config,
@@ -103,6 +106,11 @@ impl Primary {
     /// What the primary is doing.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// The guest's Ethernet address.
+    pub fn mac(&self) -> [u8; 6] {
+        self.config.shape.mac
     }
 
     /// The record it runs under.
@@ -254,10 +262,15 @@ impl Primary {
             return;
         }
         let id = self.epochs.begin(now);
+        let output = match self.phase {
+            Phase::Resync if completes_resync => OutputCut::Hold,
+            Phase::Resync => OutputCut::Pass,
+            _ => OutputCut::Seal,
+        };
         if completes_resync {
             self.phase = Phase::Completing;
         }
-        self.actions.push_back(Action::Capture { id, completes_resync, hold: completes_resync });
+        self.actions.push_back(Action::Capture { id, completes_resync, output });
     }
 
     fn captured(&mut self, id: EpochId) {
@@ -351,10 +364,20 @@ impl Primary {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
             (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (Phase::Stopping, Verdict::Stands(Some(record))) if self.is_ours_since(&record) => {
+                // A swap asked for before the shutdown was carried out after all: stop from there.
+                self.begin_generation(record);
+                self.ask_to_stop();
+            }
             (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
             (_, Verdict::Stands(record)) => self.fence(record),
             (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
         }
+    }
+
+    /// True for a record that followed ours and still says that this node runs the guest.
+    fn is_ours_since(&self, record: &Record) -> bool {
+        record.owner == self.me && record.state != RecordState::Stopped && record.generation > self.record.generation
     }
 
     fn confirmed(&mut self, now: Instant) {
@@ -382,7 +405,9 @@ impl Primary {
         self.stopped_by_full_output = false;
         self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
         self.tell(Event::Protected { generation: record.generation, peer: instance });
-        if !self.proven {
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        } else if !self.proven {
             self.ask(ArbiterRequest::Read);
         }
     }
@@ -392,6 +417,9 @@ impl Primary {
         self.proven = true;
         self.go_solo();
         self.tell(Event::Unprotected { why: "the secondary is gone".into() });
+        if self.quitting {
+            self.shut_down();
+        }
     }
 
     fn begin_generation(&mut self, record: Record) {
@@ -410,6 +438,9 @@ impl Primary {
         self.guest_runs = false;
         self.actions.push_back(Action::Fence);
         self.tell(Event::Fenced { why });
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        }
     }
 
     fn handle_fenced(&mut self, input: Input) {
@@ -471,9 +502,11 @@ impl Primary {
     }
 
     fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
-        let Some(peer) = &mut self.peer else { return };
+        let Some(peer) = &self.peer else { return };
         match (peer.channel_of(conn), message) {
-            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => peer.heard(now),
+            (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => {
+                self.heartbeat(now)
+            }
             (Some(Channel::Data), Message::Ack { id, .. }) => self.acked(now, id),
             (Some(_), Message::Bye { reason }) => self.lose_peer(&format!("it left ({reason})")),
             (Some(_), other) => self.lose_peer(&format!("it sent what does not belong here ({})", other.name())),
@@ -494,19 +527,31 @@ impl Primary {
             Command::Stop => self.stopped_by_operator = true,
             Command::Cont => self.stopped_by_operator = false,
             Command::Checkpoint => self.epochs.press(),
-            Command::Quit if self.holds_output() => self.actions.push_back(Action::Exit),
-            Command::Quit => self.shut_down(),
+            Command::Quit => self.quit(),
+        }
+    }
+
+    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
+    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
+    fn quit(&mut self) {
+        let twice = std::mem::replace(&mut self.quitting, true);
+        match self.phase {
+            _ if twice => self.actions.push_back(Action::Exit),
+            Phase::Protected => self.actions.push_back(Action::Exit),
+            Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
+            _ => self.shut_down(),
         }
     }
 
     /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
     fn shut_down(&mut self) {
-        if self.phase == Phase::Stopping {
-            // Asked twice: the operator does not want to wait for the arbiter.
-            self.actions.push_back(Action::Exit);
-            return;
+        if self.phase != Phase::Stopping {
+            self.phase = Phase::Stopping;
+            self.ask_to_stop();
         }
-        self.phase = Phase::Stopping;
+    }
+
+    fn ask_to_stop(&mut self) {
         self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
     }
 

@@ -83,6 +83,17 @@ impl Peer {
 }
 
 impl Primary {
+    /// Takes a heartbeat. The newcomer's first one says that it has heard our welcome on both connections: an epoch that arrived
+    /// before that would find it unprepared.
+    pub(super) fn heartbeat(&mut self, now: Instant) {
+        let Some(peer) = &mut self.peer else { return };
+        peer.heard(now);
+        let data = peer.data;
+        if self.phase == Phase::Joining {
+            self.start_resync(now, data);
+        }
+    }
+
     /// Answers a hello on a new connection.
     pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
         if let Err((reason, detail)) = self.judge_hello(&hello) {
@@ -97,11 +108,7 @@ impl Primary {
                 self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
                 self.phase = Phase::Joining;
             }
-            (Channel::Heartbeat, Some(peer)) => {
-                peer.join(conn, self.config.heartbeat, now);
-                let data = peer.data;
-                self.start_resync(now, data);
-            }
+            (Channel::Heartbeat, Some(peer)) => peer.join(conn, self.config.heartbeat, now),
             (Channel::Heartbeat, None) => {}
         }
     }

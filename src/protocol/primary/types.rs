@@ -108,6 +108,17 @@ pub enum Input {
     GuestShutdown,
 }
 
+/// What a capture does with the guest's output, while the guest is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputCut {
+    /// Nothing: output passes.
+    Pass,
+    /// From now on output is held.
+    Hold,
+    /// What is held since the last cut belongs to this epoch.
+    Seal,
+}
+
 /// What the driver has to do, in this order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
@@ -136,8 +147,8 @@ pub enum Action {
         id: EpochId,
         /// The image is whole with this epoch.
         completes_resync: bool,
-        /// From this capture on output is held (before the guest runs again).
-        hold: bool,
+        /// What becomes of output in the pause.
+        output: OutputCut,
     },
     /// Push these pages behind the epochs, then say `Pushed`.
     Push {

@@ -71,19 +71,22 @@ pub struct Secondary {
     arbiter_lost: Option<String>,
     cause: String,
     last_refusal: Option<String>,
+    /// An operator ends this node as soon as the arbiter has answered.
+    quitting: bool,
     actions: VecDeque<Action>,
 }
 
 impl Secondary {
-    /// A newcomer that tries the primary at once.
-    pub fn new(config: SecondaryConfig, me: InstanceId) -> Secondary {
-        let mut secondary = Secondary {
+    /// A newcomer that tries the primary from `start` on. Its connections are numbered above `last_conn`, the newest number an earlier
+    /// instance of this process used, so that nothing meant for that one reaches this one.
+    pub fn new(config: SecondaryConfig, me: InstanceId, last_conn: ConnId, start: Instant) -> Secondary {
+        Secondary {
             me,
             phase: Phase::Connecting,
-            conns: 0,
+            conns: last_conn,
             data: None,
             heartbeat: None,
-            step_at: None,
+            step_at: Some(start),
             welcome: None,
             life: None,
             guard: None,
@@ -95,11 +98,10 @@ impl Secondary {
             arbiter_lost: None,
             cause: String::new(),
             last_refusal: None,
+            quitting: false,
             actions: VecDeque::new(),
             config,
-        };
-        secondary.try_primary();
-        secondary
+        }
     }
 
     /// What the secondary is doing.
@@ -115,6 +117,11 @@ impl Secondary {
     /// The primary's generation, as far as known.
     pub fn generation(&self) -> Generation {
         self.generation
+    }
+
+    /// The newest connection number used.
+    pub fn last_conn(&self) -> ConnId {
+        self.conns
     }
 
     /// The newest committed epoch.
@@ -158,7 +165,7 @@ impl Secondary {
                     self.verdict(verdict);
                 }
             }
-            Input::Quit => self.exit(Ending::Quit),
+            Input::Quit => self.quit(),
         }
         self.on_time(now);
     }
@@ -303,7 +310,19 @@ impl Secondary {
         }
     }
 
+    /// Ends this node. While it asks for the guest it may be the only one that has it, so the answer is waited for (and the guest run, if
+    /// that is the answer), unless the operator asks twice.
+    fn quit(&mut self) {
+        let twice = std::mem::replace(&mut self.quitting, true);
+        if twice || self.phase != Phase::Deciding {
+            self.exit(Ending::Quit);
+        }
+    }
+
     fn rejoin(&mut self, why: &str) {
+        if self.quitting {
+            return self.exit(Ending::Quit);
+        }
         self.close_connections();
         self.phase = Phase::Done;
         self.tell(Event::Rejoining { why: why.into() });

@@ -75,7 +75,7 @@ pub enum Input {
         /// The answer.
         answer: ArbiterAnswer,
     },
-    /// An operator ends this node.
+    /// An operator ends this node. While it asks the arbiter for the guest, only the second time counts.
     Quit,
 }
 

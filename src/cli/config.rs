@@ -1,0 +1,200 @@
+//! From flags to a [`NodeConfig`]: what is missing, what contradicts what, and what follows from what.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::args::{CompressFlag, MachineArgs, NodeArgs, OnPeerLossFlag, SecondaryArgs};
+use super::exit::Failure;
+use super::values::{ArbiterFlag, Cidr, Mac, Size};
+use crate::node::config::{
+    ArbiterConfig, Compress, GuestAddress, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart,
+};
+use crate::protocol::heartbeat::HeartbeatConfig;
+use crate::protocol::messages::MachineShape;
+use crate::protocol::types::GuestName;
+
+/// The built-in guest needs this much to boot and serve.
+const MEMORY_MIN: Size = Size::mib(16);
+
+/// The most a machine can have.
+const MEMORY_MAX: Size = Size::mib(1 << 20);
+
+/// Less could not hold one busy epoch.
+const STAGING_MIN: Size = Size::mib(1);
+
+/// What both roles need.
+pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
+    let guest = required(args.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
+    let tap = required(args.tap.clone(), "--tap NAME", "name the tap device of the guest's network card")?;
+    let heartbeat_listen = heartbeat_address("--listen", args.listen, "--heartbeat-listen", args.heartbeat_listen)?;
+    let interval = Duration::from_millis(args.interval_ms);
+    let interval_min = Duration::from_micros(args.interval_min_us);
+    if interval_min > interval {
+        return Err(Failure::usage(format!(
+            "--interval-min-us {} is more than --interval-ms {}: the least time between captures cannot exceed the most; lower it",
+            args.interval_min_us, args.interval_ms
+        )));
+    }
+    if args.staging_max < STAGING_MIN {
+        return Err(Failure::usage(format!(
+            "--staging-max {}: too little for an epoch; give at least {STAGING_MIN}",
+            args.staging_max
+        )));
+    }
+    let control = match &args.control {
+        Some(path) => path.clone(),
+        None => default_control(&guest)?,
+    };
+    Ok(NodeConfig {
+        guest,
+        tap,
+        listen: args.listen,
+        heartbeat_listen,
+        arbiter: arbiter(args.arbiter.clone(), args.on_peer_loss)?,
+        interval,
+        interval_min,
+        commit_on_output: args.commit_on_output,
+        heartbeat: heartbeat(args.heartbeat_interval_ms, args.heartbeat_timeout_ms)?,
+        compress: match args.compress {
+            CompressFlag::Auto => Compress::Auto,
+            CompressFlag::None => Compress::None,
+            CompressFlag::Lz4 => Compress::Lz4,
+        },
+        staging_bytes_max: args.staging_max.bytes,
+        output_bytes_max: output_bytes(args.output_max_bytes)?,
+        output_packets_max: usize::try_from(args.output_max_packets).unwrap_or(usize::MAX),
+        control,
+    })
+}
+
+/// What a primary needs besides.
+pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<PrimaryStart, Failure> {
+    let guest = required(node.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
+    let ip = required(node.guest_ip, "--guest-ip IP/BITS", "give the built-in guest an address, such as 10.0.0.2/24")?;
+    if cold && node.arbiter == Some(ArbiterFlag::None) {
+        return Err(Failure::usage(
+            "mcd cold-start overrides what an arbiter has on record, and --arbiter none has no record; use mcd primary",
+        ));
+    }
+    let memory = machine.memory;
+    if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory) || !memory.bytes.is_multiple_of(4096) {
+        return Err(Failure::usage(format!(
+            "--memory {memory}: give a multiple of 4K from {MEMORY_MIN} to {MEMORY_MAX}, such as 128M"
+        )));
+    }
+    let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
+    Ok(PrimaryStart {
+        shape: MachineShape { memory_bytes: memory.bytes, cpus: machine.cpus, mac },
+        net: guest_address(ip, machine.guest_gateway)?,
+        both_nodes_are_dead: cold,
+    })
+}
+
+/// What a secondary needs besides.
+pub(super) fn secondary(args: &SecondaryArgs) -> Result<SecondaryStart, Failure> {
+    let peer = required(args.peer, "--peer IP:PORT", "give the primary's --listen address")?;
+    if peer.port() == 0 || peer.ip().is_unspecified() {
+        return Err(Failure::usage(format!(
+            "--peer {peer}: nobody can be reached there; give the primary's address and port"
+        )));
+    }
+    if peer == args.node.listen {
+        return Err(Failure::usage(format!("--peer {peer} is this node's own --listen; give the primary's address")));
+    }
+    let peer_heartbeat = heartbeat_address("--peer", peer, "--peer-heartbeat", args.peer_heartbeat)?;
+    Ok(SecondaryStart { peer, peer_heartbeat, guest_ip: args.node.guest_ip.map(|cidr| cidr.ipv4) })
+}
+
+fn required<T>(value: Option<T>, flag: &str, what_to_do: &str) -> Result<T, Failure> {
+    value.ok_or_else(|| Failure::usage(format!("{flag} is missing: {what_to_do}")))
+}
+
+fn heartbeat_address(
+    data_flag: &str,
+    data: SocketAddr,
+    flag: &str,
+    given: Option<SocketAddr>,
+) -> Result<SocketAddr, Failure> {
+    match (given, data.port().checked_add(1)) {
+        (Some(address), _) if address == data && data.port() != 0 => Err(Failure::usage(format!(
+            "{flag} {address} is the same as {data_flag}: data and heartbeats have a port each; choose another"
+        ))),
+        (Some(address), _) => Ok(address),
+        (None, Some(next)) if next > 1 => Ok(SocketAddr::new(data.ip(), next)),
+        (None, _) => Err(Failure::usage(format!(
+            "{data_flag} {data}: no port follows it that heartbeats could use; choose another or give {flag}"
+        ))),
+    }
+}
+
+fn heartbeat(interval_ms: u64, timeout_ms: Option<u64>) -> Result<HeartbeatConfig, Failure> {
+    let timeout_ms = timeout_ms.unwrap_or(interval_ms.saturating_mul(3));
+    if timeout_ms < interval_ms.saturating_mul(2) {
+        return Err(Failure::usage(format!(
+            "--heartbeat-timeout-ms {timeout_ms} is less than twice --heartbeat-interval-ms {interval_ms}: \
+             one late heartbeat would be taken for a dead peer; raise it or shorten the interval"
+        )));
+    }
+    Ok(HeartbeatConfig { interval: Duration::from_millis(interval_ms), timeout: Duration::from_millis(timeout_ms) })
+}
+
+fn arbiter(arbiter: Option<ArbiterFlag>, on_peer_loss: Option<OnPeerLossFlag>) -> Result<ArbiterConfig, Failure> {
+    let arbiter = required(
+        arbiter,
+        "--arbiter WHO",
+        "give file:DIRECTORY (one that both nodes see), or none together with --on-peer-loss",
+    )?;
+    match (arbiter, on_peer_loss) {
+        (ArbiterFlag::File(directory), None) => Ok(ArbiterConfig::File { directory }),
+        (ArbiterFlag::File(_), Some(_)) => Err(Failure::usage(
+            "--on-peer-loss is only for --arbiter none: with an arbiter, the arbiter decides; leave it out",
+        )),
+        (ArbiterFlag::None, Some(OnPeerLossFlag::Wait)) => Ok(ArbiterConfig::None { on_peer_loss: OnPeerLoss::Wait }),
+        (ArbiterFlag::None, Some(OnPeerLossFlag::Continue)) => {
+            Ok(ArbiterConfig::None { on_peer_loss: OnPeerLoss::Continue })
+        }
+        (ArbiterFlag::None, None) => Err(Failure::usage(
+            "--arbiter none needs --on-peer-loss: wait (stop until a person decides) or continue (go on, risking two guests)",
+        )),
+    }
+}
+
+fn guest_address(ip: Cidr, gateway: Option<Ipv4Addr>) -> Result<GuestAddress, Failure> {
+    let Cidr { ipv4, prefix_len } = ip;
+    match gateway {
+        Some(gateway) if gateway == ipv4 => {
+            Err(Failure::usage(format!("--guest-gateway {gateway} is the guest's own address; give the router's")))
+        }
+        Some(gateway) if !ip.has_host(gateway) => Err(Failure::usage(format!(
+            "--guest-gateway {gateway} is not in the guest's network {ipv4}/{prefix_len}; give a router that is"
+        ))),
+        gateway => Ok(GuestAddress { ipv4, prefix_len, gateway }),
+    }
+}
+
+fn output_bytes(size: Size) -> Result<usize, Failure> {
+    const OUTPUT_MIN: Size = Size { bytes: 64 << 10 };
+    match usize::try_from(size.bytes) {
+        Ok(bytes) if size >= OUTPUT_MIN => Ok(bytes),
+        _ => Err(Failure::usage(format!("--output-max-bytes {size}: give at least {OUTPUT_MIN}"))),
+    }
+}
+
+/// Where the control socket of a guest's node is if nobody says otherwise.
+pub(super) fn default_control(guest: &GuestName) -> Result<PathBuf, Failure> {
+    let missing = || {
+        Failure::usage(
+            "--control PATH is missing: you are not root and XDG_RUNTIME_DIR is not set, so there is no default",
+        )
+    };
+    control_directory().map(|directory| directory.join(format!("{guest}.sock"))).ok_or_else(missing)
+}
+
+/// The directory of the control sockets of this user.
+pub(super) fn control_directory() -> Option<PathBuf> {
+    if nix::unistd::geteuid().is_root() {
+        return Some(PathBuf::from("/run/mcd"));
+    }
+    std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()).map(|dir| PathBuf::from(dir).join("mcd"))
+}

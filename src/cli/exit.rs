@@ -1,0 +1,71 @@
+//! How `mcd` ends: a number for scripts, the same for every command.
+
+use std::process::ExitCode;
+
+use crate::node::NodeError;
+
+/// The exit codes of `mcd`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum ExitStatus {
+    /// It did what was asked; a node ended because it was told to.
+    Ok = 0,
+    /// Something failed at run time: see the line on stderr.
+    Failure = 1,
+    /// A flag, a key or a value is wrong. Nothing was started.
+    Usage = 2,
+    /// This host lacks something: /dev/kvm, the tap device, a permission, memory.
+    Host = 3,
+    /// The peer or the arbiter refused: another guest or version, a guest that runs elsewhere.
+    Refused = 4,
+    /// The node lost the guest to the other node and has fenced itself.
+    Fenced = 5,
+}
+
+/// The part of `--help` about exit codes.
+pub(super) const HELP: &str = "\
+Exit codes:
+  0  done; a node ended because it was told to
+  1  something failed at run time: see the line on stderr
+  2  a flag, a key or a value is wrong; nothing was started
+  3  this host lacks something: /dev/kvm, the tap device, a permission, memory
+  4  the peer or the arbiter refused: another guest or version, a guest that runs elsewhere
+  5  the node lost the guest to the other node and fenced itself";
+
+impl ExitStatus {
+    /// What a node's error is to a script.
+    pub(super) fn of(error: &NodeError) -> ExitStatus {
+        match error {
+            NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
+                ExitStatus::Host
+            }
+            NodeError::RunsElsewhere { .. } | NodeError::Refused(_) => ExitStatus::Refused,
+            _ => ExitStatus::Failure,
+        }
+    }
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> ExitCode {
+        ExitCode::from(status as u8)
+    }
+}
+
+/// Why a command did not do what was asked: the line for a person, and the number for a script.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) status: ExitStatus,
+    pub(super) line: String,
+}
+
+impl Failure {
+    /// Something in the flags or the file is wrong.
+    pub(super) fn usage(line: impl Into<String>) -> Failure {
+        Failure { status: ExitStatus::Usage, line: line.into() }
+    }
+
+    /// Something failed at run time.
+    pub(super) fn run(line: impl Into<String>) -> Failure {
+        Failure { status: ExitStatus::Failure, line: line.into() }
+    }
+}

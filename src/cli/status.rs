@@ -1,0 +1,63 @@
+//! `mcd status`: one question to a node, one screen.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::args::StatusArgs;
+use super::config;
+use super::exit::Failure;
+use crate::control::{Client, ClientError};
+
+/// Asks and prints.
+pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
+    let path = match (&args.control, &args.guest) {
+        (Some(path), _) => path.clone(),
+        (None, Some(guest)) => config::default_control(guest)?,
+        (None, None) => only_socket()?,
+    };
+    let text =
+        ask(&path, Duration::from_millis(args.timeout_ms), args.json).map_err(|e| Failure::run(e.to_string()))?;
+    match io::stdout().write_all(text.as_bytes()) {
+        // The reader, such as `head`, has seen enough.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(|e| Failure::run(format!("the status could not be printed: {e}"))),
+    }
+}
+
+fn ask(path: &Path, timeout: Duration, json: bool) -> Result<String, ClientError> {
+    let mut client = Client::connect(path, timeout)?;
+    if json {
+        // As the node sent it, with what this build may not know.
+        let answer = client.execute("mc-query", Value::Null, timeout)?;
+        return Ok(format!("{answer:#}\n"));
+    }
+    Ok(client.status(timeout)?.to_string())
+}
+
+/// The one control socket there is by default, if there is one.
+fn only_socket() -> Result<PathBuf, Failure> {
+    let ask = "give --guest NAME or --control PATH";
+    let directory = config::control_directory()
+        .ok_or_else(|| Failure::usage(format!("which node? {ask} (XDG_RUNTIME_DIR is not set)")))?;
+    let mut sockets: Vec<PathBuf> = fs::read_dir(&directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
+        .map(|entry| entry.path())
+        .collect();
+    sockets.sort();
+    match sockets.as_slice() {
+        [] => Err(Failure::run(format!("no node has its control socket in {}; {ask}", directory.display()))),
+        [path] => Ok(path.clone()),
+        several => {
+            let names: Vec<_> = several.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
+            Err(Failure::usage(format!("which of {}? {ask}", names.join(", "))))
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The values of flags: how each is written, and what is said when it is written wrong.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
+use crate::protocol::types::GuestName;
+
+/// Longest name of a network device that Linux takes, in bytes.
+const DEVICE_NAME_BYTES_MAX: usize = 15;
+
+/// A size in bytes, written as `512M` or `1G`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Size {
+    pub(super) bytes: u64,
+}
+
+impl Size {
+    /// So many MiB.
+    pub(super) const fn mib(count: u64) -> Size {
+        Size { bytes: count << 20 }
+    }
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Size, String> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let shift = match text.get(digits.len()..).unwrap_or_default().to_ascii_uppercase().as_str() {
+            "" => 0,
+            "K" | "KIB" => 10,
+            "M" | "MIB" => 20,
+            "G" | "GIB" => 30,
+            "T" | "TIB" => 40,
+            _ => return Err("write a whole number with K, M, G or T (of 1024), such as 512M".to_owned()),
+        };
+        let number: u64 = digits.parse().map_err(|_| "write a whole number, such as 512M or 1G".to_owned())?;
+        let bytes = number.checked_mul(1 << shift).ok_or("that is more than a computer can count".to_owned())?;
+        Ok(Size { bytes })
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
+            if self.bytes > 0 && self.bytes.is_multiple_of(1 << shift) {
+                return write!(f, "{}{unit}", self.bytes >> shift);
+            }
+        }
+        write!(f, "{}", self.bytes)
+    }
+}
+
+/// An Ethernet address of one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mac(pub(super) [u8; 6]);
+
+impl Mac {
+    /// The address of a guest that was given none: the same for the same name, and of the locally administered kind.
+    pub(super) fn of_guest(guest: &GuestName) -> Mac {
+        // FNV-1a: the addresses must be spread and must never change from one build to the next, no more than that.
+        let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+        for byte in guest.as_str().bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        let [a, b, c, d, e, ..] = (hash ^ (hash >> 40)).to_le_bytes();
+        Mac([0x02, a, b, c, d, e])
+    }
+}
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Mac, String> {
+        let shape = || "write six pairs of hexadecimal digits, such as 02:00:00:12:34:56".to_owned();
+        let mut parts = text.split(':');
+        let mut mac = [0; 6];
+        for byte in &mut mac {
+            let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+            *byte = part.and_then(|p| u8::from_str_radix(p, 16).ok()).ok_or_else(shape)?;
+        }
+        match mac {
+            _ if parts.next().is_some() => Err(shape()),
+            [0, 0, 0, 0, 0, 0] => Err("this address means none".to_owned()),
+            [first, ..] if first & 1 != 0 => {
+                Err("this address names a group; the first pair of one device's address is even, such as 02".to_owned())
+            }
+            _ => Ok(Mac(mac)),
+        }
+    }
+}
+
+/// An IPv4 address and its network, written as `10.0.0.2/24`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cidr {
+    pub(super) ipv4: Ipv4Addr,
+    pub(super) prefix_len: u8,
+}
+
+impl Cidr {
+    fn mask(self) -> u32 {
+        u32::MAX.checked_shl(32 - u32::from(self.prefix_len)).unwrap_or(0)
+    }
+
+    /// Whether an address can be that of a host in this network.
+    pub(super) fn has_host(self, ipv4: Ipv4Addr) -> bool {
+        let (mask, bits) = (self.mask(), ipv4.to_bits());
+        bits & mask == self.ipv4.to_bits() & mask && bits & !mask != 0 && bits & !mask != !mask
+    }
+}
+
+impl FromStr for Cidr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Cidr, String> {
+        let shape = || "write ADDRESS/BITS, such as 10.0.0.2/24".to_owned();
+        let (ipv4, bits) = text.split_once('/').ok_or_else(shape)?;
+        let cidr = Cidr { ipv4: ipv4.parse().map_err(|_| shape())?, prefix_len: bits.parse().map_err(|_| shape())? };
+        if !(1..=30).contains(&cidr.prefix_len) {
+            return Err("the network's prefix has 1 to 30 bits".to_owned());
+        }
+        let ipv4 = cidr.ipv4;
+        if ipv4.is_unspecified() || ipv4.is_loopback() || ipv4.is_multicast() || ipv4.is_broadcast() {
+            return Err(format!("{ipv4} cannot be the address of a guest"));
+        }
+        if !cidr.has_host(ipv4) {
+            return Err(format!("{ipv4} is not a host's address in its network of {} bits", cidr.prefix_len));
+        }
+        Ok(cidr)
+    }
+}
+
+/// Which arbiter, as written: what it is to do comes from a second flag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ArbiterFlag {
+    File(PathBuf),
+    None,
+}
+
+impl FromStr for ArbiterFlag {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ArbiterFlag, String> {
+        match text.split_once(':') {
+            Some(("file", "")) => Err("the directory is missing: write file:DIRECTORY".to_owned()),
+            Some(("file", directory)) => Ok(ArbiterFlag::File(directory.into())),
+            None if text == "none" => Ok(ArbiterFlag::None),
+            _ => Err("write file:DIRECTORY or none".to_owned()),
+        }
+    }
+}
+
+/// Dirty load of the demo: pages and times per second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DirtyLoad {
+    pub(super) pages: u32,
+    pub(super) per_second: u32,
+}
+
+impl FromStr for DirtyLoad {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DirtyLoad, String> {
+        let shape = || "write PAGES,PER-SECOND, such as 1000,100".to_owned();
+        let (pages, per_second) = text.split_once(',').ok_or_else(shape)?;
+        Ok(DirtyLoad {
+            pages: pages.parse().map_err(|_| shape())?,
+            per_second: per_second.parse().map_err(|_| shape())?,
+        })
+    }
+}
+
+/// Reads a guest's name.
+pub(super) fn guest_name(text: &str) -> Result<GuestName, String> {
+    GuestName::new(text).ok_or_else(|| "a guest's name is 1 to 64 letters, digits, '-', '_' and '.'".to_owned())
+}
+
+/// Reads an address to listen on or to connect to.
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| "write IP:PORT, such as 10.0.0.1:7401 or [fd00::1]:7401; names are not looked up".to_owned())
+}
+
+/// Reads the name of a network device.
+pub(super) fn device_name(text: &str) -> Result<String, String> {
+    let fits = (1..=DEVICE_NAME_BYTES_MAX).contains(&text.len());
+    let clean = text.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'%'));
+    if !fits || !clean || matches!(text, "." | "..") {
+        return Err(
+            "a network device's name is 1 to 15 characters without spaces, '/', ':' and '%', such as tap0".to_owned()
+        );
+    }
+    Ok(text.to_owned())
+}
+
+/// Checks a log filter, and keeps it as text.
+pub(super) fn log_filter(text: &str) -> Result<String, String> {
+    // The parser takes a lone word for a module whose every line is wanted: a misspelt level would silence all others.
+    let is_level = |part: &str| !part.is_empty() && part.parse::<LevelFilter>().is_ok();
+    let levels = text.split(',').all(|part| part.rsplit('=').next().is_some_and(is_level));
+    if !levels || text.parse::<Targets>().is_err() {
+        return Err("write error, warn, info, debug, trace or off, or MODULE=LEVEL,…".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("4096", 4096), ("64K", 65536), ("128M", 128 << 20), ("1g", 1 << 30), ("2GiB", 2 << 30)] {
+            assert_eq!(text.parse::<Size>(), Ok(Size { bytes }), "{text}");
+        }
+        for bad in ["", "M", "-1M", "1.5G", "128MB", "128 M", "99999999999T", "0x10", "1é", "18446744073709551616"] {
+            assert!(bad.parse::<Size>().is_err(), "{bad}");
+        }
+        assert_eq!(Size::mib(512).to_string(), "512M");
+        assert_eq!(Size { bytes: 3 }.to_string(), "3");
+        assert_eq!(Size { bytes: 0 }.to_string(), "0");
+    }
+
+    #[test]
+    fn ethernet_addresses() {
+        assert_eq!("02:00:00:12:34:aB".parse(), Ok(Mac([2, 0, 0, 0x12, 0x34, 0xab])));
+        for bad in
+            ["", "02:00:00:12:34", "02:00:00:12:34:56:78", "2:0:0:12:34:56", "01:00:00:00:00:01", "00:00:00:00:00:00"]
+        {
+            assert!(bad.parse::<Mac>().is_err(), "{bad}");
+        }
+        assert!("+2:00:00:00:00:01".parse::<Mac>().is_err());
+    }
+
+    #[test]
+    fn a_guest_keeps_its_ethernet_address() {
+        let of = |name| Mac::of_guest(&GuestName::new(name).unwrap());
+        assert_eq!(of("web"), of("web"));
+        assert_ne!(of("web"), of("wec"));
+        let Mac(mac) = of("web");
+        assert_eq!(mac[0], 2);
+        assert_eq!(mac, [0x02, 0x10, 0xbe, 0x2c, 0x48, 0x19]);
+    }
+
+    #[test]
+    fn networks() {
+        let cidr: Cidr = "10.77.0.2/24".parse().unwrap();
+        assert!(cidr.has_host(Ipv4Addr::new(10, 77, 0, 1)));
+        for outside in [[10, 77, 1, 1], [10, 77, 0, 0], [10, 77, 0, 255]] {
+            assert!(!cidr.has_host(outside.into()));
+        }
+        for bad in
+            ["", "10.0.0.2", "10.0.0.2/", "10.0.0.2/0", "10.0.0.2/31", "10.0.0.2/33", "10.0.0.0/24", "10.0.0.255/24"]
+        {
+            assert!(bad.parse::<Cidr>().is_err(), "{bad}");
+        }
+        for bad in ["127.0.0.1/8", "224.0.0.1/4", "0.0.0.0/1", "10.0.0.999/24", "fd00::1/64", "10.0.0.2/-1"] {
+            assert!(bad.parse::<Cidr>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_and_the_rest() {
+        assert_eq!("file:/a:b".parse(), Ok(ArbiterFlag::File("/a:b".into())));
+        assert_eq!("none".parse(), Ok(ArbiterFlag::None));
+        for bad in ["", "file", "file:", "none:", "etcd:x", "/srv"] {
+            assert!(bad.parse::<ArbiterFlag>().is_err(), "{bad}");
+        }
+        for bad in ["", "a b", "a/b", "sixteen-chars-xx", "..", "tap\n", "tapé"] {
+            assert!(device_name(bad).is_err(), "{bad}");
+        }
+        assert!(device_name("mcd-a.1").is_ok());
+        assert_eq!("10,20".parse(), Ok(DirtyLoad { pages: 10, per_second: 20 }));
+        assert!("10".parse::<DirtyLoad>().is_err());
+        assert!(address("localhost:1").is_err() && address("1.2.3.4").is_err() && address("[::1]:1").is_ok());
+        assert!(
+            log_filter("info").is_ok()
+                && log_filter("mcd::node=debug,warn").is_ok()
+                && log_filter("loud").is_err()
+                && log_filter("a=").is_err()
+        );
+    }
+}

@@ -1,0 +1,14 @@
+//! The top floor: `mcd demo`, and the network, the checked client and the handling of nodes that the benches share with it.
+
+pub mod client;
+pub mod fabric;
+pub mod load;
+pub mod model;
+pub mod probe;
+pub mod resp;
+pub mod rng;
+mod steering;
+#[cfg(test)]
+pub(crate) mod test_rights;
+#[cfg(test)]
+mod test_server;

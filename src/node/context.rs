@@ -1,0 +1,141 @@
+//! What a node has whatever its role: its configuration, its inbox, its board and its arbiter.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender};
+use netbuf::{Limits, OutputBuffer, TunTapPort};
+
+use super::arbiter_thread::ArbiterThread;
+use super::board::Board;
+use super::clock;
+use super::config::{Compress, NodeConfig};
+use super::error::NodeError;
+use super::events::NodeEvent;
+use crate::arbiter::Arbiter;
+use crate::checkpoint::output::{OutputGate, OutputListener};
+use crate::control::EventSink;
+use crate::machine::Machine;
+use crate::protocol::event::Event;
+use crate::protocol::messages::{MachineShape, features};
+use crate::protocol::primary::PrimaryConfig;
+
+/// Time between two questions to an arbiter out of reach, or two tries to reach a primary.
+pub const RETRY: Duration = Duration::from_millis(200);
+/// How long a newcomer may take to build its machine and open its second connection.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB, about 1 ms on a fast link).
+const PUSH_PAGES_MAX: usize = 512;
+
+/// A context whose arbiter nobody may ask yet but the one who claims the guest.
+pub struct Unarbitrated {
+    pub config: NodeConfig,
+    pub guest_ip: Option<Ipv4Addr>,
+    pub inbox: Receiver<NodeEvent>,
+    pub events: Sender<NodeEvent>,
+    pub board: Arc<Board>,
+    pub sink: EventSink,
+    pub cpu_digest: u64,
+}
+
+impl Unarbitrated {
+    /// Hands the arbiter to its thread.
+    pub fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
+        let arbiter = ArbiterThread::start(arbiter, self.events.clone())?;
+        let Unarbitrated { config, guest_ip, inbox, events, board, sink, cpu_digest } = self;
+        Ok(Context { config, guest_ip, inbox, events, board, sink, arbiter, cpu_digest })
+    }
+}
+
+/// The parts of a node that outlive its role.
+pub struct Context {
+    /// What the operator decided.
+    pub config: NodeConfig,
+    /// The guest's address, if known: announced after a takeover.
+    pub guest_ip: Option<Ipv4Addr>,
+    /// Everything that happens arrives here.
+    pub inbox: Receiver<NodeEvent>,
+    /// The way into the inbox.
+    pub events: Sender<NodeEvent>,
+    /// What people see.
+    pub board: Arc<Board>,
+    /// What programs are told.
+    pub sink: EventSink,
+    /// Who decides.
+    pub arbiter: ArbiterThread,
+    /// Digest of the CPU features this host gives a guest.
+    pub cpu_digest: u64,
+}
+
+impl Context {
+    /// Tells people and programs.
+    pub fn tell(&self, event: &Event) {
+        tracing::info!(event = event.name(), "{event}");
+        self.sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
+    }
+
+    /// The protocol's view of the configuration.
+    pub fn primary_config(&self, shape: MachineShape) -> PrimaryConfig {
+        PrimaryConfig {
+            guest: self.config.guest.clone(),
+            shape,
+            cpu_digest: self.cpu_digest,
+            features: self.features(),
+            interval: self.config.interval,
+            interval_min: self.config.interval_min,
+            commit_on_output: self.config.commit_on_output,
+            heartbeat: self.config.heartbeat,
+            arbiter_retry: RETRY,
+            join_timeout: JOIN_TIMEOUT,
+            push_pages_max: PUSH_PAGES_MAX,
+        }
+    }
+
+    /// Feature bits this node offers.
+    pub fn features(&self) -> u64 {
+        if self.config.compress == Compress::None { 0 } else { features::LZ4 }
+    }
+}
+
+/// The tap, behind a closed gate that tells `events` what waits.
+pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<OutputGate>, NodeError> {
+    let port = TunTapPort::open(&config.tap)?;
+    let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
+    let ears = GateEars { events: events.clone() };
+    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(ears), clock::monotonic_us))
+}
+
+/// A paused machine behind `gate`, whose events reach the inbox.
+pub fn new_machine(
+    shape: &MachineShape,
+    gate: Arc<OutputGate>,
+    events: &Sender<NodeEvent>,
+) -> Result<Machine, NodeError> {
+    let machine = Machine::new(shape, gate, Box::new(std::io::stdout()))?;
+    let (from, to) = (machine.events(), events.clone());
+    std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
+        for event in from {
+            if to.send(NodeEvent::Machine(event)).is_err() {
+                break;
+            }
+        }
+    })?;
+    Ok(machine)
+}
+
+/// Turns the gate's calls (from vCPU threads) into events.
+struct GateEars {
+    events: Sender<NodeEvent>,
+}
+
+impl OutputListener for GateEars {
+    fn output_waiting(&self) {
+        // A node that is ending does not mind.
+        let _ = self.events.send(NodeEvent::OutputWaiting);
+    }
+
+    fn output_full(&self) {
+        let _ = self.events.send(NodeEvent::OutputFull);
+    }
+}

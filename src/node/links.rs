@@ -1,0 +1,221 @@
+//! Connections: who connects to us, whom we connect to, and the threads that read.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crossbeam::channel::Sender;
+
+use super::events::NodeEvent;
+use crate::checkpoint::stage::{Stager, StagingBudget};
+use crate::protocol::messages::{Channel, Message};
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::primary::ConnId;
+use crate::wire::link::{Link, LinkError, LinkReader, Listener};
+use crate::wire::{FrameKind, WireError};
+
+/// How long a stranger may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection to a primary may take to stand.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Connections served at once; more are turned away at once.
+const ACCEPTED_MAX: usize = 32;
+/// Accepted connections are numbered from here; a secondary numbers its own from 1.
+const ACCEPTED_FROM: ConnId = 1 << 32;
+
+/// The two ears of a node.
+pub struct Ears {
+    next: AtomicU64,
+    open: AtomicUsize,
+    events: Sender<NodeEvent>,
+}
+
+impl Ears {
+    /// Listens on both ports, in threads of their own, as long as the process lives.
+    ///
+    /// # Errors
+    /// [`LinkError`] if a port cannot be had.
+    pub fn open(data: SocketAddr, heartbeat: SocketAddr, events: Sender<NodeEvent>) -> Result<(), LinkError> {
+        let ears = Arc::new(Ears { next: AtomicU64::new(ACCEPTED_FROM), open: AtomicUsize::new(0), events });
+        for (at, channel) in [(data, Channel::Data), (heartbeat, Channel::Heartbeat)] {
+            let listener = Listener::bind(&at.to_string())?;
+            let ears = ears.clone();
+            spawn("mcd-listen", move || ears.listen(&listener, channel))
+                .map_err(|source| LinkError::Listen { at: at.to_string(), source })?;
+        }
+        Ok(())
+    }
+
+    fn listen(self: Arc<Self>, listener: &Listener, channel: Channel) {
+        loop {
+            match listener.accept() {
+                Ok(link) => self.clone().admit(link, channel),
+                Err(LinkError::ListenerClosed) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "listening");
+                    // Most likely out of file descriptors: trying again at once would only burn time.
+                    std::thread::park_timeout(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn admit(self: Arc<Self>, link: Link, channel: Channel) {
+        if self.open.fetch_add(1, Ordering::Relaxed) >= ACCEPTED_MAX {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!(peer = %link.peer(), "turned away: {ACCEPTED_MAX} connections are open");
+            link.closer().shutdown();
+            return;
+        }
+        let ears = self.clone();
+        let served = spawn("mcd-accepted", move || {
+            ears.serve(link, channel);
+            ears.open.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = served {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!(%error, "a connection was turned away");
+        }
+    }
+
+    fn serve(&self, link: Link, channel: Channel) {
+        let (peer, closer) = (link.peer(), link.closer());
+        let (mut reader, writer) = link.split();
+        let hello = match read_hello(&mut reader) {
+            Ok(Message::Hello(hello)) if hello.channel == channel => hello,
+            Ok(_) => return tracing::warn!(%peer, "a stranger began with something else than this port's hello"),
+            Err(error) => return tracing::warn!(%peer, "a stranger was turned away: {error}"),
+        };
+        let conn = self.next.fetch_add(1, Ordering::Relaxed);
+        if self.events.send(NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() }).is_err() {
+            return;
+        }
+        let why = read_messages(conn, &mut reader, &self.events);
+        closer.shutdown();
+        // The node is ending if nobody listens.
+        let _ = self.events.send(NodeEvent::Closed { conn, why });
+    }
+}
+
+fn read_hello(reader: &mut LinkReader) -> Result<Message, WireError> {
+    reader.set_read_timeout(Some(HELLO_TIMEOUT)).map_err(WireError::Io)?;
+    let hello = reader.read()?.message()?;
+    reader.set_read_timeout(None).map_err(WireError::Io)?;
+    Ok(hello)
+}
+
+/// Reads messages until the connection ends; why it did.
+fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEvent>) -> String {
+    loop {
+        let message = match reader.read().and_then(|frame| frame.message()) {
+            Ok(message) => message,
+            Err(error) => return error.to_string(),
+        };
+        if events.send(NodeEvent::Message { conn, message }).is_err() {
+            return "this node is ending".into();
+        }
+    }
+}
+
+/// Connects to a primary in a thread of its own, which then reads.
+///
+/// # Errors
+/// If the thread cannot be started.
+pub fn connect(
+    conn: ConnId,
+    to: SocketAddr,
+    budget: Arc<StagingBudget>,
+    events: Sender<NodeEvent>,
+) -> std::io::Result<()> {
+    spawn("mcd-receive", move || {
+        let why = match Link::connect(&to.to_string(), CONNECT_TIMEOUT) {
+            Ok(link) => {
+                let closer = link.closer();
+                let (reader, writer) = link.split();
+                if events.send(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
+                    return;
+                }
+                let why = Receiver { conn, budget, stager: None, events: &events }.run(reader);
+                closer.shutdown();
+                why
+            }
+            Err(error) => error.to_string(),
+        };
+        // The node is ending if nobody listens.
+        let _ = events.send(NodeEvent::Closed { conn, why });
+    })
+}
+
+/// Reads what a primary sends: messages, epochs, background pages.
+struct Receiver<'a> {
+    conn: ConnId,
+    budget: Arc<StagingBudget>,
+    /// There is one once the primary's welcome told the guest's size.
+    stager: Option<Stager>,
+    events: &'a Sender<NodeEvent>,
+}
+
+impl Receiver<'_> {
+    fn run(mut self, mut reader: LinkReader) -> String {
+        loop {
+            let event = match reader.read() {
+                Ok(frame) => match frame.kind {
+                    FrameKind::Message => match frame.message() {
+                        Ok(message) => self.message(message),
+                        Err(error) => return error.to_string(),
+                    },
+                    kind => self.bulk(kind, frame.payload),
+                },
+                Err(error) => return error.to_string(),
+            };
+            match event.map(|event| event.map(|event| self.events.send(event))) {
+                Ok(Some(Err(_))) => return "this node is ending".into(),
+                Ok(_) => {}
+                Err(why) => return why,
+            }
+        }
+    }
+
+    fn message(&mut self, message: Message) -> Result<Option<NodeEvent>, String> {
+        let conn = self.conn;
+        match message {
+            Message::EpochBegin { id, completes_resync } => {
+                self.stager()?.begin(id, completes_resync).map_err(|error| error.to_string())?;
+                Ok(None)
+            }
+            Message::EpochEnd { id, pages, state_bytes, digest } => {
+                let epoch = self.stager()?.end(id, pages, state_bytes, digest).map_err(|error| error.to_string())?;
+                Ok(Some(NodeEvent::Staged { conn, epoch: Box::new(epoch) }))
+            }
+            message => {
+                if let Message::Welcome(welcome) = &message {
+                    let pages = welcome.shape.memory_bytes / PAGE_BYTES as u64;
+                    self.stager = Some(Stager::new(self.budget.clone(), pages));
+                }
+                Ok(Some(NodeEvent::Message { conn, message }))
+            }
+        }
+    }
+
+    fn bulk(&mut self, kind: FrameKind, payload: &[u8]) -> Result<Option<NodeEvent>, String> {
+        let stager = self.stager()?;
+        let staged = match kind {
+            FrameKind::Pages => stager.pages(payload).map(|()| None),
+            FrameKind::State => stager.state(payload).map(|()| None),
+            FrameKind::Background => {
+                stager.background(payload).map(|payload| Some(NodeEvent::Background { payload }))
+            }
+            FrameKind::Message => Ok(None),
+        };
+        staged.map_err(|error| error.to_string())
+    }
+
+    fn stager(&mut self) -> Result<&mut Stager, String> {
+        self.stager.as_mut().ok_or_else(|| "the primary sent an epoch before its welcome".into())
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.into()).spawn(run).map(|_| ())
+}

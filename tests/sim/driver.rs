@@ -1,0 +1,518 @@
+//! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
+
+use mcd::protocol::messages::Message;
+use mcd::protocol::primary::{self, Command, ConnId};
+use mcd::protocol::secondary;
+use mcd::protocol::types::{EpochId, Instant};
+
+use crate::guest::TORN;
+use crate::net::{Item, ProcId};
+use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender, Staged};
+use crate::world::{Event, World};
+
+/// Turns without time passing after which a machine is taken to spin.
+const TURNS_MAX: u32 = 5_000;
+
+impl World {
+    /// Lets a process work until it has to wait.
+    pub fn drive(&mut self, proc: ProcId) {
+        for _ in 0..TURNS_MAX {
+            if self.violation.is_some() || !self.procs[proc].alive {
+                return;
+            }
+            if self.now < self.procs[proc].idle_until {
+                let at = self.procs[proc].idle_until;
+                self.wake(proc, at);
+                return;
+            }
+            if let Some(input) = self.procs[proc].urgent.pop_front() {
+                self.feed(proc, input);
+            } else if let Some(act) = self.procs[proc].poll_action() {
+                if self.passes_boundary(proc) {
+                    self.execute(proc, act);
+                } else if self.procs[proc].alive {
+                    self.procs[proc].pending = Some(act);
+                }
+            } else if let Some(input) = self.procs[proc].inbox.pop_front() {
+                self.feed(proc, input);
+            } else if !self.tick(proc) {
+                return;
+            }
+        }
+        self.violate(format!("n{} spins", self.procs[proc].slot));
+    }
+
+    fn wake(&mut self, proc: ProcId, at: u64) {
+        if at < self.procs[proc].wake_at {
+            self.procs[proc].wake_at = at;
+            self.at(at, Event::Wake(proc));
+        }
+    }
+
+    /// Ticks a machine whose time has come; false if it has to wait.
+    fn tick(&mut self, proc: ProcId) -> bool {
+        let node = &self.procs[proc];
+        let Some(at) = node.poll_timeout() else { return false };
+        if node.clock.local(self.now) < at {
+            let at = node.clock.true_us(at);
+            self.wake(proc, at);
+            return false;
+        }
+        let input =
+            if node.is_primary() { In::Primary(primary::Input::Tick) } else { In::Secondary(secondary::Input::Tick) };
+        self.feed(proc, input);
+        true
+    }
+
+    /// The place between two actions, where a node may crash or stall.
+    fn passes_boundary(&mut self, proc: ProcId) -> bool {
+        match &mut self.procs[proc].crash_in {
+            Some((0, host)) => {
+                let host = *host;
+                self.crash(proc, host);
+                return false;
+            }
+            Some((left, _)) => *left -= 1,
+            None => {}
+        }
+        match &mut self.procs[proc].stall_in {
+            Some((0, us, freeze)) => {
+                let (us, freeze) = (*us, *freeze);
+                self.procs[proc].stall_in = None;
+                self.stall(proc, us, freeze);
+                return false;
+            }
+            Some((left, _, _)) => *left -= 1,
+            None => {}
+        }
+        true
+    }
+
+    pub fn stall(&mut self, proc: ProcId, us: u64, freeze: bool) {
+        self.stats.faults += 1;
+        let until = self.now + us;
+        let node = &mut self.procs[proc];
+        node.idle_until = node.idle_until.max(until);
+        if freeze {
+            node.paused_until = node.paused_until.max(until);
+        }
+        self.note(proc, || format!("STALLS for {} ms{}", us / 1000, if freeze { ", guest too" } else { "" }));
+    }
+
+    fn feed(&mut self, proc: ProcId, input: In) {
+        let now = self.procs[proc].clock.local(self.now);
+        match input {
+            In::Background(pages) => self.apply(proc, &pages),
+            In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
+            In::EpochEnd { conn, id, completes, counter, life } => {
+                let pages = std::mem::take(&mut self.procs[proc].staging);
+                self.procs[proc].staged = Some(Staged { id, completes, pages, counter, life });
+                let staged = secondary::Input::Staged { conn, id, completes_resync: completes, staged_bytes: 0 };
+                self.feed_secondary(proc, now, staged);
+            }
+            In::Primary(input) => self.feed_primary(proc, now, input),
+            In::Secondary(input) => self.feed_secondary(proc, now, input),
+            In::Answer { ticket, answer } => {
+                if self.procs[proc].is_primary() {
+                    self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
+                } else {
+                    self.feed_secondary(proc, now, secondary::Input::Answer { ticket, answer });
+                }
+            }
+        }
+        self.watch_phase(proc);
+    }
+
+    fn feed_primary(&mut self, proc: ProcId, now: Instant, input: primary::Input) {
+        if let Role::Primary(machine) = &mut self.procs[proc].role {
+            machine.handle(now, input);
+        }
+    }
+
+    fn feed_secondary(&mut self, proc: ProcId, now: Instant, input: secondary::Input) {
+        let quits = self.procs[proc].quits;
+        if let Role::Secondary(machine) = &mut self.procs[proc].role {
+            let quit = matches!(input, secondary::Input::Quit);
+            self.excused |= quit && (quits >= 2 || machine.phase() != secondary::Phase::Deciding);
+            machine.handle(now, input);
+        }
+    }
+
+    fn watch_phase(&mut self, proc: ProcId) {
+        let phase = self.procs[proc].phase_now();
+        if phase == self.procs[proc].phase {
+            return;
+        }
+        self.procs[proc].phase = phase;
+        self.note(proc, || match phase {
+            AnyPhase::Primary(phase) => format!("● {phase:?}"),
+            AnyPhase::Secondary(phase) => format!("○ {phase:?}"),
+            AnyPhase::None => "· waits".into(),
+        });
+        self.pull_triggers(proc, phase);
+    }
+
+    fn execute(&mut self, proc: ProcId, act: Act) {
+        match act {
+            Act::Primary(action) => self.execute_primary(proc, action),
+            Act::Secondary(action) => self.execute_secondary(proc, action),
+        }
+    }
+
+    // ---- the primary's effects ----
+
+    fn execute_primary(&mut self, proc: ProcId, action: primary::Action) {
+        use primary::Action;
+        match action {
+            Action::Send { conn, message } => self.send_or_submit(proc, conn, message),
+            Action::Close { conn } => {
+                if self.sender_is(proc, conn) {
+                    self.drop_sender(proc);
+                } else {
+                    self.close(proc, conn);
+                }
+            }
+            Action::StartTracking { conn } => self.start_tracking(proc, conn),
+            Action::StopTracking => {
+                self.drop_sender(proc);
+                if let Some(guest) = &mut self.procs[proc].guest {
+                    guest.take_dirt();
+                    guest.tracking = false;
+                }
+            }
+            Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
+            Action::Push { pages } => self.submit(proc, Job::Push(pages)),
+            Action::Release { through, before } => self.release(proc, through, before),
+            Action::ReleaseAll => {
+                let packets = self.procs[proc].output.take_all();
+                self.let_go(proc, &packets);
+            }
+            Action::Run(run) => {
+                self.note(proc, || format!("run {run}"));
+                if let Some(guest) = &mut self.procs[proc].guest {
+                    guest.runs = run;
+                }
+            }
+            Action::Ask(call) => self.ask_arbiter(proc, call),
+            Action::Fence => self.fence(proc),
+            Action::Exit => {
+                self.excuse_exit(proc);
+                self.note(proc, || "exits".into());
+                let us = self.rng.range(1_000, 100_000);
+                self.start_later(self.procs[proc].slot, us);
+                self.end(proc);
+            }
+            Action::Tell(event) => self.note(proc, || format!("* {event}")),
+        }
+    }
+
+    /// An operator may end a node whose guest goes on at the secondary, and any node by asking twice.
+    fn excuse_exit(&mut self, proc: ProcId) {
+        let node = &self.procs[proc];
+        if node.phase == AnyPhase::Primary(primary::Phase::Protected) || node.quits >= 2 {
+            self.excused = true;
+        }
+    }
+
+    fn sender_is(&self, proc: ProcId, conn: ConnId) -> bool {
+        self.procs[proc].sender.as_ref().is_some_and(|sender| sender.conn == conn)
+    }
+
+    fn send_or_submit(&mut self, proc: ProcId, conn: ConnId, message: Message) {
+        if self.sender_is(proc, conn) {
+            self.submit(proc, Job::Message(message));
+        } else {
+            self.send(proc, conn, Item::Message(message));
+        }
+    }
+
+    fn start_tracking(&mut self, proc: ProcId, conn: ConnId) {
+        if self.procs[proc].conn(conn).is_none() {
+            return;
+        }
+        self.tokens += 1;
+        let token = self.tokens;
+        let node = &mut self.procs[proc];
+        node.sender = Some(Sender { conn, token, jobs: Default::default() });
+        if let Some(guest) = &mut node.guest {
+            guest.take_dirt();
+            guest.tracking = true;
+        }
+    }
+
+    fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, output: OutputCut) {
+        let us = self.takes(self.plan.capture_us);
+        let now = self.now;
+        let node = &mut self.procs[proc];
+        node.idle_until = node.idle_until.max(now + us);
+        node.paused_until = node.paused_until.max(now + us);
+        let fails = std::mem::take(&mut node.capture_fails);
+        let Some(guest) = &mut node.guest else { return };
+        let dirt = guest.take_dirt();
+        if output == OutputCut::Hold {
+            node.output.hold();
+        } else if output == OutputCut::Seal {
+            node.output.seal(id.epoch);
+        }
+        if fails {
+            guest.dirt.union_with(&dirt);
+            node.urgent.push_back(In::Primary(primary::Input::CaptureFailed { why: "no memory".into() }));
+            self.note(proc, || format!("capture {id} FAILS"));
+            return;
+        }
+        let snapshot = guest.snapshot();
+        let (counter, life) = (snapshot.counter, snapshot.life);
+        let pages: Vec<(u64, u64)> = dirt.iter().map(|page| (page, snapshot.pages[page as usize])).collect();
+        if let Role::Primary(machine) = &mut node.role {
+            machine.note_dirt(&dirt);
+        }
+        node.urgent.push_back(In::Primary(primary::Input::Captured { id }));
+        self.stats.epochs += 1;
+        let check = self.model.captured(id, snapshot);
+        self.check(check);
+        self.note(proc, || format!("capture {id}: {} pages, packets below {counter}", pages.len()));
+        self.submit(proc, Job::Epoch { id, completes, pages, counter, life });
+    }
+
+    fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
+        if self.procs[proc].clock.local(self.now) >= before {
+            self.procs[proc].urgent.push_back(In::Primary(primary::Input::ReleaseExpired));
+            self.note(proc, || "release expired".into());
+            return;
+        }
+        let packets = self.procs[proc].output.take_through(through);
+        self.let_go(proc, &packets);
+    }
+
+    /// Packets leave the host.
+    pub fn let_go(&mut self, proc: ProcId, packets: &[u64]) {
+        self.procs[proc].output.told_full = false;
+        let (Some(first), Some(last)) = (packets.first(), packets.last()) else { return };
+        let Role::Primary(machine) = &self.procs[proc].role else { return };
+        let generation = machine.generation();
+        let me = self.procs[proc].me;
+        self.note(proc, || format!("≫ releases packets {first}..={last}"));
+        for packet in packets {
+            let check = self.model.released(me, generation, *packet, self.arbiter.record, &self.arbiter.owners);
+            self.check(check);
+        }
+    }
+
+    fn fence(&mut self, proc: ProcId) {
+        self.drop_sender(proc);
+        let node = &mut self.procs[proc];
+        node.guest = None;
+        node.output.discard();
+        for (conn, _) in node.conns.clone() {
+            self.close(proc, conn);
+        }
+        self.note(proc, || "FENCED".into());
+        let us = self.rng.range(1_000, 50_000);
+        self.after(us, Event::Command(proc, Command::Quit));
+    }
+
+    // ---- the sender thread ----
+
+    fn submit(&mut self, proc: ProcId, job: Job) {
+        let Some(sender) = &mut self.procs[proc].sender else { return };
+        sender.jobs.push_back(job);
+        if sender.jobs.len() == 1 {
+            let token = sender.token;
+            let us = self.takes(300);
+            self.after(us, Event::SenderStep { proc, token });
+        }
+    }
+
+    pub fn sender_step(&mut self, proc: ProcId, token: u64) {
+        let Some(sender) = &mut self.procs[proc].sender else { return };
+        if sender.token != token {
+            return;
+        }
+        let conn = sender.conn;
+        let Some(job) = sender.jobs.pop_front() else { return };
+        let more = !sender.jobs.is_empty();
+        let pushed = self.perform(proc, conn, job);
+        if more {
+            let us = self.takes(300);
+            self.after(us, Event::SenderStep { proc, token });
+        }
+        if pushed {
+            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Pushed));
+            self.drive(proc);
+        }
+    }
+
+    /// Does one job; true if a push was read.
+    fn perform(&mut self, proc: ProcId, conn: ConnId, job: Job) -> bool {
+        match job {
+            Job::Message(message) => self.send(proc, conn, Item::Message(message)),
+            Job::Epoch { id, completes, mut pages, counter, life } => {
+                let rest = pages.split_off(pages.len() / 2);
+                self.send(proc, conn, Item::EpochPages(pages));
+                self.send(proc, conn, Item::EpochPages(rest));
+                self.send(proc, conn, Item::EpochEnd { id, completes, counter, life });
+            }
+            Job::Push(pages) => {
+                let read = pages.iter().map(|page| (*page, self.read_page(proc, *page))).collect();
+                self.send(proc, conn, Item::Background(read));
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Reads a page while the guest runs: it may write the page that very moment.
+    fn read_page(&mut self, proc: ProcId, page: u64) -> u64 {
+        let torn = self.rng.chance(200) && self.guest_runs(proc);
+        let Some(guest) = &mut self.procs[proc].guest else { return HOLE };
+        if torn && guest.tracking {
+            self.versions += 1;
+            guest.write(page, self.versions);
+            return self.versions | TORN;
+        }
+        guest.pages[page as usize]
+    }
+
+    /// The sender thread ends: what was handed over leaves, then the connection closes.
+    pub fn drop_sender(&mut self, proc: ProcId) {
+        let Some(sender) = self.procs[proc].sender.take() else { return };
+        for job in sender.jobs {
+            self.perform(proc, sender.conn, job);
+        }
+        self.close(proc, sender.conn);
+    }
+
+    // ---- the guest ----
+
+    fn guest_runs(&self, proc: ProcId) -> bool {
+        let node = &self.procs[proc];
+        node.alive
+            && self.now >= node.paused_until
+            && node.guest.as_ref().is_some_and(|guest| guest.runs && !guest.shut_down)
+    }
+
+    pub fn guest_step(&mut self, proc: ProcId) {
+        if !self.procs[proc].alive || self.procs[proc].guest.is_none() {
+            return;
+        }
+        if self.guest_runs(proc) {
+            let writes = self.rng.range(1, self.plan.writes_max);
+            let packets = if self.rng.chance(self.plan.emit_per_mille) { self.rng.range(1, 3) } else { 0 };
+            for _ in 0..writes {
+                // Some pages are hot.
+                let pages = if self.rng.chance(500) { self.plan.pages.min(4) } else { self.plan.pages };
+                let page = self.rng.below(pages);
+                self.versions += 1;
+                let version = self.versions;
+                if let Some(guest) = &mut self.procs[proc].guest {
+                    guest.write(page, version);
+                }
+            }
+            for _ in 0..packets {
+                self.emit(proc);
+            }
+            self.drive(proc);
+        }
+        let us = self.rng.range(self.plan.guest_step_us / 4, self.plan.guest_step_us * 2);
+        self.after(us, Event::GuestStep(proc));
+    }
+
+    /// The guest sends its next packet, or keeps it while the buffer is full.
+    fn emit(&mut self, proc: ProcId) {
+        let cap = self.plan.output_cap;
+        let node = &mut self.procs[proc];
+        let Some(guest) = &mut node.guest else { return };
+        if node.output.holds && node.output.held() >= cap {
+            if !node.output.told_full {
+                node.output.told_full = true;
+                node.inbox.push_back(In::Primary(primary::Input::OutputFull));
+            }
+            return;
+        }
+        let packet = guest.counter;
+        guest.counter += 1;
+        if !node.output.holds {
+            self.let_go(proc, &[packet]);
+            return;
+        }
+        node.output.push(packet);
+        if !node.output.told_waiting {
+            node.output.told_waiting = true;
+            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
+        }
+    }
+
+    // ---- the secondary's effects ----
+
+    fn execute_secondary(&mut self, proc: ProcId, action: secondary::Action) {
+        use secondary::Action;
+        match action {
+            Action::Connect { conn, channel } => self.connect(proc, conn, channel),
+            Action::Send { conn, message } => self.send(proc, conn, Item::Message(message)),
+            Action::Close { conn } => self.close(proc, conn),
+            Action::BuildMachine(_) => {
+                let us = self.takes(self.plan.build_us);
+                let node = &mut self.procs[proc];
+                node.idle_until = node.idle_until.max(self.now + us);
+                node.image = vec![HOLE; self.plan.pages as usize];
+                node.urgent.push_back(In::Secondary(secondary::Input::MachineReady));
+            }
+            Action::Commit { id } => self.commit(proc, id),
+            Action::Ask(call) => self.ask_arbiter(proc, call),
+            Action::Promote { record, epoch, cause } => {
+                self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
+                let node = &mut self.procs[proc];
+                let (counter, _) = node.image_state;
+                let check = self.model.activated(node.me, epoch, &node.image, counter);
+                node.role = Role::Restoring(record);
+                node.phase = AnyPhase::None;
+                self.check(check);
+                let us = self.takes(self.plan.restore_us);
+                self.after(us, Event::Restored(proc));
+            }
+            Action::Rejoin { after } => {
+                let node = &mut self.procs[proc];
+                node.role = Role::Waiting;
+                node.forget();
+                for (conn, _) in node.conns.clone() {
+                    self.close(proc, conn);
+                }
+                self.after(after.as_micros() as u64, Event::Rejoin(proc));
+            }
+            Action::Exit(ending) => {
+                self.note(proc, || format!("exits: {ending:?}"));
+                let us = self.rng.range(1_000, 100_000);
+                self.start_later(self.procs[proc].slot, us);
+                self.end(proc);
+            }
+            Action::Tell(event) => self.note(proc, || format!("* {event}")),
+        }
+    }
+
+    fn apply(&mut self, proc: ProcId, pages: &[(u64, u64)]) {
+        let node = &mut self.procs[proc];
+        if node.image.is_empty() {
+            return;
+        }
+        for (page, version) in pages {
+            node.image[*page as usize] = *version;
+        }
+    }
+
+    fn commit(&mut self, proc: ProcId, id: EpochId) {
+        let us = self.takes(self.plan.commit_us);
+        let node = &mut self.procs[proc];
+        node.idle_until = node.idle_until.max(self.now + us);
+        let me = node.me;
+        let Some(staged) = node.staged.take_if(|staged| staged.id == id) else {
+            self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
+            return;
+        };
+        for (page, version) in &staged.pages {
+            node.image[*page as usize] = *version;
+        }
+        node.image_state = (staged.counter, staged.life);
+        let check = self.model.committed(me, id, staged.completes);
+        self.check(check);
+    }
+}

@@ -1,0 +1,275 @@
+//! How the world moves what travels: connections made, items delivered in order, time-outs, resets.
+
+use mcd::protocol::messages::{Channel, Message};
+use mcd::protocol::primary::{self, ConnId};
+use mcd::protocol::secondary;
+
+use crate::net::{Conn, End, Item, ProcId};
+use crate::node::{In, Role};
+use crate::world::{Event, World};
+
+impl World {
+    fn delay(&mut self, channel: Channel) -> u64 {
+        let (low, high) = self.plan.delay_us;
+        let tail = if self.rng.chance(self.plan.tail_per_mille) { self.rng.below(self.plan.tail_us) } else { 0 };
+        self.rng.range(low, high) + tail + self.weather.extra_us(channel, self.now)
+    }
+
+    /// A secondary asks for a connection.
+    pub fn connect(&mut self, proc: ProcId, local: ConnId, channel: Channel) {
+        let slot = self.procs[proc].slot;
+        if channel == Channel::Data {
+            let others = self.slots.len() as u64 - 1;
+            let step = 1 + self.rng.below(others) as usize;
+            self.procs[proc].target = (slot + step) % self.slots.len();
+        }
+        let target = self.procs[proc].target;
+        let conn = self.conns.len();
+        let nobody = ProcId::MAX;
+        let ends = [End::new(proc, slot, local), End::new(nobody, target, 0)];
+        self.conns.push(Conn { channel, ends, established: false });
+        self.procs[proc].conns.push((local, conn));
+        let blocked = self.weather.blocked_until(channel, slot, target) > self.now
+            || self.weather.blocked_until(channel, target, slot) > self.now;
+        if blocked {
+            self.after(self.plan.join_timeout_us / 2, Event::ConnectFails(conn));
+        } else {
+            let us = self.delay(channel) + self.delay(channel);
+            self.after(us, Event::Connect(conn));
+        }
+    }
+
+    /// The connection reaches the other host.
+    pub fn accept(&mut self, conn: usize) {
+        let target = self.conns[conn].ends[1].slot;
+        if self.conns[conn].ends[0].closed {
+            return;
+        }
+        let listener = self.slots[target].filter(|proc| self.procs[*proc].is_primary());
+        let Some(listener) = listener else {
+            self.end_is_gone(conn, 0, "connection refused");
+            return;
+        };
+        let node = &mut self.procs[listener];
+        node.conns_made += 1;
+        let local = node.conns_made;
+        node.conns.push((local, conn));
+        self.conns[conn].ends[1] = End::new(listener, target, local);
+        self.conns[conn].established = true;
+        let End { proc, local, .. } = self.conns[conn].ends[0];
+        self.procs[proc].inbox.push_back(In::Secondary(secondary::Input::Connected { conn: local }));
+        self.drive(proc);
+    }
+
+    /// Sends over the connection a process knows as `local`.
+    pub fn send(&mut self, proc: ProcId, local: ConnId, item: Item) {
+        let Some(conn) = self.procs[proc].conn(local) else { return };
+        let Some(from) = self.end_of(conn, proc) else { return };
+        let end = &self.conns[conn].ends[from];
+        if !self.conns[conn].established || end.closed || end.broken {
+            return;
+        }
+        if self.trace.on && !matches!(item, Item::Message(Message::Heartbeat(_))) {
+            let to = self.conns[conn].ends[1 - from].slot;
+            self.note(proc, || format!("──▶ n{to}: {}", item.name()));
+        }
+        self.enqueue(conn, from, item);
+    }
+
+    fn enqueue(&mut self, conn: usize, from: usize, item: Item) {
+        let channel = self.conns[conn].channel;
+        let due = self.now + self.delay(channel);
+        let now = self.now;
+        let end = &mut self.conns[conn].ends[from];
+        let due = end.queue.back().map_or(due, |(_, last, _)| due.max(*last));
+        end.queue.push_back((now, due, item));
+        self.at(due, Event::Deliver { conn, from });
+        if self.conns[conn].ends[from].unacked_since.is_none() {
+            self.unacked(conn, from, now);
+        }
+    }
+
+    fn unacked(&mut self, conn: usize, end: usize, since: u64) {
+        self.conns[conn].ends[end].unacked_since = Some(since);
+        self.at(self.now.max(since + self.plan.user_timeout_us), Event::UserTimeout { conn, end, since });
+    }
+
+    fn path_blocked_until(&self, conn: usize, from: usize) -> u64 {
+        let conn = &self.conns[conn];
+        self.weather.blocked_until(conn.channel, conn.ends[from].slot, conn.ends[1 - from].slot)
+    }
+
+    pub fn deliver_due(&mut self, conn: usize, from: usize) {
+        while let Some((_, due, _)) = self.conns[conn].ends[from].queue.front() {
+            if *due > self.now {
+                let due = *due;
+                self.at(due, Event::Deliver { conn, from });
+                return;
+            }
+            let blocked_until = self.path_blocked_until(conn, from);
+            if blocked_until > self.now {
+                let again = blocked_until + self.rng.range(200, 20_000);
+                if let Some(head) = self.conns[conn].ends[from].queue.front_mut() {
+                    head.1 = again;
+                }
+                self.at(again, Event::Deliver { conn, from });
+                return;
+            }
+            let Some((_, _, item)) = self.conns[conn].ends[from].queue.pop_front() else { return };
+            self.deliver(conn, from, item);
+        }
+    }
+
+    fn deliver(&mut self, conn: usize, from: usize, item: Item) {
+        let to = 1 - from;
+        if self.conns[conn].ends[to].silent {
+            return;
+        }
+        let back_open = self.path_blocked_until(conn, to) <= self.now;
+        if self.conns[conn].ends[to].closed {
+            if back_open && !self.conns[conn].ends[from].closed {
+                let us = self.delay(self.conns[conn].channel);
+                self.after(us, Event::Reset { conn, end: from, why: "connection reset" });
+            }
+            return;
+        }
+        if back_open {
+            match self.conns[conn].ends[from].queue.front() {
+                None => self.conns[conn].ends[from].unacked_since = None,
+                Some((sent, _, _)) => {
+                    let sent = *sent;
+                    self.unacked(conn, from, sent);
+                }
+            }
+        }
+        if let Item::Fin = item {
+            self.end_is_gone(conn, to, "closed by the peer");
+        } else {
+            self.receive(conn, to, item);
+        }
+    }
+
+    fn receive(&mut self, conn: usize, to: usize, item: Item) {
+        let End { proc, local, greeted, .. } = self.conns[conn].ends[to];
+        let heartbeat = matches!(item, Item::Message(Message::Heartbeat(_)));
+        if self.trace.on && !heartbeat {
+            let from = self.conns[conn].ends[1 - to].slot;
+            self.note(proc, || format!("◀── n{from}: {}", item.name()));
+        }
+        let input = match (&self.procs[proc].role, item) {
+            (Role::Primary(_), Item::Message(Message::Hello(hello))) if !greeted => {
+                self.conns[conn].ends[to].greeted = true;
+                In::Primary(primary::Input::Hello { conn: local, hello })
+            }
+            (Role::Primary(_), Item::Message(message)) if greeted => {
+                In::Primary(primary::Input::Message { conn: local, message })
+            }
+            (Role::Secondary(_), Item::Message(message)) => {
+                In::Secondary(secondary::Input::Message { conn: local, message })
+            }
+            (Role::Secondary(_), Item::Background(pages)) => In::Background(pages),
+            (Role::Secondary(_), Item::EpochPages(pages)) => In::EpochPages(pages),
+            (Role::Secondary(_), Item::EpochEnd { id, completes, counter, life }) => {
+                In::EpochEnd { conn: local, id, completes, counter, life }
+            }
+            _ => return,
+        };
+        self.procs[proc].inbox.push_back(input);
+        self.drive(proc);
+    }
+
+    pub fn user_timeout(&mut self, conn: usize, end: usize, since: u64) {
+        let mine = &self.conns[conn].ends[end];
+        if mine.closed || mine.unacked_since != Some(since) {
+            return;
+        }
+        let back_open = self.path_blocked_until(conn, 1 - end) <= self.now;
+        let other = &self.conns[conn].ends[1 - end];
+        if back_open && mine.queue.is_empty() && !other.silent {
+            self.conns[conn].ends[end].unacked_since = None;
+            return;
+        }
+        let other_open = !other.closed && !other.silent;
+        self.conns[conn].ends[end].queue.clear();
+        if other_open && self.path_blocked_until(conn, end) <= self.now {
+            let us = self.delay(self.conns[conn].channel);
+            self.after(us, Event::Reset { conn, end: 1 - end, why: "connection reset" });
+        }
+        self.end_is_gone(conn, end, "user time-out");
+    }
+
+    /// One end learns that its connection is gone.
+    pub fn end_is_gone(&mut self, conn: usize, end: usize, why: &'static str) {
+        let End { proc, local, closed, silent, .. } = self.conns[conn].ends[end];
+        if closed || silent || proc == ProcId::MAX {
+            return;
+        }
+        self.conns[conn].ends[end].closed = true;
+        self.conns[conn].ends[end].queue.clear();
+        let node = &mut self.procs[proc];
+        node.conns.retain(|(mine, _)| *mine != local);
+        let why_text = why.to_string();
+        match node.role {
+            Role::Primary(_) => {
+                node.inbox.push_back(In::Primary(primary::Input::Closed { conn: local, why: why_text }));
+            }
+            Role::Secondary(_) => {
+                node.inbox.push_back(In::Secondary(secondary::Input::Closed { conn: local, why: why_text }));
+            }
+            Role::Waiting | Role::Restoring(_) => {}
+        }
+        let channel = self.conns[conn].channel;
+        self.note(proc, || format!("{channel:?} connection {local} gone: {why}"));
+        self.drive(proc);
+    }
+
+    fn end_of(&self, conn: usize, proc: ProcId) -> Option<usize> {
+        self.conns[conn].ends.iter().position(|end| end.proc == proc)
+    }
+
+    /// A process closes a connection: what was sent before still leaves.
+    pub fn close(&mut self, proc: ProcId, local: ConnId) {
+        let Some(conn) = self.procs[proc].conn(local) else { return };
+        self.procs[proc].conns.retain(|(mine, _)| *mine != local);
+        self.close_end_of(conn, proc);
+    }
+
+    pub fn close_end_of(&mut self, conn: usize, proc: ProcId) {
+        let Some(end) = self.end_of(conn, proc) else { return };
+        if self.conns[conn].ends[end].closed {
+            return;
+        }
+        if self.conns[conn].established && !self.conns[conn].ends[end].broken {
+            self.enqueue(conn, end, Item::Fin);
+        }
+        self.conns[conn].ends[end].closed = true;
+    }
+
+    /// What is on its way from this end is lost.
+    pub fn abort_end_of(&mut self, conn: usize, proc: ProcId) {
+        if let Some(end) = self.end_of(conn, proc) {
+            self.conns[conn].ends[end].queue.clear();
+        }
+    }
+
+    pub fn silence_end_of(&mut self, conn: usize, proc: ProcId) {
+        if let Some(end) = self.end_of(conn, proc) {
+            self.conns[conn].ends[end].silent = true;
+        }
+    }
+
+    /// A host that had died runs again: it answers old connections with resets.
+    pub fn host_is_back(&mut self, slot: usize) {
+        for conn in 0..self.conns.len() {
+            for end in 0..2 {
+                let mine = &mut self.conns[conn].ends[end];
+                if mine.slot == slot && mine.silent {
+                    mine.silent = false;
+                    mine.closed = true;
+                    let us = self.rng.range(1_000, 50_000);
+                    self.after(us, Event::Reset { conn, end: 1 - end, why: "connection reset" });
+                }
+            }
+        }
+    }
+}

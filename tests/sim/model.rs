@@ -1,0 +1,177 @@
+//! The trivial model: what was captured, committed, activated and released, and whether that keeps the invariants.
+
+use std::collections::BTreeMap;
+
+use mcd::protocol::record::{Record, RecordState};
+use mcd::protocol::types::{EpochId, Generation, InstanceId};
+
+use crate::guest::{Snapshot, TORN};
+
+/// What a node holds of the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Holding {
+    pub epoch: EpochId,
+    /// Packets below this number were sent before the epoch ended.
+    pub counter: u64,
+    pub life: u64,
+    /// The image has no holes.
+    pub whole: bool,
+}
+
+/// What one node released.
+#[derive(Clone, Copy, Debug)]
+struct Releases {
+    next: u64,
+    life: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct Model {
+    snapshots: BTreeMap<EpochId, Snapshot>,
+    pub holdings: BTreeMap<InstanceId, Holding>,
+    releases: BTreeMap<InstanceId, Releases>,
+    releasers: BTreeMap<Generation, InstanceId>,
+    /// The first packet that was not yet released, per life.
+    released: BTreeMap<u64, u64>,
+    /// At each takeover on record: generation, life, and the counter the guest goes on from.
+    floors: Vec<(Generation, u64, u64)>,
+    pub life: u64,
+    /// When the record last went to another owner.
+    pub owner_since_us: u64,
+    pub packets: u64,
+    pub takeovers: u64,
+    pub late_releases: u64,
+}
+
+type Check = Result<(), String>;
+
+impl Model {
+    /// `me` runs the guest from packet number `counter` on.
+    pub fn runs(&mut self, me: InstanceId, life: u64, counter: u64) {
+        self.releases.insert(me, Releases { next: counter, life });
+    }
+
+    pub fn captured(&mut self, id: EpochId, snapshot: Snapshot) -> Check {
+        match self.snapshots.insert(id, snapshot) {
+            None => Ok(()),
+            Some(_) => Err(format!("I2: epoch {id} was captured twice")),
+        }
+    }
+
+    fn snapshot(&self, id: EpochId) -> Result<&Snapshot, String> {
+        self.snapshots.get(&id).ok_or_else(|| format!("I2: nobody captured epoch {id}"))
+    }
+
+    /// A node committed an epoch.
+    pub fn committed(&mut self, me: InstanceId, id: EpochId, completes: bool) -> Check {
+        let snapshot = self.snapshot(id)?;
+        let whole = completes || self.holdings.get(&me).is_some_and(|holding| holding.whole);
+        let holding = Holding { epoch: id, counter: snapshot.counter, life: snapshot.life, whole };
+        self.holdings.insert(me, holding);
+        Ok(())
+    }
+
+    /// The record changed from `old` to `new`.
+    pub fn swapped(&mut self, now_us: u64, old: Record, new: Record) -> Check {
+        if new.generation != old.generation.next() {
+            return Err(format!("the swap from {} to {} skips", old.generation, new.generation));
+        }
+        if new.state == RecordState::Paired {
+            let Some(peer) = new.peer else { return Err("a pair of one is on record".into()) };
+            if !self.holdings.get(&peer).is_some_and(|holding| holding.whole) {
+                return Err(format!("I2: {peer:?} is on record as peer, but its image is not whole"));
+            }
+        }
+        if new.owner != old.owner {
+            if old.state != RecordState::Paired || old.peer != Some(new.owner) {
+                return Err(format!("I3: {:?} took over without being on record as peer", new.owner));
+            }
+            let Some(holding) = self.holdings.get(&new.owner) else {
+                return Err(format!("I2: {:?} took over with nothing", new.owner));
+            };
+            self.floors.push((new.generation, holding.life, holding.counter));
+            self.owner_since_us = now_us;
+            let released = self.released.get(&holding.life).copied().unwrap_or(0);
+            if released > holding.counter {
+                return Err(format!(
+                    "I1: packet {} is out, but {:?} takes over from packet {}",
+                    released - 1,
+                    new.owner,
+                    holding.counter
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// `me` restores `epoch` from its image.
+    pub fn activated(&mut self, me: InstanceId, epoch: EpochId, image: &[u64], counter: u64) -> Check {
+        self.takeovers += 1;
+        let Some(holding) = self.holdings.get(&me).copied() else {
+            return Err(format!("I2: {me:?} activates {epoch}, but committed nothing"));
+        };
+        if holding.epoch != epoch || !holding.whole {
+            return Err(format!("I2: {me:?} activates {epoch}, its newest is {holding:?}"));
+        }
+        let snapshot = self.snapshot(epoch)?;
+        if counter != snapshot.counter {
+            return Err(format!("I2: state of {epoch} says packet {counter}, not {}", snapshot.counter));
+        }
+        if let Some(page) = (0..image.len()).find(|i| image[*i] != snapshot.pages[*i]) {
+            let (have, want) = (image[page], snapshot.pages[page]);
+            let torn = if have & TORN != 0 { " (torn)" } else { "" };
+            return Err(format!("I5: page {page} of {epoch} is at version {}{torn}, not {want}", have & !TORN));
+        }
+        self.runs(me, snapshot.life, counter);
+        Ok(())
+    }
+
+    /// `me`, which believes to run in `generation`, lets packet `number` out while the arbiter's record is `record`.
+    pub fn released(
+        &mut self,
+        me: InstanceId,
+        generation: Generation,
+        number: u64,
+        record: Option<Record>,
+        owners: &BTreeMap<Generation, InstanceId>,
+    ) -> Check {
+        self.packets += 1;
+        if owners.get(&generation) != Some(&me) {
+            return Err(format!("I3: {me:?} releases in {generation}, which it never owned"));
+        }
+        if *self.releasers.entry(generation).or_insert(me) != me {
+            return Err(format!("I3: two nodes release in {generation}"));
+        }
+        let Some(mine) = self.releases.get_mut(&me) else {
+            return Err(format!("I3: {me:?} releases without running the guest"));
+        };
+        if mine.life != self.life {
+            return Err(format!("I3: {me:?} releases for a guest that was started anew elsewhere"));
+        }
+        if mine.next != number {
+            return Err(format!("I4: {me:?} releases packet {number}, not {}", mine.next));
+        }
+        mine.next = number + 1;
+        let life = mine.life;
+        let floor = self.floors.iter().find(|(at, of, first)| *at > generation && *of == life && number >= *first);
+        if let Some((at, _, first)) = floor {
+            return Err(format!("I1: {me:?} releases packet {number}; {at} went on from {first}"));
+        }
+        let released = self.released.entry(life).or_insert(0);
+        *released = (*released).max(number + 1);
+        let Some(record) = record else { return Err("I3: no record".into()) };
+        match (record.state, record.peer) {
+            (RecordState::Paired, Some(peer)) if record.owner == me => {
+                let counter = self.holdings.get(&peer).map_or(0, |holding| holding.counter);
+                if number >= counter {
+                    return Err(format!(
+                        "I1: {me:?} releases packet {number}; its peer has {counter} packets committed"
+                    ));
+                }
+            }
+            _ if record.owner != me => self.late_releases += 1,
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,130 @@
+//! The network: connections with order, delay, partitions, resets, and hosts that fall silent.
+
+use std::collections::VecDeque;
+
+use mcd::protocol::messages::{Channel, Message};
+use mcd::protocol::primary::ConnId;
+use mcd::protocol::types::EpochId;
+
+/// A process of the simulated world, numbered for all time.
+pub type ProcId = usize;
+
+/// What travels.
+#[derive(Clone, Debug)]
+pub enum Item {
+    Message(Message),
+    /// Pages outside an epoch.
+    Background(Vec<(u64, u64)>),
+    /// Pages of an epoch.
+    EpochPages(Vec<(u64, u64)>),
+    /// The end of an epoch: the machine's state (next packet, life) and what the wire says beside it.
+    EpochEnd {
+        id: EpochId,
+        completes: bool,
+        counter: u64,
+        life: u64,
+    },
+    /// The sender closed.
+    Fin,
+}
+
+impl Item {
+    pub fn name(&self) -> String {
+        match self {
+            Item::Message(Message::Ack { id, .. }) => format!("ack {id}"),
+            Item::Message(Message::Paired { record }) => format!("paired {}", record.generation),
+            Item::Message(Message::Heartbeat(beat)) => format!("heartbeat #{}", beat.sequence),
+            Item::Message(message) => message.name().into(),
+            Item::Background(pages) => format!("background {} pages", pages.len()),
+            Item::EpochPages(pages) => format!("epoch pages {}", pages.len()),
+            Item::EpochEnd { id, completes, .. } => {
+                format!("epoch {id}{}", if *completes { " (completes)" } else { "" })
+            }
+            Item::Fin => "fin".into(),
+        }
+    }
+}
+
+/// One end of a connection.
+#[derive(Clone, Debug)]
+pub struct End {
+    pub proc: ProcId,
+    pub slot: usize,
+    /// The number the process knows the connection by.
+    pub local: ConnId,
+    /// The process closed it or knows that it is gone.
+    pub closed: bool,
+    /// The host died: nothing is received, nothing answered.
+    pub silent: bool,
+    /// What is sent from here gets lost: the connection is broken, but nobody knows yet.
+    pub broken: bool,
+    /// The oldest item not yet acknowledged was sent then.
+    pub unacked_since: Option<u64>,
+    /// Items on their way from this end: when sent, when due, what.
+    pub queue: VecDeque<(u64, u64, Item)>,
+    /// The accepting process has heard a hello over it.
+    pub greeted: bool,
+}
+
+impl End {
+    pub fn new(proc: ProcId, slot: usize, local: ConnId) -> End {
+        End {
+            proc,
+            slot,
+            local,
+            closed: false,
+            silent: false,
+            broken: false,
+            unacked_since: None,
+            queue: VecDeque::new(),
+            greeted: false,
+        }
+    }
+}
+
+/// A connection: end 0 asked for it, end 1 accepted it.
+#[derive(Clone, Debug)]
+pub struct Conn {
+    pub channel: Channel,
+    pub ends: [End; 2],
+    pub established: bool,
+}
+
+/// Until when what is blocked.
+#[derive(Debug, Default)]
+pub struct Weather {
+    /// `[channel][from][to]`
+    blocked: [[[u64; 3]; 3]; 2],
+    /// `[channel]`: every delivery takes this much longer, until then.
+    pub slow: [(u64, u64); 2],
+    pub arbiter_deaf_until: [u64; 3],
+    pub arbiter_mute_until: [u64; 3],
+}
+
+fn index(channel: Channel) -> usize {
+    match channel {
+        Channel::Data => 0,
+        Channel::Heartbeat => 1,
+    }
+}
+
+impl Weather {
+    pub fn block(&mut self, channel: Channel, from: usize, to: usize, until: u64) {
+        let cell = &mut self.blocked[index(channel)][from][to];
+        *cell = (*cell).max(until);
+    }
+
+    /// Until when nothing passes; a time in the past if something does.
+    pub fn blocked_until(&self, channel: Channel, from: usize, to: usize) -> u64 {
+        self.blocked[index(channel)][from][to]
+    }
+
+    pub fn extra_us(&self, channel: Channel, now: u64) -> u64 {
+        let (until, extra) = self.slow[index(channel)];
+        if now < until { extra } else { 0 }
+    }
+
+    pub fn clear(&mut self) {
+        *self = Weather::default();
+    }
+}

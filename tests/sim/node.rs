@@ -1,0 +1,214 @@
+//! A simulated process: the real state machine, and beside it what a driver has: a clock, an inbox, a guest or an image, a sender.
+
+use std::collections::VecDeque;
+
+use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use mcd::protocol::primary::{self, ConnId, Primary};
+use mcd::protocol::record::Record;
+use mcd::protocol::secondary::{self, Secondary};
+use mcd::protocol::types::{EpochId, InstanceId, Instant};
+
+use crate::guest::{Guest, Output};
+
+/// A page of an image that never arrived.
+pub const HOLE: u64 = u64::MAX >> 1;
+
+/// A node's own idea of time.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    pub origin_us: u64,
+    /// Local microseconds per true second.
+    pub rate: u64,
+}
+
+impl Clock {
+    pub fn local(&self, now_us: u64) -> Instant {
+        Instant::from_us(self.origin_us + now_us * self.rate / 1_000_000)
+    }
+
+    /// The first true time at which the clock shows `at` or more.
+    pub fn true_us(&self, at: Instant) -> u64 {
+        (at.us.saturating_sub(self.origin_us)).saturating_mul(1_000_000).div_ceil(self.rate)
+    }
+}
+
+/// What a process is.
+#[derive(Debug)]
+pub enum Role {
+    Secondary(Box<Secondary>),
+    Primary(Box<Primary>),
+    /// Between two lives as a newcomer.
+    Waiting,
+    /// Won; the machine is being restored.
+    Restoring(Record),
+}
+
+/// What waits in a driver's inbox.
+#[derive(Clone, Debug)]
+pub enum In {
+    Primary(primary::Input),
+    Secondary(secondary::Input),
+    Background(Vec<(u64, u64)>),
+    EpochPages(Vec<(u64, u64)>),
+    EpochEnd { conn: ConnId, id: EpochId, completes: bool, counter: u64, life: u64 },
+    Answer { ticket: u64, answer: ArbiterAnswer },
+}
+
+/// A polled action of either machine.
+#[derive(Clone, Debug)]
+pub enum Act {
+    Primary(primary::Action),
+    Secondary(secondary::Action),
+}
+
+/// What a sender thread has to do.
+#[derive(Clone, Debug)]
+pub enum Job {
+    Push(Vec<u64>),
+    Message(mcd::protocol::messages::Message),
+    Epoch { id: EpochId, completes: bool, pages: Vec<(u64, u64)>, counter: u64, life: u64 },
+}
+
+/// The thread that owns the data connection's writing end.
+#[derive(Debug)]
+pub struct Sender {
+    pub conn: ConnId,
+    pub token: u64,
+    pub jobs: VecDeque<Job>,
+}
+
+/// An epoch in staging memory, whole.
+#[derive(Clone, Debug)]
+pub struct Staged {
+    pub id: EpochId,
+    pub completes: bool,
+    pub pages: Vec<(u64, u64)>,
+    pub counter: u64,
+    pub life: u64,
+}
+
+/// A phase of either machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnyPhase {
+    Primary(primary::Phase),
+    Secondary(secondary::Phase),
+    None,
+}
+
+#[derive(Debug)]
+pub struct Proc {
+    pub slot: usize,
+    pub me: InstanceId,
+    pub alive: bool,
+    pub clock: Clock,
+    pub role: Role,
+    pub phase: AnyPhase,
+    pub inbox: VecDeque<In>,
+    /// Results of an action in hand: handled before the next action.
+    pub urgent: VecDeque<In>,
+    pub pending: Option<Act>,
+    /// The driver does nothing until then.
+    pub idle_until: u64,
+    /// The guest does nothing until then.
+    pub paused_until: u64,
+    pub wake_at: u64,
+    /// Crash after so many more actions; true: the host dies too.
+    pub crash_in: Option<(u64, bool)>,
+    /// Stall after so many more actions, for how long; true: the guest stalls too.
+    pub stall_in: Option<(u64, u64, bool)>,
+    pub capture_fails: bool,
+    /// How often an operator told it to end.
+    pub quits: u32,
+    pub conns: Vec<(ConnId, usize)>,
+    pub conns_made: ConnId,
+    pub target: usize,
+    pub calls: VecDeque<ArbiterCall>,
+    pub calling: Option<ArbiterCall>,
+    pub guest: Option<Guest>,
+    pub output: Output,
+    pub sender: Option<Sender>,
+    pub image: Vec<u64>,
+    pub image_state: (u64, u64),
+    pub staging: Vec<(u64, u64)>,
+    pub staged: Option<Staged>,
+}
+
+impl Proc {
+    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role) -> Proc {
+        Proc {
+            slot,
+            me,
+            alive: true,
+            clock,
+            role,
+            phase: AnyPhase::None,
+            inbox: VecDeque::new(),
+            urgent: VecDeque::new(),
+            pending: None,
+            idle_until: 0,
+            paused_until: 0,
+            wake_at: u64::MAX,
+            crash_in: None,
+            stall_in: None,
+            capture_fails: false,
+            quits: 0,
+            conns: Vec::new(),
+            conns_made: 100,
+            target: slot,
+            calls: VecDeque::new(),
+            calling: None,
+            guest: None,
+            output: Output::default(),
+            sender: None,
+            image: Vec::new(),
+            image_state: (0, 0),
+            staging: Vec::new(),
+            staged: None,
+        }
+    }
+
+    /// What one life as a newcomer leaves behind.
+    pub fn forget(&mut self) {
+        self.inbox.clear();
+        self.urgent.clear();
+        self.pending = None;
+        self.image.clear();
+        self.staging.clear();
+        self.staged = None;
+    }
+
+    pub fn conn(&self, local: ConnId) -> Option<usize> {
+        self.conns.iter().find(|(mine, _)| *mine == local).map(|(_, conn)| *conn)
+    }
+
+    pub fn poll_action(&mut self) -> Option<Act> {
+        if let Some(act) = self.pending.take() {
+            return Some(act);
+        }
+        match &mut self.role {
+            Role::Primary(machine) => machine.poll_action().map(Act::Primary),
+            Role::Secondary(machine) => machine.poll_action().map(Act::Secondary),
+            Role::Waiting | Role::Restoring(_) => None,
+        }
+    }
+
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        match &self.role {
+            Role::Primary(machine) => machine.poll_timeout(),
+            Role::Secondary(machine) => machine.poll_timeout(),
+            Role::Waiting | Role::Restoring(_) => None,
+        }
+    }
+
+    pub fn phase_now(&self) -> AnyPhase {
+        match &self.role {
+            Role::Primary(machine) => AnyPhase::Primary(machine.phase()),
+            Role::Secondary(machine) => AnyPhase::Secondary(machine.phase()),
+            Role::Waiting | Role::Restoring(_) => AnyPhase::None,
+        }
+    }
+
+    pub fn is_primary(&self) -> bool {
+        matches!(self.role, Role::Primary(_))
+    }
+}

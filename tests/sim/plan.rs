@@ -1,0 +1,195 @@
+//! What a seed decides before its run begins: how the nodes are configured, how the world behaves, and which faults it will inject.
+
+use std::time::Duration;
+
+use mcd::protocol::heartbeat::HeartbeatConfig;
+use mcd::protocol::messages::MachineShape;
+use mcd::protocol::pages::PAGE_BYTES;
+use mcd::protocol::primary::PrimaryConfig;
+use mcd::protocol::secondary::SecondaryConfig;
+use mcd::protocol::types::GuestName;
+
+use crate::rng::Rng;
+
+/// The kinds of faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// A process dies; its sockets close.
+    ProcessCrash,
+    /// A host dies; its sockets fall silent.
+    HostCrash,
+    /// A node stands still.
+    Stall,
+    /// One connection breaks.
+    Break,
+    /// Nothing passes between two nodes, on one channel or both, one way or both.
+    Partition,
+    /// A node, or all of them, cannot reach the arbiter, or does not hear its answers.
+    ArbiterCut,
+    /// Everything on one channel takes long.
+    Slow,
+    /// The next capture fails.
+    CaptureFails,
+    /// An operator's command.
+    Command,
+    /// The guest shuts itself down.
+    Shutdown,
+}
+
+const KINDS: [FaultKind; 10] = [
+    FaultKind::ProcessCrash,
+    FaultKind::HostCrash,
+    FaultKind::Stall,
+    FaultKind::Break,
+    FaultKind::Partition,
+    FaultKind::ArbiterCut,
+    FaultKind::Slow,
+    FaultKind::CaptureFails,
+    FaultKind::Command,
+    FaultKind::Shutdown,
+];
+
+/// A fault that waits for a node to come into a phase, so that short phases are hit as often as long ones.
+#[derive(Clone, Debug)]
+pub struct Trigger {
+    /// The phase's name, as `Debug` writes it.
+    pub phase: &'static str,
+    /// True for a primary's phase.
+    pub primary: bool,
+    /// Fires the time after so many entries.
+    pub skip: u64,
+    pub kind: FaultKind,
+    pub after_us: u64,
+}
+
+const PRIMARY_PHASES: [&str; 7] = ["Joining", "Resync", "Completing", "Pairing", "Protected", "Deciding", "Stopping"];
+const SECONDARY_PHASES: [&str; 6] = ["Building", "Joining", "Syncing", "Standby", "Paired", "Deciding"];
+
+/// The plan of a run. Times are in microseconds.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub slots: usize,
+    pub pages: u64,
+    pub heartbeat_us: u64,
+    pub timeout_us: u64,
+    pub epoch_us: u64,
+    pub epoch_min_us: u64,
+    pub commit_on_output: bool,
+    pub retry_us: u64,
+    pub join_timeout_us: u64,
+    pub push_pages_max: usize,
+    pub delay_us: (u64, u64),
+    pub tail_per_mille: u64,
+    pub tail_us: u64,
+    pub user_timeout_us: u64,
+    pub arbiter_us: (u64, u64),
+    pub arbiter_timeout_us: u64,
+    pub guest_step_us: u64,
+    pub writes_max: u64,
+    pub emit_per_mille: u64,
+    pub output_cap: usize,
+    pub capture_us: u64,
+    pub commit_us: u64,
+    pub slow_per_mille: u64,
+    pub slow_us: u64,
+    pub build_us: u64,
+    pub restore_us: u64,
+    pub clock_ppm: u64,
+    pub faults_until_us: u64,
+    pub fault_gap_us: u64,
+    pub fault_len_us: u64,
+    pub kinds: Vec<FaultKind>,
+    pub triggers: Vec<Trigger>,
+    pub calm_us_max: u64,
+}
+
+impl Plan {
+    pub fn draw(rng: &mut Rng) -> Plan {
+        let heartbeat_us = rng.range(4_000, 20_000);
+        let timeout_us = heartbeat_us * rng.range(3, 6);
+        let epoch_us = rng.range(2_000, 40_000);
+        let faulty = !rng.chance(20);
+        let mut kinds: Vec<FaultKind> = KINDS.iter().copied().filter(|_| faulty && rng.chance(500)).collect();
+        if faulty && kinds.is_empty() {
+            kinds.push(*rng.pick(&KINDS));
+        }
+        let trigger_count = if kinds.is_empty() { 0 } else { rng.below(4) };
+        let triggers = (0..trigger_count).map(|_| Trigger::draw(rng, &kinds, timeout_us)).collect();
+        Plan {
+            slots: if rng.chance(400) { 3 } else { 2 },
+            pages: rng.range(4, 64),
+            heartbeat_us,
+            timeout_us,
+            epoch_us,
+            epoch_min_us: rng.range(200, epoch_us),
+            commit_on_output: rng.chance(700),
+            retry_us: rng.range(5_000, 30_000),
+            join_timeout_us: rng.range(40_000, 200_000),
+            push_pages_max: rng.range(1, 32) as usize,
+            delay_us: (20, rng.range(50, 1_500)),
+            tail_per_mille: if rng.chance(300) { rng.range(1, 20) } else { 0 },
+            tail_us: timeout_us,
+            user_timeout_us: timeout_us * rng.range(1, 8),
+            arbiter_us: (100, rng.range(300, 8_000)),
+            arbiter_timeout_us: rng.range(10_000, 60_000),
+            guest_step_us: rng.range(400, 4_000),
+            writes_max: rng.range(1, 8),
+            emit_per_mille: rng.range(50, 700),
+            output_cap: if rng.chance(300) { rng.range(2, 20) as usize } else { 10_000 },
+            capture_us: rng.range(50, 1_000),
+            commit_us: rng.range(10, 500),
+            slow_per_mille: if rng.chance(300) { rng.range(1, 30) } else { 0 },
+            slow_us: timeout_us * 2,
+            build_us: rng.range(500, 20_000),
+            restore_us: rng.range(500, 10_000),
+            clock_ppm: if rng.chance(500) { 50_000 } else { 0 },
+            faults_until_us: rng.range(100_000, 1_200_000),
+            fault_gap_us: rng.range(10_000, 300_000),
+            fault_len_us: timeout_us * rng.range(1, 6),
+            kinds,
+            triggers,
+            calm_us_max: 6_000_000,
+        }
+    }
+
+    pub fn guest_name() -> GuestName {
+        GuestName::new("sim").expect("a good name")
+    }
+
+    pub fn primary(&self) -> PrimaryConfig {
+        let us = Duration::from_micros;
+        PrimaryConfig {
+            guest: Plan::guest_name(),
+            shape: MachineShape { memory_bytes: self.pages * PAGE_BYTES as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] },
+            cpu_digest: 7,
+            features: 1,
+            interval: us(self.epoch_us),
+            interval_min: us(self.epoch_min_us),
+            commit_on_output: self.commit_on_output,
+            heartbeat: HeartbeatConfig { interval: us(self.heartbeat_us), timeout: us(self.timeout_us) },
+            arbiter_retry: us(self.retry_us),
+            join_timeout: us(self.join_timeout_us),
+            push_pages_max: self.push_pages_max,
+        }
+    }
+
+    pub fn secondary(&self) -> SecondaryConfig {
+        SecondaryConfig {
+            guest: Plan::guest_name(),
+            cpu_digest: 7,
+            features: 1,
+            staging_bytes_max: self.pages * PAGE_BYTES as u64,
+            retry: Duration::from_micros(self.retry_us),
+            answer_timeout: Duration::from_micros(self.join_timeout_us),
+        }
+    }
+}
+
+impl Trigger {
+    fn draw(rng: &mut Rng, kinds: &[FaultKind], timeout_us: u64) -> Trigger {
+        let primary = rng.chance(600);
+        let phase = if primary { *rng.pick(&PRIMARY_PHASES) } else { *rng.pick(&SECONDARY_PHASES) };
+        let span = *rng.pick(&[0, 300, 2_000, 10_000, timeout_us]);
+        Trigger { phase, primary, skip: rng.below(3), kind: *rng.pick(kinds), after_us: rng.range(0, span) }
+    }
+}
