@@ -86,6 +86,11 @@ impl Connection {
         *self = Connection::new(self.handle);
     }
 
+    /// Whether the client waits for the memory writer to take a plan.
+    pub fn awaits_writer(&self) -> bool {
+        matches!(self.task, Some(Task::Dirty))
+    }
+
     /// Does what can be done now. Whether anything was.
     pub fn serve<H: Host>(&mut self, socket: &mut Socket<'_>, shared: &mut Shared<'_, H>) -> bool {
         let mut progress = self.send_unsent(socket);

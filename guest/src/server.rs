@@ -41,6 +41,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(60 * CLOCK_SPEED);
 const ACK_DELAY: Duration = Duration::from_millis(10 * CLOCK_SPEED);
 /// The longest wait when there is work that could not be done, for want of room in the device: it wakes us when there is room.
 const STUCK_WAIT_US: u64 = 1_000;
+/// The longest wait while a client waits for the memory writer, which works on another vCPU and cannot wake us.
+const WRITER_WAIT_US: u64 = 1_000;
 
 /// The machine as the commands see it.
 pub trait Host {
@@ -136,6 +138,8 @@ pub struct Server {
     store: Store,
     statistics: Statistics,
     replies: Vec<u8>,
+    /// A client waits for the memory writer.
+    awaits_writer: bool,
 }
 
 impl Server {
@@ -171,6 +175,7 @@ impl Server {
             store: Store::new(seed),
             statistics: Statistics { started_us: now_us, ..Statistics::default() },
             replies: Vec::new(),
+            awaits_writer: false,
         };
         server.fill_backlog();
         if server.listening.len() < BACKLOG { Err(OutOfMemory) } else { Ok(server) }
@@ -196,13 +201,13 @@ impl Server {
         progress | self.store.tidy()
     }
 
-    /// Microseconds until a timer of the network stack ends, if one runs.
+    /// Microseconds until there may be something to do without the device's help, if ever.
     pub fn wait_us(&mut self, now_us: u64) -> Option<u64> {
-        let wait = self.interface.poll_delay(stack_time(now_us), &self.sockets)?;
-        match wait.total_micros() {
-            0 => Some(STUCK_WAIT_US),
-            wait_us => Some(wait_us.div_ceil(CLOCK_SPEED)),
-        }
+        let timer_us = match self.interface.poll_delay(stack_time(now_us), &self.sockets).map(|d| d.total_micros()) {
+            Some(0) => Some(STUCK_WAIT_US),
+            timer => timer.map(|stack_us| stack_us.div_ceil(CLOCK_SPEED)),
+        };
+        timer_us.into_iter().chain(self.awaits_writer.then_some(WRITER_WAIT_US)).min()
     }
 
     /// Keeps enough sockets listening; those that were taken become active.
@@ -257,6 +262,7 @@ impl Server {
     fn serve<H: Host>(&mut self, host: &mut H) -> bool {
         let mut progress = false;
         let mut at = 0;
+        self.awaits_writer = false;
         while let Some(index) = self.active.get(at).copied() {
             let Some(connection) = self.connections.get_mut(index) else { break };
             let socket = self.sockets.get_mut::<Socket>(connection.handle);
@@ -291,6 +297,7 @@ impl Server {
                         replies: &mut self.replies,
                     };
                     progress |= connection.serve(socket, &mut shared);
+                    self.awaits_writer |= connection.awaits_writer();
                 }
             }
             at += 1;

@@ -233,6 +233,8 @@ fn late_replies_keep_their_place() {
     world.run(5);
     assert!(!world.sockets.get::<Socket>(one).can_recv());
     world.ask(other, "DIRTY 0 0", "-BUSY another DIRTY is taking effect, try again\r\n");
+    world.run(30);
+    assert_eq!(world.server.wait_us(world.host.now_us), Some(WRITER_WAIT_US));
     world.host.writer_runs = true;
     assert_eq!(world.exchange(one, b"", 12), b"+OK\r\n+PONG\r\n");
     let sums = world.exchange(other, b"SUM\r\nSUM\r\n", 46);
