@@ -113,6 +113,7 @@ impl World {
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
             In::Answer { ticket, answer } => {
+                self.procs[proc].read_served = None;
                 if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
                 } else {
@@ -124,7 +125,10 @@ impl World {
     }
 
     fn feed_primary(&mut self, proc: ProcId, now: Instant, input: primary::Input) {
-        if let Role::Primary(machine) = &mut self.procs[proc].role {
+        let node = &mut self.procs[proc];
+        if let Role::Primary(machine) = &mut node.role {
+            let quit = matches!(input, primary::Input::Command(Command::Quit));
+            node.may_exit |= quit && (node.quits >= 2 || machine.phase() == primary::Phase::Protected);
             machine.handle(now, input);
         }
     }
@@ -198,21 +202,14 @@ impl World {
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit => {
-                self.excuse_exit(proc);
+                let protected = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Protected);
+                self.excused |= protected || self.procs[proc].may_exit;
                 self.note(proc, || "exits".into());
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
             }
             Action::Tell(event) => self.note(proc, || format!("* {event}")),
-        }
-    }
-
-    /// An operator may end a node whose guest goes on at the secondary, and any node by asking twice.
-    fn excuse_exit(&mut self, proc: ProcId) {
-        let node = &self.procs[proc];
-        if node.phase == AnyPhase::Primary(primary::Phase::Protected) || node.quits >= 2 {
-            self.excused = true;
         }
     }
 
@@ -295,7 +292,7 @@ impl World {
         let me = self.procs[proc].me;
         self.note(proc, || format!("≫ releases packets {first}..={last}"));
         for packet in packets {
-            let check = self.model.released(me, generation, *packet, self.arbiter.record, &self.arbiter.owners);
+            let check = self.model.released(self.now, me, generation, *packet, &self.arbiter);
             self.check(check);
         }
     }

@@ -6,7 +6,7 @@ use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
-use mcd::protocol::types::{EpochId, InstanceId, Instant};
+use mcd::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 use crate::guest::{Guest, Output};
 
@@ -119,6 +119,10 @@ pub struct Proc {
     pub capture_fails: bool,
     /// How often an operator told it to end.
     pub quits: u32,
+    /// An operator ended it while the guest was protected, or asked twice.
+    pub may_exit: bool,
+    /// The arbiter has answered "read" with the record of this generation; the answer is not handled yet.
+    pub read_served: Option<Generation>,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
     pub target: usize,
@@ -152,6 +156,8 @@ impl Proc {
             stall_in: None,
             capture_fails: false,
             quits: 0,
+            may_exit: false,
+            read_served: None,
             conns: Vec::new(),
             conns_made: 100,
             target: slot,

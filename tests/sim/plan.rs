@@ -152,6 +152,13 @@ impl Plan {
         }
     }
 
+    /// How long after a takeover the old primary may still release what it knows to be committed: until a heartbeat that was long on
+    /// its way, or an answer of the arbiter that was, is too old to count.
+    pub fn late_us_max(&self) -> u64 {
+        let link = self.user_timeout_us + self.timeout_us + 30_000;
+        (link + self.arbiter_timeout_us + 2 * self.timeout_us) * 11 / 10
+    }
+
     pub fn guest_name() -> GuestName {
         GuestName::new("sim").expect("a good name")
     }

@@ -138,6 +138,7 @@ impl World {
             tokens: 0,
             protected_since: None,
         };
+        world.model.late_us_max = world.plan.late_us_max();
         world.begin();
         world
     }
@@ -272,6 +273,7 @@ impl World {
 
     /// Starts the guest on `slot`, as the first node or after everything ended.
     fn boot(&mut self, slot: usize, cold: bool) {
+        self.model.owner_since_us = self.now;
         if let Some(old) = self.slots[slot] {
             self.end(old);
         }
@@ -520,7 +522,10 @@ impl World {
                 Role::Restoring(_) => true,
                 Role::Waiting => false,
                 Role::Secondary(machine) => {
+                    // One that asked just before the pair was on record is about to give up.
+                    let stale = proc.read_served.is_some_and(|read| read < record.generation);
                     !matches!(machine.phase(), secondary::Phase::Done)
+                        && !stale
                         && self.model.holdings.get(&proc.me).is_some_and(|holding| holding.whole)
                 }
             }
