@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::Sender;
 
 use super::events::NodeEvent;
+use super::priority;
 use crate::checkpoint::stage::{Stager, StagingBudget};
 use crate::protocol::messages::{Channel, Message};
 use crate::protocol::pages::PAGE_BYTES;
@@ -91,6 +92,7 @@ impl Ears {
         if self.events.send(NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() }).is_err() {
             return;
         }
+        priority::raise();
         let why = read_messages(conn, &mut reader, &self.events);
         closer.shutdown();
         // The node is ending if nobody listens.
@@ -136,6 +138,7 @@ pub fn connect(
                 if events.send(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
                     return;
                 }
+                priority::raise();
                 let why = Receiver { conn, budget, stager: None, events: &events }.run(reader);
                 closer.shutdown();
                 why

@@ -20,6 +20,7 @@ mod events;
 mod keeper;
 mod links;
 mod primary;
+mod priority;
 mod secondary;
 mod signals;
 

@@ -10,7 +10,7 @@ use super::conns::Conns;
 use super::context::Context;
 use super::error::NodeError;
 use super::events::NodeEvent;
-use super::{announce, clock};
+use super::{announce, clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
@@ -79,6 +79,7 @@ impl PrimaryNode {
     /// What this node cannot go on after: the machine failed.
     pub fn run(mut self, takeover: Option<TakeoverReport>) -> Result<PrimaryEnd, NodeError> {
         clock::sharpen_timers();
+        priority::raise();
         let resuming_us = clock::monotonic_us();
         self.gate.pass();
         self.machine.resume()?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crossbeam::channel::RecvTimeoutError;
 
-use super::clock;
+use super::{clock, priority};
 use super::config::SecondaryStart;
 use super::conns::Conns;
 use super::context::{Context, new_machine, open_gate};
@@ -102,6 +102,7 @@ impl<'a> SecondaryNode<'a> {
     /// What this node cannot go on after.
     pub fn run(mut self) -> Result<(SecondaryEnd, ConnId), NodeError> {
         clock::sharpen_timers();
+        priority::raise();
         loop {
             self.act()?;
             self.context.board.secondary(&self.protocol);
