@@ -5,9 +5,10 @@ use mcd::protocol::primary::{self, Command, ConnId, OutputCut};
 use mcd::protocol::secondary;
 use mcd::protocol::types::{EpochId, Instant};
 
-use crate::guest::TORN;
+use crate::guest::{Output, TORN};
 use crate::net::{Item, ProcId};
 use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender, Staged};
+use crate::plan::FaultKind;
 use crate::world::{Event, World};
 
 /// Turns without time passing after which a machine is taken to spin.
@@ -110,6 +111,12 @@ impl World {
                 let staged = secondary::Input::Staged { conn, id, completes_resync: completes, staged_bytes: 0 };
                 self.feed_secondary(proc, now, staged);
             }
+            In::Primary(primary::Input::OutputWaiting) => {
+                // As the driver does: the epoch may have been cut since.
+                if self.procs[proc].output.as_ref().is_some_and(Output::has_open) {
+                    self.feed_primary(proc, now, primary::Input::OutputWaiting);
+                }
+            }
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
             In::Answer { ticket, answer } => {
@@ -190,8 +197,10 @@ impl World {
             Action::Committed { .. } => {}
             Action::Release { through, before } => self.release(proc, through, before),
             Action::ReleaseAll => {
-                let packets = self.procs[proc].output.take_all();
-                self.let_go(proc, &packets);
+                if let Some(output) = &self.procs[proc].output {
+                    output.pass();
+                }
+                self.look_at_output(proc);
             }
             Action::Run(run) => {
                 self.note(proc, || format!("run {run}"));
@@ -248,10 +257,8 @@ impl World {
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
         let dirt = guest.take_dirt();
-        if output == OutputCut::Hold {
-            node.output.hold();
-        } else if output == OutputCut::Seal {
-            node.output.seal(id.epoch);
+        if let Some(gate) = &node.output {
+            gate.cut(output, id.epoch);
         }
         if fails {
             guest.dirt.union_with(&dirt);
@@ -274,24 +281,44 @@ impl World {
     }
 
     fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
-        if self.procs[proc].clock.local(self.now) >= before {
-            self.procs[proc].urgent.push_back(In::Primary(primary::Input::ReleaseExpired));
-            self.note(proc, || "release expired".into());
+        // Now and then the driver stands still in the middle of a release.
+        let breaks = self.calm_since.is_none() && self.plan.kinds.contains(&FaultKind::Stall) && self.rng.chance(20);
+        let mut left = if breaks { self.rng.below(3) } else { u64::MAX };
+        let in_time = self.procs[proc].clock.local(self.now) < before;
+        let Some(output) = &self.procs[proc].output else { return };
+        let done = output.release(through, || {
+            left = left.saturating_sub(1);
+            in_time && left > 0
+        });
+        self.look_at_output(proc);
+        if done {
             return;
         }
-        let packets = self.procs[proc].output.take_through(through);
-        self.let_go(proc, &packets);
+        if in_time {
+            self.procs[proc].pending = Some(Act::Primary(primary::Action::Release { through, before }));
+            let us = self.rng.below(self.plan.timeout_us * 8);
+            self.stall(proc, us, true);
+        } else {
+            self.procs[proc].urgent.push_back(In::Primary(primary::Input::ReleaseExpired));
+            self.note(proc, || "release expired".into());
+        }
     }
 
-    /// Packets leave the host.
-    pub fn let_go(&mut self, proc: ProcId, packets: &[u64]) {
-        self.procs[proc].output.told_full = false;
+    /// Checks what left the host, and passes on what the gate says.
+    pub fn look_at_output(&mut self, proc: ProcId) {
+        let node = &mut self.procs[proc];
+        let (Some(output), Role::Primary(machine)) = (&node.output, &node.role) else { return };
+        if output.take_waiting() {
+            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
+        }
+        if output.take_full() {
+            node.inbox.push_back(In::Primary(primary::Input::OutputFull));
+        }
+        let packets = output.take_left();
         let (Some(first), Some(last)) = (packets.first(), packets.last()) else { return };
-        let Role::Primary(machine) = &self.procs[proc].role else { return };
-        let generation = machine.generation();
-        let me = self.procs[proc].me;
+        let (me, generation) = (node.me, machine.generation());
         self.note(proc, || format!("≫ releases packets {first}..={last}"));
-        for packet in packets {
+        for packet in &packets {
             let check = self.model.released(self.now, me, generation, *packet, &self.arbiter);
             self.check(check);
         }
@@ -301,7 +328,9 @@ impl World {
         self.drop_sender(proc);
         let node = &mut self.procs[proc];
         node.guest = None;
-        node.output.discard();
+        if let Some(output) = &node.output {
+            output.close();
+        }
         for (conn, _) in node.conns.clone() {
             self.close(proc, conn);
         }
@@ -416,29 +445,15 @@ impl World {
         self.after(us, Event::GuestStep(proc));
     }
 
-    /// The guest sends its next packet, or keeps it while the buffer is full.
+    /// The guest sends its next packet, or keeps it while the gate has no room.
     fn emit(&mut self, proc: ProcId) {
-        let cap = self.plan.output_cap;
         let node = &mut self.procs[proc];
-        let Some(guest) = &mut node.guest else { return };
-        if node.output.holds && node.output.held() >= cap {
-            if !node.output.told_full {
-                node.output.told_full = true;
-                node.inbox.push_back(In::Primary(primary::Input::OutputFull));
-            }
-            return;
+        if let (Some(guest), Some(output)) = (&mut node.guest, &node.output)
+            && output.transmit(guest.counter)
+        {
+            guest.counter += 1;
         }
-        let packet = guest.counter;
-        guest.counter += 1;
-        if !node.output.holds {
-            self.let_go(proc, &[packet]);
-            return;
-        }
-        node.output.push(packet);
-        if !node.output.told_waiting {
-            node.output.told_waiting = true;
-            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
-        }
+        self.look_at_output(proc);
     }
 
     // ---- the secondary's effects ----
@@ -471,6 +486,9 @@ impl World {
             }
             Action::Rejoin { after } => {
                 let node = &mut self.procs[proc];
+                if let Role::Secondary(machine) = &node.role {
+                    node.last_conn = machine.last_conn();
+                }
                 node.role = Role::Waiting;
                 node.forget();
                 for (conn, _) in node.conns.clone() {

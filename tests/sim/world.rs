@@ -11,7 +11,7 @@ use mcd::protocol::secondary::{self, Secondary};
 use mcd::protocol::types::InstanceId;
 
 use crate::arbiter::Arbiter;
-use crate::guest::Guest;
+use crate::guest::{Guest, Output};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
 use crate::node::{AnyPhase, Clock, In, Proc, Role};
@@ -103,6 +103,7 @@ pub struct World {
     /// A crash just happened: what is lost by it is excused.
     pub excused: bool,
     instances: u64,
+    pub scratch: Vec<u8>,
     pub versions: u64,
     pub tokens: u64,
     protected_since: Option<(u64, u64)>,
@@ -134,6 +135,7 @@ impl World {
             by_luck: false,
             excused: false,
             instances: 0,
+            scratch: Vec::new(),
             versions: 0,
             tokens: 0,
             protected_since: None,
@@ -291,6 +293,9 @@ impl World {
         }
         self.lost = false;
         self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
+        let output = Output::new(self.plan.output_cap);
+        output.pass();
+        self.procs[proc].output = Some(output);
         self.model.runs(self.procs[proc].me, life, 0);
         self.note(proc, || format!("starts the guest (life {life})"));
         self.after(0, Event::GuestStep(proc));
@@ -347,7 +352,9 @@ impl World {
         let (counter, life) = node.image_state;
         node.forget();
         node.guest = Some(Guest::restored(pages, counter, life));
-        node.output = Default::default();
+        let output = Output::new(self.plan.output_cap);
+        output.pass();
+        node.output = Some(output);
         let now = node.clock.local(self.now);
         node.role = Role::Primary(Box::new(Primary::new(self.plan.primary(), node.me, record, now)));
         self.note(proc, || format!("runs the guest from packet {counter}"));
