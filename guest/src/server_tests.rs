@@ -188,7 +188,7 @@ fn sockets_are_used_again() {
 fn a_large_value_goes_in_and_out() {
     let mut world = World::new();
     let client = world.connect();
-    let value: Vec<u8> = (0..1 << 20).map(|i: u32| (i * 7 >> 3) as u8).collect();
+    let value: Vec<u8> = (0..1 << 20).map(|i: u32| ((i * 7) >> 3) as u8).collect();
     let mut command = format!("*3\r\n$3\r\nSET\r\n$1\r\nk\r\n${}\r\n", value.len()).into_bytes();
     command.extend_from_slice(&value);
     command.extend_from_slice(b"\r\n");
@@ -239,7 +239,7 @@ fn late_replies_keep_their_place() {
     assert_eq!(world.exchange(one, b"", 12), b"+OK\r\n+PONG\r\n");
     let sums = world.exchange(other, b"SUM\r\nSUM\r\n", 46);
     assert_eq!(sums[..23], sums[23..]);
-    assert!(PAGES > 2, "a sum takes several rounds");
+    const { assert!(PAGES > 2, "a sum takes several rounds") };
 }
 
 #[test]
