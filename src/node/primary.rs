@@ -58,6 +58,7 @@ impl PrimaryNode {
     /// A driver for a machine that is booted or restored, and still paused.
     pub fn new(context: Context, machine: Machine, gate: Arc<OutputGate>, protocol: Primary) -> PrimaryNode {
         let pages = machine.memory().pages();
+        let pool = context.captures.clone();
         PrimaryNode {
             context,
             machine,
@@ -65,7 +66,7 @@ impl PrimaryNode {
             protocol,
             conns: Conns::default(),
             sender: None,
-            pool: CapturePool::default(),
+            pool,
             dirt: DirtBook::new(pages),
             on_its_way: None,
             replies: Vec::new(),
@@ -224,7 +225,6 @@ impl PrimaryNode {
 
     fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
         let Some((writer, closer)) = self.conns.take(conn) else { return Ok(()) };
-        self.pool.warm(self.machine.memory().pages());
         self.dirt.forget();
         self.machine.track_dirt(true)?;
         let events = self.context.events.clone();
