@@ -46,6 +46,19 @@ pub enum DemoError {
         /// What the nodes said last.
         logs: String,
     },
+    /// The primary was fenced: the other node has the guest.
+    #[error("the primary stood still, was given up by the secondary and has ended; and so did its heir")]
+    Fenced,
+    /// The guest died with its host.
+    #[error(
+        "the guest is lost: in the instant before it was killed the primary had lost sight of the secondary and gone on alone. This          machine is too busy for the demo\n--- the last lines of {name}'s log:\n{log}"
+    )]
+    Lost {
+        /// The node that should have taken over.
+        name: String,
+        /// What it said last.
+        log: String,
+    },
     /// The primary is gone and there is no other node.
     #[error("the primary is gone and there was no secondary to take over")]
     NoSecondary,
@@ -64,6 +77,11 @@ impl DemoError {
     /// `node` ended with `status`.
     pub(super) fn died(node: &Node, status: ExitStatus) -> DemoError {
         DemoError::Died { name: node.name().to_owned(), status, log: node.log_tail(12) }
+    }
+
+    /// `heir` has given up its image.
+    pub(super) fn lost(heir: &Node) -> DemoError {
+        DemoError::Lost { name: heir.name().to_owned(), log: heir.log_tail(12) }
     }
 
     /// The number for scripts: as for the other commands, and as shells do for a signal.

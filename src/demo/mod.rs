@@ -1,5 +1,6 @@
 //! The top floor: `mcd demo`, and the network, the checked client and the handling of nodes that the benches share with it.
 
+mod ask;
 pub mod client;
 pub mod error;
 pub mod fabric;
@@ -12,6 +13,7 @@ pub mod resp;
 pub mod rng;
 mod run;
 mod screen;
+mod stay;
 mod steering;
 #[cfg(test)]
 pub(crate) mod test_rights;

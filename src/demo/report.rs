@@ -131,6 +131,8 @@ pub struct Report {
     pub ok: bool,
     /// What was wrong, in words, the first few.
     pub complaints: Vec<String>,
+    /// Takeovers beside the rounds: a node stood still for so long that the other one gave it up.
+    pub unplanned_takeovers: u32,
     /// The seed of the run.
     pub seed: u64,
 }
@@ -251,6 +253,9 @@ impl fmt::Display for Report {
                 take(|r| r.resync_ms)
             )?;
         }
+        if self.unplanned_takeovers > 0 {
+            writeln!(f, "            {} more unplanned, by stalls of this machine", self.unplanned_takeovers)?;
+        }
         writeln!(
             f,
             "epochs      {} committed, {} aborted; pause p50 {} p99 {} max {} µs; commit p50 {} p99 {} µs",
@@ -320,6 +325,7 @@ mod tests {
             latency_us: LatencyReport::default(),
             ok: true,
             complaints: Vec::new(),
+            unplanned_takeovers: 0,
             seed: 1,
         }
     }

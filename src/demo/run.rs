@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use super::ask::{answers_ping, ask_dirty};
 use super::client::{Dial, Gauge, Tally, connect, monotonic_us};
 use super::error::DemoError;
 use super::fabric::{self, Fabric, GUEST_IPV4, HostName};
@@ -19,21 +20,23 @@ use super::load::{Load, LoadOptions, Phase};
 use super::nodes::{Node, NodeSettings, RunDir, StartAs};
 use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochTotals, LatencyReport, Pair, Report, Round};
-use super::resp::{Parser, Reply, encode};
 use super::rng::Rng;
 use super::screen::{Moment, Screen};
-use crate::control::status::{EpochCounts, NodeStatus, Role, TakeoverReport};
+use crate::control::status::{EpochCounts, NodeStatus, Role, State, TakeoverReport};
 
 /// The built-in guest's port.
 const GUEST_PORT: u16 = 6379;
 /// How often a wait looks, and so the precision of `resync_ms`.
-const LOOK: Duration = Duration::from_millis(5);
+pub(super) const LOOK: Duration = Duration::from_millis(5);
 /// How often the nodes are asked for their epochs.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a latency is measured.
 const MEASURE: Duration = Duration::from_secs(2);
 /// How often the probe asks while the load runs.
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How long the load runs on after the last round.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// Longest wait for the guest to boot and serve.
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
@@ -44,6 +47,9 @@ const RESYNC_LIMIT_PER_GIB: Duration = Duration::from_secs(30);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for a connection to be answered again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(90);
+
+/// How a node that lost the guest to the other one exits.
+const FENCED: i32 = 5;
 
 /// What the demo is asked to do.
 #[derive(Clone, Debug)]
@@ -124,27 +130,29 @@ fn catch_signals() -> io::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-struct Demo<'a> {
-    options: &'a DemoOptions,
+pub(super) struct Demo<'a> {
+    pub(super) options: &'a DemoOptions,
     settings: NodeSettings,
     seed: u64,
     rng: Rng,
-    stop: Arc<AtomicBool>,
-    fabric: Arc<Fabric>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) fabric: Arc<Fabric>,
     dir: &'a RunDir,
     nodes_started: u32,
+    /// Takeovers that nobody ordered.
+    unplanned: u32,
     /// Runs the guest.
-    primary: Node,
-    secondary: Option<Node>,
+    pub(super) primary: Node,
+    pub(super) secondary: Option<Node>,
     /// What the primary said last.
-    status: Option<NodeStatus>,
+    pub(super) status: Option<NodeStatus>,
     sampled: Instant,
     epochs: EpochTotals,
     tally: Arc<Tally>,
-    probe: Option<Probe>,
-    load: Option<Load>,
+    pub(super) probe: Option<Probe>,
+    pub(super) load: Option<Load>,
     latency: LatencyReport,
-    screen: Screen,
+    pub(super) screen: Screen,
 }
 
 impl<'a> Demo<'a> {
@@ -172,6 +180,7 @@ impl<'a> Demo<'a> {
             fabric,
             dir,
             nodes_started: 1,
+            unplanned: 0,
             primary,
             secondary: None,
             status: None,
@@ -197,24 +206,26 @@ impl<'a> Demo<'a> {
         }
         self.latency.solo = self.measure()?;
         self.protect()?;
-        self.latency.protected = self.measure()?;
+        self.latency.protected = self.steadily(Demo::measure)?;
 
         let load =
             LoadOptions { connections: self.options.connections as usize, seed: self.seed, ..LoadOptions::default() };
         let load = Load::open(&load, &dial, &self.tally).map_err(DemoError::io("connect to the guest"))?;
         load.ask(Phase::Run);
         self.load = Some(load);
-        self.probe_mode(ProbeMode::Watch)?;
+        self.steadily(|demo| demo.probe_mode(ProbeMode::Watch))?;
         self.screen
             .say(format_args!("{} connections now read and write; every reply is checked", self.options.connections));
 
         let mut rounds = Vec::new();
         for number in 1..=self.options.rounds {
-            rounds.push(self.round(number)?);
+            self.steadily(|demo| demo.come_to_the_moment())?;
+            let (takeover, takeover_ms, client_gap_ms) = self.kill(number)?;
+            let resync_ms = self.steadily(Demo::protect)?;
+            rounds.push(round_of(takeover, takeover_ms, client_gap_ms, resync_ms));
         }
-        let linger = Duration::from_millis(500);
-        self.pass(linger)?;
-        self.verify()?;
+        self.steadily(|demo| demo.pass(LINGER))?;
+        self.steadily(Demo::verify)?;
         Ok(self.report(rounds))
     }
 
@@ -228,7 +239,7 @@ impl<'a> Demo<'a> {
     }
 
     /// Waits until `check` gives something; meanwhile the nodes are watched and the screen is kept going.
-    fn wait<T>(
+    pub(super) fn wait<T>(
         &mut self,
         what: &str,
         limit: Duration,
@@ -260,7 +271,11 @@ impl<'a> Demo<'a> {
         }
         for node in std::iter::once(&mut self.primary).chain(&mut self.secondary) {
             if let Some(status) = node.ended() {
-                return Err(DemoError::died(node, status));
+                return Err(if status.code() == Some(FENCED) {
+                    DemoError::Fenced
+                } else {
+                    DemoError::died(node, status)
+                });
             }
         }
         if self.sampled.elapsed() >= SAMPLE_INTERVAL {
@@ -316,7 +331,7 @@ impl<'a> Demo<'a> {
     }
 
     /// Starts a secondary on the host that has none and waits until the guest is protected. Returns how long that took, in ms.
-    fn protect(&mut self) -> Result<f64, DemoError> {
+    pub(super) fn protect(&mut self) -> Result<f64, DemoError> {
         let host = self.primary.host().other();
         self.nodes_started += 1;
         let name = format!("{host}-{}", self.nodes_started);
@@ -337,35 +352,52 @@ impl<'a> Demo<'a> {
         Ok(took_ms)
     }
 
-    /// Kills the primary at a random moment and brings everything back.
-    fn round(&mut self, number: u32) -> Result<Round, DemoError> {
-        let life_us = 500_000 + self.rng.below(2_000_000);
-        // The last moments are passed blindly, so that the kill falls anywhere in an epoch, not where a look ends.
-        let blind_us = self.rng.below(1 + self.options.interval_ms * 1000);
-        self.pass(Duration::from_micros(life_us))?;
-        self.sample();
-        thread::sleep(Duration::from_micros(blind_us));
+    /// Lets the guest live until the random moment at which its host is to die. Both nodes know then that the guest is protected.
+    fn come_to_the_moment(&mut self) -> Result<(), DemoError> {
+        loop {
+            self.pass(Duration::from_micros(500_000 + self.rng.below(2_000_000)))?;
+            self.wait("both nodes to see the guest protected", RESYNC_LIMIT, |demo| {
+                Ok(demo.both_protected().then_some(()))
+            })?;
+            self.sample();
+            // The last moments are passed blindly, so that the kill falls anywhere in an epoch, not where a look ends.
+            thread::sleep(Duration::from_micros(self.rng.below(1 + self.options.interval_ms * 1000)));
+            // On a busy machine a node can stand still for so long that the other one gives it up, as it should. A guest whose
+            // only copy is on the host that dies would be lost, as it must.
+            if self.both_protected() {
+                return Ok(());
+            }
+            self.screen
+                .say("the nodes have lost sight of each other; the kill waits until the guest is protected again");
+        }
+    }
 
+    fn both_protected(&mut self) -> bool {
+        let mut nodes = std::iter::once(&mut self.primary).chain(&mut self.secondary);
+        nodes.all(|node| node.status().is_some_and(|status| status.protected))
+    }
+
+    /// Kills the primary and waits until the guest runs on the other host and every client has been answered. Returns the
+    /// takeover, the time from the kill to its first packet, and the longest silence of a client, in ms.
+    fn kill(&mut self, round: u32) -> Result<(TakeoverReport, f64, f64), DemoError> {
+        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         self.gauges().for_each(|gauge| gauge.reset());
         let killed_us = monotonic_us();
         self.primary.kill().map_err(DemoError::io("kill a node"))?;
-        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         let dead = std::mem::replace(&mut self.primary, heir);
-        self.screen.say(format_args!(
-            "round {number} of {}: SIGKILL to the node on host {}",
-            self.options.rounds,
-            dead.host()
-        ));
-        let last = self.status.take();
+        let rounds = self.options.rounds;
+        self.screen.say(format_args!("round {round} of {rounds}: SIGKILL to the node on host {}", dead.host()));
+        self.bury_primary();
         let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
             demo.status = demo.primary.status();
-            Ok(demo.status.as_ref().and_then(taken_over))
+            match &demo.status {
+                // It has given up its image: the other node was given the guest in the instant before it was killed.
+                Some(status) if status.state == State::Connecting => Err(DemoError::lost(&demo.primary)),
+                status => Ok(status.as_ref().and_then(taken_over)),
+            }
         })?;
         // Waits for the dead process too, which gives back its memory.
         drop(dead);
-        if let Some(status) = last {
-            self.epochs.bury(status.epochs, status.wire_bytes);
-        }
         let seen_us = monotonic_us();
         self.wait("every connection to be answered again", ANSWER_LIMIT, |demo| {
             Ok(demo.gauges().all(|gauge| !gauge.waits_since_before(seen_us)).then_some(()))
@@ -376,19 +408,41 @@ impl<'a> Demo<'a> {
             "host {} runs the guest: first packet {takeover_ms:.1} ms after the kill; longest silence a client saw {client_gap_ms:.0} ms",
             self.primary.host()
         ));
-        let resync_ms = self.protect()?;
-        Ok(Round {
-            cause: takeover.cause,
-            detect_ms: takeover.detect_ms,
-            arbitrate_ms: takeover.arbitrate_ms,
-            apply_ms: takeover.apply_ms,
-            restore_ms: takeover.restore_ms,
-            resume_ms: takeover.resume_ms,
-            first_packet_ms: takeover.first_packet_ms.unwrap_or(0.0),
-            takeover_ms,
-            client_gap_ms,
-            resync_ms,
-        })
+        Ok((takeover, takeover_ms, client_gap_ms))
+    }
+
+    /// Adds up what the primary told last: it is gone.
+    fn bury_primary(&mut self) {
+        if let Some(status) = self.status.take() {
+            self.epochs.bury(status.epochs, status.wire_bytes);
+        }
+    }
+
+    /// Does `part`, and again if meanwhile the primary was fenced: on a busy machine it can stand still for so long that the
+    /// secondary takes over without being asked to.
+    fn steadily<T>(&mut self, mut part: impl FnMut(&mut Demo<'a>) -> Result<T, DemoError>) -> Result<T, DemoError> {
+        loop {
+            match part(self) {
+                Err(DemoError::Fenced) => self.recover()?,
+                other => return other,
+            }
+        }
+    }
+
+    /// The primary was fenced and has ended: its heir is the primary now, and needs a secondary.
+    pub(super) fn recover(&mut self) -> Result<(), DemoError> {
+        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
+        let dead = std::mem::replace(&mut self.primary, heir);
+        self.bury_primary();
+        let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
+            demo.status = demo.primary.status();
+            Ok(demo.status.as_ref().and_then(taken_over))
+        })?;
+        self.unplanned += 1;
+        let (dead, heir) = (dead.host(), self.primary.host());
+        self.screen.say(format_args!("unplanned: host {heir} took over from host {dead}: {takeover}"));
+        self.protect()?;
+        Ok(())
     }
 
     fn gauges(&self) -> impl Iterator<Item = &Arc<Gauge>> {
@@ -437,71 +491,9 @@ impl<'a> Demo<'a> {
             epochs: self.epochs.report(),
             latency_us: self.latency,
             complaints,
+            unplanned_takeovers: self.unplanned,
             seed: self.seed,
         }
-    }
-
-    /// Leaves the pair up until a signal. Whoever kills a node by hand gets another one.
-    fn stay(&mut self) -> Result<(), DemoError> {
-        self.load = None;
-        self.probe = None;
-        self.invite();
-        loop {
-            match self.tick_quietly() {
-                Err(DemoError::Interrupted) => return Ok(()),
-                other => other?,
-            }
-            thread::park_timeout(LOOK);
-        }
-    }
-
-    fn invite(&self) {
-        let net = self.fabric.lan.path();
-        let user = if fabric::in_user_namespace() {
-            format!("--preserve-credentials --user=/proc/{}/ns/user ", std::process::id())
-        } else {
-            String::new()
-        };
-        println!("\nThe pair stays up. Try, from another terminal:");
-        println!("  nsenter {user}--net={} redis-cli -h {GUEST_IPV4}", net.display());
-        self.show_nodes();
-        println!("Ctrl-C ends it; nothing is left behind.");
-    }
-
-    fn show_nodes(&self) {
-        for (node, role) in
-            std::iter::once((&self.primary, "runs the guest")).chain(self.secondary.iter().map(|n| (n, "stands by")))
-        {
-            println!(
-                "  host {} {role}: kill -9 {}   or look: mcd status --control {}",
-                node.host(),
-                node.pid(),
-                node.control().display()
-            );
-        }
-    }
-
-    fn tick_quietly(&mut self) -> Result<(), DemoError> {
-        if self.stop.load(Relaxed) {
-            return Err(DemoError::Interrupted);
-        }
-        if self.secondary.as_mut().is_some_and(|node| node.ended().is_some()) {
-            self.secondary = None;
-            self.screen.say("the secondary is gone; another one starts");
-            self.protect()?;
-            self.show_nodes();
-        } else if self.primary.ended().is_some() {
-            let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
-            self.primary = heir;
-            let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
-                demo.status = demo.primary.status();
-                Ok(demo.status.as_ref().filter(|status| status.role == Role::Primary).and_then(|s| s.takeover.clone()))
-            })?;
-            self.screen.say(format_args!("the primary is gone; host {} took over: {takeover}", self.primary.host()));
-            self.protect()?;
-            self.show_nodes();
-        }
-        Ok(())
     }
 
     fn too_late(&mut self, what: &str, limit: Duration) -> DemoError {
@@ -511,40 +503,23 @@ impl<'a> Demo<'a> {
     }
 }
 
+fn round_of(takeover: TakeoverReport, takeover_ms: f64, client_gap_ms: f64, resync_ms: f64) -> Round {
+    Round {
+        cause: takeover.cause,
+        detect_ms: takeover.detect_ms,
+        arbitrate_ms: takeover.arbitrate_ms,
+        apply_ms: takeover.apply_ms,
+        restore_ms: takeover.restore_ms,
+        resume_ms: takeover.resume_ms,
+        first_packet_ms: takeover.first_packet_ms.unwrap_or(0.0),
+        takeover_ms,
+        client_gap_ms,
+        resync_ms,
+    }
+}
+
 /// The takeover's times, once the first packet is out.
 fn taken_over(status: &NodeStatus) -> Option<TakeoverReport> {
     let takeover = status.takeover.as_ref().filter(|takeover| takeover.first_packet_monotonic_us.is_some())?;
     (status.role == Role::Primary).then(|| takeover.clone())
-}
-
-/// One command on a connection of its own, outside the model.
-fn ask_once(dial: &Dial, words: &[&str]) -> io::Result<Reply> {
-    use std::io::{Read, Write};
-    let mut stream = dial()?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let mut out = Vec::new();
-    encode(&mut out, words);
-    stream.write_all(&out)?;
-    let (mut parser, mut buffer) = (Parser::default(), [0; 4096]);
-    loop {
-        let count = stream.read(&mut buffer)?;
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        parser.feed(buffer.get(..count).unwrap_or_default());
-        if let Some(reply) = parser.next_reply().map_err(io::Error::other)? {
-            return Ok(reply);
-        }
-    }
-}
-
-fn answers_ping(dial: &Dial) -> bool {
-    ask_once(dial, &["PING"]).is_ok_and(|reply| reply == Reply::Simple(b"PONG".to_vec()))
-}
-
-fn ask_dirty(dial: &Dial, pages: u32, per_second: u32) -> io::Result<()> {
-    match ask_once(dial, &["DIRTY", &pages.to_string(), &per_second.to_string()])? {
-        Reply::Error(text) => Err(io::Error::other(String::from_utf8_lossy(&text).into_owned())),
-        _ => Ok(()),
-    }
 }
