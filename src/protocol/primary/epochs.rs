@@ -1,10 +1,12 @@
 //! The primary's book of epochs: what runs, what is on its way, what is committed, and when the next cut is due.
 
+use std::hash::{Hash, Hasher};
+
 use super::types::PrimaryConfig;
 use crate::protocol::types::{EpochId, Generation, Instant};
 
 /// At most one epoch is on its way: a second one in flight would not make the first commit sooner.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Epochs {
     next: EpochId,
     capturing: Option<EpochId>,
@@ -110,6 +112,15 @@ impl Epochs {
     pub fn begin_generation(&mut self, generation: Generation) {
         self.next = EpochId { generation, epoch: 0 };
         self.abandon();
+    }
+
+    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last capture only what it bars still counts.
+    pub fn digest<H: Hasher>(&self, config: &PrimaryConfig, now: Instant, into: &mut H) {
+        let Epochs { next, capturing, in_flight, committed, last_capture, output_waits, pressed } = self;
+        (next, capturing, in_flight, committed, output_waits, pressed).hash(into);
+        for wait in [config.interval, config.interval_min] {
+            (*last_capture + wait).since(now).hash(into);
+        }
     }
 
     /// Nothing is on its way any more, and nothing of it is committed to anyone.
