@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use crossbeam::channel::RecvTimeoutError;
 
-use super::{clock, priority};
 use super::config::SecondaryStart;
 use super::conns::Conns;
 use super::context::{Context, new_machine, open_gate};
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::links;
+use super::{clock, priority};
 use crate::checkpoint::apply::Applier;
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
