@@ -21,7 +21,6 @@ use super::nodes::{Node, NodeSettings, RunDir, StartAs};
 use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochTotals, LatencyReport, Pair, Report, Round};
 use super::rng::Rng;
-use super::rounds::round_of;
 use super::screen::{Moment, Screen};
 use crate::control::status::{EpochCounts, NodeStatus};
 
@@ -220,9 +219,8 @@ impl<'a> Demo<'a> {
         let mut rounds = Vec::new();
         for number in 1..=self.options.rounds {
             self.steadily(|demo| demo.come_to_the_moment())?;
-            let (takeover, takeover_ms, client_gap_ms) = self.kill(number)?;
-            let resync_ms = self.steadily(Demo::protect)?;
-            rounds.push(round_of(takeover, takeover_ms, client_gap_ms, resync_ms));
+            let round = self.kill(number)?;
+            rounds.push(Round { resync_ms: self.steadily(Demo::protect)?, ..round });
         }
         self.steadily(|demo| demo.pass(LINGER))?;
         self.steadily(Demo::verify)?;
