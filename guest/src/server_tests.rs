@@ -311,7 +311,7 @@ impl Dice {
 fn broken_frames_do_no_harm() {
     let mut dice = Dice(0x1234_5678_9abc_def1);
     let mut world = World::with_trust(true);
-    for round in 0..300 {
+    for round in 0..20_000 {
         let client = world.connect();
         for _ in 0..6 {
             let socket = world.sockets.get_mut::<Socket>(client);

@@ -203,9 +203,7 @@ impl Receiver<'_> {
         let staged = match kind {
             FrameKind::Pages => stager.pages(payload).map(|()| None),
             FrameKind::State => stager.state(payload).map(|()| None),
-            FrameKind::Background => {
-                stager.background(payload).map(|payload| Some(NodeEvent::Background { payload }))
-            }
+            FrameKind::Background => stager.background(payload).map(|payload| Some(NodeEvent::Background { payload })),
             FrameKind::Message => Ok(None),
         };
         staged.map_err(|error| error.to_string())

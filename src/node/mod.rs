@@ -162,9 +162,7 @@ fn new_instance() -> Result<InstanceId, NodeError> {
 
 fn open_arbiter(config: &NodeConfig) -> Box<dyn Arbiter> {
     match &config.arbiter {
-        ArbiterConfig::File { directory } => {
-            Box::new(crate::arbiter::file::FileArbiter::new(directory, &config.guest))
-        }
+        ArbiterConfig::File { directory } => Box::new(crate::arbiter::file::FileArbiter::new(directory, &config.guest)),
         ArbiterConfig::None { on_peer_loss } => {
             tracing::warn!(
                 "no arbiter: {}",
