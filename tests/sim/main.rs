@@ -7,9 +7,13 @@ mod driver;
 mod faults;
 mod guest;
 mod links;
+mod machine;
 mod model;
+#[cfg(feature = "mutants")]
+mod mutations;
 mod net;
 mod node;
+mod operator;
 mod plan;
 mod rng;
 mod trace;

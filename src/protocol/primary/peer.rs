@@ -5,6 +5,7 @@ use super::{Phase, Primary};
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::{HeartbeatConfig, Judge, Pulse};
 use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 /// The secondary, or the newcomer that becomes it.
@@ -108,7 +109,13 @@ impl Primary {
                 self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
                 self.phase = Phase::Joining;
             }
-            (Channel::Heartbeat, Some(peer)) => peer.join(conn, self.config.heartbeat, now),
+            (Channel::Heartbeat, Some(peer)) => {
+                peer.join(conn, self.config.heartbeat, now);
+                if mutant::is("resync-before-the-first-heartbeat") {
+                    let data = peer.data;
+                    self.start_resync(now, data);
+                }
+            }
             (Channel::Heartbeat, None) => {}
         }
     }

@@ -20,6 +20,7 @@ use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
 use super::heartbeat::{Judge, Pulse, StallGuard};
 use super::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use super::mutant;
 use super::primary::ConnId;
 use super::record::{Record, RecordState};
 use super::types::{EpochId, Generation, InstanceId, Instant};
@@ -208,7 +209,9 @@ impl Secondary {
         let (Some((pulse, judge)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
         if let Some(silence) = judge.suspects(now) {
             let why = format!("no heartbeat for {} ms", silence.as_millis());
-            self.lose_primary(now, &why);
+            if !mutant::is("silence-never-suspected") {
+                self.lose_primary(now, &why);
+            }
         } else if let Some(sequence) = pulse.beat(now) {
             let beat =
                 Heartbeat { instance: self.me, generation: self.generation, sequence, committed: self.committed };
@@ -380,6 +383,10 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
+        if mutant::is("ack-without-commit") && self.phase == Phase::Paired && id.epoch % 2 == 1 {
+            self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
+            return;
+        }
         if completes_resync {
             self.phase = Phase::Standby;
         }
@@ -450,6 +457,9 @@ impl Secondary {
             return;
         }
         match verdict {
+            Verdict::Stands(Some(record)) if mutant::is("secondary-ignores-a-lost-swap") => {
+                self.promote(record.next_solo(self.me));
+            }
             Verdict::Won(record) => self.promote(record),
             Verdict::Stands(Some(record)) => self.lost_to(record),
             Verdict::Stands(None) => self.rejoin("the arbiter has no record of this guest"),
@@ -460,7 +470,13 @@ impl Secondary {
     fn lost_to(&mut self, record: Record) {
         match record.state {
             RecordState::Stopped => self.exit(Ending::GuestEnded("the guest was shut down".into())),
-            RecordState::Paired if record.peer == Some(self.me) && self.record.is_none() => {
+            RecordState::Solo if mutant::is("takes-over-a-solo-guest") && self.record.is_none() => {
+                self.record = Some(record);
+                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            }
+            RecordState::Paired
+                if record.peer == Some(self.me) && self.record.is_none() && !mutant::is("standby-gives-up") =>
+            {
                 self.record = Some(record);
                 self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
             }
@@ -469,7 +485,10 @@ impl Secondary {
     }
 
     fn promote(&mut self, record: Record) {
-        let Some(epoch) = self.committed else { return };
+        let Some(mut epoch) = self.committed else { return };
+        if mutant::is("older-epoch-activated") {
+            epoch.epoch = epoch.epoch.saturating_sub(1);
+        }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
         self.actions.push_back(Action::Promote { record, epoch, cause: self.cause.clone() });
