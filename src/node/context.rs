@@ -77,7 +77,11 @@ pub struct Context {
 impl Context {
     /// Tells people and programs.
     pub fn tell(&self, event: &Event) {
-        tracing::info!(event = event.name(), "{event}");
+        if event.is_trouble() {
+            tracing::warn!(event = event.name(), "{event}");
+        } else {
+            tracing::info!(event = event.name(), "{event}");
+        }
         self.sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
     }
 

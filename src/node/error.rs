@@ -46,6 +46,9 @@ pub enum NodeError {
     /// The primary turned this node away.
     #[error("the primary refused this node: {0}")]
     Refused(String),
+    /// Something else than a primary of this release answers at the primary's address.
+    #[error("there is no primary to join at --peer: {0}")]
+    NotAPrimary(String),
     /// This secondary cannot build the guest's machine.
     #[error("this host cannot hold the guest: {0}")]
     NoMachine(String),

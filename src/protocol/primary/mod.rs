@@ -25,7 +25,7 @@ use self::peer::Peer;
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
 use super::heartbeat::StallGuard;
-use super::messages::{Channel, Message};
+use super::messages::{Channel, Message, RefuseReason};
 use super::mutant;
 use super::pages::PageSet;
 use super::record::{Record, RecordState};
@@ -235,8 +235,9 @@ impl Primary {
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
         } else if ledger.is_done() && !self.pairing_checked && !self.arbitration.is_asking() {
-            // Holding begins with the completing capture and ends with the arbiter's word: begin only if it can be had.
-            self.ask(ArbiterRequest::Read);
+            // Holding begins with the completing capture and ends with the arbiter's word that the pair is on record: begin only if that
+            // word can be had. The record in its own place changes nothing, but an arbiter that cannot write says so.
+            self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
         }
     }
 
@@ -377,6 +378,7 @@ impl Primary {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
             (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (_, Verdict::Won(record)) if record == self.record => self.confirmed(now),
             (Phase::Stopping, Verdict::Stands(Some(record)))
                 if self.is_ours_since(&record) && !mutant::is("stop-only-from-the-old-record") =>
             {
@@ -467,7 +469,10 @@ impl Primary {
     fn handle_fenced(&mut self, input: Input) {
         match input {
             Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
-            Input::Hello { conn, .. } => self.actions.push_back(Action::Close { conn }),
+            Input::Hello { conn, .. } => {
+                let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();
+                self.refuse(conn, RefuseReason::NotPrimary, detail);
+            }
             _ => {}
         }
     }

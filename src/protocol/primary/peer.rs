@@ -98,10 +98,7 @@ impl Primary {
     /// Answers a hello on a new connection.
     pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
         if let Err((reason, detail)) = self.judge_hello(&hello) {
-            self.tell(Event::Refused { reason, detail: detail.clone() });
-            self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
-            self.actions.push_back(Action::Close { conn });
-            return;
+            return self.refuse(conn, reason, detail);
         }
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
         match (hello.channel, &mut self.peer) {
@@ -118,6 +115,13 @@ impl Primary {
             }
             (Channel::Heartbeat, None) => {}
         }
+    }
+
+    /// Turns a newcomer away, and says why to it and to people.
+    pub(super) fn refuse(&mut self, conn: ConnId, reason: RefuseReason, detail: String) {
+        self.tell(Event::Refused { reason, detail: detail.clone() });
+        self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
+        self.actions.push_back(Action::Close { conn });
     }
 
     fn welcome(&self, hello: &Hello) -> Welcome {
@@ -165,7 +169,11 @@ impl Primary {
         }
         match (hello.channel, &self.peer, self.phase) {
             (Channel::Data, None, Phase::Solo) => Ok(()),
-            (Channel::Heartbeat, Some(peer), Phase::Joining) if peer.instance == hello.instance => Ok(()),
+            (Channel::Heartbeat, Some(peer), Phase::Joining)
+                if peer.instance == hello.instance && peer.heartbeat.is_none() =>
+            {
+                Ok(())
+            }
             (Channel::Data, ..) => {
                 no(RefuseReason::Busy, "this primary has a secondary, or is deciding about one; try again later".into())
             }
