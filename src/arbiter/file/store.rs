@@ -1,7 +1,7 @@
 //! The files of one guest's record, and what is done with them. Everything here blocks as long as the storage does.
 
+use super::super::text;
 use super::super::{ArbiterError, Swap};
-use super::text;
 use crate::protocol::record::Record;
 use crate::protocol::types::GuestName;
 use nix::errno::Errno;
@@ -51,7 +51,7 @@ impl Store {
         let most = text::TEXT_BYTES_MAX as u64 + 1;
         file.take(most).read_to_end(&mut bytes).map_err(|error| self.failed("read", &self.record, error))?;
         let record = text::read(&self.guest, &bytes);
-        record.map(Some).map_err(|what| ArbiterError::Corrupt { path: self.record.clone(), what })
+        record.map(Some).map_err(|what| ArbiterError::Corrupt { record: self.record.display().to_string(), what })
     }
 
     /// No record in a directory that is there; a directory that is not there is not an empty one.
