@@ -1,6 +1,6 @@
 //! The simulator: the real protocol machines in a world of virtual time, faults and a seed.
 //!
-//! `SIM_SEEDS=n` runs seeds 0..n, `SIM_SEED=k` replays one and prints its ladder.
+//! `SIM_SEEDS=n` runs n seeds (from `SIM_FIRST` on), `SIM_SEED=k` replays one and prints its ladder.
 
 mod arbiter;
 mod driver;
@@ -27,7 +27,7 @@ use std::time::Instant;
 use world::{Stats, World};
 
 /// Seeds run when nobody says how many.
-const SEEDS_DEFAULT: u64 = 2_000;
+const SEEDS_DEFAULT: u64 = 20_000;
 
 /// Runs one seed: what it saw, what it found, and its ladder if `traced`.
 fn run(seed: u64, traced: bool) -> (Stats, Option<String>, Vec<String>) {
