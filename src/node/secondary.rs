@@ -198,7 +198,7 @@ impl<'a> SecondaryNode<'a> {
                     self.conns.close(conn);
                 }
                 Action::BuildMachine(welcome) => self.build(welcome),
-                Action::Commit { id } => self.commit(id),
+                Action::Commit { id } => self.commit(id)?,
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Promote { record, epoch, cause } => self.promote(record, epoch, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
@@ -239,9 +239,14 @@ impl<'a> SecondaryNode<'a> {
         Ok(Image { machine, gate, welcome, applier })
     }
 
-    fn commit(&mut self, id: EpochId) {
-        if let (Some(image), Some(epoch)) = (&self.image, self.staged.take_if(|epoch| epoch.id == id)) {
-            image.applier.epoch(epoch);
+    /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end the node instead.
+    fn commit(&mut self, id: EpochId) -> Result<(), NodeError> {
+        match (&self.image, self.staged.take_if(|epoch| epoch.id == id)) {
+            (Some(image), Some(epoch)) => {
+                image.applier.epoch(epoch);
+                Ok(())
+            }
+            _ => Err(NodeError::NotStaged(id)),
         }
     }
 
