@@ -11,6 +11,7 @@ pub mod probe;
 pub mod report;
 pub mod resp;
 pub mod rng;
+mod rounds;
 mod run;
 mod screen;
 mod stay;

@@ -66,6 +66,8 @@ impl Drop for RunDir {
 /// What both nodes are told.
 #[derive(Clone, Debug)]
 pub struct NodeSettings {
+    /// The `mcd` to run.
+    pub program: PathBuf,
     /// The guest's memory, in MiB.
     pub memory_mib: u32,
     /// The guest's vCPUs.
@@ -95,7 +97,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node of this very program on `host`. `name` tells it from others of the run and names its files in `dir`.
+    /// Starts a node on `host`. `name` tells it from others of the run and names its files in `dir`.
     ///
     /// The node is killed when the calling thread ends, so call it from one that lasts as long as the run.
     pub fn start(
@@ -107,7 +109,7 @@ impl Node {
         dir: &RunDir,
     ) -> io::Result<Node> {
         let (control, log) = (dir.path().join(format!("{name}.sock")), dir.path().join(format!("{name}.log")));
-        let mut command = fabric.host(host).command(std::env::current_exe()?);
+        let mut command = fabric.host(host).command(&settings.program);
         let mut flags = vec![
             ("--guest", GUEST.to_owned()),
             ("--tap", TAP.to_owned()),

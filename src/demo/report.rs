@@ -29,6 +29,8 @@ impl Pair {
 pub struct Round {
     /// How the secondary noticed: `closed` or `silence`.
     pub cause: String,
+    /// From the kill to the suspicion: `detect_ms` without the part that the node was alive and had nothing to say.
+    pub noticed_ms: f64,
     /// From the last sign of life to the suspicion.
     pub detect_ms: f64,
     /// Until the arbiter had decided.
@@ -238,8 +240,8 @@ impl fmt::Display for Report {
             )?;
             writeln!(
                 f,
-                "            detect {:.1}, arbitrate {:.1}, apply {:.1}, restore {:.1}, resume {:.1} ms (medians)",
-                take(|r| r.detect_ms),
+                "            noticed {:.1}, arbitrate {:.1}, apply {:.1}, restore {:.1}, resume {:.1} ms (medians)",
+                take(|r| r.noticed_ms),
                 take(|r| r.arbitrate_ms),
                 take(|r| r.apply_ms),
                 take(|r| r.restore_ms),
@@ -310,6 +312,7 @@ mod tests {
         Report {
             rounds: vec![Round {
                 cause: "closed".into(),
+                noticed_ms: 0.5,
                 detect_ms: 1.0,
                 arbitrate_ms: 2.0,
                 apply_ms: 3.0,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::ask::{answers_ping, ask_dirty};
-use super::client::{Dial, Gauge, Tally, connect, monotonic_us};
+use super::client::{Dial, Gauge, Tally, connect};
 use super::error::DemoError;
 use super::fabric::{self, Fabric, GUEST_IPV4, HostName};
 use super::load::{Load, LoadOptions, Phase};
@@ -22,7 +22,7 @@ use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochTotals, LatencyReport, Pair, Report, Round};
 use super::rng::Rng;
 use super::screen::{Moment, Screen};
-use crate::control::status::{EpochCounts, NodeStatus, Role, State, TakeoverReport};
+use crate::control::status::{EpochCounts, NodeStatus};
 
 /// The built-in guest's port.
 const GUEST_PORT: u16 = 6379;
@@ -41,12 +41,10 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Longest wait for the guest to boot and serve.
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for a resync, on top of [`RESYNC_LIMIT_PER_GIB`].
-const RESYNC_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const RESYNC_LIMIT: Duration = Duration::from_secs(60);
 const RESYNC_LIMIT_PER_GIB: Duration = Duration::from_secs(30);
-/// Longest wait for a takeover.
-const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for a connection to be answered again.
-const ANSWER_LIMIT: Duration = Duration::from_secs(90);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 
 /// How a node that lost the guest to the other one exits.
 const FENCED: i32 = 5;
@@ -134,20 +132,20 @@ pub(super) struct Demo<'a> {
     pub(super) options: &'a DemoOptions,
     settings: NodeSettings,
     seed: u64,
-    rng: Rng,
+    pub(super) rng: Rng,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) fabric: Arc<Fabric>,
     dir: &'a RunDir,
     nodes_started: u32,
     /// Takeovers that nobody ordered.
-    unplanned: u32,
+    pub(super) unplanned: u32,
     /// Runs the guest.
     pub(super) primary: Node,
     pub(super) secondary: Option<Node>,
     /// What the primary said last.
     pub(super) status: Option<NodeStatus>,
     sampled: Instant,
-    epochs: EpochTotals,
+    pub(super) epochs: EpochTotals,
     tally: Arc<Tally>,
     pub(super) probe: Option<Probe>,
     pub(super) load: Option<Load>,
@@ -164,7 +162,8 @@ impl<'a> Demo<'a> {
         dir: &'a RunDir,
     ) -> Result<Demo<'a>, DemoError> {
         let &DemoOptions { memory_mib, cpus, interval_ms, .. } = options;
-        let settings = NodeSettings { memory_mib, cpus, interval_ms };
+        let program = std::env::current_exe().map_err(DemoError::io("find this program"))?;
+        let settings = NodeSettings { program, memory_mib, cpus, interval_ms };
         let screen = Screen::new();
         screen.say(format_args!(
             "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"
@@ -220,9 +219,8 @@ impl<'a> Demo<'a> {
         let mut rounds = Vec::new();
         for number in 1..=self.options.rounds {
             self.steadily(|demo| demo.come_to_the_moment())?;
-            let (takeover, takeover_ms, client_gap_ms) = self.kill(number)?;
-            let resync_ms = self.steadily(Demo::protect)?;
-            rounds.push(round_of(takeover, takeover_ms, client_gap_ms, resync_ms));
+            let round = self.kill(number)?;
+            rounds.push(Round { resync_ms: self.steadily(Demo::protect)?, ..round });
         }
         self.steadily(|demo| demo.pass(LINGER))?;
         self.steadily(Demo::verify)?;
@@ -259,7 +257,7 @@ impl<'a> Demo<'a> {
     }
 
     /// Lets some time pass, which belongs to the play: a measurement, or a guest's life until it is killed.
-    fn pass(&mut self, time: Duration) -> Result<(), DemoError> {
+    pub(super) fn pass(&mut self, time: Duration) -> Result<(), DemoError> {
         let end = Instant::now() + time;
         self.wait("time to pass", time * 2 + RESYNC_LIMIT, |_| Ok((Instant::now() >= end).then_some(())))
     }
@@ -269,14 +267,14 @@ impl<'a> Demo<'a> {
         if self.stop.load(Relaxed) {
             return Err(DemoError::Interrupted);
         }
-        for node in std::iter::once(&mut self.primary).chain(&mut self.secondary) {
-            if let Some(status) = node.ended() {
-                return Err(if status.code() == Some(FENCED) {
-                    DemoError::Fenced
-                } else {
-                    DemoError::died(node, status)
-                });
-            }
+        if let Some(status) = self.primary.ended() {
+            let fenced = status.code() == Some(FENCED);
+            return Err(if fenced { DemoError::Fenced } else { DemoError::died(&self.primary, status) });
+        }
+        if let Some(node) = &mut self.secondary
+            && let Some(status) = node.ended()
+        {
+            return Err(DemoError::died(node, status));
         }
         if self.sampled.elapsed() >= SAMPLE_INTERVAL {
             self.sample();
@@ -288,7 +286,7 @@ impl<'a> Demo<'a> {
     }
 
     /// Takes the primary's newest epochs.
-    fn sample(&mut self) {
+    pub(super) fn sample(&mut self) {
         self.sampled = Instant::now();
         if let Some(reply) = self.primary.new_epochs() {
             self.epochs.add(&reply.epochs);
@@ -330,14 +328,16 @@ impl<'a> Demo<'a> {
         Ok(seen.map_or(Pair::default(), |seen| Pair::of(&seen)))
     }
 
-    /// Starts a secondary on the host that has none and waits until the guest is protected. Returns how long that took, in ms.
+    /// Starts a secondary on the other host, if it has none, and waits until the guest is protected. Returns how long that took, in ms.
     pub(super) fn protect(&mut self) -> Result<f64, DemoError> {
-        let host = self.primary.host().other();
-        self.nodes_started += 1;
-        let name = format!("{host}-{}", self.nodes_started);
         let started = Instant::now();
-        let node = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.fabric, self.dir);
-        self.secondary = Some(node.map_err(DemoError::io("start a node"))?);
+        let host = self.primary.host().other();
+        if self.secondary.is_none() {
+            self.nodes_started += 1;
+            let name = format!("{host}-{}", self.nodes_started);
+            let node = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.fabric, self.dir);
+            self.secondary = Some(node.map_err(DemoError::io("start a node"))?);
+        }
         let limit = RESYNC_LIMIT + RESYNC_LIMIT_PER_GIB * self.options.memory_mib.div_ceil(1024);
         self.wait("the guest to be protected", limit, |demo| {
             let status = demo.primary.status();
@@ -352,100 +352,7 @@ impl<'a> Demo<'a> {
         Ok(took_ms)
     }
 
-    /// Lets the guest live until the random moment at which its host is to die. Both nodes know then that the guest is protected.
-    fn come_to_the_moment(&mut self) -> Result<(), DemoError> {
-        loop {
-            self.pass(Duration::from_micros(500_000 + self.rng.below(2_000_000)))?;
-            self.wait("both nodes to see the guest protected", RESYNC_LIMIT, |demo| {
-                Ok(demo.both_protected().then_some(()))
-            })?;
-            self.sample();
-            // The last moments are passed blindly, so that the kill falls anywhere in an epoch, not where a look ends.
-            thread::sleep(Duration::from_micros(self.rng.below(1 + self.options.interval_ms * 1000)));
-            // On a busy machine a node can stand still for so long that the other one gives it up, as it should. A guest whose
-            // only copy is on the host that dies would be lost, as it must.
-            if self.both_protected() {
-                return Ok(());
-            }
-            self.screen
-                .say("the nodes have lost sight of each other; the kill waits until the guest is protected again");
-        }
-    }
-
-    fn both_protected(&mut self) -> bool {
-        let mut nodes = std::iter::once(&mut self.primary).chain(&mut self.secondary);
-        nodes.all(|node| node.status().is_some_and(|status| status.protected))
-    }
-
-    /// Kills the primary and waits until the guest runs on the other host and every client has been answered. Returns the
-    /// takeover, the time from the kill to its first packet, and the longest silence of a client, in ms.
-    fn kill(&mut self, round: u32) -> Result<(TakeoverReport, f64, f64), DemoError> {
-        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
-        self.gauges().for_each(|gauge| gauge.reset());
-        let killed_us = monotonic_us();
-        self.primary.kill().map_err(DemoError::io("kill a node"))?;
-        let dead = std::mem::replace(&mut self.primary, heir);
-        let rounds = self.options.rounds;
-        self.screen.say(format_args!("round {round} of {rounds}: SIGKILL to the node on host {}", dead.host()));
-        self.bury_primary();
-        let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
-            demo.status = demo.primary.status();
-            match &demo.status {
-                // It has given up its image: the other node was given the guest in the instant before it was killed.
-                Some(status) if status.state == State::Connecting => Err(DemoError::lost(&demo.primary)),
-                status => Ok(status.as_ref().and_then(taken_over)),
-            }
-        })?;
-        // Waits for the dead process too, which gives back its memory.
-        drop(dead);
-        let seen_us = monotonic_us();
-        self.wait("every connection to be answered again", ANSWER_LIMIT, |demo| {
-            Ok(demo.gauges().all(|gauge| !gauge.waits_since_before(seen_us)).then_some(()))
-        })?;
-        let client_gap_ms = self.gauges().map(|gauge| gauge.silence_us()).max().unwrap_or(0) as f64 / 1000.0;
-        let takeover_ms = takeover.first_packet_monotonic_us.unwrap_or(0).saturating_sub(killed_us) as f64 / 1000.0;
-        self.screen.say(format_args!(
-            "host {} runs the guest: first packet {takeover_ms:.1} ms after the kill; longest silence a client saw {client_gap_ms:.0} ms",
-            self.primary.host()
-        ));
-        Ok((takeover, takeover_ms, client_gap_ms))
-    }
-
-    /// Adds up what the primary told last: it is gone.
-    fn bury_primary(&mut self) {
-        if let Some(status) = self.status.take() {
-            self.epochs.bury(status.epochs, status.wire_bytes);
-        }
-    }
-
-    /// Does `part`, and again if meanwhile the primary was fenced: on a busy machine it can stand still for so long that the
-    /// secondary takes over without being asked to.
-    fn steadily<T>(&mut self, mut part: impl FnMut(&mut Demo<'a>) -> Result<T, DemoError>) -> Result<T, DemoError> {
-        loop {
-            match part(self) {
-                Err(DemoError::Fenced) => self.recover()?,
-                other => return other,
-            }
-        }
-    }
-
-    /// The primary was fenced and has ended: its heir is the primary now, and needs a secondary.
-    pub(super) fn recover(&mut self) -> Result<(), DemoError> {
-        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
-        let dead = std::mem::replace(&mut self.primary, heir);
-        self.bury_primary();
-        let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
-            demo.status = demo.primary.status();
-            Ok(demo.status.as_ref().and_then(taken_over))
-        })?;
-        self.unplanned += 1;
-        let (dead, heir) = (dead.host(), self.primary.host());
-        self.screen.say(format_args!("unplanned: host {heir} took over from host {dead}: {takeover}"));
-        self.protect()?;
-        Ok(())
-    }
-
-    fn gauges(&self) -> impl Iterator<Item = &Arc<Gauge>> {
+    pub(super) fn gauges(&self) -> impl Iterator<Item = &Arc<Gauge>> {
         let load = self.load.iter().flat_map(Load::gauges);
         load.chain(self.probe.iter().map(Probe::gauge))
     }
@@ -501,25 +408,4 @@ impl<'a> Demo<'a> {
         let logs = nodes.map(|node| format!("\n--- the last lines of {}'s log:\n{}", node.name(), node.log_tail(12)));
         DemoError::TooLate { what: what.to_owned(), limit_s: limit.as_secs(), logs: logs.collect() }
     }
-}
-
-fn round_of(takeover: TakeoverReport, takeover_ms: f64, client_gap_ms: f64, resync_ms: f64) -> Round {
-    Round {
-        cause: takeover.cause,
-        detect_ms: takeover.detect_ms,
-        arbitrate_ms: takeover.arbitrate_ms,
-        apply_ms: takeover.apply_ms,
-        restore_ms: takeover.restore_ms,
-        resume_ms: takeover.resume_ms,
-        first_packet_ms: takeover.first_packet_ms.unwrap_or(0.0),
-        takeover_ms,
-        client_gap_ms,
-        resync_ms,
-    }
-}
-
-/// The takeover's times, once the first packet is out.
-fn taken_over(status: &NodeStatus) -> Option<TakeoverReport> {
-    let takeover = status.takeover.as_ref().filter(|takeover| takeover.first_packet_monotonic_us.is_some())?;
-    (status.role == Role::Primary).then(|| takeover.clone())
 }

@@ -148,7 +148,10 @@ impl PrimaryNode {
                 Some(Input::Command(command))
             }
             // What a secondary hears of; a late one may still be in the channel after a takeover.
-            NodeEvent::Connected { .. } | NodeEvent::Staged { .. } | NodeEvent::Background { .. } => None,
+            NodeEvent::Connected { .. }
+            | NodeEvent::Foreign { .. }
+            | NodeEvent::Staged { .. }
+            | NodeEvent::Background { .. } => None,
         })
     }
 

@@ -7,6 +7,7 @@ use super::{Phase, Primary};
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::{HeartbeatConfig, Judge, Pulse};
 use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 /// The secondary, or the newcomer that becomes it.
@@ -112,10 +113,7 @@ impl Primary {
     /// Answers a hello on a new connection.
     pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
         if let Err((reason, detail)) = self.judge_hello(&hello) {
-            self.tell(Event::Refused { reason, detail: detail.clone() });
-            self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
-            self.actions.push_back(Action::Close { conn });
-            return;
+            return self.refuse(conn, reason, detail);
         }
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
         match (hello.channel, &mut self.peer) {
@@ -123,9 +121,22 @@ impl Primary {
                 self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
                 self.phase = Phase::Joining;
             }
-            (Channel::Heartbeat, Some(peer)) => peer.join(conn, self.config.heartbeat, now),
+            (Channel::Heartbeat, Some(peer)) => {
+                peer.join(conn, self.config.heartbeat, now);
+                if mutant::is("resync-before-the-first-heartbeat") {
+                    let data = peer.data;
+                    self.start_resync(now, data);
+                }
+            }
             (Channel::Heartbeat, None) => {}
         }
+    }
+
+    /// Turns a newcomer away, and says why to it and to people.
+    pub(super) fn refuse(&mut self, conn: ConnId, reason: RefuseReason, detail: String) {
+        self.tell(Event::Refused { reason, detail: detail.clone() });
+        self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
+        self.actions.push_back(Action::Close { conn });
     }
 
     fn welcome(&self, hello: &Hello) -> Welcome {
@@ -173,7 +184,11 @@ impl Primary {
         }
         match (hello.channel, &self.peer, self.phase) {
             (Channel::Data, None, Phase::Solo) => Ok(()),
-            (Channel::Heartbeat, Some(peer), Phase::Joining) if peer.instance == hello.instance => Ok(()),
+            (Channel::Heartbeat, Some(peer), Phase::Joining)
+                if peer.instance == hello.instance && peer.heartbeat.is_none() =>
+            {
+                Ok(())
+            }
             (Channel::Data, ..) => {
                 no(RefuseReason::Busy, "this primary has a secondary, or is deciding about one; try again later".into())
             }
