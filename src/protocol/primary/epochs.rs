@@ -1,6 +1,7 @@
 //! The primary's book of epochs: what runs, what is on its way, what is committed, and when the next cut is due.
 
 use std::hash::{Hash, Hasher};
+use std::time::Duration;
 
 use super::types::PrimaryConfig;
 use crate::protocol::mutant;
@@ -112,15 +113,20 @@ impl Epochs {
     /// A new generation begins: epochs are numbered from 0 again.
     pub fn begin_generation(&mut self, generation: Generation) {
         self.next = EpochId { generation, epoch: 0 };
-        self.abandon();
+        self.capturing = None;
+        self.in_flight = None;
+        self.committed = None;
+        // Output that was held while the pair formed waits on: it is announced only once, and would else wait for the whole interval.
     }
 
-    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last capture only what it bars still counts.
+    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last capture only what it bars still counts; a
+    /// checker sets an interval of minutes to say "never", so all that is as far away is the same.
     pub fn digest<H: Hasher>(&self, config: &PrimaryConfig, now: Instant, into: &mut H) {
+        const NEVER: Duration = Duration::from_secs(60);
         let Epochs { next, capturing, in_flight, committed, last_capture, output_waits, pressed } = self;
         (next, capturing, in_flight, committed, output_waits, pressed).hash(into);
         for wait in [config.interval, config.interval_min] {
-            (*last_capture + wait).since(now).hash(into);
+            (*last_capture + wait).since(now).min(NEVER).hash(into);
         }
     }
 
