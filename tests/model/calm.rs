@@ -33,7 +33,7 @@ impl World {
 
     /// I6: if somebody has the guest, it runs and is heard, as soon as nothing more goes wrong; what was given up is lost.
     pub fn comes_to_rest(&self) -> bool {
-        if self.broken.is_some() || self.ended || !self.is_alive() || self.is_well() {
+        if self.broken.is_some() || self.excused || !self.is_alive() || self.is_well() {
             return true;
         }
         let mut world = self.clone();

@@ -6,6 +6,8 @@ mod calm;
 mod driver;
 mod guest;
 mod moves;
+#[cfg(feature = "mutants")]
+mod mutants;
 mod net;
 mod truth;
 mod world;
@@ -22,6 +24,22 @@ use crate::world::World;
 /// A world to begin with, and all that may follow.
 struct Space {
     begin: World,
+    /// The deliberate bug to explore with; none is "".
+    mutant: &'static str,
+}
+
+impl Space {
+    fn new(begin: World) -> Space {
+        Space { begin, mutant: "" }
+    }
+
+    /// Makes the bug the one of this thread: the checker has its own threads.
+    fn choose_mutant(&self) {
+        #[cfg(feature = "mutants")]
+        mcd::protocol::mutant::choose(self.mutant);
+        #[cfg(not(feature = "mutants"))]
+        assert!(self.mutant.is_empty());
+    }
 }
 
 impl Model for Space {
@@ -37,13 +55,17 @@ impl Model for Space {
     }
 
     fn next_state(&self, world: &World, step: Move) -> Option<World> {
+        self.choose_mutant();
         world.after(step)
     }
 
     fn properties(&self) -> Vec<Property<Space>> {
         vec![
             Property::always("invariants", |_, world: &World| world.broken.is_none()),
-            Property::always(truth::I6, |_, world: &World| world.comes_to_rest()),
+            Property::always(truth::I6, |space: &Space, world: &World| {
+                space.choose_mutant();
+                world.comes_to_rest()
+            }),
         ]
     }
 }
@@ -111,23 +133,49 @@ fn paired(bounds: Bounds) -> World {
     World { bounds, ..world }
 }
 
+/// A number from the environment.
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// How many faults may come together: `MODEL_FAULTS`, or `usual`.
+fn faults(usual: u8) -> u8 {
+    number("MODEL_FAULTS").and_then(|faults| u8::try_from(faults).ok()).unwrap_or(usual)
+}
+
+/// Explores a space to its end and says how large it is.
 fn check(name: &str, begin: World) {
-    let limit = Duration::from_secs(600);
-    let seen = explore(Space { begin }, limit);
+    let limit = Duration::from_secs(number("MODEL_SECONDS").unwrap_or(3600));
+    let seen = explore(Space::new(begin), limit);
     println!(
         "{name}: {} unique states, {} in all, depth {}, {:.1} s{}",
         seen.unique,
         seen.total,
         seen.depth,
         seen.took.as_secs_f64(),
-        if seen.took >= limit { ", out of time" } else { "" }
+        if seen.took >= limit { ", out of time: not all" } else { "" }
     );
     if let Some(how) = seen.broken {
         panic!("{name}: {how}");
     }
 }
 
-fn faults(faults: u8) -> Bounds {
+/// From the first connection on: a newcomer joins, is filled, and becomes the peer on record.
+fn forming(faults: u8) -> World {
+    World::forming(Bounds { packets: 1, connects: 2, ..every_kind(faults) })
+}
+
+/// From a pair on.
+fn breaking(faults: u8) -> World {
+    paired(Bounds { packets: 2, checkpoints: 1, ..every_kind(faults) })
+}
+
+/// From a pair on: it breaks, and the lone node gets a newcomer.
+fn healing(faults: u8) -> World {
+    paired(Bounds { packets: 1, connects: 2, newcomers: 1, ..every_kind(faults) })
+}
+
+fn every_kind(faults: u8) -> Bounds {
     Bounds {
         faults,
         crashes: 2,
@@ -136,18 +184,22 @@ fn faults(faults: u8) -> Bounds {
         splits: 1,
         silences: 2,
         failed_captures: 1,
+        quits: 1,
         ..Bounds::NONE
     }
 }
 
 #[test]
 fn a_pair_forms() {
-    let n = std::env::var("MODEL_FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    check("a pair forms", World::forming(Bounds { packets: 1, connects: 2, checkpoints: 0, ..faults(n) }));
+    check("a pair forms", forming(faults(1)));
 }
 
 #[test]
 fn a_pair_breaks() {
-    let n = std::env::var("MODEL_FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    check("a pair breaks", paired(Bounds { packets: 1, ..faults(n) }));
+    check("a pair breaks", breaking(faults(2)));
+}
+
+#[test]
+fn a_pair_breaks_and_heals() {
+    check("a pair breaks and heals", healing(faults(1)));
 }

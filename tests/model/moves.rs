@@ -2,6 +2,7 @@
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use mcd::protocol::primary::{self, Command};
+use mcd::protocol::record::RecordState;
 
 use crate::driver::Event;
 use crate::truth::Truth;
@@ -178,6 +179,7 @@ impl World {
             }
             Move::Crash { node } => {
                 world.fault(|bounds| &mut bounds.crashes);
+                world.excused |= self.is_only_holder(node);
                 world.end(node);
             }
             Move::Lose { conn, end } => world.lose(conn, end),
@@ -199,11 +201,22 @@ impl World {
             }
             Move::Quit { node } => {
                 world.fault(|bounds| &mut bounds.quits);
-                world.ended = true;
+                world.excused = true;
                 world.happen(node, Event::Primary(primary::Input::Command(Command::Quit)));
             }
         }
         Some(world)
+    }
+
+    /// True if nobody but `n` could go on with the guest. So it is when the record says so, and also in one race: the peer that just came
+    /// on record suspected the primary before, asked the arbiter before, and an answer from before the pair is on its way to it.
+    fn is_only_holder(&self, n: usize) -> bool {
+        let record = self.truth.record;
+        let old = |call: &crate::world::Call| {
+            matches!(call.answer, Some(ArbiterAnswer::Record(Some(told))) if told.generation < record.generation)
+        };
+        let misled = || self.nodes[1 - n].calls.front().is_some_and(old);
+        record.owner == self.nodes[n].me && (record.state != RecordState::Paired || misled())
     }
 
     fn fault(&mut self, kind: impl Fn(&mut crate::bounds::Bounds) -> &mut u8) {

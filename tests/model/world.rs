@@ -27,7 +27,7 @@ pub const TIMEOUT_UNITS: u32 = 2;
 /// What a process is.
 #[derive(Clone, Debug)]
 pub enum Role {
-    /// It crashed, ended, or is between two lives as a newcomer.
+    /// It crashed, excused, or is between two lives as a newcomer.
     Absent,
     Secondary(Secondary),
     Primary(Primary),
@@ -156,15 +156,15 @@ pub struct World {
     pub bounds: Bounds,
     /// How many instances there were.
     pub instances: u8,
-    /// An operator shut the guest down.
-    pub ended: bool,
+    /// An operator shut the guest down, or its only holder on record died: nobody could have helped.
+    pub excused: bool,
     pub broken: Option<Broken>,
 }
 
 impl Hash for World {
     fn hash<H: Hasher>(&self, into: &mut H) {
-        let World { nodes, conns, truth, late, bounds, instances, ended, broken } = self;
-        (nodes, conns, truth, late, bounds, instances, ended, broken).hash(into);
+        let World { nodes, conns, truth, late, bounds, instances, excused, broken } = self;
+        (nodes, conns, truth, late, bounds, instances, excused, broken).hash(into);
     }
 }
 
@@ -232,7 +232,7 @@ impl World {
             late: Vec::new(),
             bounds,
             instances: 2,
-            ended: false,
+            excused: false,
             broken: None,
         }
     }

@@ -13,7 +13,7 @@ impl Secondary {
         #[rustfmt::skip]
         let Secondary {
             config: _, me, phase, conns, data, heartbeat, step_at, welcome, life, guard, generation, expected, committed, record,
-            arbitration, arbiter_lost, cause: _, last_refusal: _, quitting, actions,
+            arbitration, arbiter_lost, cause: _, no_primary: _, quitting, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
         welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
