@@ -46,9 +46,11 @@ impl Pair {
         let settings =
             NodeSettings { program: env!("CARGO_BIN_EXE_mcd").into(), memory_mib: 64, cpus, interval_ms: 10 };
         let dir = RunDir::new().expect("a directory");
-        let mut primary = Node::start(StartAs::Primary, HostName::A, "n0", &settings, &fabric, &dir).expect("a primary");
+        let mut primary =
+            Node::start(StartAs::Primary, HostName::A, "n0", &settings, &fabric, &dir).expect("a primary");
         wait_for(&mut primary, "run the guest", |status| status.running);
-        let secondary = Node::start(StartAs::Secondary, HostName::B, "n1", &settings, &fabric, &dir).expect("a secondary");
+        let secondary =
+            Node::start(StartAs::Secondary, HostName::B, "n1", &settings, &fabric, &dir).expect("a secondary");
         let mut pair = Pair { fabric, settings, dir, primary, secondary, started: 2 };
         pair.wait_protected();
         pair
