@@ -4,7 +4,9 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use mcd::machine::cpu_digest;
-use mcd::protocol::messages::{Channel, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features};
+use mcd::protocol::messages::{
+    Channel, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features,
+};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageEncoder, WireError};
 
@@ -271,4 +273,3 @@ pub fn garbage(length: usize) -> Vec<u8> {
     };
     (0..length).map(|_| next()).collect()
 }
-

@@ -1,7 +1,6 @@
 //! Where a test runs: a network namespace of its own with taps, and a directory.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -57,8 +56,13 @@ pub struct Place {
 impl Place {
     fn new() -> Place {
         let net = Namespace::new("doors").expect("a network namespace");
-        net.ip(&["tuntap add dev tap0 mode tap", "tuntap add dev tap1 mode tap", "link set tap0 up", "link set tap1 up"])
-            .expect("taps");
+        net.ip(&[
+            "tuntap add dev tap0 mode tap",
+            "tuntap add dev tap1 mode tap",
+            "link set tap0 up",
+            "link set tap1 up",
+        ])
+        .expect("taps");
         net.enter().expect("enter the network namespace");
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::create_dir(dir.path().join("arbiter")).expect("a directory");
@@ -165,9 +169,4 @@ pub fn fill_up(file: &Path) -> io::Result<()> {
             Err(error) => return Err(error),
         }
     }
-}
-
-/// The address of a port of the primary's.
-pub fn address(text: &str) -> SocketAddr {
-    text.parse().expect("an address")
 }

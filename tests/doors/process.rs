@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 /// How long anything may take before a test says that it hangs.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// How long is waited for an event before the status is looked at again.
 const LOOK: Duration = Duration::from_millis(100);
 

@@ -61,7 +61,8 @@ fn those_who_say_half_a_word() {
             use std::io::Write;
             for byte in &words {
                 // The only clock of this test: a pace far below the limit.
-                if wait.recv_timeout(std::time::Duration::from_millis(300)).is_ok() || slow.write_all(&[*byte]).is_err() {
+                if wait.recv_timeout(std::time::Duration::from_millis(300)).is_ok() || slow.write_all(&[*byte]).is_err()
+                {
                     return;
                 }
             }
