@@ -47,8 +47,15 @@ pub struct Board {
 impl Board {
     /// A board without a plan.
     pub const fn new() -> Board {
-        const ZERO: AtomicU64 = AtomicU64::new(0);
-        Board { sequence: ZERO, base: ZERO, pages: ZERO, per_second: ZERO, taken: ZERO, started: ZERO, written: ZERO }
+        Board {
+            sequence: AtomicU64::new(0),
+            base: AtomicU64::new(0),
+            pages: AtomicU64::new(0),
+            per_second: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+            started: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+        }
     }
 
     /// Whether the writer has taken the newest plan, and so has let go of the one before.

@@ -22,8 +22,11 @@ pub const PORT: u16 = 6379;
 pub const SOCKETS_MAX: usize = 1024;
 /// Sockets that listen for the next clients.
 const BACKLOG: usize = 16;
-/// Size of a socket's receive buffer and of its send buffer.
-const SOCKET_BUFFER_BYTES: usize = 64 << 10;
+/// Size of a socket's receive buffer. One more byte would need window scaling, with which smoltcp 0.14 takes the first window for a
+/// larger one than it has announced: a client that sends too much could then write beyond the buffer's end, which panics.
+const RECEIVE_BUFFER_BYTES: usize = (64 << 10) - 1;
+/// Size of a socket's send buffer.
+const SEND_BUFFER_BYTES: usize = 64 << 10;
 /// Packets taken in before the commands in them are run.
 const PACKETS_AT_ONCE: usize = 64;
 
@@ -241,8 +244,8 @@ impl Server {
         if self.connections.len() >= SOCKETS_MAX {
             return Err(OutOfMemory);
         }
-        let receive = SocketBuffer::new(zeroed(SOCKET_BUFFER_BYTES)?);
-        let send = SocketBuffer::new(zeroed(SOCKET_BUFFER_BYTES)?);
+        let receive = SocketBuffer::new(zeroed(RECEIVE_BUFFER_BYTES)?);
+        let send = SocketBuffer::new(zeroed(SEND_BUFFER_BYTES)?);
         let handle = self.sockets.add(Socket::new(receive, send));
         self.connections.push(Connection::new(handle));
         Ok(self.connections.len() - 1)

@@ -1,6 +1,6 @@
 //! What a node shows: the driver writes it down, the control socket reads it at any time without waiting for the driver.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
@@ -37,6 +37,7 @@ struct Vitals {
     pages_left: Option<u64>,
     pages_total: u64,
     arbiter_lost: Option<String>,
+    no_primary: Option<String>,
 }
 
 struct Fixed {
@@ -49,7 +50,8 @@ struct Fixed {
 
 struct Shown {
     vitals: Vitals,
-    gate: Option<Arc<OutputGate>>,
+    /// Not kept alive from here: the gate has the tap open, which a secondary that joins again opens anew.
+    gate: Weak<OutputGate>,
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
     /// Why the arbiter did not answer when it was last looked at.
@@ -91,18 +93,25 @@ impl Board {
             pages_left: None,
             pages_total: 0,
             arbiter_lost: None,
+            no_primary: None,
         };
         Arc::new(Board {
             fixed,
-            shown: Mutex::new(Shown { vitals, gate: None, takeover: None, guest_alarm: None, arbiter_lost: None }),
+            shown: Mutex::new(Shown {
+                vitals,
+                gate: Weak::new(),
+                takeover: None,
+                guest_alarm: None,
+                arbiter_lost: None,
+            }),
             log: Mutex::new(EpochLog::new(SAMPLES_MAX)),
             events,
         })
     }
 
     /// The gate whose held output is shown.
-    pub fn show_gate(&self, gate: Arc<OutputGate>) {
-        self.shown.lock().gate = Some(gate);
+    pub fn show_gate(&self, gate: &Arc<OutputGate>) {
+        self.shown.lock().gate = Arc::downgrade(gate);
     }
 
     /// Writes down how a primary is.
@@ -126,6 +135,7 @@ impl Board {
             pages_left: node.resync_pages_left(),
             pages_total,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
+            no_primary: None,
         };
     }
 
@@ -151,6 +161,7 @@ impl Board {
             pages_left: None,
             pages_total: 0,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
+            no_primary: node.no_primary().map(str::to_owned),
         };
     }
 
@@ -188,7 +199,7 @@ impl Board {
     pub fn status(&self) -> NodeStatus {
         let (vitals, held, takeover, guest_alarm, noticed) = {
             let shown = self.shown.lock();
-            let held = shown.gate.as_ref().map(|gate| gate.figures()).unwrap_or_default();
+            let held = shown.gate.upgrade().map(|gate| gate.figures()).unwrap_or_default();
             (shown.vitals.clone(), held, shown.takeover.clone(), shown.guest_alarm.clone(), shown.arbiter_lost.clone())
         };
         let log = self.log.lock();
@@ -196,6 +207,9 @@ impl Board {
         let arbiter_lost = vitals.arbiter_lost.clone().or(noticed);
         if let Some(why) = &arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(vitals.state)));
+        }
+        if let Some(why) = &vitals.no_primary {
+            alarms.push(format!("no primary to join: {why}"));
         }
         NodeStatus {
             role: vitals.role,
@@ -267,6 +281,9 @@ impl Handler for Board {
     }
 
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+        if arguments.keys().any(|key| (command, key.as_str()) != ("mc-query-epochs", "since")) {
+            return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
+        }
         match command {
             "query-status" => Ok(self.status().query_status()),
             "query-name" => Ok(json!({ "name": self.fixed.guest })),

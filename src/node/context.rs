@@ -14,6 +14,7 @@ use super::config::{Compress, NodeConfig};
 use super::error::NodeError;
 use super::events::NodeEvent;
 use crate::arbiter::Arbiter;
+use crate::checkpoint::capture::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
 use crate::control::EventSink;
 use crate::machine::Machine;
@@ -44,8 +45,11 @@ impl Unarbitrated {
     pub fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
         let notice = notice(self.board.clone(), self.sink.clone());
         let arbiter = ArbiterThread::start(arbiter, self.events.clone(), notice)?;
+        let captures = CapturePool::default();
+        let warming = captures.clone();
+        std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;
         let Unarbitrated { config, guest_ip, inbox, events, board, sink, cpu_digest } = self;
-        Ok(Context { config, guest_ip, inbox, events, board, sink, arbiter, cpu_digest })
+        Ok(Context { config, guest_ip, inbox, events, board, sink, arbiter, cpu_digest, captures })
     }
 }
 
@@ -90,12 +94,18 @@ pub struct Context {
     pub arbiter: ArbiterThread,
     /// Digest of the CPU features this host gives a guest.
     pub cpu_digest: u64,
+    /// Room for captures, made ready in the background from the start: a node may need it at any moment, and in a hurry.
+    pub captures: CapturePool,
 }
 
 impl Context {
     /// Tells people and programs.
     pub fn tell(&self, event: &Event) {
-        tracing::info!(event = event.name(), "{event}");
+        if event.is_trouble() {
+            tracing::warn!(event = event.name(), "{event}");
+        } else {
+            tracing::info!(event = event.name(), "{event}");
+        }
         self.sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
     }
 

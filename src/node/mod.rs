@@ -22,6 +22,7 @@ mod events;
 mod keeper;
 mod links;
 mod primary;
+mod priority;
 mod secondary;
 mod signals;
 
@@ -92,7 +93,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
     let protocol = Primary::new(context.primary_config(start.shape.clone()), me, record, clock::now());
-    context.board.show_gate(gate.clone());
+    context.board.show_gate(&gate);
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
     let end = PrimaryNode::new(context, machine, gate, protocol).run(None)?;
@@ -155,6 +156,7 @@ fn ending_of(ending: Ending) -> Result<NodeEnd, NodeError> {
         Ending::Quit => Ok(NodeEnd::Quit),
         Ending::GuestEnded(why) => Ok(NodeEnd::GuestEnded(why)),
         Ending::Refused { detail, .. } => Err(NodeError::Refused(detail)),
+        Ending::Foreign(why) => Err(NodeError::NotAPrimary(why)),
         Ending::NoMachine(why) => Err(NodeError::NoMachine(why)),
     }
 }

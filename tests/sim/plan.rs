@@ -163,11 +163,15 @@ impl Plan {
         GuestName::new("sim").expect("a good name")
     }
 
+    fn shape(&self) -> MachineShape {
+        MachineShape { memory_bytes: self.pages * PAGE_BYTES as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] }
+    }
+
     pub fn primary(&self) -> PrimaryConfig {
         let us = Duration::from_micros;
         PrimaryConfig {
             guest: Plan::guest_name(),
-            shape: MachineShape { memory_bytes: self.pages * PAGE_BYTES as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] },
+            shape: self.shape(),
             cpu_digest: 7,
             features: 1,
             interval: us(self.epoch_us),

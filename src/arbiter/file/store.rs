@@ -129,7 +129,8 @@ impl Store {
 
     fn sync_directory(&self) -> Result<(), ArbiterError> {
         let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        synced.map_err(|error| self.failed("sync", &self.directory, error))
+        // Even for lack of space: the new record is in place by now, so nobody may be told that the old one stands.
+        synced.map_err(|source| ArbiterError::Io { doing: "sync", path: self.directory.clone(), source })
     }
 
     fn failed(&self, doing: &'static str, path: &Path, source: io::Error) -> ArbiterError {
