@@ -157,6 +157,8 @@ impl Connection {
             });
             match taken {
                 Ok(Ok(bytes @ 1..)) => received += bytes,
+                // What was flushed and is not freed yet may be enough.
+                Ok(Err(_)) if shared.store.tidy_all() => {}
                 Ok(Err(_)) => {
                     // The rest of the command cannot even be told from the next one without taking it in.
                     self.refuse(ProtocolError::Memory, shared);
