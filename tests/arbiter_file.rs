@@ -14,7 +14,7 @@ const RACE_DIRECTORY: &str = "MCD_TEST_RACE_DIRECTORY";
 const RACE_INSTANCE: &str = "MCD_TEST_RACE_INSTANCE";
 
 /// The generation at which a race is over.
-const LAST: u64 = 3_000;
+const LAST: u64 = 10_000;
 
 fn guest() -> GuestName {
     GuestName::new("raced").unwrap()

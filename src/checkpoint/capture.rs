@@ -10,7 +10,7 @@ use crate::protocol::types::EpochId;
 
 /// Pages whose room is touched before the first capture, so that a usual epoch never waits for the host's memory
 /// (never-touched memory costs 11 µs a page, 50 times the copy).
-const WARM_PAGES_MAX: u64 = 8192;
+const WARM_PAGES: usize = 4096;
 /// Captures kept for reuse: one being filled, one being sent.
 const POOLED: usize = 2;
 
@@ -59,12 +59,11 @@ impl Default for CapturePool {
 }
 
 impl CapturePool {
-    /// Makes the pool ready for a guest of `guest_pages` pages.
-    pub fn warm(&self, guest_pages: u64) {
-        let pages = usize::try_from(guest_pages.min(WARM_PAGES_MAX)).unwrap_or(0);
+    /// Makes the pool ready. It takes a while: not for a thread that somebody waits for.
+    pub fn warm(&self) {
         for _ in self.free.len()..POOLED {
             let mut capture = Box::<Capture>::default();
-            capture.warm(pages);
+            capture.warm(WARM_PAGES);
             self.put(capture);
         }
     }

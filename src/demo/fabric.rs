@@ -94,6 +94,13 @@ pub fn has_rights() -> bool {
     effective & CAP_NET_ADMIN != 0 && effective & CAP_SYS_ADMIN != 0
 }
 
+/// Whether this process is root only inside a user namespace of its own.
+pub fn in_user_namespace() -> bool {
+    // The first line maps our ids to those outside; only in the first namespace it covers all of them.
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace().nth(2) == Some("1")
+}
+
 /// Makes `command` start in a user namespace of its own in which the caller is root.
 pub fn start_in_user_namespace(command: &mut Command) {
     let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());

@@ -1,14 +1,24 @@
 //! The top floor: `mcd demo`, and the network, the checked client and the handling of nodes that the benches share with it.
 
+mod ask;
 pub mod client;
+pub mod error;
 pub mod fabric;
 pub mod load;
 pub mod model;
+pub mod nodes;
 pub mod probe;
+pub mod report;
 pub mod resp;
 pub mod rng;
+mod rounds;
+mod run;
+mod screen;
+mod stay;
 mod steering;
 #[cfg(test)]
 pub(crate) mod test_rights;
 #[cfg(test)]
 mod test_server;
+
+pub use run::{DemoOptions, run};

@@ -10,15 +10,16 @@ use super::conns::Conns;
 use super::context::Context;
 use super::error::NodeError;
 use super::events::NodeEvent;
-use super::{announce, clock};
+use super::{announce, clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
+use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
-use crate::protocol::messages::Message;
+use crate::protocol::messages::{Message, features};
 use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 
@@ -58,6 +59,7 @@ impl PrimaryNode {
     /// A driver for a machine that is booted or restored, and still paused.
     pub fn new(context: Context, machine: Machine, gate: Arc<OutputGate>, protocol: Primary) -> PrimaryNode {
         let pages = machine.memory().pages();
+        let pool = context.captures.clone();
         PrimaryNode {
             context,
             machine,
@@ -65,7 +67,7 @@ impl PrimaryNode {
             protocol,
             conns: Conns::default(),
             sender: None,
-            pool: CapturePool::default(),
+            pool,
             dirt: DirtBook::new(pages),
             on_its_way: None,
             replies: Vec::new(),
@@ -79,6 +81,7 @@ impl PrimaryNode {
     /// What this node cannot go on after: the machine failed.
     pub fn run(mut self, takeover: Option<TakeoverReport>) -> Result<PrimaryEnd, NodeError> {
         clock::sharpen_timers();
+        priority::raise();
         let resuming_us = clock::monotonic_us();
         self.gate.pass();
         self.machine.resume()?;
@@ -146,7 +149,10 @@ impl PrimaryNode {
                 Some(Input::Command(command))
             }
             // What a secondary hears of; a late one may still be in the channel after a takeover.
-            NodeEvent::Connected { .. } | NodeEvent::Staged { .. } | NodeEvent::Background { .. } => None,
+            NodeEvent::Connected { .. }
+            | NodeEvent::Foreign { .. }
+            | NodeEvent::Staged { .. }
+            | NodeEvent::Background { .. } => None,
         })
     }
 
@@ -223,7 +229,6 @@ impl PrimaryNode {
 
     fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
         let Some((writer, closer)) = self.conns.take(conn) else { return Ok(()) };
-        self.pool.warm(self.machine.memory().pages());
         self.dirt.forget();
         self.machine.track_dirt(true)?;
         let events = self.context.events.clone();
@@ -236,8 +241,13 @@ impl PrimaryNode {
             let _ = events.send(event);
         };
         let memory = self.machine.memory().clone();
-        let lz4 = self.context.config.compress == Compress::Lz4;
-        self.sender = Some(Sender::start(conn, (writer, closer), memory, lz4, self.pool.clone(), report)?);
+        let packing = match self.context.config.compress {
+            _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Plain,
+            Compress::None => Packing::Plain,
+            Compress::Lz4 => Packing::Lz4,
+            Compress::Auto => Packing::BySpeed,
+        };
+        self.sender = Some(Sender::start(conn, (writer, closer), memory, packing, self.pool.clone(), report)?);
         Ok(())
     }
 

@@ -51,6 +51,15 @@ pub struct MachineShape {
     pub mac: [u8; 6],
 }
 
+impl MachineShape {
+    /// The most bytes one epoch of this machine can take in staging memory: every page raw with its record header, and the machine's state.
+    pub fn epoch_bytes_max(&self) -> u64 {
+        const STATE_BYTES_MAX: u64 = 1 << 20;
+        let headers = self.memory_bytes / 256;
+        self.memory_bytes.saturating_add(headers).saturating_add(STATE_BYTES_MAX * (1 + u64::from(self.cpus)))
+    }
+}
+
 /// The primary's answer to a hello it accepts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Welcome {

@@ -1,6 +1,6 @@
 //! Pausing: never hangs, never loses a kick.
 
-use std::time::Duration;
+use std::time::Instant;
 
 use crate::guest_code;
 use crate::support::*;
@@ -124,42 +124,62 @@ fn a_pause_does_not_end_a_wait() {
     assert_eq!(word(&ram, RESULTS), 2, "the guest slept through");
 }
 
+guest_code!(
+    measure_gaps,
+    // Keeps the longest time between two rounds, in TSC ticks, at 0x200008.
+    "1: rdtsc",
+    "shl rdx, 32",
+    "or rax, rdx",
+    "mov rcx, rax",
+    "sub rcx, r8",
+    "mov r8, rax",
+    "inc qword ptr [0x200000]",
+    "cmp rcx, [0x200008]",
+    "jbe 1b",
+    "mov [0x200008], rcx",
+    "jmp 1b",
+);
+
+/// The middle one.
+fn median(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
+/// Prints what an empty pause costs here, as seen from both sides. It asserts nothing about time.
 #[test]
 fn pause_times_are_reported() {
     if !have_kvm() {
         return;
     }
-    let (mut machine, _wires, _console) = loaded(1, count_up());
-    let mut stop = Vec::new();
+    let (mut machine, _wires, _console) = loaded(1, measure_gaps());
+    let ram = machine.memory().clone();
     let mut state = Vec::with_capacity(64 << 10);
-    let mut gaps = Vec::new();
+    let (mut times, mut gaps_us) = (Vec::new(), Vec::new());
+    // SAFETY: reads the time stamp counter.
+    let tsc = || unsafe { std::arch::x86_64::_rdtsc() };
+    let (start, start_tsc) = (Instant::now(), tsc());
+    machine.resume().expect("resume");
     for _ in 0..500 {
-        machine.resume().expect("resume");
-        let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_micros(500) {
-            std::hint::spin_loop();
-        }
-        let start = std::time::Instant::now();
+        let steps = word(&ram, RESULTS);
+        until("the guest to measure", || word(&ram, RESULTS) > steps + 5_000);
+        ram.write(RESULTS + 8, &[0; 8]).expect("reset");
         machine.pause().expect("pause");
         state.clear();
         machine.save(&mut state).expect("save");
-        gaps.push(start.elapsed().as_micros() as u64);
-        stop.push(machine.pause_times());
+        machine.resume().expect("resume");
+        times.push(machine.pause_times());
+        until("the guest to see the gap", || word(&ram, RESULTS) > steps + 6_000 && word(&ram, RESULTS + 8) > 0);
+        let ticks_per_us = (tsc() - start_tsc) / u64::try_from(start.elapsed().as_micros()).expect("time").max(1);
+        gaps_us.push(word(&ram, RESULTS + 8) / ticks_per_us.max(1));
     }
-    gaps.sort_unstable();
-    let mut stops: Vec<u64> = stop.iter().map(|t| t.stop_us).collect();
-    stops.sort_unstable();
-    let mut settles: Vec<u64> = stop.iter().map(|t| t.settle_us).collect();
-    settles.sort_unstable();
-    let mut encodes: Vec<u64> = stop.iter().map(|t| t.encode_us).collect();
-    encodes.sort_unstable();
+    machine.pause().expect("pause");
     println!(
-        "pause and save {} µs, of it stop {} settle {} encode {}; {} bytes",
-        gaps[250],
-        stops[250],
-        settles[250],
-        encodes[250],
+        "medians of an empty pause, in µs: stop {}, settle {}, encode {}; the guest sees {}; {} bytes of state",
+        median(times.iter().map(|t| t.stop_us).collect()),
+        median(times.iter().map(|t| t.settle_us).collect()),
+        median(times.iter().map(|t| t.encode_us).collect()),
+        median(gaps_us),
         state.len()
     );
-    assert!(!state.is_empty());
 }

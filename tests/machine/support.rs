@@ -146,19 +146,13 @@ impl Write for Console {
 pub struct Wires {
     to_guest: Mutex<VecDeque<Vec<u8>>>,
     from_guest: Mutex<Vec<Vec<u8>>>,
-    room: Mutex<usize>,
     readable: EventFd,
 }
 
 impl Wires {
     pub fn new() -> Arc<Wires> {
         let readable = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("eventfd");
-        Arc::new(Wires {
-            to_guest: Mutex::default(),
-            from_guest: Mutex::default(),
-            room: Mutex::new(usize::MAX),
-            readable,
-        })
+        Arc::new(Wires { to_guest: Mutex::default(), from_guest: Mutex::default(), readable })
     }
 
     /// Puts a frame on the wire to the guest.
@@ -176,20 +170,10 @@ impl Wires {
     pub fn sent(&self) -> Vec<Vec<u8>> {
         self.from_guest.lock().expect("wire").clone()
     }
-
-    /// How many more frames the guest may send.
-    pub fn set_room(&self, frames: usize) {
-        *self.room.lock().expect("wire") = frames;
-    }
 }
 
 impl NetBackend for Wires {
     fn transmit(&self, frame: &[u8]) -> Transmit {
-        let mut room = self.room.lock().expect("wire");
-        if *room == 0 {
-            return Transmit::Full;
-        }
-        *room -= 1;
         self.from_guest.lock().expect("wire").push(frame.to_vec());
         Transmit::Accepted
     }

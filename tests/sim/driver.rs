@@ -1,13 +1,15 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
 use mcd::protocol::messages::Message;
-use mcd::protocol::primary::{self, Command, ConnId};
+use mcd::protocol::mutant;
+use mcd::protocol::primary::{self, Command, ConnId, OutputCut};
 use mcd::protocol::secondary;
 use mcd::protocol::types::{EpochId, Instant};
 
-use crate::guest::TORN;
+use crate::guest::Output;
 use crate::net::{Item, ProcId};
 use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender, Staged};
+use crate::plan::FaultKind;
 use crate::world::{Event, World};
 
 /// Turns without time passing after which a machine is taken to spin.
@@ -103,6 +105,7 @@ impl World {
         let now = self.procs[proc].clock.local(self.now);
         match input {
             In::Background(pages) => self.apply(proc, &pages),
+            In::EpochPages(_) if mutant::is("ack-before-whole") && !self.procs[proc].staging.is_empty() => {}
             In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
             In::EpochEnd { conn, id, completes, counter, life } => {
                 let pages = std::mem::take(&mut self.procs[proc].staging);
@@ -110,9 +113,16 @@ impl World {
                 let staged = secondary::Input::Staged { conn, id, completes_resync: completes, staged_bytes: 0 };
                 self.feed_secondary(proc, now, staged);
             }
+            In::Primary(primary::Input::OutputWaiting) => {
+                // As the driver does: the epoch may have been cut since.
+                if self.procs[proc].output.as_ref().is_some_and(Output::has_open) {
+                    self.feed_primary(proc, now, primary::Input::OutputWaiting);
+                }
+            }
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
             In::Answer { ticket, answer } => {
+                self.procs[proc].read_served = None;
                 if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
                 } else {
@@ -124,7 +134,10 @@ impl World {
     }
 
     fn feed_primary(&mut self, proc: ProcId, now: Instant, input: primary::Input) {
-        if let Role::Primary(machine) = &mut self.procs[proc].role {
+        let node = &mut self.procs[proc];
+        if let Role::Primary(machine) = &mut node.role {
+            let quit = matches!(input, primary::Input::Command(Command::Quit));
+            node.may_exit |= quit && (node.quits >= 2 || machine.phase() == primary::Phase::Protected);
             machine.handle(now, input);
         }
     }
@@ -182,10 +195,14 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
+            // The model keeps every epoch's dirt until the primary forgets the peer.
+            Action::Committed { .. } => {}
             Action::Release { through, before } => self.release(proc, through, before),
             Action::ReleaseAll => {
-                let packets = self.procs[proc].output.take_all();
-                self.let_go(proc, &packets);
+                if let Some(output) = &self.procs[proc].output {
+                    output.pass();
+                }
+                self.look_at_output(proc);
             }
             Action::Run(run) => {
                 self.note(proc, || format!("run {run}"));
@@ -196,21 +213,14 @@ impl World {
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit => {
-                self.excuse_exit(proc);
+                let protected = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Protected);
+                self.excused |= protected || self.procs[proc].may_exit;
                 self.note(proc, || "exits".into());
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
             }
             Action::Tell(event) => self.note(proc, || format!("* {event}")),
-        }
-    }
-
-    /// An operator may end a node whose guest goes on at the secondary, and any node by asking twice.
-    fn excuse_exit(&mut self, proc: ProcId) {
-        let node = &self.procs[proc];
-        if node.phase == AnyPhase::Primary(primary::Phase::Protected) || node.quits >= 2 {
-            self.excused = true;
         }
     }
 
@@ -249,10 +259,8 @@ impl World {
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
         let dirt = guest.take_dirt();
-        if output == OutputCut::Hold {
-            node.output.hold();
-        } else if output == OutputCut::Seal {
-            node.output.seal(id.epoch);
+        if let Some(gate) = &node.output {
+            gate.cut(output, id.epoch);
         }
         if fails {
             guest.dirt.union_with(&dirt);
@@ -262,7 +270,13 @@ impl World {
         }
         let snapshot = guest.snapshot();
         let (counter, life) = (snapshot.counter, snapshot.life);
-        let pages: Vec<(u64, u64)> = dirt.iter().map(|page| (page, snapshot.pages[page as usize])).collect();
+        // A page that the capture overlooks is clean from now on.
+        let overlooked = if mutant::is("dirt-forgotten") && dirt.count() > 3 { dirt.iter().next() } else { None };
+        let pages: Vec<(u64, u64)> = dirt
+            .iter()
+            .filter(|page| Some(*page) != overlooked)
+            .map(|page| (page, snapshot.pages[page as usize]))
+            .collect();
         if let Role::Primary(machine) = &mut node.role {
             machine.note_dirt(&dirt);
         }
@@ -275,25 +289,45 @@ impl World {
     }
 
     fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
-        if self.procs[proc].clock.local(self.now) >= before {
-            self.procs[proc].urgent.push_back(In::Primary(primary::Input::ReleaseExpired));
-            self.note(proc, || "release expired".into());
+        // Now and then the driver stands still in the middle of a release.
+        let breaks = self.calm_since.is_none() && self.plan.kinds.contains(&FaultKind::Stall) && self.rng.chance(20);
+        let mut left = if breaks { self.rng.below(3) } else { u64::MAX };
+        let in_time = self.procs[proc].clock.local(self.now) < before;
+        let Some(output) = &self.procs[proc].output else { return };
+        let done = output.release(through, || {
+            left = left.saturating_sub(1);
+            in_time && left > 0
+        });
+        self.look_at_output(proc);
+        if done {
             return;
         }
-        let packets = self.procs[proc].output.take_through(through);
-        self.let_go(proc, &packets);
+        if in_time {
+            self.procs[proc].pending = Some(Act::Primary(primary::Action::Release { through, before }));
+            let us = self.rng.below(self.plan.timeout_us * 8);
+            self.stall(proc, us, true);
+        } else {
+            self.procs[proc].urgent.push_back(In::Primary(primary::Input::ReleaseExpired));
+            self.note(proc, || "release expired".into());
+        }
     }
 
-    /// Packets leave the host.
-    pub fn let_go(&mut self, proc: ProcId, packets: &[u64]) {
-        self.procs[proc].output.told_full = false;
+    /// Checks what left the host, and passes on what the gate says.
+    pub fn look_at_output(&mut self, proc: ProcId) {
+        let node = &mut self.procs[proc];
+        let (Some(output), Role::Primary(machine)) = (&node.output, &node.role) else { return };
+        if output.take_waiting() {
+            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
+        }
+        if output.take_full() {
+            node.inbox.push_back(In::Primary(primary::Input::OutputFull));
+        }
+        let packets = output.take_left();
         let (Some(first), Some(last)) = (packets.first(), packets.last()) else { return };
-        let Role::Primary(machine) = &self.procs[proc].role else { return };
-        let generation = machine.generation();
-        let me = self.procs[proc].me;
+        let (me, generation) = (node.me, machine.generation());
         self.note(proc, || format!("≫ releases packets {first}..={last}"));
-        for packet in packets {
-            let check = self.model.released(me, generation, *packet, self.arbiter.record, &self.arbiter.owners);
+        for packet in &packets {
+            let check = self.model.released(self.now, me, generation, *packet, &self.arbiter);
             self.check(check);
         }
     }
@@ -302,144 +336,15 @@ impl World {
         self.drop_sender(proc);
         let node = &mut self.procs[proc];
         node.guest = None;
-        node.output.discard();
+        if let Some(output) = &node.output {
+            output.close();
+        }
         for (conn, _) in node.conns.clone() {
             self.close(proc, conn);
         }
         self.note(proc, || "FENCED".into());
         let us = self.rng.range(1_000, 50_000);
         self.after(us, Event::Command(proc, Command::Quit));
-    }
-
-    // ---- the sender thread ----
-
-    fn submit(&mut self, proc: ProcId, job: Job) {
-        let Some(sender) = &mut self.procs[proc].sender else { return };
-        sender.jobs.push_back(job);
-        if sender.jobs.len() == 1 {
-            let token = sender.token;
-            let us = self.takes(300);
-            self.after(us, Event::SenderStep { proc, token });
-        }
-    }
-
-    pub fn sender_step(&mut self, proc: ProcId, token: u64) {
-        let Some(sender) = &mut self.procs[proc].sender else { return };
-        if sender.token != token {
-            return;
-        }
-        let conn = sender.conn;
-        let Some(job) = sender.jobs.pop_front() else { return };
-        let more = !sender.jobs.is_empty();
-        let pushed = self.perform(proc, conn, job);
-        if more {
-            let us = self.takes(300);
-            self.after(us, Event::SenderStep { proc, token });
-        }
-        if pushed {
-            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Pushed));
-            self.drive(proc);
-        }
-    }
-
-    /// Does one job; true if a push was read.
-    fn perform(&mut self, proc: ProcId, conn: ConnId, job: Job) -> bool {
-        match job {
-            Job::Message(message) => self.send(proc, conn, Item::Message(message)),
-            Job::Epoch { id, completes, mut pages, counter, life } => {
-                let rest = pages.split_off(pages.len() / 2);
-                self.send(proc, conn, Item::EpochPages(pages));
-                self.send(proc, conn, Item::EpochPages(rest));
-                self.send(proc, conn, Item::EpochEnd { id, completes, counter, life });
-            }
-            Job::Push(pages) => {
-                let read = pages.iter().map(|page| (*page, self.read_page(proc, *page))).collect();
-                self.send(proc, conn, Item::Background(read));
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Reads a page while the guest runs: it may write the page that very moment.
-    fn read_page(&mut self, proc: ProcId, page: u64) -> u64 {
-        let torn = self.rng.chance(200) && self.guest_runs(proc);
-        let Some(guest) = &mut self.procs[proc].guest else { return HOLE };
-        if torn && guest.tracking {
-            self.versions += 1;
-            guest.write(page, self.versions);
-            return self.versions | TORN;
-        }
-        guest.pages[page as usize]
-    }
-
-    /// The sender thread ends: what was handed over leaves, then the connection closes.
-    pub fn drop_sender(&mut self, proc: ProcId) {
-        let Some(sender) = self.procs[proc].sender.take() else { return };
-        for job in sender.jobs {
-            self.perform(proc, sender.conn, job);
-        }
-        self.close(proc, sender.conn);
-    }
-
-    // ---- the guest ----
-
-    fn guest_runs(&self, proc: ProcId) -> bool {
-        let node = &self.procs[proc];
-        node.alive
-            && self.now >= node.paused_until
-            && node.guest.as_ref().is_some_and(|guest| guest.runs && !guest.shut_down)
-    }
-
-    pub fn guest_step(&mut self, proc: ProcId) {
-        if !self.procs[proc].alive || self.procs[proc].guest.is_none() {
-            return;
-        }
-        if self.guest_runs(proc) {
-            let writes = self.rng.range(1, self.plan.writes_max);
-            let packets = if self.rng.chance(self.plan.emit_per_mille) { self.rng.range(1, 3) } else { 0 };
-            for _ in 0..writes {
-                // Some pages are hot.
-                let pages = if self.rng.chance(500) { self.plan.pages.min(4) } else { self.plan.pages };
-                let page = self.rng.below(pages);
-                self.versions += 1;
-                let version = self.versions;
-                if let Some(guest) = &mut self.procs[proc].guest {
-                    guest.write(page, version);
-                }
-            }
-            for _ in 0..packets {
-                self.emit(proc);
-            }
-            self.drive(proc);
-        }
-        let us = self.rng.range(self.plan.guest_step_us / 4, self.plan.guest_step_us * 2);
-        self.after(us, Event::GuestStep(proc));
-    }
-
-    /// The guest sends its next packet, or keeps it while the buffer is full.
-    fn emit(&mut self, proc: ProcId) {
-        let cap = self.plan.output_cap;
-        let node = &mut self.procs[proc];
-        let Some(guest) = &mut node.guest else { return };
-        if node.output.holds && node.output.held() >= cap {
-            if !node.output.told_full {
-                node.output.told_full = true;
-                node.inbox.push_back(In::Primary(primary::Input::OutputFull));
-            }
-            return;
-        }
-        let packet = guest.counter;
-        guest.counter += 1;
-        if !node.output.holds {
-            self.let_go(proc, &[packet]);
-            return;
-        }
-        node.output.push(packet);
-        if !node.output.told_waiting {
-            node.output.told_waiting = true;
-            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
-        }
     }
 
     // ---- the secondary's effects ----
@@ -472,6 +377,9 @@ impl World {
             }
             Action::Rejoin { after } => {
                 let node = &mut self.procs[proc];
+                if let Role::Secondary(machine) = &node.role {
+                    node.last_conn = machine.last_conn();
+                }
                 node.role = Role::Waiting;
                 node.forget();
                 for (conn, _) in node.conns.clone() {

@@ -1,9 +1,17 @@
-//! The guest of the simulator: pages with version numbers, packets with numbers, and the queue that holds them.
+//! The guest of the simulator: pages with version numbers, packets with numbers, and the real gate and buffer that hold them.
 
-use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
 use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 
+use mcd::checkpoint::output::{OutputGate, OutputListener, ReleaseEnd};
+use mcd::device::{NetBackend, Transmit};
 use mcd::protocol::pages::PageSet;
+use mcd::protocol::primary::OutputCut;
+use netbuf::{Limits, OutputBuffer, PacketPort};
 
 /// Marks a page that was read while the guest wrote it: no image may ever keep one.
 pub const TORN: u64 = 1 << 63;
@@ -69,63 +77,104 @@ impl Guest {
     }
 }
 
-/// The output of one node.
-#[derive(Debug, Default)]
+/// The output of one node: the real gate before a port that remembers what left.
 pub struct Output {
-    pub holds: bool,
-    sealed: VecDeque<(u64, VecDeque<u64>)>,
-    open: VecDeque<u64>,
-    held: usize,
-    pub told_waiting: bool,
-    pub told_full: bool,
+    gate: Arc<OutputGate>,
+    left: Arc<Mutex<Vec<u64>>>,
+    told: Arc<Told>,
+}
+
+/// What the gate told its driver and the driver has not looked at yet.
+#[derive(Default)]
+struct Told {
+    waiting: AtomicBool,
+    full: AtomicBool,
+}
+
+struct Listener(Arc<Told>);
+
+impl OutputListener for Listener {
+    fn output_waiting(&self) {
+        self.0.waiting.store(true, Relaxed);
+    }
+
+    fn output_full(&self) {
+        self.0.full.store(true, Relaxed);
+    }
+}
+
+struct Port(Arc<Mutex<Vec<u64>>>);
+
+impl PacketPort for Port {
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
+        let number = <[u8; 8]>::try_from(frame).map_err(|_| io::ErrorKind::InvalidData)?;
+        if let Ok(mut left) = self.0.lock() {
+            left.push(u64::from_le_bytes(number));
+        }
+        Ok(())
+    }
+
+    fn recv(&self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn as_raw_fd(&self) -> RawFd {
+        -1
+    }
 }
 
 impl Output {
-    /// Begins to hold; what comes from now on waits for its epoch.
-    pub fn hold(&mut self) {
-        self.holds = true;
+    /// A closed gate that holds at most `packets_max` packets.
+    pub fn new(packets_max: usize) -> Output {
+        let left = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::new(Told::default());
+        let buffer = OutputBuffer::new(Limits { bytes_max: 1 << 20, packets_max });
+        let gate = OutputGate::new(Box::new(Port(left.clone())), buffer, Box::new(Listener(told.clone())), || 0);
+        Output { gate, left, told }
     }
 
-    pub fn held(&self) -> usize {
-        self.held
+    /// The guest sends packet `number`; false if the gate has no room.
+    pub fn transmit(&self, number: u64) -> bool {
+        self.gate.transmit(&number.to_le_bytes()) == Transmit::Accepted
     }
 
-    pub fn push(&mut self, packet: u64) {
-        self.open.push_back(packet);
-        self.held += 1;
-    }
-
-    pub fn seal(&mut self, epoch: u64) {
-        self.told_waiting = false;
-        let open = std::mem::take(&mut self.open);
-        if !open.is_empty() {
-            self.sealed.push_back((epoch, open));
+    pub fn cut(&self, output: OutputCut, epoch: u64) {
+        match output {
+            OutputCut::Pass => {}
+            OutputCut::Hold => self.gate.hold(),
+            OutputCut::Seal => self.gate.seal(epoch),
         }
     }
 
-    /// Takes the packets of epochs up to `through`, in order.
-    pub fn take_through(&mut self, through: u64) -> Vec<u64> {
-        let mut out = Vec::new();
-        while self.sealed.front().is_some_and(|(epoch, _)| *epoch <= through) {
-            if let Some((_, packets)) = self.sealed.pop_front() {
-                out.extend(packets);
-            }
-        }
-        self.held -= out.len();
-        out
+    /// True if the release was finished; `may` is asked before each packet.
+    pub fn release(&self, through: u64, may: impl FnMut() -> bool) -> bool {
+        self.gate.release(through, may) == ReleaseEnd::Done
     }
 
-    /// Takes everything and holds no longer.
-    pub fn take_all(&mut self) -> Vec<u64> {
-        let mut out = self.take_through(u64::MAX);
-        out.extend(std::mem::take(&mut self.open));
-        self.held = 0;
-        self.holds = false;
-        self.told_waiting = false;
-        out
+    pub fn pass(&self) {
+        self.gate.pass();
     }
 
-    pub fn discard(&mut self) {
-        *self = Output::default();
+    pub fn close(&self) {
+        self.gate.close();
+    }
+
+    pub fn has_open(&self) -> bool {
+        self.gate.open_packets() > 0
+    }
+
+    /// What left since the last look.
+    pub fn take_left(&self) -> Vec<u64> {
+        self.left.lock().map(|mut left| std::mem::take(&mut *left)).unwrap_or_default()
+    }
+
+    /// True once if the open epoch has got its first packet.
+    pub fn take_waiting(&self) -> bool {
+        self.told.waiting.swap(false, Relaxed)
+    }
+
+    /// True once if a packet was turned away.
+    pub fn take_full(&self) -> bool {
+        self.told.full.swap(false, Relaxed)
     }
 }

@@ -3,6 +3,7 @@
 use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::{self, ConnId};
 use mcd::protocol::secondary;
+use mcd::wire::codec::{decode_message, encode_message};
 
 use crate::net::{Conn, End, Item, ProcId};
 use crate::node::{In, Role};
@@ -61,8 +62,26 @@ impl World {
         self.drive(proc);
     }
 
+    /// What arrives of an item that is sent: a message goes through its byte form.
+    fn over_the_wire(&mut self, item: Item) -> Option<Item> {
+        let Item::Message(message) = item else { return Some(item) };
+        let mut bytes = std::mem::take(&mut self.scratch);
+        bytes.clear();
+        encode_message(&message, &mut bytes);
+        let decoded = decode_message(&bytes);
+        self.scratch = bytes;
+        match decoded {
+            Ok(message) => Some(Item::Message(message)),
+            Err(error) => {
+                self.violate(format!("the wire does not know a {}: {error}", message.name()));
+                None
+            }
+        }
+    }
+
     /// Sends over the connection a process knows as `local`.
     pub fn send(&mut self, proc: ProcId, local: ConnId, item: Item) {
+        let Some(item) = self.over_the_wire(item) else { return };
         let Some(conn) = self.procs[proc].conn(local) else { return };
         let Some(from) = self.end_of(conn, proc) else { return };
         let end = &self.conns[conn].ends[from];

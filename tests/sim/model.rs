@@ -1,10 +1,11 @@
 //! The trivial model: what was captured, committed, activated and released, and whether that keeps the invariants.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, InstanceId};
 
+use crate::arbiter::Arbiter;
 use crate::guest::{Snapshot, TORN};
 
 /// What a node holds of the guest.
@@ -30,6 +31,7 @@ pub struct Model {
     snapshots: BTreeMap<EpochId, Snapshot>,
     pub holdings: BTreeMap<InstanceId, Holding>,
     releases: BTreeMap<InstanceId, Releases>,
+    names: BTreeSet<InstanceId>,
     releasers: BTreeMap<Generation, InstanceId>,
     /// The first packet that was not yet released, per life.
     released: BTreeMap<u64, u64>,
@@ -41,11 +43,19 @@ pub struct Model {
     pub packets: u64,
     pub takeovers: u64,
     pub late_releases: u64,
+    /// The longest after a swap that an old owner released something.
+    pub latest_release_us: u64,
+    pub late_us_max: u64,
 }
 
 type Check = Result<(), String>;
 
 impl Model {
+    /// A node begins a life with nothing: under a name that held an image once, it could be given the guest.
+    pub fn lives(&mut self, me: InstanceId) -> Check {
+        if self.names.insert(me) { Ok(()) } else { Err(format!("I2: instance id {me:?} is used for a second life")) }
+    }
+
     /// `me` runs the guest from packet number `counter` on.
     pub fn runs(&mut self, me: InstanceId, life: u64, counter: u64) {
         self.releases.insert(me, Releases { next: counter, life });
@@ -126,17 +136,17 @@ impl Model {
         Ok(())
     }
 
-    /// `me`, which believes to run in `generation`, lets packet `number` out while the arbiter's record is `record`.
+    /// `me`, which believes to run in `generation`, lets packet `number` out.
     pub fn released(
         &mut self,
+        now_us: u64,
         me: InstanceId,
         generation: Generation,
         number: u64,
-        record: Option<Record>,
-        owners: &BTreeMap<Generation, InstanceId>,
+        arbiter: &Arbiter,
     ) -> Check {
         self.packets += 1;
-        if owners.get(&generation) != Some(&me) {
+        if arbiter.owners.get(&generation) != Some(&me) {
             return Err(format!("I3: {me:?} releases in {generation}, which it never owned"));
         }
         if *self.releasers.entry(generation).or_insert(me) != me {
@@ -145,9 +155,6 @@ impl Model {
         let Some(mine) = self.releases.get_mut(&me) else {
             return Err(format!("I3: {me:?} releases without running the guest"));
         };
-        if mine.life != self.life {
-            return Err(format!("I3: {me:?} releases for a guest that was started anew elsewhere"));
-        }
         if mine.next != number {
             return Err(format!("I4: {me:?} releases packet {number}, not {}", mine.next));
         }
@@ -159,18 +166,33 @@ impl Model {
         }
         let released = self.released.entry(life).or_insert(0);
         *released = (*released).max(number + 1);
-        let Some(record) = record else { return Err("I3: no record".into()) };
-        match (record.state, record.peer) {
-            (RecordState::Paired, Some(peer)) if record.owner == me => {
+        match arbiter.record {
+            Some(Record { state: RecordState::Paired, owner, peer: Some(peer), .. }) if owner == me => {
                 let counter = self.holdings.get(&peer).map_or(0, |holding| holding.counter);
                 if number >= counter {
                     return Err(format!(
                         "I1: {me:?} releases packet {number}; its peer has {counter} packets committed"
                     ));
                 }
+                Ok(())
             }
-            _ if record.owner != me => self.late_releases += 1,
-            _ => {}
+            Some(Record { owner, .. }) if owner == me => Ok(()),
+            Some(_) => self.released_late(now_us, me),
+            None => Err("I3: a release without a record".into()),
+        }
+    }
+
+    /// The guest went to another node, but what its old one releases is committed there: right for a short while, as long as the old
+    /// one cannot know. After that it must have fallen silent, acked or not.
+    fn released_late(&mut self, now_us: u64, me: InstanceId) -> Check {
+        self.late_releases += 1;
+        let late_us = now_us - self.owner_since_us;
+        self.latest_release_us = self.latest_release_us.max(late_us);
+        if late_us > self.late_us_max {
+            return Err(format!(
+                "I3: {me:?} still releases {} ms after the guest went to another node",
+                late_us / 1000
+            ));
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
-use mcd::protocol::types::{EpochId, InstanceId, Instant};
+use mcd::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 use crate::guest::{Guest, Output};
 
@@ -95,7 +95,6 @@ pub enum AnyPhase {
     None,
 }
 
-#[derive(Debug)]
 pub struct Proc {
     pub slot: usize,
     pub me: InstanceId,
@@ -119,13 +118,19 @@ pub struct Proc {
     pub capture_fails: bool,
     /// How often an operator told it to end.
     pub quits: u32,
+    /// An operator ended it while the guest was protected, or asked twice.
+    pub may_exit: bool,
+    /// The arbiter has answered "read" with the record of this generation; the answer is not handled yet.
+    pub read_served: Option<Generation>,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
+    /// The newest connection number of an earlier life as a newcomer.
+    pub last_conn: ConnId,
     pub target: usize,
     pub calls: VecDeque<ArbiterCall>,
     pub calling: Option<ArbiterCall>,
     pub guest: Option<Guest>,
-    pub output: Output,
+    pub output: Option<Output>,
     pub sender: Option<Sender>,
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
@@ -152,13 +157,16 @@ impl Proc {
             stall_in: None,
             capture_fails: false,
             quits: 0,
+            may_exit: false,
+            read_served: None,
             conns: Vec::new(),
-            conns_made: 100,
+            conns_made: 1 << 32,
+            last_conn: 0,
             target: slot,
             calls: VecDeque::new(),
             calling: None,
             guest: None,
-            output: Output::default(),
+            output: None,
             sender: None,
             image: Vec::new(),
             image_state: (0, 0),
@@ -167,9 +175,8 @@ impl Proc {
         }
     }
 
-    /// What one life as a newcomer leaves behind.
+    /// Drops what one life as a newcomer leaves behind; what is in the inbox reaches the next one.
     pub fn forget(&mut self) {
-        self.inbox.clear();
         self.urgent.clear();
         self.pending = None;
         self.image.clear();

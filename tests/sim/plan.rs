@@ -152,15 +152,26 @@ impl Plan {
         }
     }
 
+    /// How long after a takeover the old primary may still release what it knows to be committed: until a heartbeat that was long on
+    /// its way, or an answer of the arbiter that was, is too old to count.
+    pub fn late_us_max(&self) -> u64 {
+        let link = self.user_timeout_us + self.timeout_us + 30_000;
+        (link + self.arbiter_timeout_us + 2 * self.timeout_us) * 11 / 10
+    }
+
     pub fn guest_name() -> GuestName {
         GuestName::new("sim").expect("a good name")
+    }
+
+    fn shape(&self) -> MachineShape {
+        MachineShape { memory_bytes: self.pages * PAGE_BYTES as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] }
     }
 
     pub fn primary(&self) -> PrimaryConfig {
         let us = Duration::from_micros;
         PrimaryConfig {
             guest: Plan::guest_name(),
-            shape: MachineShape { memory_bytes: self.pages * PAGE_BYTES as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] },
+            shape: self.shape(),
             cpu_digest: 7,
             features: 1,
             interval: us(self.epoch_us),
@@ -178,7 +189,7 @@ impl Plan {
             guest: Plan::guest_name(),
             cpu_digest: 7,
             features: 1,
-            staging_bytes_max: self.pages * PAGE_BYTES as u64,
+            staging_bytes_max: 1 << 30,
             retry: Duration::from_micros(self.retry_us),
             answer_timeout: Duration::from_micros(self.join_timeout_us),
         }

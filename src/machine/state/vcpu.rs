@@ -131,29 +131,13 @@ impl VcpuState {
     /// Writes the MSRs, IA32_TSC_DEADLINE after all others.
     fn apply_msrs(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let is_deadline = |entry: &kvm_msr_entry| entry.index == MSR_TSC_DEADLINE;
-        let mut first: Vec<kvm_msr_entry> = self.msrs.as_slice().iter().filter(|e| !is_deadline(e)).copied().collect();
-        set_msrs(vcpu, &first)?;
-        first.clear();
+        let others: Vec<kvm_msr_entry> = self.msrs.as_slice().iter().filter(|e| !is_deadline(e)).copied().collect();
+        set_msrs(vcpu, &others)?;
         if let Some(deadline) = self.msrs.as_slice().iter().find(|e| is_deadline(e)) {
-            let mut deadline = *deadline;
-            if deadline.data == 0 && self.deadline_timer_armed() {
-                // KVM reads the deadline as 0 from when the timer has fired until its interrupt is injected. If the state was
-                // saved in between, writing 0 would disarm the timer and the guest would wait for ever; a deadline in the past
-                // (TSC 1) fires at once. A timer that was really disarmed fires once more than it should, which a guest that
-                // uses it must bear anyway: on hardware, too, disarming races with firing.
-                deadline.data = 1;
-            }
-            set_msrs(vcpu, &[deadline])?;
+            let data = deadline_to_restore(deadline.data, &self.lapic);
+            set_msrs(vcpu, &[kvm_msr_entry { data, ..*deadline }])?;
         }
         Ok(())
-    }
-
-    /// True if the LAPIC's timer is in TSC-deadline mode and not masked.
-    fn deadline_timer_armed(&self) -> bool {
-        let byte = |offset: usize| self.lapic.regs.get(LAPIC_LVT_TIMER + offset).map_or(0, |b| *b as u8);
-        let entry = u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)]);
-        let (mode, masked) = ((entry >> 17) & 3, (entry >> 16) & 1 == 1);
-        mode == 2 && !masked
     }
 
     /// Appends the state's sections.
@@ -241,5 +225,39 @@ pub(in crate::machine) fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> 
     match entries.get(written) {
         Some(stuck) => Err(StateError::Msr { call: "write", index: stuck.index }),
         None => Ok(()),
+    }
+}
+
+/// The value to write to IA32_TSC_DEADLINE for a saved one.
+///
+/// KVM reads the deadline as 0 from when the timer has fired until its interrupt is injected. If the state was saved in between,
+/// writing 0 would disarm the timer and the guest would wait for ever. So a 0 is restored as a deadline in the past (TSC 1), which
+/// fires at once, if the LAPIC's timer is in deadline mode and not masked. A timer that was really disarmed then fires once more
+/// than it should, which its guest must bear anyway: on hardware, too, disarming races with firing.
+fn deadline_to_restore(saved: u64, lapic: &kvm_lapic_state) -> u64 {
+    let byte = |offset: usize| lapic.regs.get(LAPIC_LVT_TIMER + offset).map_or(0, |b| *b as u8);
+    let entry = u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)]);
+    let (mode, masked) = ((entry >> 17) & 3, (entry >> 16) & 1 == 1);
+    if saved == 0 && mode == 2 && !masked { 1 } else { saved }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_has_fired_fires_again_and_no_other_does() {
+        let lapic = |entry: u32| {
+            let mut lapic = kvm_lapic_state::default();
+            for (to, from) in lapic.regs[LAPIC_LVT_TIMER..].iter_mut().zip(entry.to_le_bytes()) {
+                *to = from as i8;
+            }
+            lapic
+        };
+        let (deadline, masked, periodic) = (lapic(0x400ef), lapic(0x500ef), lapic(0x200ef));
+        assert_eq!(deadline_to_restore(0, &deadline), 1);
+        assert_eq!(deadline_to_restore(77, &deadline), 77);
+        assert_eq!(deadline_to_restore(0, &masked), 0);
+        assert_eq!(deadline_to_restore(0, &periodic), 0);
     }
 }

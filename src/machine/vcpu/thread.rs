@@ -113,7 +113,10 @@ impl VcpuThread {
         progress.complete = false;
         match self.run_once() {
             Exit::Served => {}
-            Exit::Interrupted => progress.complete = true,
+            Exit::Interrupted => {
+                progress.complete = true;
+                self.allow_entry();
+            }
             Exit::Wait(wait) => progress.wait = Some(wait),
             Exit::Ended(event, completable) => {
                 progress.ended = true;
@@ -166,10 +169,15 @@ impl VcpuThread {
         state.harvest(&self.fd, self.alone)
     }
 
-    /// Waits for the next order, and clears `immediate_exit` only then. The order is read again afterwards (by the caller's
-    /// loop): one that came in between would find the flag cleared.
+    /// Waits for the next order, and lets the vCPU into the guest again only then.
     fn leave(&mut self, ticket: Ticket) {
         self.gate.wait_after(ticket);
+        self.allow_entry();
+    }
+
+    /// Clears `immediate_exit` if the order is to run. The caller's loop reads the order again afterwards: one that came in
+    /// between would find its flag cleared.
+    fn allow_entry(&self) {
         if self.gate.current().order() == Order::Run {
             self.page.set_immediate_exit(false);
         }

@@ -25,7 +25,8 @@ use self::peer::Peer;
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
 use super::heartbeat::StallGuard;
-use super::messages::{Channel, Message};
+use super::messages::{Channel, Message, RefuseReason};
+use super::mutant;
 use super::pages::PageSet;
 use super::record::{Record, RecordState};
 use super::resync::Ledger;
@@ -133,6 +134,11 @@ impl Primary {
         self.peer.as_ref().map(|peer| peer.instance)
     }
 
+    /// The features both this node and its peer have; none without a peer.
+    pub fn peer_features(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.features)
+    }
+
     /// Pages a newcomer still lacks, during a resync.
     pub fn resync_pages_left(&self) -> Option<u64> {
         self.ledger.as_ref().map(Ledger::pages_left)
@@ -234,8 +240,9 @@ impl Primary {
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
         } else if ledger.is_done() && !self.pairing_checked && !self.arbitration.is_asking() {
-            // Holding begins with the completing capture and ends with the arbiter's word: begin only if it can be had.
-            self.ask(ArbiterRequest::Read);
+            // Holding begins with the completing capture and ends with the arbiter's word that the pair is on record: begin only if that
+            // word can be had. The record in its own place changes nothing, but an arbiter that cannot write says so.
+            self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
         }
     }
 
@@ -263,8 +270,9 @@ impl Primary {
         }
         let id = self.epochs.begin(now);
         let output = match self.phase {
-            Phase::Resync if completes_resync => OutputCut::Hold,
+            Phase::Resync if completes_resync && !mutant::is("hold-one-epoch-late") => OutputCut::Hold,
             Phase::Resync => OutputCut::Pass,
+            _ if id.epoch == 0 && mutant::is("hold-one-epoch-late") => OutputCut::Hold,
             _ => OutputCut::Seal,
         };
         if completes_resync {
@@ -275,6 +283,9 @@ impl Primary {
 
     fn captured(&mut self, id: EpochId) {
         self.epochs.captured(id);
+        if mutant::is("release-on-send") && self.phase == Phase::Protected {
+            self.actions.push_back(Action::Release { through: id.epoch, before: Instant::from_us(u64::MAX) });
+        }
     }
 
     fn capture_failed(&mut self, now: Instant, why: &str) {
@@ -302,6 +313,11 @@ impl Primary {
         }
         self.actions.push_back(Action::Committed { id });
         match self.phase {
+            Phase::Completing if mutant::is("pair-without-the-arbiter") => {
+                let peer = self.peer().unwrap_or(self.me);
+                self.phase = Phase::Pairing;
+                self.paired(self.record.next_paired(self.me, peer));
+            }
             Phase::Completing => {
                 self.phase = Phase::Pairing;
                 if let Some(peer) = &self.peer {
@@ -315,12 +331,15 @@ impl Primary {
     }
 
     fn release(&mut self, now: Instant) {
-        if self.phase != Phase::Protected || !self.proven {
+        if self.phase != Phase::Protected || !(self.proven || mutant::is("no-check-after-a-stall")) {
             return;
         }
         let Some(committed) = self.epochs.committed() else { return };
         // The peer waits for the whole time-out after our last heartbeat, which left at most one interval ago.
-        let slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
+        let mut slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
+        if mutant::is("release-without-deadline") {
+            slack = std::time::Duration::MAX;
+        }
         self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
     }
 
@@ -364,12 +383,18 @@ impl Primary {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
             (Phase::Stopping, Verdict::Won(_)) => self.end(),
-            (Phase::Stopping, Verdict::Stands(Some(record))) if self.is_ours_since(&record) => {
+            (_, Verdict::Won(record)) if record == self.record => self.confirmed(now),
+            (Phase::Stopping, Verdict::Stands(Some(record)))
+                if self.is_ours_since(&record) && !mutant::is("stop-only-from-the-old-record") =>
+            {
                 // A swap asked for before the shutdown was carried out after all: stop from there.
                 self.begin_generation(record);
                 self.ask_to_stop();
             }
             (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
+            (Phase::Deciding, Verdict::Stands(Some(_))) if mutant::is("lost-swap-ignored") => {
+                self.alone(self.record.next_solo(self.me));
+            }
             (_, Verdict::Stands(record)) => self.fence(record),
             (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
         }
@@ -434,6 +459,9 @@ impl Primary {
         };
         self.drop_connections();
         self.arbitration.forget();
+        if mutant::is("fence-releases-first") {
+            self.actions.push_back(Action::ReleaseAll);
+        }
         self.phase = Phase::Fenced;
         self.guest_runs = false;
         self.actions.push_back(Action::Fence);
@@ -446,7 +474,10 @@ impl Primary {
     fn handle_fenced(&mut self, input: Input) {
         match input {
             Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
-            Input::Hello { conn, .. } => self.actions.push_back(Action::Close { conn }),
+            Input::Hello { conn, .. } => {
+                let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();
+                self.refuse(conn, RefuseReason::NotPrimary, detail);
+            }
             _ => {}
         }
     }
@@ -468,6 +499,8 @@ impl Primary {
                 self.go_solo();
                 self.tell(Event::NewcomerLost { why: why.into() });
             }
+            Phase::Protected if mutant::is("alone-without-the-arbiter") => self.go_solo(),
+            Phase::Pairing if mutant::is("pairing-given-up") => self.go_solo(),
             Phase::Protected => {
                 self.phase = Phase::Deciding;
                 self.tell(Event::Suspected { why: why.into() });
@@ -487,6 +520,9 @@ impl Primary {
         self.stopped_by_full_output = false;
         self.epochs.abandon();
         self.actions.push_back(Action::StopTracking);
+        if mutant::is("lost-newcomer-keeps-holding") {
+            return;
+        }
         self.actions.push_back(Action::ReleaseAll);
     }
 
@@ -538,6 +574,7 @@ impl Primary {
         match self.phase {
             _ if twice => self.actions.push_back(Action::Exit),
             Phase::Protected => self.actions.push_back(Action::Exit),
+            _ if mutant::is("quit-at-once") => self.actions.push_back(Action::Exit),
             Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
             _ => self.shut_down(),
         }
@@ -545,6 +582,9 @@ impl Primary {
 
     /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
     fn shut_down(&mut self) {
+        if mutant::is("shutdown-not-told") {
+            return self.end();
+        }
         if self.phase != Phase::Stopping {
             self.phase = Phase::Stopping;
             self.ask_to_stop();

@@ -5,6 +5,7 @@ use super::{Phase, Primary};
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::{HeartbeatConfig, Judge, Pulse};
 use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 /// The secondary, or the newcomer that becomes it.
@@ -13,13 +14,15 @@ pub struct Peer {
     pub instance: InstanceId,
     pub data: ConnId,
     pub heartbeat: Option<ConnId>,
+    /// What both sides can do.
+    pub features: u64,
     life: Option<(Pulse, Judge)>,
     join_by: Instant,
 }
 
 impl Peer {
-    fn new(instance: InstanceId, data: ConnId, join_by: Instant) -> Peer {
-        Peer { instance, data, heartbeat: None, life: None, join_by }
+    fn new(instance: InstanceId, data: ConnId, features: u64, join_by: Instant) -> Peer {
+        Peer { instance, data, heartbeat: None, features, life: None, join_by }
     }
 
     fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
@@ -97,20 +100,31 @@ impl Primary {
     /// Answers a hello on a new connection.
     pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
         if let Err((reason, detail)) = self.judge_hello(&hello) {
-            self.tell(Event::Refused { reason, detail: detail.clone() });
-            self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
-            self.actions.push_back(Action::Close { conn });
-            return;
+            return self.refuse(conn, reason, detail);
         }
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
         match (hello.channel, &mut self.peer) {
             (Channel::Data, _) => {
-                self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
+                let features = self.config.features & hello.features;
+                self.peer = Some(Peer::new(hello.instance, conn, features, now + self.config.join_timeout));
                 self.phase = Phase::Joining;
             }
-            (Channel::Heartbeat, Some(peer)) => peer.join(conn, self.config.heartbeat, now),
+            (Channel::Heartbeat, Some(peer)) => {
+                peer.join(conn, self.config.heartbeat, now);
+                if mutant::is("resync-before-the-first-heartbeat") {
+                    let data = peer.data;
+                    self.start_resync(now, data);
+                }
+            }
             (Channel::Heartbeat, None) => {}
         }
+    }
+
+    /// Turns a newcomer away, and says why to it and to people.
+    pub(super) fn refuse(&mut self, conn: ConnId, reason: RefuseReason, detail: String) {
+        self.tell(Event::Refused { reason, detail: detail.clone() });
+        self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
+        self.actions.push_back(Action::Close { conn });
     }
 
     fn welcome(&self, hello: &Hello) -> Welcome {
@@ -148,17 +162,21 @@ impl Primary {
                 "the newcomer's host has other CPU features than the guest was started with; use hosts of one kind";
             return no(RefuseReason::Cpu, detail.into());
         }
-        if hello.staging_bytes_max < config.shape.memory_bytes {
+        if hello.staging_bytes_max < config.shape.epoch_bytes_max() {
             let detail = format!(
                 "the newcomer stages at most {} MiB, but an epoch of this guest may hold {} MiB; raise its --staging-max",
                 hello.staging_bytes_max >> 20,
-                config.shape.memory_bytes >> 20
+                config.shape.epoch_bytes_max().div_ceil(1 << 20)
             );
             return no(RefuseReason::Staging, detail);
         }
         match (hello.channel, &self.peer, self.phase) {
             (Channel::Data, None, Phase::Solo) => Ok(()),
-            (Channel::Heartbeat, Some(peer), Phase::Joining) if peer.instance == hello.instance => Ok(()),
+            (Channel::Heartbeat, Some(peer), Phase::Joining)
+                if peer.instance == hello.instance && peer.heartbeat.is_none() =>
+            {
+                Ok(())
+            }
             (Channel::Data, ..) => {
                 no(RefuseReason::Busy, "this primary has a secondary, or is deciding about one; try again later".into())
             }

@@ -20,6 +20,7 @@ use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
 use super::heartbeat::{Judge, Pulse, StallGuard};
 use super::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use super::mutant;
 use super::primary::ConnId;
 use super::record::{Record, RecordState};
 use super::types::{EpochId, Generation, InstanceId, Instant};
@@ -70,7 +71,7 @@ pub struct Secondary {
     arbitration: Arbitration,
     arbiter_lost: Option<String>,
     cause: String,
-    last_refusal: Option<String>,
+    no_primary: Option<String>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
     actions: VecDeque<Action>,
@@ -97,7 +98,7 @@ impl Secondary {
             arbitration: Arbitration::new(config.retry),
             arbiter_lost: None,
             cause: String::new(),
-            last_refusal: None,
+            no_primary: None,
             quitting: false,
             actions: VecDeque::new(),
             config,
@@ -139,9 +140,9 @@ impl Secondary {
         self.arbiter_lost.as_deref()
     }
 
-    /// Why the primary does not want this node yet, if it said so.
-    pub fn last_refusal(&self) -> Option<&str> {
-        self.last_refusal.as_deref()
+    /// Why there is no primary yet, while that is so.
+    pub fn no_primary(&self) -> Option<&str> {
+        self.no_primary.as_deref()
     }
 
     /// Takes what happened.
@@ -155,6 +156,7 @@ impl Secondary {
             Input::Connected { conn } => self.connected(now, conn),
             Input::Message { conn, message } => self.message(now, conn, message),
             Input::Closed { conn, why } => self.closed(now, conn, &why),
+            Input::Foreign { conn, why } => self.foreign(now, conn, why),
             Input::MachineReady => self.open_heartbeat(now),
             Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
             Input::Staged { conn, id, completes_resync, staged_bytes } => {
@@ -208,7 +210,9 @@ impl Secondary {
         let (Some((pulse, judge)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
         if let Some(silence) = judge.suspects(now) {
             let why = format!("no heartbeat for {} ms", silence.as_millis());
-            self.lose_primary(now, &why);
+            if !mutant::is("silence-never-suspected") {
+                self.lose_primary(now, &why);
+            }
         } else if let Some(sequence) = pulse.beat(now) {
             let beat =
                 Heartbeat { instance: self.me, generation: self.generation, sequence, committed: self.committed };
@@ -259,13 +263,16 @@ impl Secondary {
         self.step_at = None;
         match self.phase {
             Phase::Greeting if self.data == Some(conn) => {
+                if let Err((reason, detail)) = self.judge_welcome(&welcome) {
+                    return self.exit(Ending::Refused { reason, detail });
+                }
                 self.phase = Phase::Building;
                 self.generation = welcome.generation;
-                self.last_refusal = None;
+                self.no_primary = None;
                 self.actions.push_back(Action::BuildMachine(welcome.clone()));
                 self.welcome = Some(welcome);
             }
-            Phase::Joining if self.heartbeat == Some(conn) => {
+            Phase::Joining if self.heartbeat == Some(conn) && self.welcome.as_ref() == Some(&welcome) => {
                 self.phase = Phase::Syncing;
                 let interval = std::time::Duration::from_micros(welcome.heartbeat_interval_us);
                 let timeout = std::time::Duration::from_micros(welcome.heartbeat_timeout_us);
@@ -274,6 +281,28 @@ impl Secondary {
             }
             _ => self.start_over(now, "the primary said welcome out of turn"),
         }
+    }
+
+    /// A primary welcomes nobody whom it asks too much of; one that does so all the same is not believed, whatever it is.
+    fn judge_welcome(&self, welcome: &Welcome) -> Result<(), (RefuseReason, String)> {
+        let epoch_bytes_max = welcome.shape.epoch_bytes_max();
+        if epoch_bytes_max > self.config.staging_bytes_max {
+            let detail = format!(
+                "an epoch of its guest may hold {} MiB, and this node stages at most {} MiB; raise --staging-max",
+                epoch_bytes_max.div_ceil(1 << 20),
+                self.config.staging_bytes_max >> 20
+            );
+            return Err((RefuseReason::Staging, detail));
+        }
+        let Welcome { heartbeat_interval_us: interval_us, heartbeat_timeout_us: timeout_us, .. } = *welcome;
+        if interval_us == 0 || timeout_us / 2 < interval_us {
+            let detail = format!(
+                "it announced heartbeats every {interval_us} µs and a time-out of {timeout_us} µs, which no primary does; \
+                 check --peer"
+            );
+            return Err((RefuseReason::Malformed, detail));
+        }
+        Ok(())
     }
 
     fn open_heartbeat(&mut self, now: Instant) {
@@ -289,11 +318,7 @@ impl Secondary {
 
     fn refused(&mut self, now: Instant, reason: RefuseReason, detail: String) {
         if matches!(reason, RefuseReason::Busy | RefuseReason::NotPrimary) {
-            if self.last_refusal.as_ref() != Some(&detail) {
-                self.tell(Event::Refused { reason, detail: detail.clone() });
-            }
-            self.last_refusal = Some(detail);
-            self.start_over(now, "the primary is busy");
+            self.start_over(now, &detail);
         } else {
             self.exit(Ending::Refused { reason, detail });
         }
@@ -305,6 +330,11 @@ impl Secondary {
         if matches!(self.phase, Phase::Connecting | Phase::Greeting) {
             self.phase = Phase::Connecting;
             self.step_at = Some(now + self.config.retry);
+            // Told once, not with every try.
+            if self.no_primary.as_deref() != Some(why) {
+                self.no_primary = Some(why.to_owned());
+                self.tell(Event::NoPrimary { why: why.to_owned() });
+            }
         } else {
             self.rejoin(why);
         }
@@ -366,8 +396,12 @@ impl Secondary {
     }
 
     fn staged(&mut self, now: Instant, conn: ConnId, id: EpochId, completes_resync: bool, staged_bytes: u64) {
+        if self.data != Some(conn) {
+            return;
+        }
         let syncing = self.phase == Phase::Syncing;
-        if self.data != Some(conn) || !(syncing || self.phase == Phase::Paired) {
+        if !syncing && self.phase != Phase::Paired {
+            self.lose_primary(now, &format!("it sent epoch {id} out of turn"));
             return;
         }
         let in_order = match self.expected {
@@ -380,6 +414,10 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
+        if mutant::is("ack-without-commit") && self.phase == Phase::Paired && id.epoch % 2 == 1 {
+            self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
+            return;
+        }
         if completes_resync {
             self.phase = Phase::Standby;
         }
@@ -408,6 +446,22 @@ impl Secondary {
     fn closed(&mut self, now: Instant, conn: ConnId, why: &str) {
         if self.data == Some(conn) || self.heartbeat == Some(conn) {
             self.lose_primary(now, why);
+        }
+    }
+
+    /// True if pages behind the epochs have their place on this connection now.
+    pub fn takes_pages(&self, conn: ConnId) -> bool {
+        self.data == Some(conn) && self.phase == Phase::Syncing
+    }
+
+    /// Another program, or another version of this one. Asking it again would not change that, so a newcomer ends; later on it is a primary
+    /// gone wrong, like any other.
+    fn foreign(&mut self, now: Instant, conn: ConnId, why: String) {
+        let ours = self.data == Some(conn) || self.heartbeat == Some(conn);
+        if ours && matches!(self.phase, Phase::Greeting | Phase::Joining) {
+            self.exit(Ending::Foreign(why));
+        } else {
+            self.closed(now, conn, &why);
         }
     }
 
@@ -450,6 +504,9 @@ impl Secondary {
             return;
         }
         match verdict {
+            Verdict::Stands(Some(record)) if mutant::is("secondary-ignores-a-lost-swap") => {
+                self.promote(record.next_solo(self.me));
+            }
             Verdict::Won(record) => self.promote(record),
             Verdict::Stands(Some(record)) => self.lost_to(record),
             Verdict::Stands(None) => self.rejoin("the arbiter has no record of this guest"),
@@ -460,7 +517,13 @@ impl Secondary {
     fn lost_to(&mut self, record: Record) {
         match record.state {
             RecordState::Stopped => self.exit(Ending::GuestEnded("the guest was shut down".into())),
-            RecordState::Paired if record.peer == Some(self.me) && self.record.is_none() => {
+            RecordState::Solo if mutant::is("takes-over-a-solo-guest") && self.record.is_none() => {
+                self.record = Some(record);
+                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            }
+            RecordState::Paired
+                if record.peer == Some(self.me) && self.record.is_none() && !mutant::is("standby-gives-up") =>
+            {
                 self.record = Some(record);
                 self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
             }
@@ -469,7 +532,10 @@ impl Secondary {
     }
 
     fn promote(&mut self, record: Record) {
-        let Some(epoch) = self.committed else { return };
+        let Some(mut epoch) = self.committed else { return };
+        if mutant::is("older-epoch-activated") {
+            epoch.epoch = epoch.epoch.saturating_sub(1);
+        }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
         self.actions.push_back(Action::Promote { record, epoch, cause: self.cause.clone() });

@@ -50,6 +50,13 @@ pub enum Input {
         /// Why, in words.
         why: String,
     },
+    /// What answers there does not speak this protocol, or another version of it.
+    Foreign {
+        /// The connection.
+        conn: ConnId,
+        /// What it spoke, in words.
+        why: String,
+    },
     /// The machine asked for is built.
     MachineReady,
     /// The machine asked for cannot be built on this host.
@@ -93,6 +100,8 @@ pub enum Ending {
         /// In words.
         detail: String,
     },
+    /// Whoever answers at the primary's address is no primary this node can understand.
+    Foreign(String),
     /// The machine cannot be built here.
     NoMachine(String),
 }

@@ -1,0 +1,233 @@
+//! Nodes as real processes: started in a host's network, asked over their control sockets, killed.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::fabric::{Fabric, GUEST_IPV4, GUEST_PREFIX_LEN, HostName, TAP};
+use crate::control::metrics::EpochsReply;
+use crate::control::status::NodeStatus;
+use crate::control::{Client, ClientError};
+
+/// Where each node listens on the link between the hosts.
+const PORT: u16 = 7401;
+/// The name of the guest.
+const GUEST: &str = "demo";
+/// How long a node may take to answer on its control socket.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much of the end of a log is read, in bytes.
+const LOG_TAIL_BYTES: u64 = 16 << 10;
+
+/// A directory for one run, removed with everything in it when dropped.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl RunDir {
+    /// Makes it where temporary files are.
+    pub fn new() -> io::Result<RunDir> {
+        let base = std::env::temp_dir();
+        // A control socket's path has at most 107 bytes.
+        const BASE_MAX: usize = 60;
+        let base = if base.as_os_str().len() > BASE_MAX { PathBuf::from("/tmp") } else { base };
+        let path = nix::unistd::mkdtemp(&base.join("mcd-demo-XXXXXX"))?;
+        fs::create_dir(path.join("arbiter"))?;
+        Ok(RunDir { path, keep: false })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Leaves it where it is for good.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if !self.keep {
+            // A rest in the directory of temporary files harms nobody.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// What both nodes are told.
+#[derive(Clone, Debug)]
+pub struct NodeSettings {
+    /// The `mcd` to run.
+    pub program: PathBuf,
+    /// The guest's memory, in MiB.
+    pub memory_mib: u32,
+    /// The guest's vCPUs.
+    pub cpus: u8,
+    /// The longest an epoch may last, in ms.
+    pub interval_ms: u64,
+}
+
+/// Which role a node starts in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartAs {
+    /// It boots the guest.
+    Primary,
+    /// It joins the node on the other host.
+    Secondary,
+}
+
+/// A node's process. Dropping it kills it.
+pub struct Node {
+    name: String,
+    host: HostName,
+    child: Child,
+    control: PathBuf,
+    log: PathBuf,
+    client: Option<Client>,
+    next_sample: u64,
+}
+
+impl Node {
+    /// Starts a node on `host`. `name` tells it from others of the run and names its files in `dir`.
+    ///
+    /// The node is killed when the calling thread ends, so call it from one that lasts as long as the run.
+    pub fn start(
+        role: StartAs,
+        host: HostName,
+        name: &str,
+        settings: &NodeSettings,
+        fabric: &Fabric,
+        dir: &RunDir,
+    ) -> io::Result<Node> {
+        let (control, log) = (dir.path().join(format!("{name}.sock")), dir.path().join(format!("{name}.log")));
+        let mut command = fabric.host(host).command(&settings.program);
+        let mut flags = vec![
+            ("--guest", GUEST.to_owned()),
+            ("--tap", TAP.to_owned()),
+            ("--guest-ip", format!("{GUEST_IPV4}/{GUEST_PREFIX_LEN}")),
+            ("--listen", SocketAddr::from((host.link_ipv4(), PORT)).to_string()),
+            ("--arbiter", format!("file:{}", dir.path().join("arbiter").display())),
+            ("--control", control.display().to_string()),
+            ("--interval-ms", settings.interval_ms.to_string()),
+        ];
+        match role {
+            StartAs::Primary => {
+                command.arg("primary");
+                flags.push(("--memory", format!("{}M", settings.memory_mib)));
+                flags.push(("--cpus", settings.cpus.to_string()));
+            }
+            StartAs::Secondary => {
+                command.arg("secondary");
+                flags.push(("--peer", SocketAddr::from((host.other().link_ipv4(), PORT)).to_string()));
+            }
+        }
+        command.args(flags.iter().flat_map(|(flag, value)| [*flag, value]));
+        let output = File::create(&log)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        // A Ctrl-C at the terminal is for the run, which then ends its nodes in its own order.
+        command.process_group(0);
+        die_with_parent(&mut command);
+        let child = command.spawn()?;
+        Ok(Node { name: name.to_owned(), host, child, control, log, client: None, next_sample: 0 })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The host it is on.
+    pub fn host(&self) -> HostName {
+        self.host
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Kills it with SIGKILL and returns at once, without waiting for the end.
+    pub fn kill(&mut self) -> io::Result<()> {
+        self.client = None;
+        self.child.kill()
+    }
+
+    /// Its status; `None` while it does not answer yet or no more.
+    pub fn status(&mut self) -> Option<NodeStatus> {
+        self.ask(|client| client.status(ANSWER_TIMEOUT))
+    }
+
+    /// The epochs committed since the last call; `None` if it does not answer.
+    pub fn new_epochs(&mut self) -> Option<EpochsReply> {
+        let arguments = json!({"since": self.next_sample});
+        let reply: EpochsReply =
+            self.ask(|client| client.execute_as("mc-query-epochs", arguments.clone(), ANSWER_TIMEOUT))?;
+        self.next_sample = reply.next;
+        Some(reply)
+    }
+
+    fn ask<T>(&mut self, ask: impl FnOnce(&mut Client) -> Result<T, ClientError>) -> Option<T> {
+        let mut client = match self.client.take() {
+            Some(client) => client,
+            None => Client::connect(&self.control, ANSWER_TIMEOUT).ok()?,
+        };
+        let answer = ask(&mut client).ok()?;
+        self.client = Some(client);
+        Some(answer)
+    }
+
+    /// The last `lines` lines of its log.
+    pub fn log_tail(&self, lines: usize) -> String {
+        let read = || -> io::Result<String> {
+            let mut file = File::open(&self.log)?;
+            let length = file.metadata()?.len();
+            file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
+            let mut bytes = Vec::new();
+            file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let text = read().unwrap_or_else(|error| format!("(its log cannot be read: {error})"));
+        let all: Vec<&str> = text.lines().collect();
+        all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it must be waited for, or it stays in the process table.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Makes the kernel kill the child when the thread that starts it ends, by whatever cause.
+fn die_with_parent(command: &mut Command) {
+    let parent = nix::unistd::getpid();
+    // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
+    unsafe {
+        command.pre_exec(move || {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            // The parent may have died before the line above.
+            if nix::unistd::getppid() == parent { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+        })
+    };
+}

@@ -1,0 +1,66 @@
+//! After the play: the pair stays up for a person to try.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
+
+use super::error::DemoError;
+use super::fabric::{self, GUEST_IPV4};
+use super::run::{Demo, LOOK};
+
+impl Demo<'_> {
+    /// Leaves the pair up until a signal. Whoever kills a node by hand gets another one.
+    pub(super) fn stay(&mut self) -> Result<(), DemoError> {
+        self.load = None;
+        self.probe = None;
+        self.invite();
+        loop {
+            match self.tick_quietly() {
+                Err(DemoError::Interrupted) => return Ok(()),
+                other => other?,
+            }
+            thread::park_timeout(LOOK);
+        }
+    }
+
+    fn invite(&self) {
+        let net = self.fabric.lan.path();
+        let user = if fabric::in_user_namespace() {
+            format!("--preserve-credentials --user=/proc/{}/ns/user ", std::process::id())
+        } else {
+            String::new()
+        };
+        println!("\nThe pair stays up. Try, from another terminal:");
+        println!("  nsenter {user}--net={} redis-cli -h {GUEST_IPV4}", net.display());
+        self.show_nodes();
+        println!("Ctrl-C ends it; nothing is left behind.");
+    }
+
+    fn show_nodes(&self) {
+        for (node, role) in
+            std::iter::once((&self.primary, "runs the guest")).chain(self.secondary.iter().map(|n| (n, "stands by")))
+        {
+            println!(
+                "  host {} {role}: kill -9 {}   or look: mcd status --control {}",
+                node.host(),
+                node.pid(),
+                node.control().display()
+            );
+        }
+    }
+
+    fn tick_quietly(&mut self) -> Result<(), DemoError> {
+        if self.stop.load(Relaxed) {
+            return Err(DemoError::Interrupted);
+        }
+        if self.secondary.as_mut().is_some_and(|node| node.ended().is_some()) {
+            self.secondary = None;
+            self.screen.say("the secondary is gone; another one starts");
+            self.protect()?;
+            self.show_nodes();
+        } else if self.primary.ended().is_some() {
+            self.recover()?;
+            self.show_nodes();
+        }
+        Ok(())
+    }
+}

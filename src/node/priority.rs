@@ -1,0 +1,19 @@
+//! Threads on the way of a commit go first: the driver, the sender, the receivers. They block whenever they have nothing to do.
+
+use std::mem::MaybeUninit;
+
+/// The lowest real-time priority: before every ordinary thread, after whatever the operator ranks above mcd.
+const PRIORITY: libc::c_int = 1;
+
+/// Lets this thread run as soon as it has something to do, if this process may decide that (CAP_SYS_NICE or a limit). Threads it starts are ordinary ones.
+pub fn raise() {
+    // SAFETY: an all-zero sched_param is a valid one.
+    let mut param: libc::sched_param = unsafe { MaybeUninit::zeroed().assume_init() };
+    param.sched_priority = PRIORITY;
+    // SAFETY: `param` is valid for the call's duration; 0 means this thread.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const param) };
+    if result != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::debug!(%error, "this thread stays an ordinary one: pauses and commits may take longer on a busy host");
+    }
+}
