@@ -163,7 +163,7 @@ impl<'a> Demo<'a> {
         dir: &'a RunDir,
     ) -> Result<Demo<'a>, DemoError> {
         let &DemoOptions { memory_mib, cpus, interval_ms, .. } = options;
-        let settings = NodeSettings { memory_mib, cpus, interval_ms };
+        let settings = NodeSettings { memory_mib, cpus, interval_ms, ..NodeSettings::default() };
         let screen = Screen::new();
         screen.say(format_args!(
             "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"
