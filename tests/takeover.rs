@@ -36,8 +36,13 @@ struct Pair {
 impl Pair {
     fn start(cpus: u8) -> Pair {
         let fabric = Fabric::new().expect("namespaces");
-        let settings =
-            NodeSettings { program: env!("CARGO_BIN_EXE_mcd").into(), memory_mib: 64, cpus, interval_ms: 10 };
+        let settings = NodeSettings {
+            program: vec![env!("CARGO_BIN_EXE_mcd").into()],
+            memory_mib: 64,
+            cpus,
+            interval_ms: 10,
+            ..NodeSettings::default()
+        };
         let dir = RunDir::new().expect("a directory");
         let mut primary =
             Node::start(StartAs::Primary, HostName::A, "n0", &settings, &fabric, &dir).expect("a primary");

@@ -167,8 +167,7 @@ impl<'a> Demo<'a> {
         dir: &'a RunDir,
     ) -> Result<Demo<'a>, DemoError> {
         let &DemoOptions { memory_mib, cpus, interval_ms, .. } = options;
-        let program = std::env::current_exe().map_err(DemoError::io("find this program"))?;
-        let settings = NodeSettings { program, memory_mib, cpus, interval_ms };
+        let settings = NodeSettings { memory_mib, cpus, interval_ms, ..NodeSettings::default() };
         let screen = Screen::new();
         screen.say(format_args!(
             "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"

@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 
 use mcd::control::status::State;
 
-use super::place::{FAILURE, Mount, Place, REFUSED, fill_up, mount, run};
 use super::etcd::{self, Etcd};
+use super::place::{FAILURE, Mount, Place, REFUSED, fill_up, mount, run};
 use super::process::Node;
 
 /// Room for a record, its successor and little more.

@@ -2,6 +2,9 @@
 //! there ends in one clear line and the right exit code, or in nothing at all; never in a panic.
 
 mod arbiter;
+#[path = "../etcd/mod.rs"]
+#[allow(dead_code)] // each test target uses a part of it
+mod etcd;
 mod fake;
 mod host;
 mod joining;
