@@ -86,13 +86,6 @@ impl<'a> Demo<'a> {
         })
     }
 
-    /// Adds up what the primary told last: it is gone.
-    fn bury_primary(&mut self) {
-        if let Some(status) = self.status.take() {
-            self.epochs.bury(status.epochs, status.wire_bytes);
-        }
-    }
-
     /// Does `part`, and again if meanwhile the primary was fenced: on a busy machine it can stand still for so long that the
     /// secondary takes over without being asked to.
     pub(super) fn steadily<T>(
@@ -101,13 +94,17 @@ impl<'a> Demo<'a> {
     ) -> Result<T, DemoError> {
         loop {
             match part(self) {
-                Err(DemoError::Fenced) => self.recover()?,
+                Err(DemoError::Fenced) => {
+                    self.screen.say("the primary stood still for so long that it was given up");
+                    self.recover()?;
+                    self.unplanned += 1;
+                }
                 other => return other,
             }
         }
     }
 
-    /// The primary was fenced and has ended: its heir is the primary now, and needs a secondary.
+    /// The primary has ended by itself: its heir is the primary now, and needs a secondary.
     pub(super) fn recover(&mut self) -> Result<(), DemoError> {
         let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         let dead = std::mem::replace(&mut self.primary, heir);
@@ -116,9 +113,8 @@ impl<'a> Demo<'a> {
             demo.status = demo.primary.status();
             Ok(demo.status.as_ref().and_then(taken_over))
         })?;
-        self.unplanned += 1;
         let (dead, heir) = (dead.host(), self.primary.host());
-        self.screen.say(format_args!("unplanned: host {heir} took over from host {dead}: {takeover}"));
+        self.screen.say(format_args!("host {heir} took over from host {dead}: {takeover}"));
         self.protect()?;
         Ok(())
     }

@@ -19,7 +19,7 @@ use super::fabric::{self, Fabric, GUEST_IPV4, HostName};
 use super::load::{Load, LoadOptions, Phase};
 use super::nodes::{Node, NodeSettings, RunDir, StartAs};
 use super::probe::{Probe, ProbeMode};
-use super::report::{ClientReport, EpochTotals, LatencyReport, Pair, Report, Round};
+use super::report::{ClientReport, EpochSamples, EpochShape, EpochsReport, LatencyReport, Pair, Report, Round};
 use super::rng::Rng;
 use super::screen::{Moment, Screen};
 use crate::control::status::{EpochCounts, NodeStatus};
@@ -145,7 +145,12 @@ pub(super) struct Demo<'a> {
     /// What the primary said last.
     pub(super) status: Option<NodeStatus>,
     sampled: Instant,
-    pub(super) epochs: EpochTotals,
+    epochs: EpochSamples,
+    /// The sums of nodes that are gone.
+    counts: EpochCounts,
+    wire_bytes: u64,
+    /// Being collected, or collected.
+    quiet: Option<EpochSamples>,
     tally: Arc<Tally>,
     pub(super) probe: Option<Probe>,
     pub(super) load: Option<Load>,
@@ -162,8 +167,7 @@ impl<'a> Demo<'a> {
         dir: &'a RunDir,
     ) -> Result<Demo<'a>, DemoError> {
         let &DemoOptions { memory_mib, cpus, interval_ms, .. } = options;
-        let program = std::env::current_exe().map_err(DemoError::io("find this program"))?;
-        let settings = NodeSettings { program, memory_mib, cpus, interval_ms };
+        let settings = NodeSettings { memory_mib, cpus, interval_ms, ..NodeSettings::default() };
         let screen = Screen::new();
         screen.say(format_args!(
             "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"
@@ -184,7 +188,10 @@ impl<'a> Demo<'a> {
             secondary: None,
             status: None,
             sampled: Instant::now(),
-            epochs: EpochTotals::new(),
+            epochs: EpochSamples::new(),
+            counts: EpochCounts::default(),
+            wire_bytes: 0,
+            quiet: None,
             tally: Arc::default(),
             probe: None,
             load: None,
@@ -205,6 +212,10 @@ impl<'a> Demo<'a> {
         }
         self.latency.solo = self.measure()?;
         self.protect()?;
+        let quiet = match self.options.dirty {
+            Some(_) => Some(self.steadily(Demo::watch_quiet_epochs)?),
+            None => None,
+        };
         self.latency.protected = self.steadily(Demo::measure)?;
 
         let load =
@@ -224,7 +235,7 @@ impl<'a> Demo<'a> {
         }
         self.steadily(|demo| demo.pass(LINGER))?;
         self.steadily(Demo::verify)?;
-        Ok(self.report(rounds))
+        Ok(self.report(rounds, quiet))
     }
 
     fn dial(&self) -> Dial {
@@ -291,6 +302,9 @@ impl<'a> Demo<'a> {
         if let Some(reply) = self.primary.new_epochs() {
             self.epochs.add(&reply.epochs);
             self.screen.add(&reply.epochs);
+            if let Some(quiet) = &mut self.quiet {
+                quiet.add(&reply.epochs);
+            }
         }
         self.status = self.primary.status().or(self.status.take());
     }
@@ -328,6 +342,15 @@ impl<'a> Demo<'a> {
         Ok(seen.map_or(Pair::default(), |seen| Pair::of(&seen)))
     }
 
+    /// Lets the guest write memory while nobody asks it anything: every epoch is as long as it may be.
+    fn watch_quiet_epochs(&mut self) -> Result<EpochShape, DemoError> {
+        self.sample();
+        self.quiet = Some(EpochSamples::new());
+        self.pass(MEASURE)?;
+        self.sample();
+        Ok(self.quiet.take().unwrap_or_default().shape())
+    }
+
     /// Starts a secondary on the other host, if it has none, and waits until the guest is protected. Returns how long that took, in ms.
     pub(super) fn protect(&mut self) -> Result<f64, DemoError> {
         let started = Instant::now();
@@ -357,6 +380,15 @@ impl<'a> Demo<'a> {
         load.chain(self.probe.iter().map(Probe::gauge))
     }
 
+    /// Adds up what the primary told last: it is gone, or the play is over.
+    pub(super) fn bury_primary(&mut self) {
+        if let Some(status) = self.status.take() {
+            self.counts.committed += status.epochs.committed;
+            self.counts.aborted += status.epochs.aborted;
+            self.wire_bytes += status.wire_bytes;
+        }
+    }
+
     /// Brings everything to rest and reads back every key.
     fn verify(&mut self) -> Result<(), DemoError> {
         self.probe_mode(ProbeMode::Idle)?;
@@ -374,11 +406,8 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
-    fn report(&mut self, rounds: Vec<Round>) -> Report {
-        let status = self.status.as_ref();
-        let (counts, wire_bytes) =
-            status.map_or((EpochCounts::default(), 0), |status| (status.epochs, status.wire_bytes));
-        self.epochs.bury(counts, wire_bytes);
+    fn report(&mut self, rounds: Vec<Round>, quiet_epochs: Option<EpochShape>) -> Report {
+        self.bury_primary();
         let tally = &self.tally;
         let client = ClientReport {
             requests: tally.requests.load(Relaxed),
@@ -395,7 +424,13 @@ impl<'a> Demo<'a> {
             ok: tally.is_clean() && client.requests == client.replies,
             rounds,
             client,
-            epochs: self.epochs.report(),
+            epochs: EpochsReport {
+                committed: self.counts.committed,
+                aborted: self.counts.aborted,
+                shape: self.epochs.shape(),
+                wire_bytes: self.wire_bytes,
+            },
+            quiet_epochs,
             latency_us: self.latency,
             complaints,
             unplanned_takeovers: self.unplanned,

@@ -35,11 +35,21 @@ impl ArbiterThread {
         events: Sender<NodeEvent>,
         noticed: impl FnMut(Reach) + Send + 'static,
     ) -> std::io::Result<ArbiterThread> {
+        ArbiterThread::start_watching(arbiter, events, WATCH, noticed)
+    }
+
+    /// The same, with the time without a question after which the arbiter is looked at.
+    pub fn start_watching(
+        arbiter: Box<dyn Arbiter>,
+        events: Sender<NodeEvent>,
+        watch: Duration,
+        noticed: impl FnMut(Reach) + Send + 'static,
+    ) -> std::io::Result<ArbiterThread> {
         let (calls, questions) = unbounded::<ArbiterCall>();
         let cancel = arbiter.canceller();
         let thread = std::thread::Builder::new()
             .name("mcd-arbiter".into())
-            .spawn(move || work(arbiter, &questions, &events, noticed))?;
+            .spawn(move || work(arbiter, &questions, &events, watch, noticed))?;
         Ok(ArbiterThread { calls: Some(calls), cancel, thread: Some(thread) })
     }
 
@@ -68,10 +78,11 @@ fn work(
     mut arbiter: Box<dyn Arbiter>,
     questions: &Receiver<ArbiterCall>,
     events: &Sender<NodeEvent>,
+    watch: Duration,
     mut noticed: impl FnMut(Reach),
 ) {
     loop {
-        let call = match questions.recv_timeout(WATCH) {
+        let call = match questions.recv_timeout(watch) {
             Ok(call) => call,
             Err(RecvTimeoutError::Timeout) => {
                 let lost = arbiter.read().err().map(|error| error.to_string());

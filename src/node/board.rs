@@ -281,6 +281,9 @@ impl Handler for Board {
     }
 
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+        if arguments.keys().any(|key| (command, key.as_str()) != ("mc-query-epochs", "since")) {
+            return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
+        }
         match command {
             "query-status" => Ok(self.status().query_status()),
             "query-name" => Ok(json!({ "name": self.fixed.guest })),

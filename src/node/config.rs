@@ -113,7 +113,7 @@ pub enum OnPeerLoss {
 /// How pages are packed for the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compress {
-    /// mcd decides.
+    /// With lz4 while the link is slower than it.
     Auto,
     /// Not at all, but for zero pages.
     None,

@@ -29,7 +29,9 @@ pub enum NodeError {
     #[error("{0}")]
     Control(#[from] ControlError),
     /// An epoch was committed that is not in staging memory.
-    #[error("epoch {0} was committed and is not staged; this node ends rather than acknowledge it, please report this with the log")]
+    #[error(
+        "epoch {0} was committed and is not staged; this node ends rather than acknowledge it, please report this with the log"
+    )]
     NotStaged(EpochId),
     /// A port cannot be listened on.
     #[error("{0}")]

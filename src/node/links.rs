@@ -199,18 +199,15 @@ impl Receiver<'_> {
     fn run(mut self, mut reader: LinkReader) -> NodeEvent {
         let conn = self.conn;
         loop {
-            let frame = match reader.read() {
-                Ok(frame) => frame,
-                Err(error @ (WireError::NotMcd { .. } | WireError::OtherVersion { .. })) => {
-                    return NodeEvent::Foreign { conn, why: error.to_string() };
-                }
-                Err(error) => return NodeEvent::Closed { conn, why: error.to_string() },
+            let event = match reader.read() {
+                Ok(frame) if frame.kind == FrameKind::Message => frame.message().map(|message| self.message(message)),
+                Ok(frame) => Ok(self.bulk(frame.kind, frame.payload)),
+                Err(error) => Err(error),
             };
-            let event = match frame.kind {
-                FrameKind::Message => {
-                    frame.message().map_err(|error| error.to_string()).and_then(|message| self.message(message))
-                }
-                kind => self.bulk(kind, frame.payload),
+            let event = match event {
+                Ok(event) => event,
+                Err(error) if error.is_foreign() => return NodeEvent::Foreign { conn, why: error.to_string() },
+                Err(error) => return NodeEvent::Closed { conn, why: error.to_string() },
             };
             let sent = match event {
                 Ok(Some(event)) => self.events.send(event).map_err(|_| "this node is ending".to_owned()),

@@ -9,6 +9,8 @@
 //! ```
 
 mod announce;
+#[cfg(test)]
+mod arbiter_tests;
 mod arbiter_thread;
 mod board;
 pub mod clock;

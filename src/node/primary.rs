@@ -14,11 +14,12 @@ use super::{announce, clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
+use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
-use crate::protocol::messages::Message;
+use crate::protocol::messages::{Message, features};
 use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 
@@ -240,8 +241,13 @@ impl PrimaryNode {
             let _ = events.send(event);
         };
         let memory = self.machine.memory().clone();
-        let lz4 = self.context.config.compress == Compress::Lz4;
-        self.sender = Some(Sender::start(conn, (writer, closer), memory, lz4, self.pool.clone(), report)?);
+        let packing = match self.context.config.compress {
+            _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Plain,
+            Compress::None => Packing::Plain,
+            Compress::Lz4 => Packing::Lz4,
+            Compress::Auto => Packing::BySpeed,
+        };
+        self.sender = Some(Sender::start(conn, (writer, closer), memory, packing, self.pool.clone(), report)?);
         Ok(())
     }
 

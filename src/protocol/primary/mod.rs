@@ -135,6 +135,11 @@ impl Primary {
         self.peer.as_ref().map(|peer| peer.instance)
     }
 
+    /// The features both this node and its peer have; none without a peer.
+    pub fn peer_features(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.features)
+    }
+
     /// Pages a newcomer still lacks, during a resync.
     pub fn resync_pages_left(&self) -> Option<u64> {
         self.ledger.as_ref().map(Ledger::pages_left)

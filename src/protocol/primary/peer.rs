@@ -16,13 +16,15 @@ pub struct Peer {
     pub instance: InstanceId,
     pub data: ConnId,
     pub heartbeat: Option<ConnId>,
+    /// What both sides can do.
+    pub features: u64,
     life: Option<(Pulse, Judge)>,
     join_by: Instant,
 }
 
 impl Peer {
-    fn new(instance: InstanceId, data: ConnId, join_by: Instant) -> Peer {
-        Peer { instance, data, heartbeat: None, life: None, join_by }
+    fn new(instance: InstanceId, data: ConnId, features: u64, join_by: Instant) -> Peer {
+        Peer { instance, data, heartbeat: None, features, life: None, join_by }
     }
 
     fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
@@ -118,7 +120,8 @@ impl Primary {
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
         match (hello.channel, &mut self.peer) {
             (Channel::Data, _) => {
-                self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
+                let features = self.config.features & hello.features;
+                self.peer = Some(Peer::new(hello.instance, conn, features, now + self.config.join_timeout));
                 self.phase = Phase::Joining;
             }
             (Channel::Heartbeat, Some(peer)) => {
