@@ -27,7 +27,7 @@ fn not_stood(fake: &FakePrimary, node: &mut Node, bytes: &[u8], part: &str) {
 fn given_up(mut joined: Joined, node: &mut Node, bytes: &[u8], part: &str) {
     let name = joined.newcomer;
     joined.data.send_bytes(bytes);
-    joined.is_given_up();
+    joined.closes();
     node.wait_warning(part);
     node.wait_status("known by a new name", |status| status.instance != name.to_string());
 }
@@ -119,7 +119,8 @@ fn pairs_out_of_turn() {
             joined.acked(epoch(3));
             joined
         };
-        let spoil: [(fn(Record) -> Record, &str); 4] = [
+        type Spoil = fn(Record) -> Record;
+        let spoil: [(Spoil, &str); 4] = [
             (|good| Record { peer: Some(InstanceId(9)), ..good }, "a pair that is not this one"),
             (|good| Record { owner: InstanceId(9), ..good }, "a pair that is not this one"),
             (|good| Record { generation: Generation(7), ..good }, "a pair that is not this one"),
