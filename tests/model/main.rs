@@ -96,13 +96,8 @@ fn describe(world: &World) -> String {
 fn explore(space: Space, limit: Duration) -> Seen {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let start = Instant::now();
-    let checker = space
-        .checker()
-        .threads(threads)
-        .timeout(limit)
-        .finish_when(HasDiscoveries::AnyFailures)
-        .spawn_bfs()
-        .join();
+    let checker =
+        space.checker().threads(threads).timeout(limit).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     let took = start.elapsed();
     let broken = checker.discoveries().into_iter().next().map(|(name, path)| {
         let mut text = format!("broken: {name}\n");

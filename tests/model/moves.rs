@@ -212,9 +212,7 @@ impl World {
     /// on record suspected the primary before, asked the arbiter before, and an answer from before the pair is on its way to it.
     fn is_only_holder(&self, n: usize) -> bool {
         let record = self.truth.record;
-        let old = |call: &crate::world::Call| {
-            matches!(call.answer, Some(ArbiterAnswer::Record(Some(told))) if told.generation < record.generation)
-        };
+        let old = |call: &crate::world::Call| matches!(call.answer, Some(ArbiterAnswer::Record(Some(told))) if told.generation < record.generation);
         let misled = || self.nodes[1 - n].calls.front().is_some_and(old);
         record.owner == self.nodes[n].me && (record.state != RecordState::Paired || misled())
     }
