@@ -1,11 +1,13 @@
 //! Real nodes, unmodified clients, and a host that dies under them.
 
+mod rights;
+
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mcd::control::status::{NodeStatus, State};
-use mcd::demo::fabric::{self, Fabric, GUEST_IPV4, HostName, find_tool};
+use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName, find_tool};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -13,22 +15,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const EPOCHS_BETWEEN_KILLS: u64 = 1_500;
 const REQUESTS: &str = "20000";
 
-/// True if this host can run the test; if the environment says that it must, it fails instead.
-fn can_run() -> bool {
-    let lacking = if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        Some(format!("/dev/kvm: {error}"))
-    } else if !fabric::has_rights() {
-        Some("no right to make network namespaces".into())
-    } else {
-        ["redis-benchmark", "redis-cli"]
-            .iter()
-            .find(|tool| find_tool(tool).is_none())
-            .map(|tool| format!("{tool} is not installed: make setup"))
-    };
-    let Some(why) = lacking else { return true };
-    assert!(std::env::var("MCD_REQUIRE_KVM").as_deref() != Ok("1"), "{why}");
-    println!("skipped: {why}");
-    false
+/// Runs `body`, the body of the test `name`, where there are KVM, namespaces and redis-tools.
+fn with_redis_tools(name: &str, body: impl FnOnce()) {
+    if let Some(tool) = ["redis-cli", "redis-benchmark"].into_iter().find(|tool| find_tool(tool).is_none()) {
+        println!("skipped: {tool} is not installed: make setup");
+        return;
+    }
+    rights::run(name, &["/dev/kvm", "/dev/net/tun"], body);
 }
 
 struct Pair {
@@ -43,8 +36,13 @@ struct Pair {
 impl Pair {
     fn start(cpus: u8) -> Pair {
         let fabric = Fabric::new().expect("namespaces");
-        let settings =
-            NodeSettings { program: env!("CARGO_BIN_EXE_mcd").into(), memory_mib: 64, cpus, interval_ms: 10 };
+        let settings = NodeSettings {
+            program: vec![env!("CARGO_BIN_EXE_mcd").into()],
+            memory_mib: 64,
+            cpus,
+            interval_ms: 10,
+            ..NodeSettings::default()
+        };
         let dir = RunDir::new().expect("a directory");
         let mut primary =
             Node::start(StartAs::Primary, HostName::A, "n0", &settings, &fabric, &dir).expect("a primary");
@@ -145,29 +143,27 @@ fn benchmark_survives(pair: &mut Pair, arguments: &[&str]) -> u32 {
 
 #[test]
 fn an_unmodified_benchmark_does_not_notice_that_hosts_die() {
-    if !can_run() {
-        return;
-    }
-    let mut pair = Pair::start(1);
-    let kills = benchmark_survives(&mut pair, &[]);
-    assert!(kills >= 1, "the benchmark ended before a primary was killed");
-    benchmark_survives(&mut pair, &["-P", "16"]);
-    let status = pair.wait_protected();
-    assert_eq!(status.state, State::Protected);
+    with_redis_tools("an_unmodified_benchmark_does_not_notice_that_hosts_die", || {
+        let mut pair = Pair::start(1);
+        let kills = benchmark_survives(&mut pair, &[]);
+        assert!(kills >= 1, "the benchmark ended before a primary was killed");
+        benchmark_survives(&mut pair, &["-P", "16"]);
+        let status = pair.wait_protected();
+        assert_eq!(status.state, State::Protected);
+    });
 }
 
 #[test]
 fn two_vcpus_and_a_guest_that_writes_all_the_time_survive_as_well() {
-    if !can_run() {
-        return;
-    }
-    let mut pair = Pair::start(2);
-    assert_eq!(pair.redis_cli(&["DIRTY", "500", "20000"]), "OK");
-    for round in 1..=3 {
-        let value = format!("value {round}");
-        assert_eq!(pair.redis_cli(&["SET", "key", &value]), "OK");
-        pair.kill_and_protect_again();
-        assert_eq!(pair.redis_cli(&["GET", "key"]), value);
-        assert_eq!(pair.redis_cli(&["INCR", "rounds"]), round.to_string());
-    }
+    with_redis_tools("two_vcpus_and_a_guest_that_writes_all_the_time_survive_as_well", || {
+        let mut pair = Pair::start(2);
+        assert_eq!(pair.redis_cli(&["DIRTY", "500", "20000"]), "OK");
+        for round in 1..=3 {
+            let value = format!("value {round}");
+            assert_eq!(pair.redis_cli(&["SET", "key", &value]), "OK");
+            pair.kill_and_protect_again();
+            assert_eq!(pair.redis_cli(&["GET", "key"]), value);
+            assert_eq!(pair.redis_cli(&["INCR", "rounds"]), round.to_string());
+        }
+    });
 }

@@ -91,7 +91,7 @@ impl World {
         let mut client_end = End { incoming: back, outgoing: there, room: 128, trusts: false };
         let host = TestHost::new();
         let address = Address { mac: [2, 0, 0, 0, 0, 1], ipv4: [10, 0, 0, 2], prefix_len: 24, gateway: None };
-        let server = Server::new(&mut server_end, address, 11, host.now_us).expect("memory");
+        let server = Server::new(&mut server_end, &host, address, 11).expect("memory");
         let mut config = Config::new(EthernetAddress([2, 0, 0, 0, 0, 2]).into());
         config.random_seed = 12;
         let mut clients = Interface::new(config, &mut client_end, Instant::from_micros(host.now_us as i64));

@@ -27,12 +27,12 @@ fn ask_once(dial: &Dial, words: &[&str]) -> io::Result<Reply> {
 }
 
 /// Whether the guest answers a PING.
-pub(super) fn answers_ping(dial: &Dial) -> bool {
+pub fn answers_ping(dial: &Dial) -> bool {
     ask_once(dial, &["PING"]).is_ok_and(|reply| reply == Reply::Simple(b"PONG".to_vec()))
 }
 
 /// Makes the guest write `per_second` pages per second, over and over the same `pages`.
-pub(super) fn ask_dirty(dial: &Dial, pages: u32, per_second: u32) -> io::Result<()> {
+pub fn ask_dirty(dial: &Dial, pages: u32, per_second: u32) -> io::Result<()> {
     match ask_once(dial, &["DIRTY", &pages.to_string(), &per_second.to_string()])? {
         Reply::Error(text) => Err(io::Error::other(String::from_utf8_lossy(&text).into_owned())),
         _ => Ok(()),

@@ -209,7 +209,7 @@ impl Connection {
     }
 
     /// Moves bytes both ways until everything is answered. Both at once: a server that cannot send stops reading.
-    fn pump(&mut self, model: &Model, judge: Judge) -> Result<(), Broken> {
+    fn pump(&mut self, model: &mut Model, judge: Judge) -> Result<(), Broken> {
         let mut sent = 0;
         while !self.asked.is_empty() {
             let left = self.out.get(sent..).unwrap_or_default();
@@ -252,7 +252,7 @@ impl Connection {
         }
     }
 
-    fn judge(&mut self, model: &Model, judge: Judge) -> Result<(), Broken> {
+    fn judge(&mut self, model: &mut Model, judge: Judge) -> Result<(), Broken> {
         while !self.asked.is_empty() {
             let reply = match self.parser.next_reply() {
                 Ok(Some(reply)) => reply,
@@ -266,6 +266,7 @@ impl Connection {
             let Some((command, right)) = self.asked.pop_front() else { break };
             self.gauge.heard(!self.asked.is_empty());
             self.tally.replies.fetch_add(1, Relaxed);
+            model.heard(&reply);
             if reply != right {
                 let count = if judge == Judge::Final { &self.tally.lost_writes } else { &self.tally.wrong_replies };
                 let what = format!("{}: {}: expected {right:?}, got {reply:?}", self.name, model.describe(&command));

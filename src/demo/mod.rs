@@ -1,6 +1,6 @@
 //! The top floor: `mcd demo`, and the network, the checked client and the handling of nodes that the benches share with it.
 
-mod ask;
+pub mod ask;
 pub mod client;
 pub mod error;
 pub mod fabric;

@@ -62,6 +62,26 @@ pub struct Model {
     /// Keys of writes whose reply never came: they may hold the old or the new.
     uncertain: Vec<Key>,
     writes: u64,
+    /// Replies taken so far, and a hash over them all, in order.
+    chain: Chain,
+}
+
+/// A number and a hash that stand for all replies of a connection, in order. Every value written carries them, so that a value read
+/// back proves what its writer had been told before: state that was rolled back shows, wherever it came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Chain {
+    replies: u64,
+    hash: u64,
+}
+
+impl Chain {
+    fn add(&mut self, reply: &Reply) {
+        const PRIME: u64 = 0x0100_0000_01b3;
+        self.replies += 1;
+        for byte in self.replies.to_le_bytes().into_iter().chain(format!("{reply:?}").into_bytes()) {
+            self.hash = (self.hash ^ u64::from(byte)).wrapping_mul(PRIME).rotate_left(5);
+        }
+    }
 }
 
 impl Model {
@@ -73,6 +93,7 @@ impl Model {
             counters: vec![None; COUNTERS],
             uncertain: Vec::new(),
             writes: 0,
+            chain: Chain::default(),
         }
     }
 
@@ -111,10 +132,16 @@ impl Model {
         }
     }
 
+    /// Links the next reply to all before it; later values carry that.
+    pub fn heard(&mut self, reply: &Reply) {
+        self.chain.add(reply);
+    }
+
     /// A value no other write ever has, of very different lengths.
     fn draw_value(&mut self, rng: &mut Rng) -> Vec<u8> {
         self.writes += 1;
-        let mut value = format!("{}#{} ", self.prefix, self.writes).into_bytes();
+        let Chain { replies, hash } = self.chain;
+        let mut value = format!("{}#{} {replies}~{hash:016x} ", self.prefix, self.writes).into_bytes();
         let more = if rng.chance(3) { rng.index(4000) } else { rng.index(200) };
         let more = value.len() + more;
         while value.len() < more {
@@ -256,6 +283,18 @@ mod tests {
         values.sort();
         values.dedup();
         assert_eq!(values.len(), count);
+    }
+
+    #[test]
+    fn values_carry_what_was_heard_before() {
+        let write = |heard: &[&[u8]]| {
+            let mut model = Model::new("c3");
+            heard.iter().for_each(|text| model.heard(&Reply::Bulk(Some(text.to_vec()))));
+            model.draw_value(&mut Rng::new(1))
+        };
+        assert_eq!(write(&[b"a", b"b"]), write(&[b"a", b"b"]));
+        assert_ne!(write(&[b"a", b"b"]), write(&[b"b", b"a"]));
+        assert_ne!(write(&[b"ab"]), write(&[b"a", b"b"]));
     }
 
     #[test]

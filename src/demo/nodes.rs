@@ -1,5 +1,6 @@
 //! Nodes as real processes: started in a host's network, asked over their control sockets, killed.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::SocketAddr;
@@ -8,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::json;
 
 use super::fabric::{Fabric, GUEST_IPV4, GUEST_PREFIX_LEN, HostName, TAP};
@@ -66,14 +69,34 @@ impl Drop for RunDir {
 /// What both nodes are told.
 #[derive(Clone, Debug)]
 pub struct NodeSettings {
-    /// The `mcd` to run.
-    pub program: PathBuf,
     /// The guest's memory, in MiB.
     pub memory_mib: u32,
     /// The guest's vCPUs.
     pub cpus: u8,
     /// The longest an epoch may last, in ms.
     pub interval_ms: u64,
+    /// The program and its first arguments; empty: this very program.
+    pub program: Vec<OsString>,
+    /// The arbiter as `--arbiter` takes it; if absent, files in the directory of the run.
+    pub arbiter: Option<String>,
+    /// More flags for every node, with their dashes and values.
+    pub flags: Vec<String>,
+    /// More flags for a node that boots the guest.
+    pub boot_flags: Vec<String>,
+}
+
+impl Default for NodeSettings {
+    fn default() -> NodeSettings {
+        NodeSettings {
+            memory_mib: 128,
+            cpus: 1,
+            interval_ms: 20,
+            program: Vec::new(),
+            arbiter: None,
+            flags: Vec::new(),
+            boot_flags: Vec::new(),
+        }
+    }
 }
 
 /// Which role a node starts in.
@@ -81,6 +104,8 @@ pub struct NodeSettings {
 pub enum StartAs {
     /// It boots the guest.
     Primary,
+    /// It boots the guest although the arbiter knows it as running elsewhere.
+    ColdStart,
     /// It joins the node on the other host.
     Secondary,
 }
@@ -109,19 +134,31 @@ impl Node {
         dir: &RunDir,
     ) -> io::Result<Node> {
         let (control, log) = (dir.path().join(format!("{name}.sock")), dir.path().join(format!("{name}.log")));
-        let mut command = fabric.host(host).command(&settings.program);
+        let mut command = match settings.program.split_first() {
+            None => fabric.host(host).command(std::env::current_exe()?),
+            Some((program, first)) => {
+                let mut command = fabric.host(host).command(program);
+                command.args(first);
+                command
+            }
+        };
+        let files = || format!("file:{}", dir.path().join("arbiter").display());
         let mut flags = vec![
             ("--guest", GUEST.to_owned()),
             ("--tap", TAP.to_owned()),
             ("--guest-ip", format!("{GUEST_IPV4}/{GUEST_PREFIX_LEN}")),
             ("--listen", SocketAddr::from((host.link_ipv4(), PORT)).to_string()),
-            ("--arbiter", format!("file:{}", dir.path().join("arbiter").display())),
+            ("--arbiter", settings.arbiter.clone().unwrap_or_else(files)),
             ("--control", control.display().to_string()),
             ("--interval-ms", settings.interval_ms.to_string()),
         ];
         match role {
-            StartAs::Primary => {
-                command.arg("primary");
+            StartAs::Primary | StartAs::ColdStart => {
+                match role {
+                    StartAs::ColdStart => command.args(["cold-start", "--i-know-both-nodes-are-dead"]),
+                    _ => command.arg("primary"),
+                };
+                command.args(&settings.boot_flags);
                 flags.push(("--memory", format!("{}M", settings.memory_mib)));
                 flags.push(("--cpus", settings.cpus.to_string()));
             }
@@ -131,6 +168,7 @@ impl Node {
             }
         }
         command.args(flags.iter().flat_map(|(flag, value)| [*flag, value]));
+        command.args(&settings.flags);
         let output = File::create(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         // A Ctrl-C at the terminal is for the run, which then ends its nodes in its own order.
@@ -169,6 +207,16 @@ impl Node {
     pub fn kill(&mut self) -> io::Result<()> {
         self.client = None;
         self.child.kill()
+    }
+
+    /// Sends it a signal, if it has not ended.
+    pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
+        // A child that was waited for has no process any more, and its number may be another's.
+        if self.ended().is_some() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let pid = i32::try_from(self.child.id()).map_err(io::Error::other)?;
+        Ok(nix::sys::signal::kill(Pid::from_raw(pid), signal)?)
     }
 
     /// Its status; `None` while it does not answer yet or no more.

@@ -60,12 +60,14 @@ impl PrimaryNode {
     pub fn new(context: Context, machine: Machine, gate: Arc<OutputGate>, protocol: Primary) -> PrimaryNode {
         let pages = machine.memory().pages();
         let pool = context.captures.clone();
+        let mut conns = Conns::default();
+        conns.set_unacknowledged_max(context.config.heartbeat.timeout);
         PrimaryNode {
             context,
             machine,
             gate,
             protocol,
-            conns: Conns::default(),
+            conns,
             sender: None,
             pool,
             dirt: DirtBook::new(pages),
@@ -114,6 +116,9 @@ impl PrimaryNode {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+        if let Some((conn, why)) = self.conns.give_up_stuck() {
+            return Ok(Some(Input::Closed { conn, why }));
+        }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
             Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {

@@ -1,6 +1,7 @@
 //! The driver of the node that holds the guest's image. It holds no rule.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::channel::RecvTimeoutError;
 
@@ -27,7 +28,7 @@ pub enum SecondaryEnd {
     /// It runs the guest now: restored, still paused.
     Promoted(Box<Promoted>),
     /// It has to begin anew, as a newcomer, after this long.
-    Rejoin(std::time::Duration),
+    Rejoin(Duration),
     /// The process ends.
     Over(Ending),
 }
@@ -118,6 +119,9 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+        if let Some((conn, why)) = self.conns.give_up_stuck() {
+            return Ok(Some(Input::Closed { conn, why }));
+        }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
             Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
@@ -219,6 +223,7 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn build(&mut self, welcome: Welcome) {
+        self.conns.set_unacknowledged_max(Duration::from_micros(welcome.heartbeat_timeout_us));
         let input = match self.build_image(welcome) {
             Ok(image) => {
                 self.context.board.show_gate(&image.gate);

@@ -3,6 +3,7 @@
 //! A question whose answer never came may still have been carried out, so a lost swap whose record is the very one we asked for was
 //! won (every record names its owner's instance id and a generation nobody else can have asked for with it).
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use super::mutant;
@@ -10,7 +11,7 @@ use super::record::Record;
 use super::types::Instant;
 
 /// A question to the arbiter. `ticket` comes back with the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ArbiterCall {
     /// Names the question; answers to older tickets are ignored.
     pub ticket: u64,
@@ -19,7 +20,7 @@ pub struct ArbiterCall {
 }
 
 /// What is asked of the arbiter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ArbiterRequest {
     /// Read the record.
     Read,
@@ -33,7 +34,7 @@ pub enum ArbiterRequest {
 }
 
 /// What the arbiter (or the way to it) answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ArbiterAnswer {
     /// The swap was carried out.
     Won,
@@ -55,7 +56,7 @@ pub enum Verdict {
 }
 
 /// Asks the arbiter, again and again while it is out of reach.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Arbitration {
     retry: Duration,
     ticket: u64,
@@ -101,6 +102,12 @@ impl Arbitration {
         let due = self.again_at?;
         let request = self.request?;
         (now >= due).then(|| self.ask(request))
+    }
+
+    /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)).
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Arbitration { retry, ticket, request, waiting, again_at } = self;
+        (retry, ticket, request, waiting, again_at.map(|at| at.since(now))).hash(into);
     }
 
     /// Takes an answer; `None` if it answers a forgotten question.

@@ -7,7 +7,7 @@ use super::messages::RefuseReason;
 use super::types::{EpochId, Generation, InstanceId};
 
 /// Something an operator may want to know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// A newcomer was accepted and is being filled.
     ResyncStarted {

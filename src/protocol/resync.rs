@@ -8,7 +8,7 @@ use super::mutant;
 use super::pages::PageSet;
 
 /// The pages a newcomer still lacks, and the push on its way.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Ledger {
     left: PageSet,
     cursor: u64,

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How long sent bytes may stay unacknowledged before the kernel gives the connection up. Heartbeats notice a silent peer much earlier;
-/// this frees what is left waiting.
+/// How long sent bytes may stay unacknowledged before the kernel gives the connection up. Heartbeats and a [`LinkWatch`](super::LinkWatch)
+/// notice a silent peer much earlier; this frees what is left waiting.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 
 /// Sockets get descriptor numbers from here up: above those of a machine and its vCPUs, below the usual limit of 1,024.
@@ -126,6 +126,32 @@ impl LinkCloser {
     pub fn shutdown(&self) {
         // The only failure is a socket that is not connected any more.
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// If segments are on their way: how many bytes the peer has acknowledged so far. `None` while all that was sent has arrived, or if the
+    /// kernel does not tell.
+    pub(super) fn on_its_way(&self) -> Option<u64> {
+        // struct tcp_info of linux/tcp.h, which only ever grows at its end.
+        const UNACKED: usize = 24;
+        const BYTES_ACKED: usize = 120;
+        let mut info = [0u8; 128];
+        let mut length = info.len() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes, the size of `info`; both outlive the call.
+        let result = unsafe {
+            libc::getsockopt(
+                self.stream.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                info.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if result != 0 || (length as usize) < info.len() {
+            return None;
+        }
+        let segments = u32::from_ne_bytes(info.get(UNACKED..UNACKED + 4)?.try_into().ok()?);
+        let acknowledged = u64::from_ne_bytes(info.get(BYTES_ACKED..BYTES_ACKED + 8)?.try_into().ok()?);
+        (segments > 0).then_some(acknowledged)
     }
 }
 

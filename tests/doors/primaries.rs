@@ -12,6 +12,9 @@ use super::fake::{Epoch, FakePrimary, Joined, MEMORY_BYTES, bulk, epoch, frame, 
 use super::place::{PRIMARY, run};
 use super::process::Node;
 
+/// Makes a record wrong.
+type Spoil = fn(Record) -> Record;
+
 const PAGES: u64 = MEMORY_BYTES / 4096;
 
 /// Lets the node join, sends it a good epoch and then `bytes`, which it must not stand.
@@ -27,7 +30,7 @@ fn not_stood(fake: &FakePrimary, node: &mut Node, bytes: &[u8], part: &str) {
 fn given_up(mut joined: Joined, node: &mut Node, bytes: &[u8], part: &str) {
     let name = joined.newcomer;
     joined.data.send_bytes(bytes);
-    joined.is_given_up();
+    joined.expect_given_up();
     node.wait_warning(part);
     node.wait_status("known by a new name", |status| status.instance != name.to_string());
 }
@@ -119,7 +122,7 @@ fn pairs_out_of_turn() {
             joined.acked(epoch(3));
             joined
         };
-        let spoil: [(fn(Record) -> Record, &str); 4] = [
+        let spoil: [(Spoil, &str); 4] = [
             (|good| Record { peer: Some(InstanceId(9)), ..good }, "a pair that is not this one"),
             (|good| Record { owner: InstanceId(9), ..good }, "a pair that is not this one"),
             (|good| Record { generation: Generation(7), ..good }, "a pair that is not this one"),

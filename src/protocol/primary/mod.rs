@@ -12,6 +12,7 @@
 //!                     └──────────▶ Fenced ◀───────────┘
 //! ```
 
+mod digest;
 mod epochs;
 mod peer;
 mod types;
@@ -33,7 +34,7 @@ use super::resync::Ledger;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
 /// What a primary is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Runs the guest alone; output passes.
     Solo,
@@ -56,7 +57,7 @@ pub enum Phase {
 }
 
 /// The primary's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Primary {
     config: PrimaryConfig,
     me: InstanceId,

@@ -1,5 +1,7 @@
 //! Who the primary's peer is: hellos, its two connections, and whether it is alive.
 
+use std::hash::{Hash, Hasher};
+
 use super::types::{Action, ConnId};
 use super::{Phase, Primary};
 use crate::protocol::event::Event;
@@ -9,7 +11,7 @@ use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 /// The secondary, or the newcomer that becomes it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Peer {
     pub instance: InstanceId,
     pub data: ConnId,
@@ -73,6 +75,19 @@ impl Peer {
                 Some("it did not open its heartbeat connection in time".into())
             }
             None => None,
+        }
+    }
+
+    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)).
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Peer { instance, data, heartbeat, life, join_by } = self;
+        (instance, data, heartbeat, life.is_some()).hash(into);
+        match life {
+            Some((pulse, judge)) => {
+                pulse.digest(now, into);
+                judge.digest(now, into);
+            }
+            None => join_by.since(now).hash(into),
         }
     }
 

@@ -10,6 +10,7 @@
 //!                                                    └───────────────┘
 //! ```
 
+mod digest;
 mod types;
 
 use std::collections::VecDeque;
@@ -26,7 +27,7 @@ use super::record::{Record, RecordState};
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
 /// What a secondary is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Waits for its time to try the primary, or for the connection.
     Connecting,
@@ -51,7 +52,7 @@ pub enum Phase {
 }
 
 /// The secondary's state machine, for one instance id.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Secondary {
     config: SecondaryConfig,
     me: InstanceId,

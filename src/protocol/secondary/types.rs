@@ -87,7 +87,7 @@ pub enum Input {
 }
 
 /// Why a secondary's process ends.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Ending {
     /// An operator asked for it.
     Quit,
@@ -107,7 +107,7 @@ pub enum Ending {
 }
 
 /// What the driver has to do, in this order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub enum Action {
     /// Open a connection to the primary, then say `Connected` or `Closed`.
     Connect {

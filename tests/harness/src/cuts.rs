@@ -1,0 +1,105 @@
+//! Breaks the wire between the hosts, and mends it.
+
+use std::io::{self, Write};
+use std::process::Stdio;
+
+use mcd::demo::fabric::{Fabric, HostName, find_tool};
+
+use crate::rows::{Ports, Way};
+
+/// The port of the data connection on every node; the heartbeat's is the next.
+const DATA_PORT: u16 = 7401;
+
+/// What was broken.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cuts {
+    rules: bool,
+    down: bool,
+    slow: bool,
+}
+
+impl Cuts {
+    /// Drops in silence what comes in at the hosts. `primary` tells which host that is.
+    pub fn drop_packets(&mut self, fabric: &Fabric, primary: HostName, ports: Ports, way: Way) -> io::Result<()> {
+        self.rules = true;
+        // In the receiver's INPUT chain: a DROP in the sender's OUTPUT would tell the sender.
+        if way != Way::ToSecondary {
+            filter(fabric, primary, ports)?;
+        }
+        if way != Way::ToPrimary {
+            filter(fabric, primary.other(), ports)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the wire's carrier away.
+    pub fn link_down(&mut self, fabric: &Fabric) -> io::Result<()> {
+        self.down = true;
+        fabric.host(HostName::A).ip(&["link set wire down"]).map_err(io::Error::other)
+    }
+
+    /// Lets the wire carry only 1 MB/s each way.
+    pub fn slow_down(&mut self, fabric: &Fabric) -> io::Result<()> {
+        self.slow = true;
+        for host in [HostName::A, HostName::B] {
+            // A queue of a quarter of a second, as a cheap switch has it.
+            tc(fabric, host, "qdisc replace dev wire root tbf rate 8mbit burst 16kb limit 256kb")?;
+        }
+        Ok(())
+    }
+
+    /// Mends everything.
+    pub fn mend(&mut self, fabric: &Fabric) -> io::Result<()> {
+        let Cuts { rules, down, slow } = std::mem::take(self);
+        if down {
+            fabric.host(HostName::A).ip(&["link set wire up"]).map_err(io::Error::other)?;
+        }
+        for host in [HostName::A, HostName::B] {
+            if rules {
+                restore(fabric, host, "*filter\n-F INPUT\nCOMMIT\n")?;
+            }
+            if slow {
+                tc(fabric, host, "qdisc del dev wire root")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn filter(fabric: &Fabric, host: HostName, ports: Ports) -> io::Result<()> {
+    let (first, last) = match ports {
+        Ports::Data => (DATA_PORT, DATA_PORT),
+        Ports::Heartbeat => (DATA_PORT + 1, DATA_PORT + 1),
+        Ports::Both => (DATA_PORT, DATA_PORT + 1),
+    };
+    // Either end may be the one that listens.
+    let rule = |side| format!("-A INPUT -i wire -p tcp --{side} {first}:{last} -j DROP\n");
+    restore(fabric, host, &format!("*filter\n{}{}COMMIT\n", rule("dport"), rule("sport")))
+}
+
+/// Changes all rules of a host at one instant.
+fn restore(fabric: &Fabric, host: HostName, rules: &str) -> io::Result<()> {
+    feed(fabric, host, "iptables-restore", &["--noflush"], rules)
+}
+
+fn tc(fabric: &Fabric, host: HostName, command: &str) -> io::Result<()> {
+    let words: Vec<&str> = command.split(' ').collect();
+    feed(fabric, host, "tc", &words, "")
+}
+
+fn feed(fabric: &Fabric, host: HostName, tool: &str, arguments: &[&str], input: &str) -> io::Result<()> {
+    let missing = || io::Error::new(io::ErrorKind::NotFound, format!("`{tool}` is not installed"));
+    let mut command = fabric.host(host).command(find_tool(tool).ok_or_else(missing)?);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // If it is gone already, its words say more than our EPIPE.
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(io::Error::other(format!("{tool} on host {host}: {}", said.trim())))
+}

@@ -1,0 +1,285 @@
+//! One trial: a protected guest under load, one fault, and whether its row came true.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use mcd::control::status::TakeoverReport;
+use mcd::demo::client::Tally;
+use mcd::demo::fabric::HostName;
+use serde::Serialize;
+
+use crate::error::HarnessError;
+use crate::faults::{After, Done};
+use crate::rows::{Fault, Row, Runs};
+use crate::witness::{Reign, Testimony};
+use crate::world::World;
+
+/// The stages of a takeover, in ms each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Stages {
+    /// From the last sign of life to the suspicion.
+    pub detect: f64,
+    /// Until the arbiter had decided.
+    pub arbitrate: f64,
+    /// Until every committed epoch was in the image.
+    pub apply: f64,
+    /// Until the machine had its state.
+    pub restore: f64,
+    /// Until the guest ran.
+    pub resume: f64,
+}
+
+/// What one trial found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Trial {
+    /// The row's name.
+    pub fault: &'static str,
+    /// Who ran the guest afterwards.
+    pub runs: String,
+    /// From the fault to the first packet of the heir, if there was a takeover, in ms.
+    pub takeover_ms: Option<f64>,
+    /// Its stages.
+    pub stages: Option<Stages>,
+    /// The longest time without a frame of the guest on the clients' network, in ms.
+    pub silence_ms: f64,
+    /// How long that may be at most.
+    pub silence_limit_ms: Option<u64>,
+    /// The longest silence of a connection, its own retransmission timer included, in ms.
+    pub client_gap_ms: f64,
+    /// How long the arbiter was away, in ms.
+    pub arbiter_away_ms: u64,
+    /// Frames of a frozen primary that were checked before it froze and left after it woke.
+    pub late_frames: u64,
+    /// Lost writes, wrong replies, resets, silent connections, and whatever the witness found.
+    pub violations: u64,
+    /// What of the row did not come true, and the violations, in words.
+    pub wrongs: Vec<String>,
+}
+
+/// What the clients have counted so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Commands sent.
+    pub requests: u64,
+    /// Replies received.
+    pub replies: u64,
+    /// Writes that were answered, rightly.
+    pub acknowledged_writes: u64,
+    /// Keys that did not hold what had been acknowledged.
+    pub lost_writes: u64,
+    /// Replies that were not the one right reply.
+    pub wrong_replies: u64,
+    /// Connections that broke.
+    pub resets: u64,
+    /// Connections that were given up.
+    pub silent: u64,
+}
+
+impl Counts {
+    /// What a tally says now.
+    pub fn of(tally: &Tally) -> Counts {
+        Counts {
+            requests: tally.requests.load(Relaxed),
+            replies: tally.replies.load(Relaxed),
+            acknowledged_writes: tally.acknowledged_writes.load(Relaxed),
+            lost_writes: tally.lost_writes.load(Relaxed),
+            wrong_replies: tally.wrong_replies.load(Relaxed),
+            resets: tally.resets.load(Relaxed),
+            silent: tally.silent.load(Relaxed),
+        }
+    }
+
+    /// Adds what happened between two looks.
+    pub fn add(&mut self, since: &Counts, now: &Counts) {
+        self.requests += now.requests - since.requests;
+        self.replies += now.replies - since.replies;
+        self.acknowledged_writes += now.acknowledged_writes - since.acknowledged_writes;
+        self.lost_writes += now.lost_writes - since.lost_writes;
+        self.wrong_replies += now.wrong_replies - since.wrong_replies;
+        self.resets += now.resets - since.resets;
+        self.silent += now.silent - since.silent;
+    }
+
+    fn bad(&self) -> u64 {
+        self.lost_writes + self.wrong_replies + self.resets + self.silent
+    }
+}
+
+/// Runs one trial. Afterwards the guest is protected again. What the clients saw is added to `totals`.
+pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Trial, HarnessError> {
+    let (old, generation) = begin(world, row.fault)?;
+    let look = |world: &World<'_>| world.session.as_ref().map(|s| Counts::of(&s.tally)).unwrap_or_default();
+    let since = look(world);
+    let complained = world.session.as_ref().map_or(0, |session| session.tally.complaints.lock().len());
+    let unplanned = world.unplanned;
+    let done = world.inflict(row.fault, generation)?;
+    let mut trial = Trial {
+        fault: row.name,
+        runs: String::new(),
+        takeover_ms: None,
+        stages: None,
+        silence_ms: 0.0,
+        silence_limit_ms: row.silence.limit_ms(world.timeout_ms, done.away_ms),
+        client_gap_ms: 0.0,
+        arbiter_away_ms: done.away_ms,
+        late_frames: 0,
+        violations: 0,
+        wrongs: done.wrongs.clone(),
+    };
+    judge_runs(&mut trial, row, old, &done);
+    if let After::Leads(host, status) = &done.after {
+        world.runs_on(*host);
+        if let Some(takeover) = status.takeover.as_ref().filter(|_| *host != old) {
+            note_takeover(&mut trial, takeover, done.began_us);
+        }
+    }
+    if matches!(done.after, After::Nobody) {
+        let testimony = world.capture.testimony().map_err(HarnessError::io("follow the frames"))?;
+        judge_frames(&mut trial, row, &testimony, old, &[], unplanned != world.unplanned);
+        let now = look(world);
+        judge_clients(&mut trial, world, &since, &now, complained);
+        totals.add(&since, &now);
+        world.cold_start(&mut trial.wrongs)?;
+        world.settle()?;
+        return Ok(trial);
+    }
+    world.answered()?;
+    trial.client_gap_ms = world.gauges().iter().map(|gauge| gauge.silence_us()).max().unwrap_or(0) as f64 / 1000.0;
+    trial.silence_ms = world.capture.glance().longest_silence_us as f64 / 1000.0;
+    world.settle()?;
+    world.verify()?;
+    let testimony = world.capture.testimony().map_err(HarnessError::io("follow the frames"))?;
+    let changes = world.changes.clone();
+    judge_frames(&mut trial, row, &testimony, old, &changes, unplanned != world.unplanned);
+    let now = look(world);
+    judge_clients(&mut trial, world, &since, &now, complained);
+    totals.add(&since, &now);
+    Ok(trial)
+}
+
+/// Brings the guest to a random moment of its protected life. Returns the host it runs on and its generation.
+fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), HarnessError> {
+    loop {
+        world.settle()?;
+        let life = Duration::from_micros(100_000 + world.rng.below(300_000));
+        world.pass(life)?;
+        if world.protected().is_none() {
+            continue;
+        }
+        world.prepare(fault)?;
+        world.answered()?;
+        world.capture.mark().map_err(HarnessError::io("follow the frames"))?;
+        world.changes.clear();
+        world.gauges().iter().for_each(|gauge| gauge.reset());
+        // The last moments are passed blindly, so that the fault falls anywhere in an epoch, not where a look ends.
+        let blind_us = world.rng.below(1 + world.settings.interval_ms * 1000);
+        std::thread::sleep(Duration::from_micros(blind_us));
+        let runner = world.runner;
+        let generation = match fault {
+            Fault::KillNewcomerInResync | Fault::KillPrimaryInResync => world.status(runner).map(|s| s.generation),
+            _ => world.protected(),
+        };
+        if let Some(generation) = generation {
+            return Ok((runner, generation));
+        }
+    }
+}
+
+fn judge_runs(trial: &mut Trial, row: &Row, old: HostName, done: &Done) {
+    let (runs, right) = match (&done.after, row.runs) {
+        (After::Pair, expected) => ("the pair", expected == Runs::Pair),
+        (After::Nobody, expected) => ("nobody", expected == Runs::Nobody),
+        (After::Leads(host, _), expected) if *host == old => {
+            ("the primary", matches!(expected, Runs::Primary | Runs::Either))
+        }
+        (After::Leads(..), expected) => {
+            // A newcomer may have got its last page in the last instant.
+            let whole = row.fault == Fault::KillPrimaryInResync;
+            ("the secondary", matches!(expected, Runs::Secondary | Runs::Either) || whole)
+        }
+    };
+    trial.runs = runs.to_owned();
+    if !right {
+        trial.wrongs.push(format!("expected to run the guest: {}; runs it: {runs}", row.runs.words()));
+    }
+}
+
+fn note_takeover(trial: &mut Trial, takeover: &TakeoverReport, began_us: u64) {
+    let first_us = takeover.first_packet_monotonic_us;
+    trial.takeover_ms = first_us.map(|us| us.saturating_sub(began_us) as f64 / 1000.0);
+    trial.stages = Some(Stages {
+        detect: takeover.detect_ms,
+        arbitrate: takeover.arbitrate_ms,
+        apply: takeover.apply_ms,
+        restore: takeover.restore_ms,
+        resume: takeover.resume_ms,
+    });
+}
+
+fn judge_frames(trial: &mut Trial, row: &Row, seen: &Testimony, old: HostName, changes: &[HostName], unplanned: bool) {
+    // Frames that a frozen process had checked before it was stopped leave when it wakes, at most one per thread that releases.
+    let forgiven = if matches!(row.fault, Fault::FreezePrimary(_)) || unplanned { 1 } else { 0 };
+    let (reigns, late_frames) = forgive(&seen.reigns, forgiven);
+    trial.late_frames = late_frames;
+    let expected: Vec<HostName> = std::iter::once(old).chain(changes.iter().copied()).collect();
+    let hosts: Vec<HostName> = reigns.iter().map(|reign| reign.host).collect();
+    // A host from which no frame came (it died at once) has no reign.
+    if hosts != expected && !(hosts.is_empty() && expected.len() == 1) {
+        trial.violations += 1;
+        let list = |hosts: &[HostName]| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let wrong = format!("two releasers: frames came from {}, expected from {}", list(&hosts), list(&expected));
+        trial.wrongs.push(format!("{wrong} ({:?})", seen.reigns));
+    }
+    trial.violations += seen.violations + seen.resets;
+    trial.wrongs.extend(seen.words.iter().cloned());
+    if seen.resets > 0 {
+        trial.wrongs.push(format!("the guest reset {} connections", seen.resets));
+    }
+}
+
+/// The reigns without those of at most `most` frames between two of the other host; and how many frames those were.
+fn forgive(reigns: &[Reign], most: u64) -> (Vec<Reign>, u64) {
+    let (mut kept, mut late): (Vec<Reign>, u64) = (Vec::new(), 0);
+    for (at, reign) in reigns.iter().enumerate() {
+        let between = at > 1 && at + 1 < reigns.len();
+        if between && reign.frames <= most {
+            late += reign.frames;
+        } else if let Some(last) = kept.last_mut().filter(|last| last.host == reign.host) {
+            last.frames += reign.frames;
+            last.last_us = reign.last_us;
+        } else {
+            kept.push(*reign);
+        }
+    }
+    (kept, late)
+}
+
+fn judge_clients(trial: &mut Trial, world: &World<'_>, since: &Counts, now: &Counts, complained: usize) {
+    let mut seen = Counts::default();
+    seen.add(since, now);
+    trial.violations += seen.bad();
+    if let Some(session) = world.session.as_ref().filter(|_| seen.bad() > 0) {
+        let complaints = session.tally.complaints.lock();
+        trial.wrongs.extend(complaints.iter().skip(complained).cloned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_late_frame_between_two_of_the_heir_is_told_apart() {
+        let (a, b) = (HostName::A, HostName::B);
+        let reign = |host, frames| Reign { host, frames, first_us: 0, last_us: 0 };
+        let hosts = |reigns: &[Reign]| reigns.iter().map(|r| r.host).collect::<Vec<_>>();
+        let late = [reign(a, 9), reign(b, 5), reign(a, 1), reign(b, 7)];
+        let (kept, count) = forgive(&late, 1);
+        assert_eq!((hosts(&kept), count), (vec![a, b], 1));
+        assert_eq!(hosts(&forgive(&late, 0).0), [a, b, a, b]);
+        let worse = [reign(a, 9), reign(b, 5), reign(a, 2), reign(b, 7)];
+        assert_eq!(hosts(&forgive(&worse, 1).0), [a, b, a, b]);
+        // The heir's first frame is never a late one of its own.
+        assert_eq!(hosts(&forgive(&[reign(a, 9), reign(b, 1), reign(a, 3)], 1).0), [a, b, a]);
+    }
+}
