@@ -6,7 +6,7 @@ use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
 
 use super::config::Compress;
-use super::conns::Conns;
+use super::conns::{Conns, stuck};
 use super::context::Context;
 use super::error::NodeError;
 use super::events::NodeEvent;
@@ -18,9 +18,10 @@ use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
-use crate::protocol::messages::Message;
+use crate::protocol::messages::{Channel, Message};
 use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
+use crate::wire::LinkNews;
 
 /// How a primary's life ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,14 +60,12 @@ impl PrimaryNode {
     pub fn new(context: Context, machine: Machine, gate: Arc<OutputGate>, protocol: Primary) -> PrimaryNode {
         let pages = machine.memory().pages();
         let pool = context.captures.clone();
-        let mut conns = Conns::default();
-        conns.set_unacknowledged_max(context.config.heartbeat.timeout);
         PrimaryNode {
             context,
             machine,
             gate,
             protocol,
-            conns,
+            conns: Conns::default(),
             sender: None,
             pool,
             dirt: DirtBook::new(pages),
@@ -115,8 +114,9 @@ impl PrimaryNode {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
-        if let Some((conn, why)) = self.conns.give_up_stuck() {
-            return Ok(Some(Input::Closed { conn, why }));
+        if let Some((conn, LinkNews::Stuck(silence_us))) = self.conns.news(clock::monotonic_us()) {
+            self.conns.close(conn);
+            return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
         }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
@@ -133,6 +133,9 @@ impl PrimaryNode {
         Ok(match event {
             NodeEvent::Accepted { conn, hello, writer, closer } => {
                 self.conns.insert(conn, writer, closer);
+                if hello.channel == Channel::Data {
+                    self.conns.watch(conn, self.context.config.heartbeat.timeout);
+                }
                 Some(Input::Hello { conn, hello })
             }
             NodeEvent::Message { conn, message } => Some(Input::Message { conn, message }),
