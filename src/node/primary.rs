@@ -85,9 +85,11 @@ impl PrimaryNode {
         let resuming_us = clock::monotonic_us();
         self.gate.pass();
         self.machine.resume()?;
+        let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
+        // Not only after a takeover: a guest that is started anew on another host is where the switches do not look for it.
+        self.announce();
         if let Some(mut report) = takeover {
-            report.resume_ms = clock::monotonic_us().saturating_sub(resuming_us) as f64 / 1000.0;
-            self.announce();
+            report.resume_ms = resume_us as f64 / 1000.0;
             self.context.board.takeover(report);
         }
         loop {
