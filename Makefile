@@ -2,10 +2,11 @@
 
 CARGO  ?= cargo
 ROUNDS ?= 3
+SEED   ?=
 MCD    := target/release/mcd
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench
+.PHONY: help setup build demo test lint bench soak
 
 help: ## say what there is
 	@echo 'usage: make <door>'
@@ -28,3 +29,7 @@ lint: setup ## the quick half of test: formatting, lints, documentation
 
 bench: build ## measure takeover, pauses and latency on this machine; results in target/bench/
 	@scripts/bench $(MCD)
+
+soak: build ## break pairs ROUNDS times in every way there is (SEED= repeats a run); report in target/soak/
+	@$(CARGO) build --release --locked --package mcd-harness
+	@target/release/mcd-harness --mcd $(MCD) --rounds $(if $(filter file,$(origin ROUNDS)),200,$(ROUNDS)) $(if $(SEED),--seed $(SEED)) --out target/soak
