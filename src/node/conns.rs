@@ -3,31 +3,33 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::clock;
 use crate::protocol::messages::Message;
 use crate::protocol::primary::ConnId;
-use crate::wire::{LinkCloser, LinkWatch, LinkWriter};
+use crate::wire::{LinkCloser, LinkNews, LinkWatch, LinkWriter};
+
+/// Why a connection is given up that its watch found stuck.
+pub fn stuck(silence_us: u64) -> String {
+    format!("nothing came back from it for {} ms", silence_us / 1000)
+}
 
 /// The writing ends a driver holds. A connection's reading end belongs to its own thread.
 #[derive(Default)]
 pub struct Conns {
     open: HashMap<ConnId, Conn>,
-    /// Absent until it is known how long the peer's silence may last.
-    unacknowledged_max: Option<Duration>,
 }
 
 struct Conn {
     /// Absent once a sender thread has it.
     writer: Option<LinkWriter>,
     closer: LinkCloser,
+    /// Only data connections have one: heartbeats are judged by the protocol.
     watch: Option<LinkWatch>,
 }
 
 impl Conns {
     /// A connection stands.
     pub fn insert(&mut self, conn: ConnId, writer: LinkWriter, closer: LinkCloser) {
-        let watch = self.unacknowledged_max.map(|time| LinkWatch::new(closer.clone(), time));
-        self.open.insert(conn, Conn { writer: Some(writer), closer, watch });
+        self.open.insert(conn, Conn { writer: Some(writer), closer, watch: None });
     }
 
     /// Hands the writing end to someone else.
@@ -36,21 +38,16 @@ impl Conns {
         Some((conn.writer.take()?, conn.closer.clone()))
     }
 
-    /// From now on a connection is given up when sent bytes stay unacknowledged for longer than this.
-    pub fn set_unacknowledged_max(&mut self, time: Duration) {
-        self.unacknowledged_max = Some(time);
-        for conn in self.open.values_mut() {
-            conn.watch = Some(LinkWatch::new(conn.closer.clone(), time));
+    /// Watches a connection from now on: sent bytes may be without an echo for so long.
+    pub fn watch(&mut self, conn: ConnId, silence_max: Duration) {
+        if let Some(conn) = self.open.get_mut(&conn) {
+            conn.watch = Some(LinkWatch::new(conn.closer.clone(), silence_max));
         }
     }
 
-    /// Gives up a connection on which nothing arrives any more, and tells why. To be called often: it looks only when it is time.
-    pub fn give_up_stuck(&mut self) -> Option<(ConnId, String)> {
-        let now_us = clock::monotonic_us();
-        let (conn, stuck_us) =
-            self.open.iter_mut().find_map(|(id, conn)| Some((*id, conn.watch.as_mut()?.look(now_us)?)))?;
-        self.close(conn);
-        Some((conn, format!("nothing sent to it has arrived for {} ms", stuck_us / 1000)))
+    /// What the watches see. To be called often: they look only when it is time.
+    pub fn news(&mut self, now_us: u64) -> Option<(ConnId, LinkNews)> {
+        self.open.iter_mut().find_map(|(id, conn)| Some((*id, conn.watch.as_mut()?.look(now_us)?)))
     }
 
     /// Sends a message; the reason if it could not be.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crossbeam::channel::RecvTimeoutError;
 
 use super::config::SecondaryStart;
-use super::conns::Conns;
+use super::conns::{Conns, stuck};
 use super::context::{Context, new_machine, open_gate};
 use super::error::NodeError;
 use super::events::NodeEvent;
@@ -22,6 +22,7 @@ use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::EpochId;
+use crate::wire::LinkNews;
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
@@ -119,8 +120,15 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
-        if let Some((conn, why)) = self.conns.give_up_stuck() {
-            return Ok(Some(Input::Closed { conn, why }));
+        match self.conns.news(clock::monotonic_us()) {
+            Some((conn, LinkNews::Stuck(silence_us))) => {
+                self.conns.close(conn);
+                return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
+            }
+            Some((conn, LinkNews::Received(ago_us))) => {
+                return Ok(Some(Input::Moved { conn, ago: Duration::from_micros(ago_us) }));
+            }
+            None => {}
         }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
@@ -141,6 +149,9 @@ impl<'a> SecondaryNode<'a> {
             }
             NodeEvent::Message { conn, message } => {
                 self.stages.heard_us = clock::monotonic_us();
+                if let Message::Welcome(welcome) = &message {
+                    self.conns.watch(conn, Duration::from_micros(welcome.heartbeat_timeout_us));
+                }
                 Some(Input::Message { conn, message })
             }
             NodeEvent::Closed { conn, why } => {
@@ -223,7 +234,6 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn build(&mut self, welcome: Welcome) {
-        self.conns.set_unacknowledged_max(Duration::from_micros(welcome.heartbeat_timeout_us));
         let input = match self.build_image(welcome) {
             Ok(image) => {
                 self.context.board.show_gate(&image.gate);

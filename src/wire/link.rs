@@ -2,8 +2,10 @@
 //! ends both from anywhere.
 
 use super::frame::{FrameReader, FrameWriter};
+use super::watch::LinkVitals;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -128,30 +130,26 @@ impl LinkCloser {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    /// If segments are on their way: how many bytes the peer has acknowledged so far. `None` while all that was sent has arrived, or if the
-    /// kernel does not tell.
-    pub(super) fn on_its_way(&self) -> Option<u64> {
-        // struct tcp_info of linux/tcp.h, which only ever grows at its end.
-        const UNACKED: usize = 24;
-        const BYTES_ACKED: usize = 120;
-        let mut info = [0u8; 128];
-        let mut length = info.len() as libc::socklen_t;
+    /// What the kernel knows of the connection; `None` if it does not tell.
+    pub(super) fn vitals(&self) -> Option<LinkVitals> {
+        let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+        let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+        let fd = self.stream.as_raw_fd();
         // SAFETY: the kernel writes at most `length` bytes, the size of `info`; both outlive the call.
         let result = unsafe {
-            libc::getsockopt(
-                self.stream.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                info.as_mut_ptr().cast(),
-                &raw mut length,
-            )
+            libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut length)
         };
-        if result != 0 || (length as usize) < info.len() {
+        if result != 0 {
             return None;
         }
-        let segments = u32::from_ne_bytes(info.get(UNACKED..UNACKED + 4)?.try_into().ok()?);
-        let acknowledged = u64::from_ne_bytes(info.get(BYTES_ACKED..BYTES_ACKED + 8)?.try_into().ok()?);
-        (segments > 0).then_some(acknowledged)
+        // SAFETY: plain numbers, for which zeros (what the kernel did not write) and all else are valid.
+        let info = unsafe { info.assume_init() };
+        Some(LinkVitals {
+            on_their_way: info.tcpi_unacked > 0,
+            // Bytes are a word from the peer too, and the kernel does not count every one as an acknowledgement.
+            heard_ago_us: u64::from(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv)) * 1000,
+            received_ago_us: u64::from(info.tcpi_last_data_recv) * 1000,
+        })
     }
 }
 

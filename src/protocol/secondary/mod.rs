@@ -157,6 +157,7 @@ impl Secondary {
             Input::Tick => {}
             Input::Connected { conn } => self.connected(now, conn),
             Input::Message { conn, message } => self.message(now, conn, message),
+            Input::Moved { conn, ago } => self.moved(now, conn, ago),
             Input::Closed { conn, why } => self.closed(now, conn, &why),
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
             Input::MachineReady => self.open_heartbeat(now),
@@ -240,6 +241,13 @@ impl Secondary {
             Message::Paired { record } if on_data => self.paired(now, record),
             Message::Bye { reason } => self.exit(Ending::GuestEnded(reason)),
             other => self.lose_primary(now, &format!("it sent what does not belong here ({})", other.name())),
+        }
+    }
+
+    /// On a slow link heartbeats may be stuck behind an epoch: bytes of the epoch are a sign of life too.
+    fn moved(&mut self, now: Instant, conn: ConnId, ago: std::time::Duration) {
+        if let Some((_, judge)) = self.life.as_mut().filter(|_| self.data == Some(conn)) {
+            judge.moved(now.before(ago));
         }
     }
 

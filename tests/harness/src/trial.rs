@@ -187,7 +187,7 @@ fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), Harness
 
 fn judge_runs(trial: &mut Trial, row: &Row, old: HostName, done: &Done) {
     let (runs, right) = match (&done.after, row.runs) {
-        (After::Pair, expected) => ("the pair", expected == Runs::Pair),
+        (After::Pair, expected) => ("the pair", matches!(expected, Runs::Pair | Runs::PairOrSecondary)),
         (After::Nobody, expected) => ("nobody", expected == Runs::Nobody),
         (After::Leads(host, _), expected) if *host == old => {
             ("the primary", matches!(expected, Runs::Primary | Runs::Either))
@@ -195,7 +195,7 @@ fn judge_runs(trial: &mut Trial, row: &Row, old: HostName, done: &Done) {
         (After::Leads(..), expected) => {
             // A newcomer may have got its last page in the last instant.
             let whole = row.fault == Fault::KillPrimaryInResync;
-            ("the secondary", matches!(expected, Runs::Secondary | Runs::Either) || whole)
+            ("the secondary", matches!(expected, Runs::Secondary | Runs::Either | Runs::PairOrSecondary) || whole)
         }
     };
     trial.runs = runs.to_owned();
@@ -218,7 +218,7 @@ fn note_takeover(trial: &mut Trial, takeover: &TakeoverReport, began_us: u64) {
 
 fn judge_frames(trial: &mut Trial, row: &Row, seen: &Testimony, old: HostName, changes: &[HostName], unplanned: bool) {
     // Frames that a frozen process had checked before it was stopped leave when it wakes, at most one per thread that releases.
-    let forgiven = if matches!(row.fault, Fault::FreezePrimary(_)) || unplanned { 1 } else { 0 };
+    let forgiven = if matches!(row.fault, Fault::FreezePrimary(_) | Fault::FreezePrimaryEdge) || unplanned { 1 } else { 0 };
     let (reigns, late_frames) = forgive(&seen.reigns, forgiven);
     trial.late_frames = late_frames;
     let expected: Vec<HostName> = std::iter::once(old).chain(changes.iter().copied()).collect();
