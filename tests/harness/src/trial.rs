@@ -218,7 +218,8 @@ fn note_takeover(trial: &mut Trial, takeover: &TakeoverReport, began_us: u64) {
 
 fn judge_frames(trial: &mut Trial, row: &Row, seen: &Testimony, old: HostName, changes: &[HostName], unplanned: bool) {
     // Frames that a frozen process had checked before it was stopped leave when it wakes, at most one per thread that releases.
-    let forgiven = if matches!(row.fault, Fault::FreezePrimary(_) | Fault::FreezePrimaryEdge) || unplanned { 1 } else { 0 };
+    let forgiven =
+        if matches!(row.fault, Fault::FreezePrimary(_) | Fault::FreezePrimaryEdge) || unplanned { 1 } else { 0 };
     let (reigns, late_frames) = forgive(&seen.reigns, forgiven);
     trial.late_frames = late_frames;
     let expected: Vec<HostName> = std::iter::once(old).chain(changes.iter().copied()).collect();
