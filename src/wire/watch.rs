@@ -97,11 +97,7 @@ mod tests {
     /// A look after `since_look` ms, `now` ms after the start; the rest in ms as well.
     fn look(watch: &mut LinkWatch, now: u64, on_their_way: bool, heard_ago: u64) -> Option<LinkNews> {
         let since_us = watch.looked_us.map_or(20 * MS, |looked_us| now * MS - looked_us);
-        let vitals = LinkVitals {
-            on_their_way,
-            heard_ago_us: heard_ago * MS,
-            received_ago_us: 3_600_000 * MS,
-        };
+        let vitals = LinkVitals { on_their_way, heard_ago_us: heard_ago * MS, received_ago_us: 3_600_000 * MS };
         watch.judge(now * MS, since_us, vitals)
     }
 

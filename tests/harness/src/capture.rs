@@ -48,13 +48,11 @@ impl Capture {
     pub fn start(fabric: &Fabric, mac: [u8; 6]) -> io::Result<Capture> {
         let (socket, ports) = fabric.lan.run(|| open(mac)).map_err(io::Error::other)??;
         let socket = Arc::new(socket);
-        let shared = Arc::new(Shared {
-            witness: Mutex::default(),
-            judged_us: AtomicU64::new(0),
-            over: AtomicBool::new(false),
-        });
+        let shared =
+            Arc::new(Shared { witness: Mutex::default(), judged_us: AtomicU64::new(0), over: AtomicBool::new(false) });
         let (watching, fd) = (shared.clone(), socket.clone());
-        let thread = std::thread::Builder::new().name("witness".to_owned()).spawn(move || watching.watch(&fd, ports))?;
+        let thread =
+            std::thread::Builder::new().name("witness".to_owned()).spawn(move || watching.watch(&fd, ports))?;
         Ok(Capture { shared, socket, thread: Some(thread) })
     }
 
@@ -227,9 +225,8 @@ fn open(mac: [u8; 6]) -> io::Result<(OwnedFd, Ports)> {
 
 fn set<T>(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: &T) -> io::Result<()> {
     // SAFETY: the kernel reads `size_of::<T>()` bytes at `value`, which outlives the call.
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const *value).cast(), size_of::<T>() as u32)
-    };
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const *value).cast(), size_of::<T>() as u32) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -148,17 +148,8 @@ fn run(args: &Args) -> Result<bool, HarnessError> {
     let capture = Capture::start(&fabric, MAC).map_err(HarnessError::io("watch the clients' network"))?;
     let settings = settings(args, place.as_ref())?;
     let timeout_ms = args.heartbeat_interval_ms * 3;
-    let parts = Parts {
-        settings,
-        timeout_ms,
-        connections: args.connections,
-        seed,
-        fabric,
-        place,
-        capture,
-        dir: &dir,
-        stop,
-    };
+    let parts =
+        Parts { settings, timeout_ms, connections: args.connections, seed, fabric, place, capture, dir: &dir, stop };
     let report = play(args, seed, World::new(parts))?;
     println!("\n{report}");
     write(args, &report)?;

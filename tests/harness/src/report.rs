@@ -27,7 +27,8 @@ impl Spread {
         numbers.sort_by(f64::total_cmp);
         let count = numbers.len();
         // The smallest number that at least this share of all do not exceed.
-        let at = |percent: usize| numbers.get((count * percent).div_ceil(100).saturating_sub(1)).copied().unwrap_or(0.0);
+        let at =
+            |percent: usize| numbers.get((count * percent).div_ceil(100).saturating_sub(1)).copied().unwrap_or(0.0);
         Spread { count, p50: at(50), p99: at(99), max: at(100) }
     }
 }
@@ -223,7 +224,13 @@ impl fmt::Display for Report {
         }
         let verdict = if self.ok { "every row came true" } else { "NOT OK: see above" };
         let time = if self.in_time { "and in time" } else { "but NOT IN TIME" };
-        write!(f, "{} trials in {:.0} s, {} violations: {verdict}, {time}", self.trials.len(), self.took_s, self.violations)
+        write!(
+            f,
+            "{} trials in {:.0} s, {} violations: {verdict}, {time}",
+            self.trials.len(),
+            self.took_s,
+            self.violations
+        )
     }
 }
 

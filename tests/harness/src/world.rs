@@ -262,9 +262,7 @@ impl<'a> World<'a> {
         let Some(node) = self.node(host) else { return Ok(()) };
         match node.ended() {
             None => Ok(()),
-            Some(status) => {
-                Err(HarnessError::Died { name: node.name().to_owned(), status, log: node.log_tail(16) })
-            }
+            Some(status) => Err(HarnessError::Died { name: node.name().to_owned(), status, log: node.log_tail(16) }),
         }
     }
 
