@@ -3,14 +3,15 @@
 CARGO  ?= cargo
 ROUNDS ?= 3
 SEED   ?=
+SEEDS  ?= 100000
 MCD    := target/release/mcd
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench soak
+.PHONY: help setup build demo test lint bench sim sim-mutants soak
 
 help: ## say what there is
 	@echo 'usage: make <door>'
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: ## install the Debian packages that are lacking (told before; without root: named only)
 	@scripts/setup
@@ -29,6 +30,12 @@ lint: setup ## the quick half of test: formatting, lints, documentation
 
 bench: build ## measure takeover, pauses and latency on this machine; results in target/bench/
 	@scripts/bench $(MCD)
+
+sim: ## run the protocol simulator over SEEDS seeds
+	@SIM_SEEDS=$(SEEDS) $(CARGO) test --release --locked --test sim seeds -- --nocapture
+
+sim-mutants: ## show that the simulator finds every deliberate bug
+	@$(CARGO) test --release --locked --features mutants --test sim mutant -- --nocapture
 
 soak: build ## break pairs ROUNDS times in every way there is (SEED= repeats a run); report in target/soak/
 	@$(CARGO) build --release --locked --package mcd-harness

@@ -1,5 +1,7 @@
 //! The `file:` arbiter among processes, and on a disk that is full.
 
+mod rights;
+
 use mcd::arbiter::file::FileArbiter;
 use mcd::arbiter::{Arbiter, ArbiterError, Swap};
 use mcd::protocol::record::Record;
@@ -14,7 +16,7 @@ const RACE_DIRECTORY: &str = "MCD_TEST_RACE_DIRECTORY";
 const RACE_INSTANCE: &str = "MCD_TEST_RACE_INSTANCE";
 
 /// The generation at which a race is over.
-const LAST: u64 = 3_000;
+const LAST: u64 = 10_000;
 
 fn guest() -> GuestName {
     GuestName::new("raced").unwrap()
@@ -72,36 +74,31 @@ fn each_generation_is_won_once() {
     assert_eq!(last.owner, InstanceId(winners[&LAST] as u128 + 1));
 }
 
-/// Runs `test` on a thread with a tiny disk of its own, or says why it cannot be had.
-fn on_a_tiny_disk(test: impl FnOnce(&Path) + Send + 'static) {
+/// Runs `test`, the body of the test `name`, on a thread with a tiny disk of its own.
+fn on_a_tiny_disk(name: &str, test: impl FnOnce(&Path) + Send) {
     use nix::mount::{MsFlags, mount};
     use nix::sched::{CloneFlags, unshare};
-    let ready = |disk: &Path| {
+    let mount_at = |disk: &Path| {
         unshare(CloneFlags::CLONE_NEWNS)?;
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
         mount(Some("tmpfs"), disk, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))
     };
-    let skipped = std::thread::spawn(move || {
-        let directory = tempfile::tempdir().unwrap();
-        if let Err(error) = ready(directory.path()) {
-            return Some(format!("cannot mount a tmpfs of its own: {error}"));
-        }
-        test(directory.path());
-        // So that the directory can be removed.
-        nix::mount::umount(directory.path()).unwrap();
-        None
-    })
-    .join()
-    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    if let Some(reason) = skipped {
-        assert_ne!(std::env::var("MCD_REQUIRE_KVM").as_deref(), Ok("1"), "{reason}");
-        println!("skipped: {reason}");
-    }
+    rights::run(name, &[], || {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let directory = tempfile::tempdir().unwrap();
+                mount_at(directory.path()).expect("who may make namespaces may mount a tmpfs in one");
+                test(directory.path());
+                // So that the directory can be removed.
+                nix::mount::umount(directory.path()).unwrap();
+            });
+        });
+    });
 }
 
 #[test]
 fn a_full_disk_leaves_the_old_record() {
-    on_a_tiny_disk(|disk| {
+    on_a_tiny_disk("a_full_disk_leaves_the_old_record", |disk| {
         let first = Record::first(InstanceId(1));
         let second = first.next_solo(InstanceId(2));
         let mut arbiter = FileArbiter::new(disk, &guest());

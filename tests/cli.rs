@@ -87,7 +87,7 @@ fn what_is_missing_is_named() {
     refused(&["primary"], USAGE, &["--guest NAME is missing"]);
     refused(&["primary", "--guest=a"], USAGE, &["--tap NAME is missing"]);
     let start = ["primary", "--guest=a", "--tap=t", "--control=/nonexistent/s"];
-    refused(&start, USAGE, &["--arbiter WHO is missing", "file:DIRECTORY", "--on-peer-loss"]);
+    refused(&start, USAGE, &["--arbiter WHO is missing", "file:/DIRECTORY", "etcd:", "command:", "--on-peer-loss"]);
     refused(&[&start[..], &["--arbiter=file:/x"]].concat(), USAGE, &["--guest-ip IP/BITS is missing", "10.0.0.2/24"]);
     let start = ["secondary", "--guest=a", "--tap=t", "--control=/nonexistent/s", "--arbiter=file:/x"];
     refused(&start, USAGE, &["--peer IP:PORT is missing", "--listen"]);
@@ -115,8 +115,12 @@ fn bad_values() {
     bad_primary(&["--interval-ms=1001"], &["1..=1000"]);
     bad_primary(&["--commit-on-output=maybe"], &["--commit-on-output <BOOL>", "true, false"]);
     bad_primary(&["--compress=zip"], &["--compress <HOW>", "auto, none, lz4"]);
-    bad_primary(&["--arbiter=etcd:x"], &["--arbiter <WHO>", "write file:DIRECTORY or none"]);
-    bad_primary(&["--arbiter=file:"], &["the directory is missing"]);
+    bad_primary(&["--arbiter=zookeeper:x"], &["--arbiter <WHO>", "file:/DIRECTORY", "etcd:", "command:", "none"]);
+    bad_primary(&["--arbiter=file:"], &["name the directory from the root"]);
+    bad_primary(&["--arbiter=command:fence"], &["name the script from the root"]);
+    bad_primary(&["--arbiter=etcd:localhost"], &["arbiter endpoint \"localhost\"", "http://HOST:PORT"]);
+    bad_primary(&["--arbiter=etcd:http://a:1,https://b:1"], &["either every endpoint has https://"]);
+    bad_primary(&["--arbiter-timeout-ms=1"], &["--arbiter-timeout-ms <MS>", "10..=600000"]);
     bad_primary(&["--staging-max=4K"], &["--staging-max 4K", "at least 1M"]);
     bad_primary(&["--output-max-bytes=1"], &["--output-max-bytes 1", "at least 64K"]);
     bad_primary(&["--output-max-packets=1"], &["--output-max-packets"]);
@@ -133,6 +137,14 @@ fn bad_values() {
 fn options_that_contradict_each_other() {
     bad_primary(&["--on-peer-loss=wait"], &["--on-peer-loss is only for --arbiter none"]);
     bad_primary(&["--arbiter=none"], &["--arbiter none needs --on-peer-loss", "wait", "continue"]);
+    bad_primary(&["--arbiter=none", "--on-peer-loss=wait", "--arbiter-timeout-ms=50"], &["--arbiter none is none"]);
+    bad_primary(&["--arbiter-ca=/x"], &["--arbiter-ca is only for --arbiter etcd"]);
+    bad_primary(&["--arbiter=command:/x", "--arbiter-user=a"], &["--arbiter-user is only for --arbiter etcd"]);
+    bad_primary(&["--arbiter=etcd:https://a:1"], &["--arbiter-ca FILE is missing"]);
+    bad_primary(&["--arbiter=etcd:http://a:1", "--arbiter-ca=/x"], &["go with https:// endpoints"]);
+    let tls = ["--arbiter=etcd:https://a:1", "--arbiter-ca=/x"];
+    bad_primary(&[&tls[..], &["--arbiter-key=/k"]].concat(), &["--arbiter-key is given without --arbiter-cert"]);
+    bad_primary(&[&tls[..], &["--arbiter-user=a"]].concat(), &["--arbiter-user is given without --arbiter-password"]);
     bad_primary(&["--interval-ms=1", "--interval-min-us=2000"], &["--interval-min-us 2000", "--interval-ms 1"]);
     bad_primary(&["--heartbeat-timeout-ms=99"], &["--heartbeat-timeout-ms 99", "twice --heartbeat-interval-ms 50"]);
     bad_primary(&["--heartbeat-listen=0.0.0.0:7401"], &["--heartbeat-listen", "a port each"]);
@@ -198,7 +210,12 @@ fn the_documented_example_is_right_in_every_line() {
         let keys: String = text
             .lines()
             .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
-            .filter(|line| *line != "arbiter = \"none\"" && !line.starts_with("on-peer-loss"))
+            .filter(|line| {
+                !["none", "file:/srv/mcd", "command:/etc/mcd/fence"]
+                    .iter()
+                    .any(|who| *line == format!("arbiter = \"{who}\""))
+            })
+            .filter(|line| !line.starts_with("on-peer-loss"))
             .filter(|line| !not_here.iter().any(|key| line.starts_with(&format!("{key} ="))))
             .fold(String::new(), |all, line| all + line + "\n");
         let path = dir.path().join(command);

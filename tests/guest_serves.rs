@@ -2,15 +2,17 @@
 //!
 //! Each test has a network namespace to itself, in which its guest is 10.77.0.2.
 
+mod rights;
+
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::os::fd::RawFd;
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use mcd::demo::fabric::find_tool;
 use mcd::machine::{GuestNet, Machine, MachineEvent, NetBackend, Transmit};
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PageSet;
@@ -21,33 +23,13 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const SERVER: SocketAddr = SocketAddr::V4(SocketAddrV4::new(GUEST, 6379));
 const MEMORY_BYTES: u64 = 96 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Set in a test binary that runs again in a user namespace.
-const INSIDE: &str = "MCD_TEST_INSIDE";
 
 /// Runs `body`, the body of test `name`, in a network namespace of its own; in a user namespace too where that is needed.
 fn in_a_network(name: &str, body: impl FnOnce()) {
-    let cannot = |why: String| {
-        assert!(std::env::var("MCD_REQUIRE_KVM").as_deref() != Ok("1"), "{why}");
-        println!("skipped: {why}");
-    };
-    for device in ["/dev/kvm", "/dev/net/tun"] {
-        if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open(device) {
-            return cannot(format!("{device}: {error}"));
-        }
-    }
-    match unshare(CloneFlags::CLONE_NEWNET) {
-        Ok(()) => body(),
-        Err(errno) if std::env::var_os(INSIDE).is_some() => cannot(format!("no network namespaces: {errno}")),
-        Err(_) => {
-            let exe = std::env::current_exe().expect("a test binary knows its own path");
-            let mut again = Command::new("unshare");
-            again.args(["--user", "--map-root-user", "--net"]).arg(exe).args([name, "--exact", "--nocapture"]);
-            match again.env(INSIDE, "1").status() {
-                Ok(status) => assert!(status.success(), "the test failed inside a user namespace"),
-                Err(error) => cannot(format!("network namespaces need root or user namespaces ({error})")),
-            }
-        }
-    }
+    rights::run(name, &["/dev/kvm", "/dev/net/tun"], || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("who may make namespaces may make this one");
+        body();
+    });
 }
 
 struct Tap(TunTapPort);
@@ -72,7 +54,8 @@ impl NetBackend for Tap {
 }
 
 fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status().expect("iproute2 is installed");
+    let tool = find_tool("ip").expect("iproute2 is installed: make setup");
+    let status = Command::new(tool).args(arguments.split(' ')).status().expect("ip starts");
     assert!(status.success(), "ip {arguments}");
 }
 
@@ -162,13 +145,13 @@ fn many_connections_pipeline() {
 #[test]
 fn unmodified_redis_tools_work() {
     in_a_network("unmodified_redis_tools_work", || {
-        if !Path::new("/usr/bin/redis-benchmark").exists() {
-            println!("skipped: redis-tools is not installed");
+        if let Some(tool) = ["redis-cli", "redis-benchmark"].into_iter().find(|tool| find_tool(tool).is_none()) {
+            println!("skipped: {tool} is not installed: make setup");
             return;
         }
         let _machine = boot(1);
         let run = |program: &str, arguments: &str| {
-            let mut command = Command::new(program);
+            let mut command = Command::new(find_tool(program).expect("looked for above"));
             let output =
                 command.args(["-h", "10.77.0.2"]).args(arguments.split(' ')).output().expect("redis-tools start");
             let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);

@@ -97,8 +97,10 @@ impl Connection {
         if self.task.is_some() {
             progress |= self.work_on_task(shared);
         }
-        if !self.is_closing && self.task.is_none() && self.unsent.is_empty() {
-            progress |= self.receive(socket);
+        if self.is_closing {
+            progress |= drain(socket);
+        } else if self.task.is_none() && self.unsent.is_empty() {
+            progress |= self.receive(socket, shared);
             if !self.input.is_empty() {
                 progress |= self.run_commands(shared);
             }
@@ -146,19 +148,39 @@ impl Connection {
     }
 
     /// Takes what arrived, as long as a command may need it.
-    fn receive(&mut self, socket: &mut Socket<'_>) -> bool {
+    fn receive<H: Host>(&mut self, socket: &mut Socket<'_>, shared: &mut Shared<'_, H>) -> bool {
         let mut received = 0;
         while socket.can_recv() && self.input.len() <= COMMAND_BYTES_MAX {
             let taken = socket.recv(|bytes| match append(&mut self.input, bytes) {
-                Ok(()) => (bytes.len(), bytes.len()),
-                Err(_) => (0, 0),
+                Ok(()) => (bytes.len(), Ok(bytes.len())),
+                Err(error) => (0, Err(error)),
             });
             match taken {
-                Ok(bytes @ 1..) => received += bytes,
+                Ok(Ok(bytes @ 1..)) => received += bytes,
+                // What was flushed and is not freed yet may be enough.
+                Ok(Err(_)) if shared.store.tidy_all() => {}
+                Ok(Err(_)) => {
+                    // The rest of the command cannot even be told from the next one without taking it in.
+                    self.refuse(ProtocolError::Memory, shared);
+                    self.input = Vec::new();
+                    return true;
+                }
                 _ => break,
             }
         }
         received > 0
+    }
+
+    /// Tells the client why it is not understood, and lets go of it.
+    fn refuse<H: Host>(&mut self, error: ProtocolError, shared: &mut Shared<'_, H>) {
+        let mut reply = ReplyWriter::new(shared.replies, self.session.dialect);
+        match error {
+            ProtocolError::ExpectedBulk(byte) => {
+                reply.error_parts(&[error.text().as_bytes(), b", got '", &[byte], b"'"]);
+            }
+            _ => reply.error(error.text()),
+        }
+        self.is_closing = true;
     }
 
     /// Runs the commands that are complete. Whether there was one.
@@ -171,8 +193,7 @@ impl Connection {
                 Ok(Progress::Ready(bytes)) => bytes,
                 Ok(Progress::NeedMore) => break,
                 Err(error) => {
-                    refuse(error, &mut ReplyWriter::new(shared.replies, self.session.dialect));
-                    self.is_closing = true;
+                    self.refuse(error, shared);
                     break;
                 }
             };
@@ -249,11 +270,14 @@ impl Connection {
     }
 }
 
-fn refuse(error: ProtocolError, reply: &mut ReplyWriter<'_>) {
-    match error {
-        ProtocolError::ExpectedBulk(byte) => {
-            reply.error_parts(&[error.text().as_bytes(), b", got '", &[byte], b"'"]);
+/// Throws away what a client still sends, which might otherwise never come to read our last reply.
+fn drain(socket: &mut Socket<'_>) -> bool {
+    let mut drained = 0;
+    while socket.can_recv() {
+        match socket.recv(|bytes| (bytes.len(), bytes.len())) {
+            Ok(bytes @ 1..) => drained += bytes,
+            _ => break,
         }
-        _ => reply.error(error.text()),
     }
+    drained > 0
 }

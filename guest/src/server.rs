@@ -22,8 +22,14 @@ pub const PORT: u16 = 6379;
 pub const SOCKETS_MAX: usize = 1024;
 /// Sockets that listen for the next clients.
 const BACKLOG: usize = 16;
-/// Size of a socket's receive buffer and of its send buffer.
-const SOCKET_BUFFER_BYTES: usize = 64 << 10;
+/// Size of a socket's receive buffer. One more byte would need window scaling, with which smoltcp 0.14 takes the first window for a
+/// larger one than it has announced: a client that sends too much could then write beyond the buffer's end, which panics.
+const RECEIVE_BUFFER_BYTES: usize = (64 << 10) - 1;
+/// Size of a socket's send buffer.
+const SEND_BUFFER_BYTES: usize = 64 << 10;
+/// Sockets made at the start, so that clients are served when the store has taken all memory: so many, or what fits into an eighth
+/// of it.
+const SOCKETS_AT_START: u64 = 80;
 /// Packets taken in before the commands in them are run.
 const PACKETS_AT_ONCE: usize = 64;
 
@@ -147,12 +153,13 @@ impl Server {
     ///
     /// # Errors
     /// [`OutOfMemory`].
-    pub fn new(
+    pub fn new<H: Host>(
         device: &mut (impl Device + ?Sized),
+        host: &H,
         address: Address,
         seed: u64,
-        now_us: u64,
     ) -> Result<Server, OutOfMemory> {
+        let now_us = host.now_us();
         let mut config = Config::new(EthernetAddress(address.mac).into());
         config.random_seed = seed;
         let mut interface = Interface::new(config, device, stack_time(now_us));
@@ -177,6 +184,11 @@ impl Server {
             replies: Vec::new(),
             awaits_writer: false,
         };
+        let socket_bytes = (RECEIVE_BUFFER_BYTES + SEND_BUFFER_BYTES) as u64;
+        for _ in 0..SOCKETS_AT_START.min(host.memory().free_bytes / 8 / socket_bytes) {
+            let index = server.add_socket()?;
+            server.spare.push(index);
+        }
         server.fill_backlog();
         if server.listening.len() < BACKLOG { Err(OutOfMemory) } else { Ok(server) }
     }
@@ -241,8 +253,8 @@ impl Server {
         if self.connections.len() >= SOCKETS_MAX {
             return Err(OutOfMemory);
         }
-        let receive = SocketBuffer::new(zeroed(SOCKET_BUFFER_BYTES)?);
-        let send = SocketBuffer::new(zeroed(SOCKET_BUFFER_BYTES)?);
+        let receive = SocketBuffer::new(zeroed(RECEIVE_BUFFER_BYTES)?);
+        let send = SocketBuffer::new(zeroed(SEND_BUFFER_BYTES)?);
         let handle = self.sockets.add(Socket::new(receive, send));
         self.connections.push(Connection::new(handle));
         Ok(self.connections.len() - 1)

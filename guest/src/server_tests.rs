@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use smoltcp::iface::SocketHandle;
-use smoltcp::phy::{DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::wire::IpAddress;
 
 use super::*;
@@ -19,6 +19,8 @@ struct End {
     outgoing: Frames,
     /// Frames that may stand in the cable; more are refused, as by a full device.
     room: usize,
+    /// Checksums are taken on trust, so that broken frames get further.
+    trusts: bool,
 }
 
 struct Frame(Vec<u8>);
@@ -57,6 +59,11 @@ impl Device for End {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
         capabilities.max_transmission_unit = 1514;
+        if self.trusts {
+            capabilities.checksum.ipv4 = Checksum::Tx;
+            capabilities.checksum.tcp = Checksum::Tx;
+            capabilities.checksum.icmpv4 = Checksum::Tx;
+        }
         capabilities
     }
 }
@@ -74,12 +81,17 @@ struct World {
 
 impl World {
     fn new() -> World {
+        World::with_trust(false)
+    }
+
+    /// A world whose server takes checksums on trust, or not.
+    fn with_trust(trusts: bool) -> World {
         let (there, back) = (Frames::default(), Frames::default());
-        let mut server_end = End { incoming: there.clone(), outgoing: back.clone(), room: 128 };
-        let mut client_end = End { incoming: back, outgoing: there, room: 128 };
+        let mut server_end = End { incoming: there.clone(), outgoing: back.clone(), room: 128, trusts };
+        let mut client_end = End { incoming: back, outgoing: there, room: 128, trusts: false };
         let host = TestHost::new();
         let address = Address { mac: [2, 0, 0, 0, 0, 1], ipv4: [10, 0, 0, 2], prefix_len: 24, gateway: None };
-        let server = Server::new(&mut server_end, address, 11, host.now_us).expect("memory");
+        let server = Server::new(&mut server_end, &host, address, 11).expect("memory");
         let mut config = Config::new(EthernetAddress([2, 0, 0, 0, 0, 2]).into());
         config.random_seed = 12;
         let mut clients = Interface::new(config, &mut client_end, Instant::from_micros(host.now_us as i64));
@@ -94,7 +106,7 @@ impl World {
         let handle = self.sockets.add(Socket::new(buffer(), buffer()));
         let socket = self.sockets.get_mut::<Socket>(handle);
         socket.connect(self.clients.context(), (IpAddress::v4(10, 0, 0, 2), PORT), self.next_port).expect("connect");
-        self.next_port += 1;
+        self.next_port = self.next_port.checked_add(1).unwrap_or(20_000);
         handle
     }
 
@@ -281,4 +293,61 @@ fn an_idle_server_waits_for_ever() {
     world.ask(client, "PING", "+PONG\r\n");
     world.run(30);
     assert!(world.server.wait_us(world.host.now_us) > Some(1_000_000), "only the keep-alive is left");
+}
+
+/// A cheap source of chance.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % sides
+    }
+}
+
+#[test]
+fn broken_frames_do_no_harm() {
+    let mut dice = Dice(0x1234_5678_9abc_def1);
+    let mut world = World::with_trust(true);
+    for round in 0..20_000 {
+        let client = world.connect();
+        for _ in 0..6 {
+            let socket = world.sockets.get_mut::<Socket>(client);
+            let _ = socket.send_slice(b"INCR n\r\nPING\r\n");
+            if dice.roll(4) == 0 {
+                socket.close();
+            }
+            let now = Instant::from_micros(world.host.now_us as i64);
+            world.clients.poll(now, &mut world.client_end, &mut world.sockets);
+            let frames: Vec<Vec<u8>> = world.client_end.outgoing.borrow().iter().cloned().collect();
+            for mut frame in frames {
+                for _ in 0..1 + dice.roll(3) {
+                    // Mostly in the headers, where it hurts.
+                    let at = if dice.roll(4) > 0 { 12 + dice.roll(62) } else { dice.roll(frame.len()) };
+                    if let Some(byte) = frame.get_mut(at) {
+                        *byte = if dice.roll(3) == 0 {
+                            [0, 1, 0x7f, 0x80, 0xff][dice.roll(5)]
+                        } else {
+                            dice.roll(256) as u8
+                        };
+                    }
+                }
+                if dice.roll(5) == 0 {
+                    frame.truncate(dice.roll(frame.len() + 1));
+                }
+                world.client_end.outgoing.borrow_mut().push_front(frame);
+            }
+            world.run(1 + dice.roll(3));
+        }
+        world.sockets.get_mut::<Socket>(client).abort();
+        world.run(2);
+        world.sockets.remove(client);
+        // Long enough for what was left half open to time out now and then.
+        world.host.now_us += if round % 50 == 49 { 700_000_000 } else { 0 };
+    }
+    world.run(50);
+    let client = world.connect();
+    world.ask(client, "PING", "+PONG\r\n");
 }

@@ -162,7 +162,7 @@ impl Store {
 
     /// Forgets every key. Their memory comes back as [`Store::tidy`] is called.
     pub fn clear(&mut self) {
-        while self.tidy() {}
+        self.tidy_all();
         self.garbage = mem::take(&mut self.segments);
         self.buckets = 0;
         self.entries = 0;
@@ -177,6 +177,13 @@ impl Store {
             self.garbage = Vec::new();
         }
         !self.garbage.is_empty()
+    }
+
+    /// Frees all of what [`Store::clear`] left. Whether there was anything.
+    pub fn tidy_all(&mut self) -> bool {
+        let had_garbage = !self.garbage.is_empty();
+        while self.tidy() {}
+        had_garbage
     }
 
     /// A number that depends on every key and value, but neither on their order nor on the store's history.

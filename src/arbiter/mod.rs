@@ -3,13 +3,19 @@
 //! An arbiter keeps one [`Record`] per guest and replaces it only by compare-and-swap: of two nodes that start from the same record, one
 //! wins. A node that gets no answer knows nothing, and must act so.
 
+pub mod command;
+pub mod etcd;
 pub mod file;
 pub mod none;
+mod spec;
+mod text;
 
 use crate::protocol::record::Record;
 use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
+
+pub use spec::{ArbiterSpec, SpecError};
 
 /// Keeps the record of one guest. Every call may take as long as the arbiter's patience allows, so callers give it a thread.
 pub trait Arbiter: Send {
@@ -27,7 +33,16 @@ pub trait Arbiter: Send {
 
     /// The arbiter in a few words, for logs and status.
     fn describe(&self) -> String;
+
+    /// What makes the question in hand end soon, from another thread, when nobody wants its answer any more; `None` where every answer
+    /// comes soon anyway.
+    fn canceller(&self) -> Option<Canceller> {
+        None
+    }
 }
+
+/// Ends the question in hand (see [`Arbiter::canceller`]).
+pub type Canceller = Box<dyn Fn() + Send>;
 
 /// What became of a swap that was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,13 +72,20 @@ pub enum ArbiterError {
     },
     /// The record is there and cannot be trusted. It is never taken for a missing one.
     #[error(
-        "arbiter record {} is damaged ({what}): restore it; or, once no node runs the guest, remove it and start the guest anew",
-        path.display()
+        "arbiter record {record} is damaged ({what}): restore it; or, once no node runs the guest, remove it and start the guest anew"
     )]
     Corrupt {
+        /// Where it is: the file, or the key.
+        record: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A file with a certificate or a key does not hold one.
+    #[error("{} holds no usable {what}: give a PEM file", path.display())]
+    BadPem {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What should be in it.
         what: &'static str,
     },
     /// No room for a new record; the old one stands.
@@ -90,73 +112,4 @@ pub enum ArbiterError {
         /// What the system said.
         source: io::Error,
     },
-}
-
-/// Which arbiter an operator names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ArbiterSpec {
-    /// `file:/DIRECTORY`: a directory that both nodes see.
-    File(PathBuf),
-    /// `none`: nobody.
-    None,
-}
-
-/// Why an arbiter's name was not understood.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum SpecError {
-    /// A scheme this release does not have, or none at all.
-    #[error("unknown arbiter {0:?}: this mcd knows file:/DIRECTORY and none")]
-    Unknown(String),
-    /// The directory is not named from the root.
-    #[error(
-        "arbiter {0:?}: name the directory from the root, as in file:/DIRECTORY, so that it is the same for every node"
-    )]
-    NotAbsolute(String),
-}
-
-impl ArbiterSpec {
-    /// Reads `file:/DIRECTORY` or `none`.
-    ///
-    /// # Errors
-    /// [`SpecError`], which names what is known.
-    pub fn parse(text: &str) -> Result<ArbiterSpec, SpecError> {
-        if text == "none" {
-            return Ok(ArbiterSpec::None);
-        }
-        match text.strip_prefix("file:") {
-            Some(path) if path.starts_with('/') && (!path.starts_with("//") || path.starts_with("///")) => {
-                Ok(ArbiterSpec::File(PathBuf::from(path)))
-            }
-            Some(_) => Err(SpecError::NotAbsolute(text.to_owned())),
-            None => Err(SpecError::Unknown(text.to_owned())),
-        }
-    }
-}
-
-impl std::str::FromStr for ArbiterSpec {
-    type Err = SpecError;
-
-    fn from_str(text: &str) -> Result<ArbiterSpec, SpecError> {
-        ArbiterSpec::parse(text)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_of_arbiters_are_read() {
-        assert_eq!(ArbiterSpec::parse("none"), Ok(ArbiterSpec::None));
-        assert_eq!(ArbiterSpec::parse("file:/srv/mcd"), Ok(ArbiterSpec::File("/srv/mcd".into())));
-        assert_eq!(ArbiterSpec::parse("file:///srv/mcd"), Ok(ArbiterSpec::File("/srv/mcd".into())));
-        for bad in ["file:srv", "file:", "file://host/srv", "file:./srv"] {
-            assert_eq!(ArbiterSpec::parse(bad), Err(SpecError::NotAbsolute(bad.into())));
-        }
-        for bad in ["etcd:http://127.0.0.1:2379", "command:/bin/true", "", "None", "/srv/mcd"] {
-            let error = ArbiterSpec::parse(bad).unwrap_err();
-            assert_eq!(error, SpecError::Unknown(bad.into()));
-            assert!(error.to_string().contains("file:/DIRECTORY and none"));
-        }
-    }
 }

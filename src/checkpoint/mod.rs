@@ -4,5 +4,6 @@ pub mod apply;
 pub mod capture;
 pub mod dirt;
 pub mod output;
+pub mod packing;
 pub mod sender;
 pub mod stage;

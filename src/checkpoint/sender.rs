@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crossbeam::channel::{Sender as Queue, unbounded};
 
 use super::capture::{Capture, CapturePool};
+use super::packing::{Packer, Packing};
 use crate::machine::memory::GuestRam;
 use crate::protocol::messages::Message;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::ConnId;
-use crate::wire::{FrameBatch, FrameKind, LinkCloser, LinkWriter, PageEncoder, WireError};
+use crate::wire::{FrameBatch, FrameKind, LinkCloser, LinkWriter, WireError};
 
 /// Pages encoded into one frame.
 const PAGES_PER_FRAME: usize = 128;
@@ -53,7 +55,7 @@ impl Sender {
         conn: ConnId,
         (writer, closer): (LinkWriter, LinkCloser),
         memory: GuestRam,
-        lz4: bool,
+        packing: Packing,
         pool: CapturePool,
         report: impl Fn(SenderReport) + Send + 'static,
     ) -> std::io::Result<Sender> {
@@ -62,7 +64,7 @@ impl Sender {
         let mut stream = Stream {
             writer,
             memory,
-            encoder: PageEncoder::new(lz4),
+            packer: Packer::new(packing),
             pool,
             batch: FrameBatch::new(),
             epoch_bytes: epoch_bytes.clone(),
@@ -125,7 +127,7 @@ impl Drop for Sender {
 struct Stream {
     writer: LinkWriter,
     memory: GuestRam,
-    encoder: PageEncoder,
+    packer: Packer,
     pool: CapturePool,
     batch: FrameBatch,
     epoch_bytes: Arc<AtomicU64>,
@@ -152,7 +154,7 @@ impl Stream {
         self.batch.push_message(&Message::EpochBegin { id, completes_resync: capture.completes_resync })?;
         let (pages, _) = capture.bytes.as_chunks::<PAGE_BYTES>();
         for (indexes, contents) in capture.pages.chunks(PAGES_PER_FRAME).zip(pages.chunks(PAGES_PER_FRAME)) {
-            let encoder = &mut self.encoder;
+            let encoder = self.packer.encoder();
             digest = self.batch.build(FrameKind::Pages, |payload| {
                 let start = payload.len();
                 for (index, content) in indexes.iter().zip(contents) {
@@ -179,7 +181,7 @@ impl Stream {
         let before = self.writer.bytes_written();
         let mut page = [0; PAGE_BYTES];
         for indexes in pages.chunks(PAGES_PER_FRAME) {
-            let (encoder, memory) = (&mut self.encoder, &self.memory);
+            let (encoder, memory) = (self.packer.encoder(), &self.memory);
             self.batch.build(FrameKind::Background, |payload| {
                 for index in indexes {
                     // The ledger knows only pages the guest has.
@@ -200,7 +202,9 @@ impl Stream {
     }
 
     fn flush(&mut self) -> Result<(), WireError> {
+        let start = Instant::now();
         let written = self.writer.write_batch(&self.batch);
+        self.packer.wrote(self.batch.as_bytes().len(), start.elapsed());
         self.batch.clear();
         written
     }

@@ -62,14 +62,20 @@ pub struct StagedEpoch {
 #[derive(Debug)]
 pub struct StagingBudget {
     bytes_max: u64,
-    used: Mutex<u64>,
+    spent: Mutex<Spent>,
     given_back: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Spent {
+    bytes: u64,
+    closed: bool,
 }
 
 impl StagingBudget {
     /// A budget of `bytes_max` bytes.
     pub fn new(bytes_max: u64) -> Arc<StagingBudget> {
-        Arc::new(StagingBudget { bytes_max, used: Mutex::new(0), given_back: Condvar::new() })
+        Arc::new(StagingBudget { bytes_max, spent: Mutex::default(), given_back: Condvar::new() })
     }
 
     /// The whole budget.
@@ -79,27 +85,36 @@ impl StagingBudget {
 
     /// Bytes spent now.
     pub fn used(&self) -> u64 {
-        *self.used.lock()
+        self.spent.lock().bytes
     }
 
     /// Spends `bytes`, waiting until earlier epochs gave theirs back; `own` of what is spent belongs to the caller.
-    /// False if they can never fit beside what the caller holds already.
+    /// False if they can never fit beside what the caller holds already, or if the budget is closed.
     pub fn spend(&self, bytes: u64, own: u64) -> bool {
         if own.saturating_add(bytes) > self.bytes_max {
             return false;
         }
-        let mut used = self.used.lock();
-        while used.saturating_add(bytes) > self.bytes_max {
-            self.given_back.wait(&mut used);
+        let mut spent = self.spent.lock();
+        while !spent.closed && spent.bytes.saturating_add(bytes) > self.bytes_max {
+            self.given_back.wait(&mut spent);
         }
-        *used += bytes;
+        if spent.closed {
+            return false;
+        }
+        spent.bytes += bytes;
         true
     }
 
     /// Gives `bytes` back.
     pub fn give_back(&self, bytes: u64) {
-        let mut used = self.used.lock();
-        *used = used.saturating_sub(bytes);
+        let mut spent = self.spent.lock();
+        spent.bytes = spent.bytes.saturating_sub(bytes);
+        self.given_back.notify_all();
+    }
+
+    /// Nothing is staged any more: whoever waits for room wakes and gives up, or it would wait for ever for epochs that nobody applies.
+    pub fn close(&self) {
+        self.spent.lock().closed = true;
         self.given_back.notify_all();
     }
 }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{self, ArbiterFlag, Cidr, DirtyLoad, Mac, Size};
+use super::values::{self, Cidr, DirtyLoad, Mac, Size};
+use crate::arbiter::ArbiterSpec;
 use crate::protocol::types::GuestName;
 
 /// The whole command line.
@@ -36,6 +37,7 @@ Examples:
   mcd primary   --guest web --tap tap0 --guest-ip 10.0.0.2/24 --arbiter file:/srv/mcd
   mcd secondary --guest web --tap tap0 --peer 192.0.2.1:7401  --arbiter file:/srv/mcd
   mcd status    --guest web
+  docs/arbiters.md helps to choose an arbiter: file:, etcd:, command: or none.
 
 ";
 
@@ -206,12 +208,8 @@ pub(super) struct NodeArgs {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(2..=600_000), help_heading = "Peer")]
     pub(super) heartbeat_timeout_ms: Option<u64>,
 
-    /// Who decides when the nodes cannot see each other: file:DIRECTORY (one both nodes see) or none
-    #[arg(long, value_name = "WHO", help_heading = "Arbiter")]
-    pub(super) arbiter: Option<ArbiterFlag>,
-    /// With --arbiter none: `wait` for a person, or `continue` alone and risk two guests
-    #[arg(long, value_name = "WHAT", help_heading = "Arbiter")]
-    pub(super) on_peer_loss: Option<OnPeerLossFlag>,
+    #[command(flatten)]
+    pub(super) who: ArbiterArgs,
 
     /// The longest an epoch may last
     #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), help_heading = "Epochs")]
@@ -240,6 +238,37 @@ pub(super) struct NodeArgs {
     pub(super) control: Option<PathBuf>,
     #[command(flatten)]
     pub(super) log: LogArgs,
+}
+
+/// The flags about who decides.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Arbiter")]
+pub(super) struct ArbiterArgs {
+    /// Who decides when the nodes cannot see each other: file:/DIRECTORY (one both nodes see),
+    /// etcd:http://HOST:2379,http://HOST:2379/PREFIX, command:/SCRIPT (a fencing script), or none
+    #[arg(long, value_name = "WHO")]
+    pub(super) arbiter: Option<ArbiterSpec>,
+    /// Longest wait for the arbiter's answer [default: 2000, with a command 30000]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=600_000))]
+    pub(super) arbiter_timeout_ms: Option<u64>,
+    /// With etcd and https: the authorities that sign the members' certificates (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub(super) arbiter_ca: Option<PathBuf>,
+    /// With etcd and https: this host's certificate (PEM), if etcd wants one
+    #[arg(long, value_name = "FILE")]
+    pub(super) arbiter_cert: Option<PathBuf>,
+    /// With etcd and https: the key of --arbiter-cert (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub(super) arbiter_key: Option<PathBuf>,
+    /// With etcd: the user to log in as, if etcd wants one
+    #[arg(long, value_name = "NAME")]
+    pub(super) arbiter_user: Option<String>,
+    /// With etcd: the file whose first line is the user's password
+    #[arg(long, value_name = "FILE")]
+    pub(super) arbiter_password_file: Option<PathBuf>,
+    /// With --arbiter none: `wait` for a person, or `continue` alone and risk two guests
+    #[arg(long, value_name = "WHAT")]
+    pub(super) on_peer_loss: Option<OnPeerLossFlag>,
 }
 
 /// The flags about the log on stderr.

@@ -4,12 +4,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::args::{CompressFlag, MachineArgs, NodeArgs, OnPeerLossFlag, SecondaryArgs};
+use super::arbiter;
+use super::args::{CompressFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
-use super::values::{ArbiterFlag, Cidr, Mac, Size};
-use crate::node::config::{
-    ArbiterConfig, Compress, GuestAddress, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart,
-};
+use super::values::{Cidr, Mac, Size};
+use crate::arbiter::ArbiterSpec;
+use crate::node::config::{Compress, GuestAddress, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -51,7 +51,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         tap,
         listen: args.listen,
         heartbeat_listen,
-        arbiter: arbiter(args.arbiter.clone(), args.on_peer_loss)?,
+        arbiter: arbiter::config(&args.who)?,
         interval,
         interval_min,
         commit_on_output: args.commit_on_output,
@@ -72,7 +72,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
 pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<PrimaryStart, Failure> {
     let guest = required(node.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
     let ip = required(node.guest_ip, "--guest-ip IP/BITS", "give the built-in guest an address, such as 10.0.0.2/24")?;
-    if cold && node.arbiter == Some(ArbiterFlag::None) {
+    if cold && node.who.arbiter == Some(ArbiterSpec::None) {
         return Err(Failure::usage(
             "mcd cold-start overrides what an arbiter has on record, and --arbiter none has no record; use mcd primary",
         ));
@@ -106,7 +106,7 @@ pub(super) fn secondary(args: &SecondaryArgs) -> Result<SecondaryStart, Failure>
     Ok(SecondaryStart { peer, peer_heartbeat, guest_ip: args.node.guest_ip.map(|cidr| cidr.ipv4) })
 }
 
-fn required<T>(value: Option<T>, flag: &str, what_to_do: &str) -> Result<T, Failure> {
+pub(super) fn required<T>(value: Option<T>, flag: &str, what_to_do: &str) -> Result<T, Failure> {
     value.ok_or_else(|| Failure::usage(format!("{flag} is missing: {what_to_do}")))
 }
 
@@ -137,27 +137,6 @@ fn heartbeat(interval_ms: u64, timeout_ms: Option<u64>) -> Result<HeartbeatConfi
         )));
     }
     Ok(HeartbeatConfig { interval: Duration::from_millis(interval_ms), timeout: Duration::from_millis(timeout_ms) })
-}
-
-fn arbiter(arbiter: Option<ArbiterFlag>, on_peer_loss: Option<OnPeerLossFlag>) -> Result<ArbiterConfig, Failure> {
-    let arbiter = required(
-        arbiter,
-        "--arbiter WHO",
-        "give file:DIRECTORY (one that both nodes see), or none together with --on-peer-loss",
-    )?;
-    match (arbiter, on_peer_loss) {
-        (ArbiterFlag::File(directory), None) => Ok(ArbiterConfig::File { directory }),
-        (ArbiterFlag::File(_), Some(_)) => Err(Failure::usage(
-            "--on-peer-loss is only for --arbiter none: with an arbiter, the arbiter decides; leave it out",
-        )),
-        (ArbiterFlag::None, Some(OnPeerLossFlag::Wait)) => Ok(ArbiterConfig::None { on_peer_loss: OnPeerLoss::Wait }),
-        (ArbiterFlag::None, Some(OnPeerLossFlag::Continue)) => {
-            Ok(ArbiterConfig::None { on_peer_loss: OnPeerLoss::Continue })
-        }
-        (ArbiterFlag::None, None) => Err(Failure::usage(
-            "--arbiter none needs --on-peer-loss: wait (stop until a person decides) or continue (go on, risking two guests)",
-        )),
-    }
 }
 
 fn guest_address(ip: Cidr, gateway: Option<Ipv4Addr>) -> Result<GuestAddress, Failure> {

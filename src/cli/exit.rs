@@ -39,7 +39,7 @@ impl ExitStatus {
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }
-            NodeError::RunsElsewhere { .. } | NodeError::Refused(_) => ExitStatus::Refused,
+            NodeError::RunsElsewhere { .. } | NodeError::Refused(_) | NodeError::NotAPrimary(_) => ExitStatus::Refused,
             _ => ExitStatus::Failure,
         }
     }

@@ -1,5 +1,6 @@
 //! The command line: flags and files become plain checked values, commands become exit codes. Nothing else happens here.
 
+mod arbiter;
 mod args;
 mod config;
 pub mod exit;

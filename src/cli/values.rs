@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
 use std::str::FromStr;
 
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -134,26 +133,6 @@ impl FromStr for Cidr {
     }
 }
 
-/// Which arbiter, as written: what it is to do comes from a second flag.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum ArbiterFlag {
-    File(PathBuf),
-    None,
-}
-
-impl FromStr for ArbiterFlag {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<ArbiterFlag, String> {
-        match text.split_once(':') {
-            Some(("file", "")) => Err("the directory is missing: write file:DIRECTORY".to_owned()),
-            Some(("file", directory)) => Ok(ArbiterFlag::File(directory.into())),
-            None if text == "none" => Ok(ArbiterFlag::None),
-            _ => Err("write file:DIRECTORY or none".to_owned()),
-        }
-    }
-}
-
 /// Dirty load of the demo: pages and times per second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DirtyLoad {
@@ -265,11 +244,6 @@ mod tests {
 
     #[test]
     fn names_and_the_rest() {
-        assert_eq!("file:/a:b".parse(), Ok(ArbiterFlag::File("/a:b".into())));
-        assert_eq!("none".parse(), Ok(ArbiterFlag::None));
-        for bad in ["", "file", "file:", "none:", "etcd:x", "/srv"] {
-            assert!(bad.parse::<ArbiterFlag>().is_err(), "{bad}");
-        }
         for bad in ["", "a b", "a/b", "sixteen-chars-xx", "..", "tap\n", "tapé"] {
             assert!(device_name(bad).is_err(), "{bad}");
         }

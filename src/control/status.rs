@@ -66,7 +66,7 @@ display_as_serialized!(State {
 /// The arbiter as a node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArbiterStatus {
-    /// `file` or `none`.
+    /// `file`, `etcd`, `command` or `none`.
     pub kind: String,
     /// Whether it answered when it was last asked.
     pub reachable: bool,

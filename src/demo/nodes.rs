@@ -122,7 +122,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node of this very program on `host`. `name` tells it from others of the run and names its files in `dir`.
+    /// Starts a node on `host`. `name` tells it from others of the run and names its files in `dir`.
     ///
     /// The node is killed when the calling thread ends, so call it from one that lasts as long as the run.
     pub fn start(

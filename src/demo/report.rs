@@ -5,8 +5,8 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::probe::histogram;
 use crate::control::metrics::{EpochSample, Quantiles};
-use crate::control::status::EpochCounts;
 
 /// Median and 99th percentile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -29,6 +29,8 @@ impl Pair {
 pub struct Round {
     /// How the secondary noticed: `closed` or `silence`.
     pub cause: String,
+    /// From the kill to the suspicion: `detect_ms` without the part that the node was alive and had nothing to say.
+    pub noticed_ms: f64,
     /// From the last sign of life to the suspicion.
     pub detect_ms: f64,
     /// Until the arbiter had decided.
@@ -88,6 +90,19 @@ impl PauseFloor {
     }
 }
 
+/// How long epochs took and what they held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct EpochShape {
+    /// How long captures stopped the guest.
+    pub pause_us: Quantiles,
+    /// From the start of a pause to the ack.
+    pub commit_us: Pair,
+    /// Pages in an epoch.
+    pub dirty_pages: Quantiles,
+    /// What a pause must cost at least for the median of `dirty_pages`.
+    pub pause_floor_us: PauseFloor,
+}
+
 /// All epochs of all nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct EpochsReport {
@@ -95,16 +110,11 @@ pub struct EpochsReport {
     pub committed: u64,
     /// Epochs captured and never committed.
     pub aborted: u64,
-    /// How long captures stopped the guest.
-    pub pause_us: Quantiles,
-    /// From the start of a pause to the ack.
-    pub commit_us: Pair,
-    /// Pages in an epoch.
-    pub dirty_pages: Quantiles,
+    /// Times and pages.
+    #[serde(flatten)]
+    pub shape: EpochShape,
     /// Bytes on the wire between the hosts, resync included.
     pub wire_bytes: u64,
-    /// What a pause must cost at least for the median of `dirty_pages`.
-    pub pause_floor_us: PauseFloor,
 }
 
 /// Latencies with one request in flight, without load, in µs.
@@ -125,6 +135,8 @@ pub struct Report {
     pub client: ClientReport,
     /// All epochs.
     pub epochs: EpochsReport,
+    /// The epochs of a while in which the guest wrote memory and nothing else happened; only with such a load.
+    pub quiet_epochs: Option<EpochShape>,
     /// What protection adds to a request.
     pub latency_us: LatencyReport,
     /// Whether nothing was lost, wrong, doubled or reset.
@@ -137,30 +149,20 @@ pub struct Report {
     pub seed: u64,
 }
 
-/// Collects the epochs of all nodes of a run.
-pub struct EpochTotals {
+/// Collects epochs.
+pub struct EpochSamples {
     pause_us: Histogram<u64>,
     commit_us: Histogram<u64>,
     dirty_pages: Histogram<u64>,
-    /// Of nodes that are gone.
-    counts: EpochCounts,
-    wire_bytes: u64,
 }
 
-impl EpochTotals {
-    /// Nothing yet.
-    pub fn new() -> EpochTotals {
-        let new = super::probe::histogram;
-        EpochTotals {
-            pause_us: new(),
-            commit_us: new(),
-            dirty_pages: new(),
-            counts: EpochCounts::default(),
-            wire_bytes: 0,
-        }
+impl EpochSamples {
+    /// None yet.
+    pub fn new() -> EpochSamples {
+        EpochSamples { pause_us: histogram(), commit_us: histogram(), dirty_pages: histogram() }
     }
 
-    /// Adds samples.
+    /// Adds some.
     pub fn add(&mut self, samples: &[EpochSample]) {
         for sample in samples {
             self.pause_us.saturating_record(sample.pause_us);
@@ -169,35 +171,25 @@ impl EpochTotals {
         }
     }
 
-    /// Adds what a node told last before it was killed.
-    pub fn bury(&mut self, counts: EpochCounts, wire_bytes: u64) {
-        self.counts.committed += counts.committed;
-        self.counts.aborted += counts.aborted;
-        self.wire_bytes += wire_bytes;
-    }
-
-    /// The sum.
-    pub fn report(&self) -> EpochsReport {
+    /// What they were like.
+    pub fn shape(&self) -> EpochShape {
         let quantiles = |h: &Histogram<u64>| {
             let Pair { p50, p99 } = Pair::of(h);
             Quantiles { p50, p99, max: h.max() }
         };
         let dirty_pages = quantiles(&self.dirty_pages);
-        EpochsReport {
-            committed: self.counts.committed,
-            aborted: self.counts.aborted,
+        EpochShape {
             pause_us: quantiles(&self.pause_us),
             commit_us: Pair::of(&self.commit_us),
             dirty_pages,
-            wire_bytes: self.wire_bytes,
             pause_floor_us: PauseFloor::of(dirty_pages.p50),
         }
     }
 }
 
-impl Default for EpochTotals {
-    fn default() -> EpochTotals {
-        EpochTotals::new()
+impl Default for EpochSamples {
+    fn default() -> EpochSamples {
+        EpochSamples::new()
     }
 }
 
@@ -222,6 +214,27 @@ pub fn grouped(number: u64) -> String {
     text
 }
 
+impl fmt::Display for EpochShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let EpochShape { pause_us: pause, commit_us: commit, dirty_pages: dirty, pause_floor_us: floor } = self;
+        write!(
+            f,
+            "pause p50 {} p99 {} max {} µs; commit p50 {} p99 {} µs; dirty pages p50 {} p99 {} max {} \
+             (floor of a pause for p50: {:.0} to {:.0} µs)",
+            pause.p50,
+            pause.p99,
+            pause.max,
+            commit.p50,
+            commit.p99,
+            dirty.p50,
+            dirty.p99,
+            dirty.max,
+            floor.low,
+            floor.high
+        )
+    }
+}
+
 impl fmt::Display for Report {
     /// For a person: one screen, the answer last.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -238,8 +251,8 @@ impl fmt::Display for Report {
             )?;
             writeln!(
                 f,
-                "            detect {:.1}, arbitrate {:.1}, apply {:.1}, restore {:.1}, resume {:.1} ms (medians)",
-                take(|r| r.detect_ms),
+                "            noticed {:.1}, arbitrate {:.1}, apply {:.1}, restore {:.1}, resume {:.1} ms (medians)",
+                take(|r| r.noticed_ms),
                 take(|r| r.arbitrate_ms),
                 take(|r| r.apply_ms),
                 take(|r| r.restore_ms),
@@ -258,25 +271,15 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "epochs      {} committed, {} aborted; pause p50 {} p99 {} max {} µs; commit p50 {} p99 {} µs",
+            "epochs      {} committed, {} aborted, {} MB on the wire",
             grouped(epochs.committed),
             epochs.aborted,
-            epochs.pause_us.p50,
-            epochs.pause_us.p99,
-            epochs.pause_us.max,
-            epochs.commit_us.p50,
-            epochs.commit_us.p99
-        )?;
-        writeln!(
-            f,
-            "            dirty pages p50 {} p99 {} max {} (floor of a pause for p50: {:.0} to {:.0} µs); {} MB on the wire",
-            epochs.dirty_pages.p50,
-            epochs.dirty_pages.p99,
-            epochs.dirty_pages.max,
-            epochs.pause_floor_us.low,
-            epochs.pause_floor_us.high,
             grouped(epochs.wire_bytes / 1_000_000)
         )?;
+        writeln!(f, "            {}", epochs.shape)?;
+        if let Some(quiet) = &self.quiet_epochs {
+            writeln!(f, "            without requests: {quiet}")?;
+        }
         writeln!(
             f,
             "latency     one request in flight: solo p50 {} p99 {} µs, protected p50 {} p99 {} µs",
@@ -310,6 +313,7 @@ mod tests {
         Report {
             rounds: vec![Round {
                 cause: "closed".into(),
+                noticed_ms: 0.5,
                 detect_ms: 1.0,
                 arbitrate_ms: 2.0,
                 apply_ms: 3.0,
@@ -321,7 +325,8 @@ mod tests {
                 resync_ms: 9.0,
             }],
             client: ClientReport::default(),
-            epochs: EpochTotals::new().report(),
+            epochs: EpochsReport { shape: EpochSamples::new().shape(), ..EpochsReport::default() },
+            quiet_epochs: None,
             latency_us: LatencyReport::default(),
             ok: true,
             complaints: Vec::new(),

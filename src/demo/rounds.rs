@@ -39,9 +39,9 @@ impl<'a> Demo<'a> {
         nodes.all(|node| node.status().is_some_and(|status| status.protected))
     }
 
-    /// Kills the primary and waits until the guest runs on the other host and every client has been answered. Returns the
-    /// takeover, the time from the kill to its first packet, and the longest silence of a client, in ms.
-    pub(super) fn kill(&mut self, round: u32) -> Result<(TakeoverReport, f64, f64), DemoError> {
+    /// Kills the primary and waits until the guest runs on the other host and every client has been answered. What it returns lacks
+    /// the resync that is to follow.
+    pub(super) fn kill(&mut self, round: u32) -> Result<Round, DemoError> {
         let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         self.gauges().for_each(|gauge| gauge.reset());
         let killed_us = monotonic_us();
@@ -65,19 +65,25 @@ impl<'a> Demo<'a> {
             Ok(demo.gauges().all(|gauge| !gauge.waits_since_before(seen_us)).then_some(()))
         })?;
         let client_gap_ms = self.gauges().map(|gauge| gauge.silence_us()).max().unwrap_or(0) as f64 / 1000.0;
-        let takeover_ms = takeover.first_packet_monotonic_us.unwrap_or(0).saturating_sub(killed_us) as f64 / 1000.0;
+        let since_kill_ms = |time_us: u64| time_us.saturating_sub(killed_us) as f64 / 1000.0;
+        let takeover_ms = since_kill_ms(takeover.first_packet_monotonic_us.unwrap_or(0));
         self.screen.say(format_args!(
             "host {} runs the guest: first packet {takeover_ms:.1} ms after the kill; longest silence a client saw {client_gap_ms:.0} ms",
             self.primary.host()
         ));
-        Ok((takeover, takeover_ms, client_gap_ms))
-    }
-
-    /// Adds up what the primary told last: it is gone.
-    fn bury_primary(&mut self) {
-        if let Some(status) = self.status.take() {
-            self.epochs.bury(status.epochs, status.wire_bytes);
-        }
+        Ok(Round {
+            noticed_ms: since_kill_ms(takeover.started_monotonic_us),
+            cause: takeover.cause,
+            detect_ms: takeover.detect_ms,
+            arbitrate_ms: takeover.arbitrate_ms,
+            apply_ms: takeover.apply_ms,
+            restore_ms: takeover.restore_ms,
+            resume_ms: takeover.resume_ms,
+            first_packet_ms: takeover.first_packet_ms.unwrap_or(0.0),
+            takeover_ms,
+            client_gap_ms,
+            resync_ms: 0.0,
+        })
     }
 
     /// Does `part`, and again if meanwhile the primary was fenced: on a busy machine it can stand still for so long that the
@@ -88,42 +94,32 @@ impl<'a> Demo<'a> {
     ) -> Result<T, DemoError> {
         loop {
             match part(self) {
-                Err(DemoError::Fenced) => self.recover()?,
+                Err(DemoError::Fenced) => {
+                    self.screen.say("the primary stood still for so long that it was given up");
+                    self.recover()?;
+                    self.unplanned += 1;
+                }
                 other => return other,
             }
         }
     }
 
-    /// The primary was fenced and has ended: its heir is the primary now, and needs a secondary.
+    /// The primary is fenced, or has ended by itself: its heir is the primary now, and needs a secondary.
     pub(super) fn recover(&mut self) -> Result<(), DemoError> {
         let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         let dead = std::mem::replace(&mut self.primary, heir);
         self.bury_primary();
+        // The first packet may take its time where no client asks.
         let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
             demo.status = demo.primary.status();
-            Ok(demo.status.as_ref().and_then(taken_over))
+            Ok(demo.status.as_ref().filter(|status| status.role == Role::Primary).and_then(|s| s.takeover.clone()))
         })?;
-        self.unplanned += 1;
-        let (dead, heir) = (dead.host(), self.primary.host());
-        self.screen.say(format_args!("unplanned: host {heir} took over from host {dead}: {takeover}"));
+        let (dead_host, heir) = (dead.host(), self.primary.host());
+        // A fenced node stays, silent, until it is told to go.
+        drop(dead);
+        self.screen.say(format_args!("host {heir} took over from host {dead_host}: {takeover}"));
         self.protect()?;
         Ok(())
-    }
-}
-
-/// The report of a round.
-pub(super) fn round_of(takeover: TakeoverReport, takeover_ms: f64, client_gap_ms: f64, resync_ms: f64) -> Round {
-    Round {
-        cause: takeover.cause,
-        detect_ms: takeover.detect_ms,
-        arbitrate_ms: takeover.arbitrate_ms,
-        apply_ms: takeover.apply_ms,
-        restore_ms: takeover.restore_ms,
-        resume_ms: takeover.resume_ms,
-        first_packet_ms: takeover.first_packet_ms.unwrap_or(0.0),
-        takeover_ms,
-        client_gap_ms,
-        resync_ms,
     }
 }
 

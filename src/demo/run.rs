@@ -19,11 +19,10 @@ use super::fabric::{self, Fabric, GUEST_IPV4, HostName};
 use super::load::{Load, LoadOptions, Phase};
 use super::nodes::{Node, NodeSettings, RunDir, StartAs};
 use super::probe::{Probe, ProbeMode};
-use super::report::{ClientReport, EpochTotals, LatencyReport, Pair, Report, Round};
+use super::report::{ClientReport, EpochSamples, EpochShape, EpochsReport, LatencyReport, Pair, Report, Round};
 use super::rng::Rng;
-use super::rounds::round_of;
 use super::screen::{Moment, Screen};
-use crate::control::status::{EpochCounts, NodeStatus};
+use crate::control::status::{EpochCounts, NodeStatus, Role};
 
 /// The built-in guest's port.
 const GUEST_PORT: u16 = 6379;
@@ -46,9 +45,6 @@ pub(super) const RESYNC_LIMIT: Duration = Duration::from_secs(60);
 const RESYNC_LIMIT_PER_GIB: Duration = Duration::from_secs(30);
 /// Longest wait for a connection to be answered again.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(90);
-
-/// How a node that lost the guest to the other one exits.
-const FENCED: i32 = 5;
 
 /// What the demo is asked to do.
 #[derive(Clone, Debug)]
@@ -146,7 +142,12 @@ pub(super) struct Demo<'a> {
     /// What the primary said last.
     pub(super) status: Option<NodeStatus>,
     sampled: Instant,
-    pub(super) epochs: EpochTotals,
+    epochs: EpochSamples,
+    /// The sums of nodes that are gone.
+    counts: EpochCounts,
+    wire_bytes: u64,
+    /// Being collected, or collected.
+    quiet: Option<EpochSamples>,
     tally: Arc<Tally>,
     pub(super) probe: Option<Probe>,
     pub(super) load: Option<Load>,
@@ -184,7 +185,10 @@ impl<'a> Demo<'a> {
             secondary: None,
             status: None,
             sampled: Instant::now(),
-            epochs: EpochTotals::new(),
+            epochs: EpochSamples::new(),
+            counts: EpochCounts::default(),
+            wire_bytes: 0,
+            quiet: None,
             tally: Arc::default(),
             probe: None,
             load: None,
@@ -205,6 +209,10 @@ impl<'a> Demo<'a> {
         }
         self.latency.solo = self.measure()?;
         self.protect()?;
+        let quiet = match self.options.dirty {
+            Some(_) => Some(self.steadily(Demo::watch_quiet_epochs)?),
+            None => None,
+        };
         self.latency.protected = self.steadily(Demo::measure)?;
 
         let load =
@@ -219,13 +227,12 @@ impl<'a> Demo<'a> {
         let mut rounds = Vec::new();
         for number in 1..=self.options.rounds {
             self.steadily(|demo| demo.come_to_the_moment())?;
-            let (takeover, takeover_ms, client_gap_ms) = self.kill(number)?;
-            let resync_ms = self.steadily(Demo::protect)?;
-            rounds.push(round_of(takeover, takeover_ms, client_gap_ms, resync_ms));
+            let round = self.kill(number)?;
+            rounds.push(Round { resync_ms: self.steadily(Demo::protect)?, ..round });
         }
         self.steadily(|demo| demo.pass(LINGER))?;
         self.steadily(Demo::verify)?;
-        Ok(self.report(rounds))
+        Ok(self.report(rounds, quiet))
     }
 
     fn dial(&self) -> Dial {
@@ -269,21 +276,28 @@ impl<'a> Demo<'a> {
             return Err(DemoError::Interrupted);
         }
         if let Some(status) = self.primary.ended() {
-            let fenced = status.code() == Some(FENCED);
-            return Err(if fenced { DemoError::Fenced } else { DemoError::died(&self.primary, status) });
+            return Err(DemoError::died(&self.primary, status));
         }
         if let Some(node) = &mut self.secondary
             && let Some(status) = node.ended()
         {
             return Err(DemoError::died(node, status));
         }
-        if self.sampled.elapsed() >= SAMPLE_INTERVAL {
-            self.sample();
+        if self.primary_is_fenced() {
+            return Err(DemoError::Fenced);
         }
         if self.screen.is_due() {
             self.line();
         }
         Ok(())
+    }
+
+    /// Takes samples when they are due, and sees whether the other node has been given the guest.
+    pub(super) fn primary_is_fenced(&mut self) -> bool {
+        if self.sampled.elapsed() >= SAMPLE_INTERVAL {
+            self.sample();
+        }
+        self.status.as_ref().is_some_and(|status| status.role == Role::Fenced)
     }
 
     /// Takes the primary's newest epochs.
@@ -292,6 +306,9 @@ impl<'a> Demo<'a> {
         if let Some(reply) = self.primary.new_epochs() {
             self.epochs.add(&reply.epochs);
             self.screen.add(&reply.epochs);
+            if let Some(quiet) = &mut self.quiet {
+                quiet.add(&reply.epochs);
+            }
         }
         self.status = self.primary.status().or(self.status.take());
     }
@@ -329,6 +346,15 @@ impl<'a> Demo<'a> {
         Ok(seen.map_or(Pair::default(), |seen| Pair::of(&seen)))
     }
 
+    /// Lets the guest write memory while nobody asks it anything: every epoch is as long as it may be.
+    fn watch_quiet_epochs(&mut self) -> Result<EpochShape, DemoError> {
+        self.sample();
+        self.quiet = Some(EpochSamples::new());
+        self.pass(MEASURE)?;
+        self.sample();
+        Ok(self.quiet.take().unwrap_or_default().shape())
+    }
+
     /// Starts a secondary on the other host, if it has none, and waits until the guest is protected. Returns how long that took, in ms.
     pub(super) fn protect(&mut self) -> Result<f64, DemoError> {
         let started = Instant::now();
@@ -358,6 +384,15 @@ impl<'a> Demo<'a> {
         load.chain(self.probe.iter().map(Probe::gauge))
     }
 
+    /// Adds up what the primary told last: it is gone, or the play is over.
+    pub(super) fn bury_primary(&mut self) {
+        if let Some(status) = self.status.take() {
+            self.counts.committed += status.epochs.committed;
+            self.counts.aborted += status.epochs.aborted;
+            self.wire_bytes += status.wire_bytes;
+        }
+    }
+
     /// Brings everything to rest and reads back every key.
     fn verify(&mut self) -> Result<(), DemoError> {
         self.probe_mode(ProbeMode::Idle)?;
@@ -375,11 +410,8 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
-    fn report(&mut self, rounds: Vec<Round>) -> Report {
-        let status = self.status.as_ref();
-        let (counts, wire_bytes) =
-            status.map_or((EpochCounts::default(), 0), |status| (status.epochs, status.wire_bytes));
-        self.epochs.bury(counts, wire_bytes);
+    fn report(&mut self, rounds: Vec<Round>, quiet_epochs: Option<EpochShape>) -> Report {
+        self.bury_primary();
         let tally = &self.tally;
         let client = ClientReport {
             requests: tally.requests.load(Relaxed),
@@ -396,7 +428,13 @@ impl<'a> Demo<'a> {
             ok: tally.is_clean() && client.requests == client.replies,
             rounds,
             client,
-            epochs: self.epochs.report(),
+            epochs: EpochsReport {
+                committed: self.counts.committed,
+                aborted: self.counts.aborted,
+                shape: self.epochs.shape(),
+                wire_bytes: self.wire_bytes,
+            },
+            quiet_epochs,
             latency_us: self.latency,
             complaints,
             unplanned_takeovers: self.unplanned,

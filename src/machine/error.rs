@@ -63,6 +63,9 @@ pub enum MachineError {
         /// What the kernel said.
         errno: Errno,
     },
+    /// Something else has the name.
+    #[error("/dev/kvm is not KVM: load the kvm module, or give this container the host's device")]
+    NotKvm,
     /// The host's KVM lacks something a machine cannot do without.
     #[error("this host's KVM lacks {what}: a newer kernel is needed")]
     Lacks {

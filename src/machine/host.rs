@@ -37,6 +37,9 @@ pub(super) struct HostCaps {
     pub(super) cpus_max: u8,
 }
 
+/// The version of the KVM interface, the same for ever.
+const KVM_API_VERSION: i32 = 12;
+
 /// Opens /dev/kvm.
 pub(super) fn open() -> Result<Kvm, MachineError> {
     let device = OpenOptions::new()
@@ -47,7 +50,9 @@ pub(super) fn open() -> Result<Kvm, MachineError> {
         .map_err(|e| MachineError::Open { errno: Errno::from_raw(e.raw_os_error().unwrap_or(0)) })?;
     use std::os::fd::FromRawFd;
     // SAFETY: the descriptor was just opened on /dev/kvm and is handed over whole.
-    Ok(unsafe { Kvm::from_raw_fd(device.into_raw_fd()) })
+    let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+    // The interface's version has been 12 ever since it was declared stable; anything else, or an error (-1), is no KVM.
+    if kvm.get_api_version() == KVM_API_VERSION { Ok(kvm) } else { Err(MachineError::NotKvm) }
 }
 
 impl HostCaps {

@@ -1,33 +1,56 @@
-//! The thread that talks to the arbiter, so that nobody else ever waits for it.
+//! The thread that talks to the arbiter, so that nobody else ever waits for it. When nobody asks it anything it looks whether the arbiter
+//! is there, so that people hear of an arbiter out of reach before it is needed.
 
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam::channel::{Sender, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::events::NodeEvent;
-use crate::arbiter::{Arbiter, Swap};
+use crate::arbiter::{Arbiter, Canceller, Swap};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 
-/// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is answered.
+/// Time without a question after which the arbiter is looked at.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// How the arbiter was found.
+pub struct Reach {
+    /// Why it did not answer; `None` if it did.
+    pub lost: Option<String>,
+    /// True if nobody had asked it anything: then nobody else hears of it.
+    pub watched: bool,
+}
+
+/// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is answered or called off.
 pub struct ArbiterThread {
     calls: Option<Sender<ArbiterCall>>,
+    cancel: Option<Canceller>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ArbiterThread {
-    /// Starts the thread; answers go to `events`.
-    pub fn start(mut arbiter: Box<dyn Arbiter>, events: Sender<NodeEvent>) -> std::io::Result<ArbiterThread> {
+    /// Starts the thread; answers go to `events`, and `noticed` hears each time whether the arbiter answered.
+    pub fn start(
+        arbiter: Box<dyn Arbiter>,
+        events: Sender<NodeEvent>,
+        noticed: impl FnMut(Reach) + Send + 'static,
+    ) -> std::io::Result<ArbiterThread> {
+        ArbiterThread::start_watching(arbiter, events, WATCH, noticed)
+    }
+
+    /// The same, with the time without a question after which the arbiter is looked at.
+    pub fn start_watching(
+        arbiter: Box<dyn Arbiter>,
+        events: Sender<NodeEvent>,
+        watch: Duration,
+        noticed: impl FnMut(Reach) + Send + 'static,
+    ) -> std::io::Result<ArbiterThread> {
         let (calls, questions) = unbounded::<ArbiterCall>();
-        let thread = std::thread::Builder::new().name("mcd-arbiter".into()).spawn(move || {
-            for call in questions {
-                let answer = answer(arbiter.as_mut(), call.request);
-                tracing::debug!(?call, ?answer, "arbiter");
-                if events.send(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
-                    break;
-                }
-            }
-        })?;
-        Ok(ArbiterThread { calls: Some(calls), thread: Some(thread) })
+        let cancel = arbiter.canceller();
+        let thread = std::thread::Builder::new()
+            .name("mcd-arbiter".into())
+            .spawn(move || work(arbiter, &questions, &events, watch, noticed))?;
+        Ok(ArbiterThread { calls: Some(calls), cancel, thread: Some(thread) })
     }
 
     /// Asks; the answer comes as an event.
@@ -42,8 +65,41 @@ impl ArbiterThread {
 impl Drop for ArbiterThread {
     fn drop(&mut self) {
         self.calls = None;
+        if let Some(cancel) = &self.cancel {
+            cancel();
+        }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+fn work(
+    mut arbiter: Box<dyn Arbiter>,
+    questions: &Receiver<ArbiterCall>,
+    events: &Sender<NodeEvent>,
+    watch: Duration,
+    mut noticed: impl FnMut(Reach),
+) {
+    loop {
+        let call = match questions.recv_timeout(watch) {
+            Ok(call) => call,
+            Err(RecvTimeoutError::Timeout) => {
+                let lost = arbiter.read().err().map(|error| error.to_string());
+                noticed(Reach { lost, watched: true });
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        };
+        let answer = answer(arbiter.as_mut(), call.request);
+        tracing::debug!(?call, ?answer, "arbiter");
+        let lost = match &answer {
+            ArbiterAnswer::Unreachable(why) => Some(why.clone()),
+            ArbiterAnswer::Won | ArbiterAnswer::Record(_) => None,
+        };
+        noticed(Reach { lost, watched: false });
+        if events.send(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
+            break;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a node shows: the driver writes it down, the control socket reads it at any time without waiting for the driver.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
@@ -37,6 +37,7 @@ struct Vitals {
     pages_left: Option<u64>,
     pages_total: u64,
     arbiter_lost: Option<String>,
+    no_primary: Option<String>,
 }
 
 struct Fixed {
@@ -49,9 +50,12 @@ struct Fixed {
 
 struct Shown {
     vitals: Vitals,
-    gate: Option<Arc<OutputGate>>,
+    /// Not kept alive from here: the gate has the tap open, which a secondary that joins again opens anew.
+    gate: Weak<OutputGate>,
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
+    /// Why the arbiter did not answer when it was last looked at.
+    arbiter_lost: Option<String>,
 }
 
 /// The board of one node, over all its roles.
@@ -66,7 +70,9 @@ impl Board {
     /// The board of a node that has done nothing yet.
     pub fn new(config: &NodeConfig, events: Sender<NodeEvent>) -> Arc<Board> {
         let (arbiter_kind, arbiter_detail) = match &config.arbiter {
-            ArbiterConfig::File { directory } => ("file", directory.display().to_string()),
+            ArbiterConfig::File { directory, .. } => ("file", directory.display().to_string()),
+            ArbiterConfig::Etcd(etcd) => ("etcd", format!("{}{}", etcd.endpoints.join(","), etcd.prefix)),
+            ArbiterConfig::Command { script, .. } => ("command", script.display().to_string()),
             ArbiterConfig::None { .. } => ("none", "no arbiter: see --on-peer-loss".into()),
         };
         let fixed = Fixed {
@@ -87,18 +93,25 @@ impl Board {
             pages_left: None,
             pages_total: 0,
             arbiter_lost: None,
+            no_primary: None,
         };
         Arc::new(Board {
             fixed,
-            shown: Mutex::new(Shown { vitals, gate: None, takeover: None, guest_alarm: None }),
+            shown: Mutex::new(Shown {
+                vitals,
+                gate: Weak::new(),
+                takeover: None,
+                guest_alarm: None,
+                arbiter_lost: None,
+            }),
             log: Mutex::new(EpochLog::new(SAMPLES_MAX)),
             events,
         })
     }
 
     /// The gate whose held output is shown.
-    pub fn show_gate(&self, gate: Arc<OutputGate>) {
-        self.shown.lock().gate = Some(gate);
+    pub fn show_gate(&self, gate: &Arc<OutputGate>) {
+        self.shown.lock().gate = Arc::downgrade(gate);
     }
 
     /// Writes down how a primary is.
@@ -122,6 +135,7 @@ impl Board {
             pages_left: node.resync_pages_left(),
             pages_total,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
+            no_primary: None,
         };
     }
 
@@ -147,6 +161,7 @@ impl Board {
             pages_left: None,
             pages_total: 0,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
+            no_primary: node.no_primary().map(str::to_owned),
         };
     }
 
@@ -175,17 +190,26 @@ impl Board {
         self.shown.lock().guest_alarm = Some(alarm);
     }
 
+    /// The arbiter was found to answer, or not to.
+    pub fn arbiter_noticed(&self, lost: Option<String>) {
+        self.shown.lock().arbiter_lost = lost;
+    }
+
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
-        let (vitals, held, takeover, guest_alarm) = {
+        let (vitals, held, takeover, guest_alarm, noticed) = {
             let shown = self.shown.lock();
-            let held = shown.gate.as_ref().map(|gate| gate.figures()).unwrap_or_default();
-            (shown.vitals.clone(), held, shown.takeover.clone(), shown.guest_alarm.clone())
+            let held = shown.gate.upgrade().map(|gate| gate.figures()).unwrap_or_default();
+            (shown.vitals.clone(), held, shown.takeover.clone(), shown.guest_alarm.clone(), shown.arbiter_lost.clone())
         };
         let log = self.log.lock();
         let mut alarms: Vec<String> = guest_alarm.into_iter().collect();
-        if let Some(why) = &vitals.arbiter_lost {
-            alarms.push(format!("arbiter out of reach: {why}"));
+        let arbiter_lost = vitals.arbiter_lost.clone().or(noticed);
+        if let Some(why) = &arbiter_lost {
+            alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(vitals.state)));
+        }
+        if let Some(why) = &vitals.no_primary {
+            alarms.push(format!("no primary to join: {why}"));
         }
         NodeStatus {
             role: vitals.role,
@@ -200,8 +224,8 @@ impl Board {
             listen: self.fixed.listen.clone(),
             arbiter: ArbiterStatus {
                 kind: self.fixed.arbiter_kind.into(),
-                reachable: vitals.arbiter_lost.is_none(),
-                detail: vitals.arbiter_lost.clone().unwrap_or_else(|| self.fixed.arbiter_detail.clone()),
+                reachable: arbiter_lost.is_none(),
+                detail: arbiter_lost.unwrap_or_else(|| self.fixed.arbiter_detail.clone()),
             },
             interval_ms: self.fixed.interval_ms,
             pause_us: log.pause_us(),
@@ -231,6 +255,20 @@ impl Board {
     }
 }
 
+/// What it means for a node in this state that the arbiter does not answer.
+fn without_arbiter(state: State) -> &'static str {
+    match state {
+        State::Suspecting => {
+            "the peer is suspected and nobody decides, so nothing is released and no node takes over until it answers"
+        }
+        State::Protected => "all goes on, but if a node fails now the other cannot go on until it answers",
+        State::Standby => "all goes on, but if the primary fails now this node cannot take over until it answers",
+        State::Resync => "no pair can form until it answers",
+        State::Solo | State::Connecting => "the guest cannot become protected until it answers",
+        State::Takeover | State::Fenced => "this node does not need it now",
+    }
+}
+
 fn with_first_packet(mut report: TakeoverReport, first_out_us: Option<u64>) -> TakeoverReport {
     report.first_packet_monotonic_us = first_out_us;
     report.first_packet_ms = first_out_us.map(|us| us.saturating_sub(report.started_monotonic_us) as f64 / 1000.0);
@@ -243,6 +281,9 @@ impl Handler for Board {
     }
 
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+        if arguments.keys().any(|key| (command, key.as_str()) != ("mc-query-epochs", "since")) {
+            return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
+        }
         match command {
             "query-status" => Ok(self.status().query_status()),
             "query-name" => Ok(json!({ "name": self.fixed.guest })),

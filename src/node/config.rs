@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::arbiter::etcd::EtcdConfig;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -81,6 +82,17 @@ pub enum ArbiterConfig {
     File {
         /// The directory.
         directory: PathBuf,
+        /// How long a question may take.
+        timeout: Duration,
+    },
+    /// A key in an etcd cluster.
+    Etcd(EtcdConfig),
+    /// A fencing script on this host.
+    Command {
+        /// The script.
+        script: PathBuf,
+        /// How long it may run.
+        timeout: Duration,
     },
     /// Nobody: each node does as it was told.
     None {
@@ -101,7 +113,7 @@ pub enum OnPeerLoss {
 /// How pages are packed for the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compress {
-    /// mcd decides.
+    /// With lz4 while the link is slower than it.
     Auto,
     /// Not at all, but for zero pages.
     None,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender};
 use netbuf::{Limits, OutputBuffer, TunTapPort};
 
-use super::arbiter_thread::ArbiterThread;
+use super::arbiter_thread::{ArbiterThread, Reach};
 use super::board::Board;
 use super::clock;
 use super::config::{Compress, NodeConfig};
@@ -43,12 +43,36 @@ pub struct Unarbitrated {
 impl Unarbitrated {
     /// Hands the arbiter to its thread.
     pub fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
-        let arbiter = ArbiterThread::start(arbiter, self.events.clone())?;
+        let notice = notice(self.board.clone(), self.sink.clone());
+        let arbiter = ArbiterThread::start(arbiter, self.events.clone(), notice)?;
         let captures = CapturePool::default();
         let warming = captures.clone();
         std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;
         let Unarbitrated { config, guest_ip, inbox, events, board, sink, cpu_digest } = self;
         Ok(Context { config, guest_ip, inbox, events, board, sink, arbiter, cpu_digest, captures })
+    }
+}
+
+/// Writes down whether the arbiter answers, and tells programs what was found while nobody asked: what is found by a question is told by
+/// `protocol/`, which asked it.
+fn notice(board: Arc<Board>, sink: EventSink) -> impl FnMut(Reach) + Send {
+    let mut told = false;
+    move |Reach { lost, watched }| {
+        match &lost {
+            Some(why) if watched && !told => {
+                told = true;
+                tracing::warn!(event = "MC_ARBITER_LOST", "arbiter out of reach: {why}");
+                sink.emit("MC_ARBITER_LOST", serde_json::json!({ "detail": format!("arbiter out of reach: {why}") }));
+            }
+            None if told => {
+                told = false;
+                let event = Event::ArbiterBack;
+                tracing::info!(event = event.name(), "{event}");
+                sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
+            }
+            Some(_) | None => {}
+        }
+        board.arbiter_noticed(lost);
     }
 }
 
@@ -77,7 +101,11 @@ pub struct Context {
 impl Context {
     /// Tells people and programs.
     pub fn tell(&self, event: &Event) {
-        tracing::info!(event = event.name(), "{event}");
+        if event.is_trouble() {
+            tracing::warn!(event = event.name(), "{event}");
+        } else {
+            tracing::info!(event = event.name(), "{event}");
+        }
         self.sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
     }
 

@@ -7,6 +7,7 @@ use crate::checkpoint::apply::ApplyError;
 use crate::control::ControlError;
 use crate::machine::MachineError;
 use crate::machine::boot::BootError;
+use crate::protocol::types::EpochId;
 use crate::wire::LinkError;
 
 /// Why a node cannot start or go on.
@@ -27,6 +28,11 @@ pub enum NodeError {
     /// The control socket cannot be opened.
     #[error("{0}")]
     Control(#[from] ControlError),
+    /// An epoch was committed that is not in staging memory.
+    #[error(
+        "epoch {0} was committed and is not staged; this node ends rather than acknowledge it, please report this with the log"
+    )]
+    NotStaged(EpochId),
     /// A port cannot be listened on.
     #[error("{0}")]
     Listen(#[from] LinkError),
@@ -46,6 +52,9 @@ pub enum NodeError {
     /// The primary turned this node away.
     #[error("the primary refused this node: {0}")]
     Refused(String),
+    /// Something else than a primary of this release answers at the primary's address.
+    #[error("there is no primary to join at --peer: {0}")]
+    NotAPrimary(String),
     /// This secondary cannot build the guest's machine.
     #[error("this host cannot hold the guest: {0}")]
     NoMachine(String),

@@ -46,6 +46,13 @@ pub enum NodeEvent {
         /// Why, in words.
         why: String,
     },
+    /// Whoever answered where we connected does not speak this protocol; the connection is gone.
+    Foreign {
+        /// The connection.
+        conn: ConnId,
+        /// What it spoke, in words.
+        why: String,
+    },
     /// A whole epoch was staged and verified.
     Staged {
         /// The connection.
@@ -55,6 +62,8 @@ pub enum NodeEvent {
     },
     /// Background pages arrived.
     Background {
+        /// The connection.
+        conn: ConnId,
         /// Encoded pages, verified.
         payload: Vec<u8>,
     },

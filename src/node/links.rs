@@ -3,18 +3,18 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
 use super::events::NodeEvent;
 use super::priority;
 use crate::checkpoint::stage::{Stager, StagingBudget};
-use crate::protocol::messages::{Channel, Message};
+use crate::protocol::messages::{Channel, Hello, Message, RefuseReason};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::ConnId;
 use crate::wire::link::{Link, LinkError, LinkReader, Listener};
-use crate::wire::{FrameKind, WireError};
+use crate::wire::{FrameKind, LinkCloser, LinkWriter, WireError};
 
 /// How long a stranger may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -65,9 +65,8 @@ impl Ears {
     fn admit(self: Arc<Self>, link: Link, channel: Channel) {
         if self.open.fetch_add(1, Ordering::Relaxed) >= ACCEPTED_MAX {
             self.open.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!(peer = %link.peer(), "turned away: {ACCEPTED_MAX} connections are open");
-            link.closer().shutdown();
-            return;
+            let why = format!("{ACCEPTED_MAX} connections are open; try again later");
+            return turn_away(link.peer(), &link.closer(), &mut link.split().1, Some(RefuseReason::Busy), why);
         }
         let ears = self.clone();
         let served = spawn("mcd-accepted", move || {
@@ -82,11 +81,10 @@ impl Ears {
 
     fn serve(&self, link: Link, channel: Channel) {
         let (peer, closer) = (link.peer(), link.closer());
-        let (mut reader, writer) = link.split();
-        let hello = match read_hello(&mut reader) {
-            Ok(Message::Hello(hello)) if hello.channel == channel => hello,
-            Ok(_) => return tracing::warn!(%peer, "a stranger began with something else than this port's hello"),
-            Err(error) => return tracing::warn!(%peer, "a stranger was turned away: {error}"),
+        let (mut reader, mut writer) = link.split();
+        let hello = match read_hello(&mut reader, channel) {
+            Ok(hello) => hello,
+            Err((reason, why)) => return turn_away(peer, &closer, &mut writer, reason, why),
         };
         let conn = self.next.fetch_add(1, Ordering::Relaxed);
         if self.events.send(NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() }).is_err() {
@@ -100,11 +98,48 @@ impl Ears {
     }
 }
 
-fn read_hello(reader: &mut LinkReader) -> Result<Message, WireError> {
-    reader.set_read_timeout(Some(HELLO_TIMEOUT)).map_err(WireError::Io)?;
-    let hello = reader.read()?.message()?;
-    reader.set_read_timeout(None).map_err(WireError::Io)?;
-    Ok(hello)
+/// Reads the hello that belongs on `channel`'s port; else why there is none, and the refusal for those who would understand one.
+fn read_hello(reader: &mut LinkReader, channel: Channel) -> Result<Hello, (Option<RefuseReason>, String)> {
+    reader.set_read_deadline(Some(Instant::now() + HELLO_TIMEOUT));
+    let message = reader.read().and_then(|frame| frame.message()).map_err(|error| {
+        let reason = match &error {
+            WireError::OtherVersion { .. } => Some(RefuseReason::Version),
+            error if error.is_disconnect() || error.is_timeout() || matches!(error, WireError::NotMcd { .. }) => None,
+            _ => Some(RefuseReason::Malformed),
+        };
+        let why = if error.is_timeout() { "it said no hello in time".into() } else { error.to_string() };
+        (reason, why)
+    })?;
+    reader.set_read_deadline(None);
+    match message {
+        Message::Hello(hello) if hello.channel == channel => Ok(hello),
+        Message::Hello(_) => Err((
+            Some(RefuseReason::Malformed),
+            match channel {
+                Channel::Data => {
+                    "this is the data port, and the hello is for heartbeats; check --peer-heartbeat".into()
+                }
+                Channel::Heartbeat => "this is the heartbeat port, and the hello is for data; check --peer".into(),
+            },
+        )),
+        other => Err((Some(RefuseReason::Malformed), format!("a newcomer begins with a hello, not {}", other.name()))),
+    }
+}
+
+/// Ends a connection that is of no use, and says why: in the log, and to a stranger who would understand it.
+fn turn_away(
+    peer: SocketAddr,
+    closer: &LinkCloser,
+    writer: &mut LinkWriter,
+    reason: Option<RefuseReason>,
+    why: String,
+) {
+    tracing::warn!(%peer, "a stranger was turned away: {why}");
+    if let Some(reason) = reason {
+        // A short message on a fresh connection: it fits the socket's buffer. Whether it is heard is the stranger's business.
+        let _ = writer.write_message(&Message::Refuse { reason, detail: why });
+    }
+    closer.shutdown();
 }
 
 /// Reads messages until the connection ends; why it did.
@@ -131,7 +166,7 @@ pub fn connect(
     events: Sender<NodeEvent>,
 ) -> std::io::Result<()> {
     spawn("mcd-receive", move || {
-        let why = match Link::connect(&to.to_string(), CONNECT_TIMEOUT) {
+        let end = match Link::connect(&to.to_string(), CONNECT_TIMEOUT) {
             Ok(link) => {
                 let closer = link.closer();
                 let (reader, writer) = link.split();
@@ -139,14 +174,14 @@ pub fn connect(
                     return;
                 }
                 priority::raise();
-                let why = Receiver { conn, budget, stager: None, events: &events }.run(reader);
+                let end = Receiver { conn, budget, stager: None, events: &events }.run(reader);
                 closer.shutdown();
-                why
+                end
             }
-            Err(error) => error.to_string(),
+            Err(error) => NodeEvent::Closed { conn, why: error.to_string() },
         };
         // The node is ending if nobody listens.
-        let _ = events.send(NodeEvent::Closed { conn, why });
+        let _ = events.send(end);
     })
 }
 
@@ -160,26 +195,27 @@ struct Receiver<'a> {
 }
 
 impl Receiver<'_> {
-    fn run(mut self, mut reader: LinkReader) -> String {
+    /// Reads until there is no more to read; the event that says why.
+    fn run(mut self, mut reader: LinkReader) -> NodeEvent {
+        let conn = self.conn;
         loop {
             let event = match reader.read() {
-                Ok(frame) => match frame.kind {
-                    FrameKind::Message => match frame.message() {
-                        Ok(message) => self.message(message),
-                        Err(error) => return error.to_string(),
-                    },
-                    kind => self.bulk(kind, frame.payload),
-                },
-                Err(error) => return error.to_string(),
+                Ok(frame) if frame.kind == FrameKind::Message => frame.message().map(|message| self.message(message)),
+                Ok(frame) => Ok(self.bulk(frame.kind, frame.payload)),
+                Err(error) => Err(error),
             };
-            match event {
-                Ok(Some(event)) => {
-                    if self.events.send(event).is_err() {
-                        return "this node is ending".into();
-                    }
-                }
-                Ok(None) => {}
-                Err(why) => return why,
+            let event = match event {
+                Ok(event) => event,
+                Err(error) if error.is_foreign() => return NodeEvent::Foreign { conn, why: error.to_string() },
+                Err(error) => return NodeEvent::Closed { conn, why: error.to_string() },
+            };
+            let sent = match event {
+                Ok(Some(event)) => self.events.send(event).map_err(|_| "this node is ending".to_owned()),
+                Ok(None) => Ok(()),
+                Err(why) => Err(why),
+            };
+            if let Err(why) = sent {
+                return NodeEvent::Closed { conn, why };
             }
         }
     }
@@ -206,11 +242,14 @@ impl Receiver<'_> {
     }
 
     fn bulk(&mut self, kind: FrameKind, payload: &[u8]) -> Result<Option<NodeEvent>, String> {
+        let conn = self.conn;
         let stager = self.stager()?;
         let staged = match kind {
             FrameKind::Pages => stager.pages(payload).map(|()| None),
             FrameKind::State => stager.state(payload).map(|()| None),
-            FrameKind::Background => stager.background(payload).map(|payload| Some(NodeEvent::Background { payload })),
+            FrameKind::Background => {
+                stager.background(payload).map(|payload| Some(NodeEvent::Background { conn, payload }))
+            }
             FrameKind::Message => Ok(None),
         };
         staged.map_err(|error| error.to_string())

@@ -9,6 +9,8 @@
 //! ```
 
 mod announce;
+#[cfg(test)]
+mod arbiter_tests;
 mod arbiter_thread;
 mod board;
 pub mod clock;
@@ -38,6 +40,9 @@ use self::events::NodeEvent;
 use self::links::Ears;
 use self::primary::{PrimaryEnd, PrimaryNode};
 use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
+use crate::arbiter::command::CommandArbiter;
+use crate::arbiter::etcd::EtcdArbiter;
+use crate::arbiter::file::FileArbiter;
 use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
 use crate::machine::boot::builtin;
@@ -82,13 +87,13 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     machine.memory().prefault().map_err(MachineError::from)?;
     let vcpus = builtin::load(machine.memory(), &start.shape, &net)?;
     machine.start_vcpus(vcpus)?;
-    let mut arbiter = open_arbiter(&config);
+    let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
     let (server, context) = open_doors(config, Some(start.net.ipv4), events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
     let protocol = Primary::new(context.primary_config(start.shape.clone()), me, record, clock::now());
-    context.board.show_gate(gate.clone());
+    context.board.show_gate(&gate);
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
     let end = PrimaryNode::new(context, machine, gate, protocol).run(None)?;
@@ -104,7 +109,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     let (events, inbox) = unbounded();
     // An occupied tap is told now, not at the takeover.
     drop(open_gate(&config, &events)?);
-    let arbiter = open_arbiter(&config);
+    let arbiter = open_arbiter(&config, false)?;
     let (server, context) = open_doors(config, start.guest_ip, events, inbox)?;
     let context = context.with_arbiter(arbiter)?;
     let mut last_conn = 0;
@@ -151,6 +156,7 @@ fn ending_of(ending: Ending) -> Result<NodeEnd, NodeError> {
         Ending::Quit => Ok(NodeEnd::Quit),
         Ending::GuestEnded(why) => Ok(NodeEnd::GuestEnded(why)),
         Ending::Refused { detail, .. } => Err(NodeError::Refused(detail)),
+        Ending::Foreign(why) => Err(NodeError::NotAPrimary(why)),
         Ending::NoMachine(why) => Err(NodeError::NoMachine(why)),
     }
 }
@@ -161,9 +167,16 @@ fn new_instance() -> Result<InstanceId, NodeError> {
     Ok(InstanceId(u128::from_le_bytes(bytes)))
 }
 
-fn open_arbiter(config: &NodeConfig) -> Box<dyn Arbiter> {
-    match &config.arbiter {
-        ArbiterConfig::File { directory } => Box::new(crate::arbiter::file::FileArbiter::new(directory, &config.guest)),
+fn open_arbiter(config: &NodeConfig, both_nodes_are_dead: bool) -> Result<Box<dyn Arbiter>, NodeError> {
+    Ok(match &config.arbiter {
+        ArbiterConfig::File { directory, timeout } => {
+            Box::new(FileArbiter::with_patience(directory, &config.guest, *timeout))
+        }
+        ArbiterConfig::Etcd(etcd) => Box::new(EtcdArbiter::new(etcd.clone(), &config.guest)?),
+        ArbiterConfig::Command { script, timeout } => {
+            let arbiter = CommandArbiter::new(script, &config.guest, *timeout)?;
+            Box::new(if both_nodes_are_dead { arbiter.with_dead_peer() } else { arbiter })
+        }
         ArbiterConfig::None { on_peer_loss } => {
             tracing::warn!(
                 "no arbiter: {}",
@@ -178,7 +191,7 @@ fn open_arbiter(config: &NodeConfig) -> Box<dyn Arbiter> {
             };
             Box::new(crate::arbiter::none::NoArbiter::new(on_peer_loss))
         }
-    }
+    })
 }
 
 fn claim_guest(
@@ -195,8 +208,14 @@ fn claim_guest(
     let new = claim(stands, me, both_nodes_are_dead).map_err(|ClaimRefused::Elsewhere(record)| elsewhere(&record))?;
     match arbiter.swap(stands.as_ref(), &new)? {
         Swap::Won => Ok(new),
+        // The answer to an earlier try got lost, not the swap.
+        Swap::Lost(Some(record)) if record == new => Ok(new),
         Swap::Lost(Some(record)) => Err(elsewhere(&record)),
-        Swap::Lost(None) => Err(NodeError::Gone),
+        // An arbiter without a record says no more than that.
+        Swap::Lost(None) => Err(NodeError::RunsElsewhere {
+            guest: config.guest.to_string(),
+            record: format!("so says {}", arbiter.describe()),
+        }),
     }
 }
 

@@ -14,11 +14,12 @@ use super::{announce, clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
+use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
-use crate::protocol::messages::{Channel, Message};
+use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 use crate::wire::LinkNews;
@@ -158,7 +159,10 @@ impl PrimaryNode {
                 Some(Input::Command(command))
             }
             // What a secondary hears of; a late one may still be in the channel after a takeover.
-            NodeEvent::Connected { .. } | NodeEvent::Staged { .. } | NodeEvent::Background { .. } => None,
+            NodeEvent::Connected { .. }
+            | NodeEvent::Foreign { .. }
+            | NodeEvent::Staged { .. }
+            | NodeEvent::Background { .. } => None,
         })
     }
 
@@ -247,8 +251,13 @@ impl PrimaryNode {
             let _ = events.send(event);
         };
         let memory = self.machine.memory().clone();
-        let lz4 = self.context.config.compress == Compress::Lz4;
-        self.sender = Some(Sender::start(conn, (writer, closer), memory, lz4, self.pool.clone(), report)?);
+        let packing = match self.context.config.compress {
+            _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Plain,
+            Compress::None => Packing::Plain,
+            Compress::Lz4 => Packing::Lz4,
+            Compress::Auto => Packing::BySpeed,
+        };
+        self.sender = Some(Sender::start(conn, (writer, closer), memory, packing, self.pool.clone(), report)?);
         Ok(())
     }
 

@@ -110,6 +110,7 @@ impl<'a> SecondaryNode<'a> {
             self.context.board.secondary(&self.protocol);
             if let Some(end) = self.end.take() {
                 self.conns.close_all();
+                self.budget.close();
                 return Ok((end, self.protocol.last_conn()));
             }
             if let Some(input) = self.next_input()? {
@@ -157,18 +158,24 @@ impl<'a> SecondaryNode<'a> {
                 self.conns.remove(conn);
                 Some(Input::Closed { conn, why })
             }
+            NodeEvent::Foreign { conn, why } => {
+                self.conns.remove(conn);
+                Some(Input::Foreign { conn, why })
+            }
             NodeEvent::Staged { conn, epoch } => {
                 self.stages.heard_us = clock::monotonic_us();
                 let (id, completes_resync) = (epoch.id, epoch.completes_resync);
                 self.staged = Some(epoch);
                 Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used() })
             }
-            NodeEvent::Background { payload } => {
-                if let Some(image) = &self.image {
+            NodeEvent::Background { conn, payload } => match &self.image {
+                Some(image) if self.protocol.takes_pages(conn) => {
                     image.applier.background(payload);
+                    None
                 }
-                None
-            }
+                // Late ones of a connection given up must not spoil the image of the next, and the others have no place to go.
+                _ => Some(Input::Closed { conn, why: "it sent pages out of turn".into() }),
+            },
             NodeEvent::Answer { ticket, answer } => {
                 self.stages.decided_us = clock::monotonic_us();
                 Some(Input::Answer { ticket, answer })
@@ -206,7 +213,7 @@ impl<'a> SecondaryNode<'a> {
                     self.conns.close(conn);
                 }
                 Action::BuildMachine(welcome) => self.build(welcome),
-                Action::Commit { id } => self.commit(id),
+                Action::Commit { id } => self.commit(id)?,
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Promote { record, epoch, cause } => self.promote(record, epoch, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
@@ -229,7 +236,7 @@ impl<'a> SecondaryNode<'a> {
     fn build(&mut self, welcome: Welcome) {
         let input = match self.build_image(welcome) {
             Ok(image) => {
-                self.context.board.show_gate(image.gate.clone());
+                self.context.board.show_gate(&image.gate);
                 self.image = Some(image);
                 Input::MachineReady
             }
@@ -247,9 +254,14 @@ impl<'a> SecondaryNode<'a> {
         Ok(Image { machine, gate, welcome, applier })
     }
 
-    fn commit(&mut self, id: EpochId) {
-        if let (Some(image), Some(epoch)) = (&self.image, self.staged.take_if(|epoch| epoch.id == id)) {
-            image.applier.epoch(epoch);
+    /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end the node instead.
+    fn commit(&mut self, id: EpochId) -> Result<(), NodeError> {
+        match (&self.image, self.staged.take_if(|epoch| epoch.id == id)) {
+            (Some(image), Some(epoch)) => {
+                image.applier.epoch(epoch);
+                Ok(())
+            }
+            _ => Err(NodeError::NotStaged(id)),
         }
     }
 

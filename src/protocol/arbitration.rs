@@ -3,13 +3,15 @@
 //! A question whose answer never came may still have been carried out, so a lost swap whose record is the very one we asked for was
 //! won (every record names its owner's instance id and a generation nobody else can have asked for with it).
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
+use super::mutant;
 use super::record::Record;
 use super::types::Instant;
 
 /// A question to the arbiter. `ticket` comes back with the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ArbiterCall {
     /// Names the question; answers to older tickets are ignored.
     pub ticket: u64,
@@ -18,7 +20,7 @@ pub struct ArbiterCall {
 }
 
 /// What is asked of the arbiter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ArbiterRequest {
     /// Read the record.
     Read,
@@ -32,7 +34,7 @@ pub enum ArbiterRequest {
 }
 
 /// What the arbiter (or the way to it) answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ArbiterAnswer {
     /// The swap was carried out.
     Won,
@@ -54,7 +56,7 @@ pub enum Verdict {
 }
 
 /// Asks the arbiter, again and again while it is out of reach.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Arbitration {
     retry: Duration,
     ticket: u64,
@@ -102,6 +104,12 @@ impl Arbitration {
         (now >= due).then(|| self.ask(request))
     }
 
+    /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)).
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Arbitration { retry, ticket, request, waiting, again_at } = self;
+        (retry, ticket, request, waiting, again_at.map(|at| at.since(now))).hash(into);
+    }
+
     /// Takes an answer; `None` if it answers a forgotten question.
     pub fn answer(&mut self, now: Instant, ticket: u64, answer: ArbiterAnswer) -> Option<Verdict> {
         if ticket != self.ticket || !self.waiting {
@@ -133,7 +141,9 @@ impl Arbitration {
             ArbiterAnswer::Record(record) => {
                 self.forget();
                 Some(match (record, wanted) {
-                    (Some(stands), Some(new)) if stands == new => Verdict::Won(new),
+                    (Some(stands), Some(new)) if stands == new && !mutant::is("own-win-not-recognised") => {
+                        Verdict::Won(new)
+                    }
                     _ => Verdict::Stands(record),
                 })
             }

@@ -7,7 +7,7 @@ use super::messages::RefuseReason;
 use super::types::{EpochId, Generation, InstanceId};
 
 /// Something an operator may want to know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// A newcomer was accepted and is being filled.
     ResyncStarted {
@@ -67,6 +67,11 @@ pub enum Event {
     },
     /// The arbiter answers again.
     ArbiterBack,
+    /// There is no primary to join at the moment; it is tried again.
+    NoPrimary {
+        /// Why.
+        why: String,
+    },
     /// The secondary lost its place; it joins again as a newcomer.
     Rejoining {
         /// Why.
@@ -89,8 +94,19 @@ impl Event {
             Event::Stalled { .. } => "MC_STALLED",
             Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
             Event::ArbiterBack => "MC_ARBITER_BACK",
+            Event::NoPrimary { .. } => "MC_NO_PRIMARY",
             Event::Rejoining { .. } => "MC_REJOINING",
         }
+    }
+}
+
+impl Event {
+    /// True for what an operator should look at, false for what goes as it should.
+    pub fn is_trouble(&self) -> bool {
+        !matches!(
+            self,
+            Event::ResyncStarted { .. } | Event::Protected { .. } | Event::Takeover { .. } | Event::ArbiterBack
+        )
     }
 }
 
@@ -112,6 +128,7 @@ impl fmt::Display for Event {
             }
             Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
             Event::ArbiterBack => write!(f, "arbiter answers again"),
+            Event::NoPrimary { why } => write!(f, "no primary to join yet: {why}; trying again"),
             Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
         }
     }

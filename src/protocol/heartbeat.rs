@@ -1,5 +1,6 @@
 //! Heartbeats: when to send one, when a silence is too long, and when it was *we* who slept.
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use super::types::Instant;
@@ -14,7 +15,7 @@ pub struct HeartbeatConfig {
 }
 
 /// Says when the next heartbeat is due and gives it its number.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Pulse {
     interval: Duration,
     due: Instant,
@@ -41,10 +42,16 @@ impl Pulse {
         self.sequence += 1;
         Some(self.sequence)
     }
+
+    /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)). A heartbeat's number changes nothing.
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Pulse { interval, due, sequence: _ } = self;
+        (interval, due.since(now)).hash(into);
+    }
 }
 
 /// Judges the peer's silence. It only suspects; the arbiter decides.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Judge {
     timeout: Duration,
     heard: Instant,
@@ -72,18 +79,29 @@ impl Judge {
 
     /// When the peer becomes suspect if nothing more is heard.
     pub fn deadline(&self) -> Instant {
-        let excused = self.moved.min(self.heard + self.timeout * (EXCUSED - 1));
-        self.heard.max(excused) + self.timeout
+        self.heard.max(self.moved.min(self.excused_until())) + self.timeout
+    }
+
+    fn excused_until(&self) -> Instant {
+        self.heard + self.timeout * (EXCUSED - 1)
     }
 
     /// The silence so far, if it is longer than allowed.
     pub fn suspects(&self, now: Instant) -> Option<Duration> {
         (now >= self.deadline()).then(|| now.since(self.heard))
     }
+
+    /// Tells a checker the state. How long ago the silence became too long changes nothing.
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Judge { timeout, heard: _, moved: _ } = self;
+        let left = self.deadline().since(now);
+        let excusable = if left.is_zero() { Duration::ZERO } else { self.excused_until().since(now) };
+        (timeout, left, excusable).hash(into);
+    }
 }
 
 /// Notices that this node itself stood still (SIGSTOP, a frozen host): then what it remembers hearing proves nothing.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StallGuard {
     limit: Duration,
     awake: Instant,
@@ -100,6 +118,12 @@ impl StallGuard {
         let gap = now.since(self.awake);
         self.awake = self.awake.max(now);
         (gap >= self.limit).then_some(gap)
+    }
+
+    /// Tells a checker the state. How much longer than the limit a stall was changes nothing.
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let StallGuard { limit, awake } = self;
+        (limit, now.since(*awake).min(*limit)).hash(into);
     }
 }
 

@@ -16,7 +16,7 @@ pub enum Channel {
 }
 
 /// What a newcomer says first on each connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Hello {
     /// The connection this hello opens.
     pub channel: Channel,
@@ -41,7 +41,7 @@ pub mod features {
 }
 
 /// The shape of a machine: all that a newcomer must know to build one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MachineShape {
     /// Guest memory, in bytes, a multiple of the page size.
     pub memory_bytes: u64,
@@ -61,7 +61,7 @@ impl MachineShape {
 }
 
 /// The primary's answer to a hello it accepts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Welcome {
     /// The primary's instance id.
     pub instance: InstanceId,
@@ -99,7 +99,7 @@ pub enum RefuseReason {
 }
 
 /// The newest epoch a node has committed, and what it is doing: sent as the heartbeat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Heartbeat {
     /// The sender.
     pub instance: InstanceId,
@@ -112,7 +112,7 @@ pub struct Heartbeat {
 }
 
 /// A message between two nodes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Message {
     /// Newcomer → primary, first on each connection.
     Hello(Hello),

@@ -6,6 +6,7 @@ pub mod claim;
 pub mod event;
 pub mod heartbeat;
 pub mod messages;
+pub mod mutant;
 pub mod pages;
 pub mod primary;
 pub mod record;

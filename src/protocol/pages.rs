@@ -6,7 +6,7 @@
 pub const PAGE_BYTES: usize = 4096;
 
 /// A set of page indexes below a fixed length.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct PageSet {
     words: Vec<u64>,
     pages: u64,

@@ -4,10 +4,11 @@
 //! while the guest runs, so a pushed page may be torn or too new for the epoch before it; that is mended by the next epoch, in which
 //! it is dirt. Hence the image is whole only with an epoch that is *captured after the last push was read*: see [`Ledger::is_done`].
 
+use super::mutant;
 use super::pages::PageSet;
 
 /// The pages a newcomer still lacks, and the push on its way.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Ledger {
     left: PageSet,
     cursor: u64,
@@ -31,6 +32,9 @@ impl Ledger {
             self.left.remove(*page);
         }
         self.cursor = last + 1;
+        if mutant::is("push-skips-a-page") {
+            self.left.remove(self.cursor);
+        }
         self.pushing = true;
         Some(batch)
     }
@@ -47,7 +51,7 @@ impl Ledger {
 
     /// True when an epoch captured now makes the image whole.
     pub fn is_done(&self) -> bool {
-        !self.pushing && self.left.is_empty()
+        (!self.pushing || mutant::is("done-while-pushing")) && self.left.is_empty()
     }
 
     /// Pages that still have to be pushed.

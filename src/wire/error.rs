@@ -81,6 +81,12 @@ impl WireError {
         matches!(self, WireError::Io(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }
 
+    /// True if the peer spoke what no node of this version says: asking it again would not help.
+    pub fn is_foreign(&self) -> bool {
+        use WireError::{Malformed, NotMcd, OtherVersion, TooLarge, UnknownKind};
+        matches!(self, NotMcd { .. } | OtherVersion { .. } | UnknownKind(_) | TooLarge { .. } | Malformed { .. })
+    }
+
     /// True if the connection is simply gone (closed, reset, broken), as against a peer that sent something wrong.
     pub fn is_disconnect(&self) -> bool {
         matches!(self, WireError::Closed | WireError::ClosedMidFrame { .. } | WireError::Io(_)) && !self.is_timeout()

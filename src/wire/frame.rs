@@ -167,6 +167,11 @@ impl<R: Read> FrameReader<R> {
         &self.source
     }
 
+    /// The same, to change how it is read.
+    pub fn source_mut(&mut self) -> &mut R {
+        &mut self.source
+    }
+
     /// The next frame. Blocks as the stream does.
     ///
     /// # Errors

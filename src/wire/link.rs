@@ -61,10 +61,19 @@ pub enum LinkError {
 #[derive(Debug, Clone)]
 pub struct Half {
     stream: Arc<TcpStream>,
+    /// Past it a read fails with a time-out.
+    deadline: Option<Instant>,
 }
 
 impl Read for Half {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(deadline) = self.deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
         (&*self.stream).read(buf)
     }
 }
@@ -96,12 +105,15 @@ pub type LinkReader = FrameReader<Half>;
 pub type LinkWriter = FrameWriter<Half>;
 
 impl LinkReader {
-    /// The longest a read waits before it fails with a time-out ([`is_timeout`](super::WireError::is_timeout)); `None` waits for ever.
-    ///
-    /// # Errors
-    /// The socket's; a time of zero is one.
-    pub fn set_read_timeout(&self, time: Option<Duration>) -> io::Result<()> {
-        self.source().stream.set_read_timeout(time)
+    /// Reads fail with a time-out ([`is_timeout`](super::WireError::is_timeout)) once it is past `deadline`, however the peer spaces its
+    /// bytes; `None` waits for ever again.
+    pub fn set_read_deadline(&mut self, deadline: Option<Instant>) {
+        let half = self.source_mut();
+        half.deadline = deadline;
+        if deadline.is_none() {
+            // The only time it is refused is zero.
+            let _ = half.stream.set_read_timeout(None);
+        }
     }
 }
 
@@ -191,7 +203,7 @@ impl Link {
 
     /// The two halves.
     pub fn split(self) -> (LinkReader, LinkWriter) {
-        let half = Half { stream: self.stream };
+        let half = Half { stream: self.stream, deadline: None };
         (FrameReader::new(half.clone()), FrameWriter::new(half))
     }
 }
@@ -362,15 +374,16 @@ mod tests {
     fn a_read_that_times_out_goes_on_where_it_was() {
         let (near, far) = pair();
         let (mut reader, _) = near.split();
-        reader.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        reader.set_read_deadline(Some(Instant::now()));
         assert!(reader.read().unwrap_err().is_timeout());
         let mut batch = crate::wire::FrameBatch::new();
         batch.push_message(&bye()).unwrap();
         let (head, tail) = batch.as_bytes().split_at(23);
         (&*far.stream).write_all(head).unwrap();
+        reader.set_read_deadline(Some(Instant::now() + Duration::from_millis(50)));
         assert!(reader.read().unwrap_err().is_timeout());
         (&*far.stream).write_all(tail).unwrap();
-        reader.set_read_timeout(None).unwrap();
+        reader.set_read_deadline(None);
         assert_eq!(reader.read().unwrap().message().unwrap(), bye());
     }
 

@@ -26,7 +26,8 @@ impl Arbiter {
             ArbiterRequest::Read => (ArbiterAnswer::Record(self.record), false),
             ArbiterRequest::Swap { expected, new } if self.record == Some(expected) => {
                 self.set(new);
-                (ArbiterAnswer::Won, true)
+                // A record in its own place: asked to learn whether the arbiter can write.
+                (ArbiterAnswer::Won, expected != new)
             }
             ArbiterRequest::Swap { .. } => (ArbiterAnswer::Record(self.record), false),
         }

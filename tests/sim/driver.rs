@@ -1,11 +1,12 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
 use mcd::protocol::messages::Message;
+use mcd::protocol::mutant;
 use mcd::protocol::primary::{self, Command, ConnId, OutputCut};
 use mcd::protocol::secondary;
 use mcd::protocol::types::{EpochId, Instant};
 
-use crate::guest::{Output, TORN};
+use crate::guest::Output;
 use crate::net::{Item, ProcId};
 use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender, Staged};
 use crate::plan::FaultKind;
@@ -104,6 +105,7 @@ impl World {
         let now = self.procs[proc].clock.local(self.now);
         match input {
             In::Background(pages) => self.apply(proc, &pages),
+            In::EpochPages(_) if mutant::is("ack-before-whole") && !self.procs[proc].staging.is_empty() => {}
             In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
             In::EpochEnd { conn, id, completes, counter, life } => {
                 let pages = std::mem::take(&mut self.procs[proc].staging);
@@ -268,7 +270,13 @@ impl World {
         }
         let snapshot = guest.snapshot();
         let (counter, life) = (snapshot.counter, snapshot.life);
-        let pages: Vec<(u64, u64)> = dirt.iter().map(|page| (page, snapshot.pages[page as usize])).collect();
+        // A page that the capture overlooks is clean from now on.
+        let overlooked = if mutant::is("dirt-forgotten") && dirt.count() > 3 { dirt.iter().next() } else { None };
+        let pages: Vec<(u64, u64)> = dirt
+            .iter()
+            .filter(|page| Some(*page) != overlooked)
+            .map(|page| (page, snapshot.pages[page as usize]))
+            .collect();
         if let Role::Primary(machine) = &mut node.role {
             machine.note_dirt(&dirt);
         }
@@ -337,123 +345,6 @@ impl World {
         self.note(proc, || "FENCED".into());
         let us = self.rng.range(1_000, 50_000);
         self.after(us, Event::Command(proc, Command::Quit));
-    }
-
-    // ---- the sender thread ----
-
-    fn submit(&mut self, proc: ProcId, job: Job) {
-        let Some(sender) = &mut self.procs[proc].sender else { return };
-        sender.jobs.push_back(job);
-        if sender.jobs.len() == 1 {
-            let token = sender.token;
-            let us = self.takes(300);
-            self.after(us, Event::SenderStep { proc, token });
-        }
-    }
-
-    pub fn sender_step(&mut self, proc: ProcId, token: u64) {
-        let Some(sender) = &mut self.procs[proc].sender else { return };
-        if sender.token != token {
-            return;
-        }
-        let conn = sender.conn;
-        let Some(job) = sender.jobs.pop_front() else { return };
-        let more = !sender.jobs.is_empty();
-        let pushed = self.perform(proc, conn, job);
-        if more {
-            let us = self.takes(300);
-            self.after(us, Event::SenderStep { proc, token });
-        }
-        if pushed {
-            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Pushed));
-            self.drive(proc);
-        }
-    }
-
-    /// Does one job; true if a push was read.
-    fn perform(&mut self, proc: ProcId, conn: ConnId, job: Job) -> bool {
-        match job {
-            Job::Message(message) => self.send(proc, conn, Item::Message(message)),
-            Job::Epoch { id, completes, mut pages, counter, life } => {
-                let rest = pages.split_off(pages.len() / 2);
-                self.send(proc, conn, Item::EpochPages(pages));
-                self.send(proc, conn, Item::EpochPages(rest));
-                self.send(proc, conn, Item::EpochEnd { id, completes, counter, life });
-            }
-            Job::Push(pages) => {
-                let read = pages.iter().map(|page| (*page, self.read_page(proc, *page))).collect();
-                self.send(proc, conn, Item::Background(read));
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Reads a page while the guest runs: it may write the page that very moment.
-    fn read_page(&mut self, proc: ProcId, page: u64) -> u64 {
-        let torn = self.rng.chance(200) && self.guest_runs(proc);
-        let Some(guest) = &mut self.procs[proc].guest else { return HOLE };
-        if torn && guest.tracking {
-            self.versions += 1;
-            guest.write(page, self.versions);
-            return self.versions | TORN;
-        }
-        guest.pages[page as usize]
-    }
-
-    /// The sender thread ends: what was handed over leaves, then the connection closes.
-    pub fn drop_sender(&mut self, proc: ProcId) {
-        let Some(sender) = self.procs[proc].sender.take() else { return };
-        for job in sender.jobs {
-            self.perform(proc, sender.conn, job);
-        }
-        self.close(proc, sender.conn);
-    }
-
-    // ---- the guest ----
-
-    fn guest_runs(&self, proc: ProcId) -> bool {
-        let node = &self.procs[proc];
-        node.alive
-            && self.now >= node.paused_until
-            && node.guest.as_ref().is_some_and(|guest| guest.runs && !guest.shut_down)
-    }
-
-    pub fn guest_step(&mut self, proc: ProcId) {
-        if !self.procs[proc].alive || self.procs[proc].guest.is_none() {
-            return;
-        }
-        if self.guest_runs(proc) {
-            let writes = self.rng.range(1, self.plan.writes_max);
-            let packets = if self.rng.chance(self.plan.emit_per_mille) { self.rng.range(1, 3) } else { 0 };
-            for _ in 0..writes {
-                // Some pages are hot.
-                let pages = if self.rng.chance(500) { self.plan.pages.min(4) } else { self.plan.pages };
-                let page = self.rng.below(pages);
-                self.versions += 1;
-                let version = self.versions;
-                if let Some(guest) = &mut self.procs[proc].guest {
-                    guest.write(page, version);
-                }
-            }
-            for _ in 0..packets {
-                self.emit(proc);
-            }
-            self.drive(proc);
-        }
-        let us = self.rng.range(self.plan.guest_step_us / 4, self.plan.guest_step_us * 2);
-        self.after(us, Event::GuestStep(proc));
-    }
-
-    /// The guest sends its next packet, or keeps it while the gate has no room.
-    fn emit(&mut self, proc: ProcId) {
-        let node = &mut self.procs[proc];
-        if let (Some(guest), Some(output)) = (&mut node.guest, &node.output)
-            && output.transmit(guest.counter)
-        {
-            guest.counter += 1;
-        }
-        self.look_at_output(proc);
     }
 
     // ---- the secondary's effects ----

@@ -1,15 +1,19 @@
 //! The simulator: the real protocol machines in a world of virtual time, faults and a seed.
 //!
-//! `SIM_SEEDS=n` runs seeds 0..n, `SIM_SEED=k` replays one and prints its ladder.
+//! `SIM_SEEDS=n` runs n seeds (from `SIM_FIRST` on), `SIM_SEED=k` replays one and prints its ladder.
 
 mod arbiter;
 mod driver;
 mod faults;
 mod guest;
 mod links;
+mod machine;
 mod model;
+#[cfg(feature = "mutants")]
+mod mutations;
 mod net;
 mod node;
+mod operator;
 mod plan;
 mod rng;
 mod trace;
@@ -23,7 +27,7 @@ use std::time::Instant;
 use world::{Stats, World};
 
 /// Seeds run when nobody says how many.
-const SEEDS_DEFAULT: u64 = 2_000;
+const SEEDS_DEFAULT: u64 = 20_000;
 
 /// Runs one seed: what it saw, what it found, and its ladder if `traced`.
 fn run(seed: u64, traced: bool) -> (Stats, Option<String>, Vec<String>) {

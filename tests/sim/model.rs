@@ -1,6 +1,6 @@
 //! The trivial model: what was captured, committed, activated and released, and whether that keeps the invariants.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, InstanceId};
@@ -31,6 +31,7 @@ pub struct Model {
     snapshots: BTreeMap<EpochId, Snapshot>,
     pub holdings: BTreeMap<InstanceId, Holding>,
     releases: BTreeMap<InstanceId, Releases>,
+    names: BTreeSet<InstanceId>,
     releasers: BTreeMap<Generation, InstanceId>,
     /// The first packet that was not yet released, per life.
     released: BTreeMap<u64, u64>,
@@ -50,6 +51,11 @@ pub struct Model {
 type Check = Result<(), String>;
 
 impl Model {
+    /// A node begins a life with nothing: under a name that held an image once, it could be given the guest.
+    pub fn lives(&mut self, me: InstanceId) -> Check {
+        if self.names.insert(me) { Ok(()) } else { Err(format!("I2: instance id {me:?} is used for a second life")) }
+    }
+
     /// `me` runs the guest from packet number `counter` on.
     pub fn runs(&mut self, me: InstanceId, life: u64, counter: u64) {
         self.releases.insert(me, Releases { next: counter, life });

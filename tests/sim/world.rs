@@ -5,16 +5,17 @@ use std::collections::BinaryHeap;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::claim::claim;
-use mcd::protocol::primary::{self, Command, Primary};
-use mcd::protocol::record::{Record, RecordState};
-use mcd::protocol::secondary::{self, Secondary};
+use mcd::protocol::mutant;
+use mcd::protocol::primary::{Command, Primary};
+use mcd::protocol::record::Record;
+use mcd::protocol::secondary::Secondary;
 use mcd::protocol::types::InstanceId;
 
 use crate::arbiter::Arbiter;
 use crate::guest::{Guest, Output};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
-use crate::node::{AnyPhase, Clock, In, Proc, Role};
+use crate::node::{Clock, Proc, Role};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
 use crate::trace::Trace;
@@ -87,7 +88,7 @@ pub struct World {
     seq: u64,
     pub procs: Vec<Proc>,
     pub slots: Vec<Option<ProcId>>,
-    starting: Vec<bool>,
+    pub starting: Vec<bool>,
     pub conns: Vec<Conn>,
     pub weather: Weather,
     pub arbiter: Arbiter,
@@ -97,16 +98,16 @@ pub struct World {
     pub stats: Stats,
     pub calm_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
-    lost: bool,
+    pub lost: bool,
     /// The guest was lost, and is not any more, because an old question reached the arbiter late.
-    by_luck: bool,
+    pub by_luck: bool,
     /// A crash just happened: what is lost by it is excused.
     pub excused: bool,
     instances: u64,
     pub scratch: Vec<u8>,
     pub versions: u64,
     pub tokens: u64,
-    protected_since: Option<(u64, u64)>,
+    pub protected_since: Option<(u64, u64)>,
 }
 
 impl World {
@@ -257,6 +258,11 @@ impl World {
     // ---- processes ----
 
     fn instance(&mut self, slot: usize) -> InstanceId {
+        if mutant::is("old-id-kept")
+            && let Some(old) = self.procs.iter().rev().find(|proc| proc.slot == slot)
+        {
+            return old.me;
+        }
         self.instances += 1;
         InstanceId(((0xa + slot as u128) << 12 | u128::from(self.instances)) << 96)
     }
@@ -268,13 +274,15 @@ impl World {
         let role = role(&self.plan, me, clock);
         let proc = self.procs.len();
         self.procs.push(Proc::new(slot, me, clock, role));
+        let check = self.model.lives(me);
+        self.check(check);
         self.slots[slot] = Some(proc);
         self.host_is_back(slot);
         proc
     }
 
     /// Starts the guest on `slot`, as the first node or after everything ended.
-    fn boot(&mut self, slot: usize, cold: bool) {
+    pub fn boot(&mut self, slot: usize, cold: bool) {
         self.model.owner_since_us = self.now;
         if let Some(old) = self.slots[slot] {
             self.end(old);
@@ -332,7 +340,10 @@ impl World {
         let node = &mut self.procs[proc];
         node.forget();
         node.me = me;
+        let check = self.model.lives(me);
+        let node = &mut self.procs[proc];
         node.role = Role::Secondary(Box::new(secondary));
+        self.check(check);
         self.note(proc, || format!("joins again as {me:?}"));
         self.drive(proc);
     }
@@ -349,7 +360,10 @@ impl World {
             return;
         }
         let pages = std::mem::take(&mut node.image);
-        let (counter, life) = node.image_state;
+        let (mut counter, life) = node.image_state;
+        if mutant::is("output-again-after-takeover") {
+            counter = counter.saturating_sub(1);
+        }
         node.forget();
         node.guest = Some(Guest::restored(pages, counter, life));
         let output = Output::new(self.plan.output_cap);
@@ -407,134 +421,5 @@ impl World {
         self.bury(proc);
         let us = self.rng.range(1_000, 300_000);
         self.start_later(slot, us);
-    }
-
-    // ---- the operator, and the end ----
-
-    /// Looks after the world every few milliseconds; true when the run is over.
-    fn operator(&mut self) -> bool {
-        self.after(10_000, Event::Operator);
-        let stopped = self.arbiter.record.is_some_and(|record| record.state == RecordState::Stopped);
-        let owner = self.arbiter.record.map(|record| record.owner);
-        let owner_lives = self.procs.iter().any(|proc| proc.alive && Some(proc.me) == owner);
-        if (self.lost || (stopped && !owner_lives)) && (self.calm_since.is_some() || self.rng.chance(100)) {
-            let slot = self.rng.below(self.slots.len() as u64) as usize;
-            self.boot(slot, self.lost);
-        }
-        for slot in 0..self.slots.len() {
-            if self.slots[slot].is_none() {
-                let us = self.rng.range(1_000, 30_000);
-                self.start_later(slot, us);
-            }
-        }
-        self.calm_since.is_some_and(|since| self.is_well(since))
-    }
-
-    /// With all faults over: is the guest running and protected again, and does its output leave?
-    fn is_well(&mut self, since: u64) -> bool {
-        let well = self.is_protected();
-        match (well, self.protected_since) {
-            (false, _) => self.protected_since = None,
-            (true, None) => self.protected_since = Some((self.now, self.model.packets)),
-            (true, Some((at, packets))) => {
-                if self.now >= at + 30_000 && self.model.packets > packets + 1 {
-                    return true;
-                }
-            }
-        }
-        if self.now > since + self.plan.calm_us_max {
-            let phases: Vec<_> =
-                self.procs.iter().filter(|proc| proc.alive).map(|proc| (proc.slot, proc.phase_now())).collect();
-            let record = self.arbiter.record;
-            self.violate(format!("liveness: faults are over, but the guest is not protected: {phases:?}, {record:?}"));
-        }
-        false
-    }
-
-    fn is_protected(&self) -> bool {
-        let Some(Record { state: RecordState::Paired, owner, peer: Some(peer), .. }) = self.arbiter.record else {
-            return false;
-        };
-        let phase_of = |me| self.procs.iter().find(|proc| proc.alive && proc.me == me).map(Proc::phase_now);
-        let runs = self.procs.iter().any(|proc| {
-            proc.alive && proc.me == owner && matches!(&proc.role, Role::Primary(machine) if machine.guest_runs())
-        });
-        runs && phase_of(owner) == Some(AnyPhase::Primary(primary::Phase::Protected))
-            && phase_of(peer) == Some(AnyPhase::Secondary(secondary::Phase::Paired))
-    }
-
-    fn calm(&mut self) {
-        self.trace.across(self.now, "faults are over");
-        self.calm_since = Some(self.now);
-        self.weather.clear();
-        self.plan.triggers.clear();
-        self.plan.tail_per_mille = 0;
-        for proc in 0..self.procs.len() {
-            let node = &mut self.procs[proc];
-            node.crash_in = None;
-            node.stall_in = None;
-            node.capture_fails = false;
-            if node.alive && node.is_primary() {
-                self.command(proc, Command::Cont);
-            }
-        }
-    }
-
-    pub fn command(&mut self, proc: ProcId, command: Command) {
-        let node = &mut self.procs[proc];
-        if !node.alive {
-            return;
-        }
-        node.quits += u32::from(command == Command::Quit);
-        match node.role {
-            Role::Primary(_) => node.inbox.push_back(In::Primary(primary::Input::Command(command))),
-            Role::Secondary(_) if command == Command::Quit => {
-                node.inbox.push_back(In::Secondary(secondary::Input::Quit));
-            }
-            _ => return,
-        }
-        self.note(proc, || format!("operator: {command:?}"));
-        self.drive(proc);
-    }
-
-    /// I6: somebody has the guest, or it was lost in a way that nobody could have helped.
-    fn check_holders(&mut self) {
-        let excused = std::mem::take(&mut self.excused);
-        let Some(record) = self.arbiter.record else { return };
-        if record.state == RecordState::Stopped || self.violation.is_some() {
-            return;
-        }
-        if self.procs.iter().any(|proc| self.has_guest(proc, record)) {
-            // A dead node's last question to the arbiter may have put a pair on record. Its peer may have read the record before that
-            // and be about to join anew: it had no right to the guest when its primary died.
-            self.by_luck = self.lost || (self.by_luck && record.state == RecordState::Paired);
-            self.lost = false;
-        } else if self.lost {
-            // Until somebody starts it anew.
-        } else if excused || self.by_luck {
-            self.lost = true;
-            self.stats.lost_guests += 1;
-            self.trace.across(self.now, "the guest is lost: nobody else had it");
-        } else {
-            self.violate(format!("I6: nobody has the guest any more, and no crash did it; {record:?}"));
-        }
-    }
-
-    fn has_guest(&self, proc: &Proc, record: Record) -> bool {
-        let named = record.owner == proc.me || (record.state == RecordState::Paired && record.peer == Some(proc.me));
-        proc.alive
-            && named
-            && match &proc.role {
-                Role::Primary(machine) => machine.phase() != primary::Phase::Fenced && record.owner == proc.me,
-                Role::Restoring(_) => true,
-                Role::Waiting => false,
-                Role::Secondary(machine) => {
-                    // One that asked just before the pair was on record is about to give up.
-                    let stale = proc.read_served.is_some_and(|read| read < record.generation);
-                    !matches!(machine.phase(), secondary::Phase::Done)
-                        && !stale
-                        && self.model.holdings.get(&proc.me).is_some_and(|holding| holding.whole)
-                }
-            }
     }
 }

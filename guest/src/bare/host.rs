@@ -31,7 +31,7 @@ pub fn serve(info: &BootInfo) -> ! {
         gateway: (info.gateway != [0; 4]).then_some(info.gateway),
     };
     let mut machine = Machine::new(info);
-    let Ok(mut server) = Server::new(&mut net, address, info.seed, machine.now_us()) else {
+    let Ok(mut server) = Server::new(&mut net, &machine, address, info.seed) else {
         panic!("{} bytes of RAM are too few for the server", info.memory_bytes);
     };
     let [a, b, c, d] = info.ipv4;
@@ -83,7 +83,7 @@ impl Region {
         }
         // SAFETY: the layout is not empty.
         let base = unsafe { alloc(layout) };
-        (!base.is_null()).then_some(Region { base, layout })
+        if base.is_null() { None } else { Some(Region { base, layout }) }
     }
 }
 

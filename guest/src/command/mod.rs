@@ -269,8 +269,10 @@ fn value(store: &Store, key: &[u8], reply: &mut ReplyWriter<'_>) {
 }
 
 /// Whether the heap has room for `bytes` more of clients' data.
-fn has_room<H: Host>(host: &H, bytes: usize) -> bool {
-    host.memory().free_bytes >= RESERVED_BYTES + bytes as u64
+fn has_room<H: Host>(context: &mut Context<'_, H>, bytes: usize) -> bool {
+    let fits = |host: &H| host.memory().free_bytes >= RESERVED_BYTES + bytes as u64;
+    // What was flushed and is not freed yet may be enough.
+    fits(context.host) || (context.store.tidy_all() && fits(context.host))
 }
 
 fn set<H: Host>(arguments: Arguments<'_>, context: &mut Context<'_, H>, reply: &mut ReplyWriter<'_>) {
@@ -292,17 +294,13 @@ fn set<H: Host>(arguments: Arguments<'_>, context: &mut Context<'_, H>, reply: &
     if only_new && only_old {
         return reply.error(SYNTAX);
     }
-    let old = context.store.get(key);
-    let refused = if old.is_some() { only_new } else { only_old };
-    if !refused && !has_room(context.host, key.len() + bytes.len()) {
-        return reply.error(OUT_OF_MEMORY);
-    }
+    let exists = (only_new || only_old) && context.store.get(key).is_some();
+    let refused = if exists { only_new } else { only_old };
     if refused {
-        match old {
-            Some(old) if give_old => old.with_bytes(|bytes| reply.bulk(bytes)),
-            _ => reply.null(),
-        }
-        return;
+        return if give_old { value(context.store, key, reply) } else { reply.null() };
+    }
+    if !has_room(context, key.len() + bytes.len()) {
+        return reply.error(OUT_OF_MEMORY);
     }
     if !give_old {
         return match context.store.set(key, bytes) {
@@ -323,7 +321,7 @@ fn set_many<H: Host>(arguments: Arguments<'_>, context: &mut Context<'_, H>, rep
     }
     // Twice the bytes and some per key: all or nothing, as far as can be told beforehand.
     let bytes: usize = arguments.from(1).map(|argument| argument.len() * 2 + 64).sum();
-    if !has_room(context.host, bytes) {
+    if !has_room(context, bytes) {
         return reply.error(OUT_OF_MEMORY);
     }
     for index in (1..arguments.count()).step_by(2) {
@@ -336,7 +334,7 @@ fn set_many<H: Host>(arguments: Arguments<'_>, context: &mut Context<'_, H>, rep
 
 fn add<H: Host>(key: &[u8], amount: Option<i64>, context: &mut Context<'_, H>, reply: &mut ReplyWriter<'_>) {
     let Some(amount) = amount else { return reply.error(NOT_AN_INTEGER) };
-    if !has_room(context.host, key.len()) && context.store.get(key).is_none() {
+    if !has_room(context, key.len()) && context.store.get(key).is_none() {
         return reply.error(OUT_OF_MEMORY);
     }
     match context.store.add(key, amount) {

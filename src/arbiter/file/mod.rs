@@ -11,7 +11,6 @@
 //! cluster filesystems do.
 
 mod store;
-mod text;
 
 use super::{Arbiter, ArbiterError, Swap};
 use crate::protocol::record::Record;

@@ -1,7 +1,7 @@
 //! The files of one guest's record, and what is done with them. Everything here blocks as long as the storage does.
 
+use super::super::text;
 use super::super::{ArbiterError, Swap};
-use super::text;
 use crate::protocol::record::Record;
 use crate::protocol::types::GuestName;
 use nix::errno::Errno;
@@ -51,7 +51,7 @@ impl Store {
         let most = text::TEXT_BYTES_MAX as u64 + 1;
         file.take(most).read_to_end(&mut bytes).map_err(|error| self.failed("read", &self.record, error))?;
         let record = text::read(&self.guest, &bytes);
-        record.map(Some).map_err(|what| ArbiterError::Corrupt { path: self.record.clone(), what })
+        record.map(Some).map_err(|what| ArbiterError::Corrupt { record: self.record.display().to_string(), what })
     }
 
     /// No record in a directory that is there; a directory that is not there is not an empty one.
@@ -129,7 +129,8 @@ impl Store {
 
     fn sync_directory(&self) -> Result<(), ArbiterError> {
         let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        synced.map_err(|error| self.failed("sync", &self.directory, error))
+        // Even for lack of space: the new record is in place by now, so nobody may be told that the old one stands.
+        synced.map_err(|source| ArbiterError::Io { doing: "sync", path: self.directory.clone(), source })
     }
 
     fn failed(&self, doing: &'static str, path: &Path, source: io::Error) -> ArbiterError {

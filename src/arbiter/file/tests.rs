@@ -1,3 +1,4 @@
+use super::super::text;
 use super::*;
 use crate::protocol::record::RecordState;
 use crate::protocol::types::InstanceId;

@@ -1,10 +1,14 @@
 //! The primary's book of epochs: what runs, what is on its way, what is committed, and when the next cut is due.
 
+use std::hash::{Hash, Hasher};
+use std::time::Duration;
+
 use super::types::PrimaryConfig;
+use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, Instant};
 
 /// At most one epoch is on its way: a second one in flight would not make the first commit sooner.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Epochs {
     next: EpochId,
     capturing: Option<EpochId>,
@@ -102,14 +106,28 @@ impl Epochs {
         }
         self.in_flight = None;
         self.capturing = None;
-        self.committed = Some(id);
+        self.committed = Some(if mutant::is("one-epoch-too-many") { id.next() } else { id });
         true
     }
 
     /// A new generation begins: epochs are numbered from 0 again.
     pub fn begin_generation(&mut self, generation: Generation) {
         self.next = EpochId { generation, epoch: 0 };
-        self.abandon();
+        self.capturing = None;
+        self.in_flight = None;
+        self.committed = None;
+        // Output that was held while the pair formed waits on: it is announced only once, and would else wait for the whole interval.
+    }
+
+    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last capture only what it bars still counts; a
+    /// checker sets an interval of minutes to say "never", so all that is as far away is the same.
+    pub fn digest<H: Hasher>(&self, config: &PrimaryConfig, now: Instant, into: &mut H) {
+        const NEVER: Duration = Duration::from_secs(60);
+        let Epochs { next, capturing, in_flight, committed, last_capture, output_waits, pressed } = self;
+        (next, capturing, in_flight, committed, output_waits, pressed).hash(into);
+        for wait in [config.interval, config.interval_min] {
+            (*last_capture + wait).since(now).min(NEVER).hash(into);
+        }
     }
 
     /// Nothing is on its way any more, and nothing of it is committed to anyone.

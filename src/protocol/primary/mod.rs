@@ -12,9 +12,12 @@
 //!                     └──────────▶ Fenced ◀───────────┘
 //! ```
 
+mod commands;
+mod digest;
 mod epochs;
 mod peer;
 mod types;
+mod verdicts;
 
 use std::collections::VecDeque;
 
@@ -22,17 +25,18 @@ pub use types::{Action, Command, ConnId, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
-use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
+use super::arbitration::{ArbiterRequest, Arbitration};
 use super::event::Event;
 use super::heartbeat::StallGuard;
 use super::messages::{Channel, Message};
+use super::mutant;
 use super::pages::PageSet;
-use super::record::{Record, RecordState};
+use super::record::Record;
 use super::resync::Ledger;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
 /// What a primary is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Runs the guest alone; output passes.
     Solo,
@@ -55,7 +59,7 @@ pub enum Phase {
 }
 
 /// The primary's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Primary {
     config: PrimaryConfig,
     me: InstanceId,
@@ -131,6 +135,11 @@ impl Primary {
     /// The peer, if there is one.
     pub fn peer(&self) -> Option<InstanceId> {
         self.peer.as_ref().map(|peer| peer.instance)
+    }
+
+    /// The features both this node and its peer have; none without a peer.
+    pub fn peer_features(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.features)
     }
 
     /// Pages a newcomer still lacks, during a resync.
@@ -234,8 +243,9 @@ impl Primary {
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
         } else if ledger.is_done() && !self.pairing_checked && !self.arbitration.is_asking() {
-            // Holding begins with the completing capture and ends with the arbiter's word: begin only if it can be had.
-            self.ask(ArbiterRequest::Read);
+            // Holding begins with the completing capture and ends with the arbiter's word that the pair is on record: begin only if that
+            // word can be had. The record in its own place changes nothing, but an arbiter that cannot write says so.
+            self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
         }
     }
 
@@ -263,8 +273,9 @@ impl Primary {
         }
         let id = self.epochs.begin(now);
         let output = match self.phase {
-            Phase::Resync if completes_resync => OutputCut::Hold,
+            Phase::Resync if completes_resync && !mutant::is("hold-one-epoch-late") => OutputCut::Hold,
             Phase::Resync => OutputCut::Pass,
+            _ if id.epoch == 0 && mutant::is("hold-one-epoch-late") => OutputCut::Hold,
             _ => OutputCut::Seal,
         };
         if completes_resync {
@@ -275,6 +286,9 @@ impl Primary {
 
     fn captured(&mut self, id: EpochId) {
         self.epochs.captured(id);
+        if mutant::is("release-on-send") && self.phase == Phase::Protected {
+            self.actions.push_back(Action::Release { through: id.epoch, before: Instant::from_us(u64::MAX) });
+        }
     }
 
     fn capture_failed(&mut self, now: Instant, why: &str) {
@@ -302,6 +316,11 @@ impl Primary {
         }
         self.actions.push_back(Action::Committed { id });
         match self.phase {
+            Phase::Completing if mutant::is("pair-without-the-arbiter") => {
+                let peer = self.peer().unwrap_or(self.me);
+                self.phase = Phase::Pairing;
+                self.paired(self.record.next_paired(self.me, peer));
+            }
             Phase::Completing => {
                 self.phase = Phase::Pairing;
                 if let Some(peer) = &self.peer {
@@ -315,140 +334,16 @@ impl Primary {
     }
 
     fn release(&mut self, now: Instant) {
-        if self.phase != Phase::Protected || !self.proven {
+        if self.phase != Phase::Protected || !(self.proven || mutant::is("no-check-after-a-stall")) {
             return;
         }
         let Some(committed) = self.epochs.committed() else { return };
         // The peer waits for the whole time-out after our last heartbeat, which left at most one interval ago.
-        let slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
+        let mut slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
+        if mutant::is("release-without-deadline") {
+            slack = std::time::Duration::MAX;
+        }
         self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
-    }
-
-    // ---- the arbiter ----
-
-    fn ask(&mut self, request: ArbiterRequest) {
-        let call = self.arbitration.ask(request);
-        self.actions.push_back(Action::Ask(call));
-    }
-
-    fn notice_stall(&mut self, now: Instant) {
-        let Some(stall) = self.guard.look(now) else { return };
-        if let Some(peer) = &mut self.peer {
-            peer.forgive(now);
-        }
-        if matches!(self.phase, Phase::Pairing | Phase::Protected) {
-            self.tell(Event::Stalled { stall });
-            self.prove_again();
-        }
-    }
-
-    fn prove_again(&mut self) {
-        self.proven = false;
-        if self.phase == Phase::Protected {
-            self.ask(ArbiterRequest::Read);
-        }
-    }
-
-    fn verdict(&mut self, now: Instant, verdict: Verdict) {
-        if let Verdict::Unreachable(why) = verdict {
-            if self.arbiter_lost.is_none() {
-                self.tell(Event::ArbiterLost { why: why.clone() });
-            }
-            self.arbiter_lost = Some(why);
-            return;
-        }
-        if self.arbiter_lost.take().is_some() {
-            self.tell(Event::ArbiterBack);
-        }
-        match (self.phase, verdict) {
-            (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
-            (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
-            (Phase::Stopping, Verdict::Won(_)) => self.end(),
-            (Phase::Stopping, Verdict::Stands(Some(record))) if self.is_ours_since(&record) => {
-                // A swap asked for before the shutdown was carried out after all: stop from there.
-                self.begin_generation(record);
-                self.ask_to_stop();
-            }
-            (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
-            (_, Verdict::Stands(record)) => self.fence(record),
-            (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
-        }
-    }
-
-    /// True for a record that followed ours and still says that this node runs the guest.
-    fn is_ours_since(&self, record: &Record) -> bool {
-        record.owner == self.me && record.state != RecordState::Stopped && record.generation > self.record.generation
-    }
-
-    fn confirmed(&mut self, now: Instant) {
-        match self.phase {
-            Phase::Resync => self.pairing_checked = true,
-            Phase::Protected => {
-                self.proven = true;
-                self.release(now);
-            }
-            _ => {}
-        }
-    }
-
-    fn paired(&mut self, record: Record) {
-        self.begin_generation(record);
-        self.ledger = None;
-        let Some(peer) = &self.peer else {
-            // It died while the arbiter thought: the pair is on record, so going on alone takes another swap.
-            self.phase = Phase::Deciding;
-            self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
-            return;
-        };
-        let (conn, instance) = (peer.data, peer.instance);
-        self.phase = Phase::Protected;
-        self.stopped_by_full_output = false;
-        self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
-        self.tell(Event::Protected { generation: record.generation, peer: instance });
-        if self.quitting {
-            self.actions.push_back(Action::Exit);
-        } else if !self.proven {
-            self.ask(ArbiterRequest::Read);
-        }
-    }
-
-    fn alone(&mut self, record: Record) {
-        self.begin_generation(record);
-        self.proven = true;
-        self.go_solo();
-        self.tell(Event::Unprotected { why: "the secondary is gone".into() });
-        if self.quitting {
-            self.shut_down();
-        }
-    }
-
-    fn begin_generation(&mut self, record: Record) {
-        self.record = record;
-        self.epochs.begin_generation(record.generation);
-    }
-
-    fn fence(&mut self, record: Option<Record>) {
-        let why = match record {
-            Some(record) => format!("the arbiter's record is {} owned by {:?}", record.generation, record.owner),
-            None => "the arbiter has no record of this guest".into(),
-        };
-        self.drop_connections();
-        self.arbitration.forget();
-        self.phase = Phase::Fenced;
-        self.guest_runs = false;
-        self.actions.push_back(Action::Fence);
-        self.tell(Event::Fenced { why });
-        if self.quitting {
-            self.actions.push_back(Action::Exit);
-        }
-    }
-
-    fn handle_fenced(&mut self, input: Input) {
-        match input {
-            Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
-            Input::Hello { conn, .. } => self.actions.push_back(Action::Close { conn }),
-            _ => {}
-        }
     }
 
     // ---- the peer ----
@@ -468,6 +363,8 @@ impl Primary {
                 self.go_solo();
                 self.tell(Event::NewcomerLost { why: why.into() });
             }
+            Phase::Protected if mutant::is("alone-without-the-arbiter") => self.go_solo(),
+            Phase::Pairing if mutant::is("pairing-given-up") => self.go_solo(),
             Phase::Protected => {
                 self.phase = Phase::Deciding;
                 self.tell(Event::Suspected { why: why.into() });
@@ -487,6 +384,9 @@ impl Primary {
         self.stopped_by_full_output = false;
         self.epochs.abandon();
         self.actions.push_back(Action::StopTracking);
+        if mutant::is("lost-newcomer-keeps-holding") {
+            return;
+        }
         self.actions.push_back(Action::ReleaseAll);
     }
 
@@ -518,64 +418,6 @@ impl Primary {
         if self.peer.as_ref().is_some_and(|peer| peer.channel_of(conn).is_some()) {
             self.lose_peer(why);
         }
-    }
-
-    // ---- commands ----
-
-    fn command(&mut self, command: Command) {
-        match command {
-            Command::Stop => self.stopped_by_operator = true,
-            Command::Cont => self.stopped_by_operator = false,
-            Command::Checkpoint => self.epochs.press(),
-            Command::Quit => self.quit(),
-        }
-    }
-
-    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
-    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
-    fn quit(&mut self) {
-        let twice = std::mem::replace(&mut self.quitting, true);
-        match self.phase {
-            _ if twice => self.actions.push_back(Action::Exit),
-            Phase::Protected => self.actions.push_back(Action::Exit),
-            Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
-            _ => self.shut_down(),
-        }
-    }
-
-    /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
-    fn shut_down(&mut self) {
-        if self.phase != Phase::Stopping {
-            self.phase = Phase::Stopping;
-            self.ask_to_stop();
-        }
-    }
-
-    fn ask_to_stop(&mut self) {
-        self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
-    }
-
-    fn end(&mut self) {
-        self.actions.push_back(Action::ReleaseAll);
-        if let Some(peer) = &self.peer {
-            let message = Message::Bye { reason: "the guest was shut down".into() };
-            self.actions.push_back(Action::Send { conn: peer.data, message });
-        }
-        self.drop_connections();
-        self.actions.push_back(Action::Exit);
-    }
-
-    fn sync_run(&mut self) {
-        let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
-        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output;
-        if wanted != self.guest_runs {
-            self.guest_runs = wanted;
-            self.actions.push_back(Action::Run(wanted));
-        }
-    }
-
-    fn tell(&mut self, event: Event) {
-        self.actions.push_back(Action::Tell(event));
     }
 
     /// The generation this node runs in.

@@ -1,25 +1,30 @@
 //! Who the primary's peer is: hellos, its two connections, and whether it is alive.
 
+use std::hash::{Hash, Hasher};
+
 use super::types::{Action, ConnId};
 use super::{Phase, Primary};
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::{HeartbeatConfig, Judge, Pulse};
 use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
 
 /// The secondary, or the newcomer that becomes it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Peer {
     pub instance: InstanceId,
     pub data: ConnId,
     pub heartbeat: Option<ConnId>,
+    /// What both sides can do.
+    pub features: u64,
     life: Option<(Pulse, Judge)>,
     join_by: Instant,
 }
 
 impl Peer {
-    fn new(instance: InstanceId, data: ConnId, join_by: Instant) -> Peer {
-        Peer { instance, data, heartbeat: None, life: None, join_by }
+    fn new(instance: InstanceId, data: ConnId, features: u64, join_by: Instant) -> Peer {
+        Peer { instance, data, heartbeat: None, features, life: None, join_by }
     }
 
     fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
@@ -73,6 +78,19 @@ impl Peer {
         }
     }
 
+    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)).
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Peer { instance, data, heartbeat, features, life, join_by } = self;
+        (instance, data, heartbeat, features, life.is_some()).hash(into);
+        match life {
+            Some((pulse, judge)) => {
+                pulse.digest(now, into);
+                judge.digest(now, into);
+            }
+            None => join_by.since(now).hash(into),
+        }
+    }
+
     /// When the peer next needs attention.
     pub fn due(&self, phase: Phase) -> Option<Instant> {
         match &self.life {
@@ -97,20 +115,31 @@ impl Primary {
     /// Answers a hello on a new connection.
     pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
         if let Err((reason, detail)) = self.judge_hello(&hello) {
-            self.tell(Event::Refused { reason, detail: detail.clone() });
-            self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
-            self.actions.push_back(Action::Close { conn });
-            return;
+            return self.refuse(conn, reason, detail);
         }
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
         match (hello.channel, &mut self.peer) {
             (Channel::Data, _) => {
-                self.peer = Some(Peer::new(hello.instance, conn, now + self.config.join_timeout));
+                let features = self.config.features & hello.features;
+                self.peer = Some(Peer::new(hello.instance, conn, features, now + self.config.join_timeout));
                 self.phase = Phase::Joining;
             }
-            (Channel::Heartbeat, Some(peer)) => peer.join(conn, self.config.heartbeat, now),
+            (Channel::Heartbeat, Some(peer)) => {
+                peer.join(conn, self.config.heartbeat, now);
+                if mutant::is("resync-before-the-first-heartbeat") {
+                    let data = peer.data;
+                    self.start_resync(now, data);
+                }
+            }
             (Channel::Heartbeat, None) => {}
         }
+    }
+
+    /// Turns a newcomer away, and says why to it and to people.
+    pub(super) fn refuse(&mut self, conn: ConnId, reason: RefuseReason, detail: String) {
+        self.tell(Event::Refused { reason, detail: detail.clone() });
+        self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
+        self.actions.push_back(Action::Close { conn });
     }
 
     fn welcome(&self, hello: &Hello) -> Welcome {
@@ -158,7 +187,11 @@ impl Primary {
         }
         match (hello.channel, &self.peer, self.phase) {
             (Channel::Data, None, Phase::Solo) => Ok(()),
-            (Channel::Heartbeat, Some(peer), Phase::Joining) if peer.instance == hello.instance => Ok(()),
+            (Channel::Heartbeat, Some(peer), Phase::Joining)
+                if peer.instance == hello.instance && peer.heartbeat.is_none() =>
+            {
+                Ok(())
+            }
             (Channel::Data, ..) => {
                 no(RefuseReason::Busy, "this primary has a secondary, or is deciding about one; try again later".into())
             }

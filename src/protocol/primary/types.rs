@@ -109,7 +109,7 @@ pub enum Input {
 }
 
 /// What a capture does with the guest's output, while the guest is paused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OutputCut {
     /// Nothing: output passes.
     Pass,
@@ -120,7 +120,7 @@ pub enum OutputCut {
 }
 
 /// What the driver has to do, in this order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub enum Action {
     /// Send a message.
     Send {

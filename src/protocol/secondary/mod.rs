@@ -10,6 +10,8 @@
 //!                                                    └───────────────┘
 //! ```
 
+mod digest;
+mod joining;
 mod types;
 
 use std::collections::VecDeque;
@@ -19,13 +21,14 @@ pub use types::{Action, Ending, Input, SecondaryConfig};
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
 use super::heartbeat::{Judge, Pulse, StallGuard};
-use super::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use super::messages::{Heartbeat, Message, Welcome};
+use super::mutant;
 use super::primary::ConnId;
 use super::record::{Record, RecordState};
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
 /// What a secondary is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Waits for its time to try the primary, or for the connection.
     Connecting,
@@ -50,7 +53,7 @@ pub enum Phase {
 }
 
 /// The secondary's state machine, for one instance id.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Secondary {
     config: SecondaryConfig,
     me: InstanceId,
@@ -70,7 +73,7 @@ pub struct Secondary {
     arbitration: Arbitration,
     arbiter_lost: Option<String>,
     cause: String,
-    last_refusal: Option<String>,
+    no_primary: Option<String>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
     actions: VecDeque<Action>,
@@ -97,7 +100,7 @@ impl Secondary {
             arbitration: Arbitration::new(config.retry),
             arbiter_lost: None,
             cause: String::new(),
-            last_refusal: None,
+            no_primary: None,
             quitting: false,
             actions: VecDeque::new(),
             config,
@@ -139,9 +142,9 @@ impl Secondary {
         self.arbiter_lost.as_deref()
     }
 
-    /// Why the primary does not want this node yet, if it said so.
-    pub fn last_refusal(&self) -> Option<&str> {
-        self.last_refusal.as_deref()
+    /// Why there is no primary yet, while that is so.
+    pub fn no_primary(&self) -> Option<&str> {
+        self.no_primary.as_deref()
     }
 
     /// Takes what happened.
@@ -156,6 +159,7 @@ impl Secondary {
             Input::Message { conn, message } => self.message(now, conn, message),
             Input::Moved { conn, ago } => self.moved(now, conn, ago),
             Input::Closed { conn, why } => self.closed(now, conn, &why),
+            Input::Foreign { conn, why } => self.foreign(now, conn, why),
             Input::MachineReady => self.open_heartbeat(now),
             Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
             Input::Staged { conn, id, completes_resync, staged_bytes } => {
@@ -209,140 +213,14 @@ impl Secondary {
         let (Some((pulse, judge)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
         if let Some(silence) = judge.suspects(now) {
             let why = format!("no heartbeat for {} ms", silence.as_millis());
-            self.lose_primary(now, &why);
+            if !mutant::is("silence-never-suspected") {
+                self.lose_primary(now, &why);
+            }
         } else if let Some(sequence) = pulse.beat(now) {
             let beat =
                 Heartbeat { instance: self.me, generation: self.generation, sequence, committed: self.committed };
             self.actions.push_back(Action::Send { conn, message: Message::Heartbeat(beat) });
         }
-    }
-
-    // ---- joining ----
-
-    fn new_conn(&mut self) -> ConnId {
-        self.conns += 1;
-        self.conns
-    }
-
-    fn try_primary(&mut self) {
-        let conn = self.new_conn();
-        self.phase = Phase::Connecting;
-        self.data = Some(conn);
-        self.step_at = None;
-        self.generation = Generation(0);
-        self.actions.push_back(Action::Connect { conn, channel: Channel::Data });
-        self.guard = None;
-    }
-
-    fn connected(&mut self, now: Instant, conn: ConnId) {
-        let channel = match (self.phase, conn) {
-            (Phase::Connecting, conn) if self.data == Some(conn) => Channel::Data,
-            (Phase::Joining, conn) if self.heartbeat == Some(conn) => Channel::Heartbeat,
-            _ => return self.actions.push_back(Action::Close { conn }),
-        };
-        if channel == Channel::Data {
-            self.phase = Phase::Greeting;
-        }
-        self.step_at = Some(now + self.config.answer_timeout);
-        let hello = Hello {
-            channel,
-            version: PROTOCOL_VERSION,
-            guest: self.config.guest.clone(),
-            instance: self.me,
-            features: self.config.features,
-            staging_bytes_max: self.config.staging_bytes_max,
-            cpu_digest: self.config.cpu_digest,
-        };
-        self.actions.push_back(Action::Send { conn, message: Message::Hello(hello) });
-    }
-
-    fn welcomed(&mut self, now: Instant, conn: ConnId, welcome: Welcome) {
-        self.step_at = None;
-        match self.phase {
-            Phase::Greeting if self.data == Some(conn) => {
-                self.phase = Phase::Building;
-                self.generation = welcome.generation;
-                self.last_refusal = None;
-                self.actions.push_back(Action::BuildMachine(welcome.clone()));
-                self.welcome = Some(welcome);
-            }
-            Phase::Joining if self.heartbeat == Some(conn) => {
-                self.phase = Phase::Syncing;
-                let interval = std::time::Duration::from_micros(welcome.heartbeat_interval_us);
-                let timeout = std::time::Duration::from_micros(welcome.heartbeat_timeout_us);
-                self.life = Some((Pulse::new(interval, now), Judge::new(timeout, now)));
-                self.guard = Some(StallGuard::new(timeout, now));
-            }
-            _ => self.start_over(now, "the primary said welcome out of turn"),
-        }
-    }
-
-    fn open_heartbeat(&mut self, now: Instant) {
-        if self.phase != Phase::Building {
-            return;
-        }
-        let conn = self.new_conn();
-        self.phase = Phase::Joining;
-        self.heartbeat = Some(conn);
-        self.step_at = Some(now + self.config.answer_timeout);
-        self.actions.push_back(Action::Connect { conn, channel: Channel::Heartbeat });
-    }
-
-    fn refused(&mut self, now: Instant, reason: RefuseReason, detail: String) {
-        if matches!(reason, RefuseReason::Busy | RefuseReason::NotPrimary) {
-            if self.last_refusal.as_ref() != Some(&detail) {
-                self.tell(Event::Refused { reason, detail: detail.clone() });
-            }
-            self.last_refusal = Some(detail);
-            self.start_over(now, "the primary is busy");
-        } else {
-            self.exit(Ending::Refused { reason, detail });
-        }
-    }
-
-    /// Back to the start. Before anything was built that costs only a while; afterwards this instance is over.
-    fn start_over(&mut self, now: Instant, why: &str) {
-        self.close_connections();
-        if matches!(self.phase, Phase::Connecting | Phase::Greeting) {
-            self.phase = Phase::Connecting;
-            self.step_at = Some(now + self.config.retry);
-        } else {
-            self.rejoin(why);
-        }
-    }
-
-    /// Ends this node. While it asks for the guest it may be the only one that has it, so the answer is waited for (and the guest run, if
-    /// that is the answer), unless the operator asks twice.
-    fn quit(&mut self) {
-        let twice = std::mem::replace(&mut self.quitting, true);
-        if twice || self.phase != Phase::Deciding {
-            self.exit(Ending::Quit);
-        }
-    }
-
-    fn rejoin(&mut self, why: &str) {
-        if self.quitting {
-            return self.exit(Ending::Quit);
-        }
-        self.close_connections();
-        self.phase = Phase::Done;
-        self.tell(Event::Rejoining { why: why.into() });
-        self.actions.push_back(Action::Rejoin { after: self.config.retry });
-    }
-
-    fn exit(&mut self, ending: Ending) {
-        self.close_connections();
-        self.phase = Phase::Done;
-        self.actions.push_back(Action::Exit(ending));
-    }
-
-    fn close_connections(&mut self) {
-        for conn in [self.data.take(), self.heartbeat.take()].into_iter().flatten() {
-            self.actions.push_back(Action::Close { conn });
-        }
-        self.life = None;
-        self.guard = None;
-        self.step_at = None;
     }
 
     // ---- epochs ----
@@ -374,8 +252,12 @@ impl Secondary {
     }
 
     fn staged(&mut self, now: Instant, conn: ConnId, id: EpochId, completes_resync: bool, staged_bytes: u64) {
+        if self.data != Some(conn) {
+            return;
+        }
         let syncing = self.phase == Phase::Syncing;
-        if self.data != Some(conn) || !(syncing || self.phase == Phase::Paired) {
+        if !syncing && self.phase != Phase::Paired {
+            self.lose_primary(now, &format!("it sent epoch {id} out of turn"));
             return;
         }
         let in_order = match self.expected {
@@ -388,6 +270,10 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
+        if mutant::is("ack-without-commit") && self.phase == Phase::Paired && id.epoch % 2 == 1 {
+            self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
+            return;
+        }
         if completes_resync {
             self.phase = Phase::Standby;
         }
@@ -416,6 +302,22 @@ impl Secondary {
     fn closed(&mut self, now: Instant, conn: ConnId, why: &str) {
         if self.data == Some(conn) || self.heartbeat == Some(conn) {
             self.lose_primary(now, why);
+        }
+    }
+
+    /// True if pages behind the epochs have their place on this connection now.
+    pub fn takes_pages(&self, conn: ConnId) -> bool {
+        self.data == Some(conn) && self.phase == Phase::Syncing
+    }
+
+    /// Another program, or another version of this one. Asking it again would not change that, so a newcomer ends; later on it is a primary
+    /// gone wrong, like any other.
+    fn foreign(&mut self, now: Instant, conn: ConnId, why: String) {
+        let ours = self.data == Some(conn) || self.heartbeat == Some(conn);
+        if ours && matches!(self.phase, Phase::Greeting | Phase::Joining) {
+            self.exit(Ending::Foreign(why));
+        } else {
+            self.closed(now, conn, &why);
         }
     }
 
@@ -458,6 +360,9 @@ impl Secondary {
             return;
         }
         match verdict {
+            Verdict::Stands(Some(record)) if mutant::is("secondary-ignores-a-lost-swap") => {
+                self.promote(record.next_solo(self.me));
+            }
             Verdict::Won(record) => self.promote(record),
             Verdict::Stands(Some(record)) => self.lost_to(record),
             Verdict::Stands(None) => self.rejoin("the arbiter has no record of this guest"),
@@ -468,7 +373,13 @@ impl Secondary {
     fn lost_to(&mut self, record: Record) {
         match record.state {
             RecordState::Stopped => self.exit(Ending::GuestEnded("the guest was shut down".into())),
-            RecordState::Paired if record.peer == Some(self.me) && self.record.is_none() => {
+            RecordState::Solo if mutant::is("takes-over-a-solo-guest") && self.record.is_none() => {
+                self.record = Some(record);
+                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            }
+            RecordState::Paired
+                if record.peer == Some(self.me) && self.record.is_none() && !mutant::is("standby-gives-up") =>
+            {
                 self.record = Some(record);
                 self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
             }
@@ -477,7 +388,10 @@ impl Secondary {
     }
 
     fn promote(&mut self, record: Record) {
-        let Some(epoch) = self.committed else { return };
+        let Some(mut epoch) = self.committed else { return };
+        if mutant::is("older-epoch-activated") {
+            epoch.epoch = epoch.epoch.saturating_sub(1);
+        }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
         self.actions.push_back(Action::Promote { record, epoch, cause: self.cause.clone() });

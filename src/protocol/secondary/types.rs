@@ -57,6 +57,13 @@ pub enum Input {
         /// Why, in words.
         why: String,
     },
+    /// What answers there does not speak this protocol, or another version of it.
+    Foreign {
+        /// The connection.
+        conn: ConnId,
+        /// What it spoke, in words.
+        why: String,
+    },
     /// The machine asked for is built.
     MachineReady,
     /// The machine asked for cannot be built on this host.
@@ -87,7 +94,7 @@ pub enum Input {
 }
 
 /// Why a secondary's process ends.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Ending {
     /// An operator asked for it.
     Quit,
@@ -100,12 +107,14 @@ pub enum Ending {
         /// In words.
         detail: String,
     },
+    /// Whoever answers at the primary's address is no primary this node can understand.
+    Foreign(String),
     /// The machine cannot be built here.
     NoMachine(String),
 }
 
 /// What the driver has to do, in this order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub enum Action {
     /// Open a connection to the primary, then say `Connected` or `Closed`.
     Connect {

@@ -1,0 +1,152 @@
+//! What people and programs see of an arbiter that is out of reach, for each kind of it.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Duration;
+
+use crossbeam::channel::unbounded;
+
+use super::arbiter_thread::{ArbiterThread, Reach};
+use super::board::Board;
+use super::config::{ArbiterConfig, Compress, NodeConfig, OnPeerLoss};
+use super::events::NodeEvent;
+use super::open_arbiter;
+use crate::arbiter::etcd::EtcdConfig;
+use crate::arbiter::{Arbiter, ArbiterError, Swap};
+use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
+use crate::protocol::heartbeat::HeartbeatConfig;
+use crate::protocol::record::Record;
+use crate::protocol::types::{GuestName, InstanceId};
+
+const PATIENCE: Duration = Duration::from_secs(1);
+
+fn node(arbiter: ArbiterConfig) -> NodeConfig {
+    NodeConfig {
+        guest: GuestName::new("web").unwrap(),
+        tap: "tap0".into(),
+        listen: ([127, 0, 0, 1], 7401).into(),
+        heartbeat_listen: ([127, 0, 0, 1], 7402).into(),
+        arbiter,
+        interval: Duration::from_millis(20),
+        interval_min: Duration::from_micros(200),
+        commit_on_output: true,
+        heartbeat: HeartbeatConfig { interval: Duration::from_millis(50), timeout: Duration::from_millis(150) },
+        compress: Compress::Auto,
+        staging_bytes_max: 1 << 20,
+        output_bytes_max: 1 << 20,
+        output_packets_max: 1 << 10,
+        control: "/nonexistent".into(),
+    }
+}
+
+/// Asks an arbiter for what a secondary asks for, and gives what it says, and the status of a node it was said to.
+fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus) {
+    let config = node(arbiter);
+    let (events, inbox) = unbounded();
+    let board = Board::new(&config, events.clone());
+    let noticed = {
+        let board = board.clone();
+        move |Reach { lost, .. }: Reach| board.arbiter_noticed(lost)
+    };
+    let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, noticed).unwrap();
+    assert!(board.status().alarms.is_empty() && board.status().arbiter.reachable);
+    let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
+    let new = expected.next_solo(InstanceId(2));
+    thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected, new } });
+    let Ok(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.recv() else {
+        panic!("no answer, or the wrong one");
+    };
+    (why, board.status())
+}
+
+#[test]
+fn each_kind_says_what_is_wrong_and_what_it_means() {
+    let closed = format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    let etcd = EtcdConfig {
+        endpoints: vec![closed.clone()],
+        prefix: "/mcd".into(),
+        tls: None,
+        login: None,
+        patience: PATIENCE,
+    };
+    let kinds = [
+        (
+            ArbiterConfig::File { directory: "/nonexistent/mcd".into(), timeout: PATIENCE },
+            "file",
+            "mount the shared storage",
+        ),
+        (ArbiterConfig::Etcd(etcd), "etcd", "check that the cluster has a quorum"),
+        (
+            ArbiterConfig::Command { script: "/nonexistent/fence".into(), timeout: PATIENCE },
+            "command",
+            "make it executable",
+        ),
+        (ArbiterConfig::None { on_peer_loss: OnPeerLoss::Wait }, "none", "told to wait"),
+    ];
+    for (arbiter, kind, what_to_do) in kinds {
+        let (why, status) = asked(arbiter);
+        assert!(why.contains(what_to_do) && !why.contains('\n'), "{kind}: {why}");
+        assert_eq!(status.arbiter.kind, kind);
+        assert!(!status.arbiter.reachable && status.arbiter.detail == why, "{kind}");
+        let [alarm] = status.alarms.as_slice() else { panic!("{kind}: {:?}", status.alarms) };
+        assert!(alarm.starts_with("arbiter out of reach: ") && alarm.contains(&why), "{alarm}");
+        assert!(alarm.contains("cannot become protected until it answers"), "{alarm}");
+        let screen = status.to_string();
+        assert!(screen.contains("OUT OF REACH") && screen.contains("ALARM"), "{screen}");
+    }
+}
+
+/// Answers reads by turns with an error and with nothing.
+struct Moody {
+    well: bool,
+}
+
+impl Arbiter for Moody {
+    fn read(&mut self) -> Result<Option<Record>, ArbiterError> {
+        self.well = !self.well;
+        let error = || ArbiterError::Unreachable { arbiter: self.describe(), why: "moody".into() };
+        if self.well { Ok(None) } else { Err(error()) }
+    }
+
+    fn swap(&mut self, _: Option<&Record>, _: &Record) -> Result<Swap, ArbiterError> {
+        Ok(Swap::Won)
+    }
+
+    fn describe(&self) -> String {
+        "moody".into()
+    }
+}
+
+#[test]
+fn an_arbiter_that_nobody_asks_is_looked_at() {
+    let (events, _inbox) = unbounded();
+    let (seen, looks) = unbounded();
+    let noticed = move |reach: Reach| {
+        // The test has seen enough.
+        let _ = seen.send((reach.watched, reach.lost.is_some()));
+    };
+    let watch = Duration::from_millis(1);
+    let _thread = ArbiterThread::start_watching(Box::new(Moody { well: true }), events, watch, noticed).unwrap();
+    let seen: Vec<_> = looks.iter().take(4).collect();
+    assert_eq!(seen, [(true, true), (true, false), (true, true), (true, false)]);
+}
+
+#[test]
+fn a_node_that_ends_does_not_wait_for_its_script() {
+    if !Path::new("/usr/bin/yes").exists() {
+        println!("skipped: there is no /usr/bin/yes to take for a script that never ends");
+        return;
+    }
+    let config = node(ArbiterConfig::Command { script: "/usr/bin/yes".into(), timeout: Duration::from_secs(600) });
+    let (events, inbox) = unbounded();
+    let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, |_| {}).unwrap();
+    let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
+    let request = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
+    thread.ask(ArbiterCall { ticket: 1, request });
+    // Ends the run, or calls it off before it began.
+    drop(thread);
+    let Ok(NodeEvent::Answer { answer: ArbiterAnswer::Unreachable(why), .. }) = inbox.recv() else {
+        panic!("no answer, or the wrong one");
+    };
+    assert!(why.contains("this node is ending"), "{why}");
+}

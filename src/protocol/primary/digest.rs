@@ -1,0 +1,35 @@
+//! What a checker of all states needs to know of a primary.
+
+use std::hash::{Hash, Hasher};
+
+use super::{Action, Primary};
+use crate::protocol::types::Instant;
+
+impl Primary {
+    /// Tells a checker that explores all states what this one is: two primaries with the same digest do the same from now on, whatever
+    /// happens. Times count from `now`, so that it does not matter when a state came about; words for people are left out.
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        // Named one by one: a field that is new must find its place here.
+        #[rustfmt::skip]
+        let Primary {
+            config, me, record, phase, peer, epochs, ledger, arbitration, guard, proven, pairing_checked, arbiter_lost,
+            stopped_by_operator, stopped_by_full_output, quitting, guest_runs, actions,
+        } = self;
+        (me, record, phase, ledger, proven, pairing_checked, arbiter_lost.is_some()).hash(into);
+        (stopped_by_operator, stopped_by_full_output, quitting, guest_runs).hash(into);
+        peer.is_some().hash(into);
+        if let Some(peer) = peer {
+            peer.digest(now, into);
+        }
+        epochs.digest(config, now, into);
+        arbitration.digest(now, into);
+        guard.digest(now, into);
+        for action in actions {
+            match action {
+                Action::Tell(_) => {}
+                Action::Release { through, before } => (through, before.since(now)).hash(into),
+                other => other.hash(into),
+            }
+        }
+    }
+}

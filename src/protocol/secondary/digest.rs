@@ -1,0 +1,36 @@
+//! What a checker of all states needs to know of a secondary.
+
+use std::hash::{Hash, Hasher};
+
+use super::{Action, Secondary};
+use crate::protocol::types::Instant;
+
+impl Secondary {
+    /// Tells a checker that explores all states what this one is: two secondaries with the same digest do the same from now on, whatever
+    /// happens. Times count from `now`, so that it does not matter when a state came about; words for people are left out.
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        // Named one by one: a field that is new must find its place here.
+        #[rustfmt::skip]
+        let Secondary {
+            config: _, me, phase, conns, data, heartbeat, step_at, welcome, life, guard, generation, expected, committed, record,
+            arbitration, arbiter_lost, cause: _, no_primary: _, quitting, actions,
+        } = self;
+        (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
+        welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
+        (generation, expected, committed, record, arbiter_lost.is_some(), quitting).hash(into);
+        (life.is_some(), guard.is_some()).hash(into);
+        if let Some((pulse, judge)) = life {
+            pulse.digest(now, into);
+            judge.digest(now, into);
+        }
+        if let Some(guard) = guard {
+            guard.digest(now, into);
+        }
+        arbitration.digest(now, into);
+        for action in actions {
+            if !matches!(action, Action::Tell(_)) {
+                action.hash(into);
+            }
+        }
+    }
+}

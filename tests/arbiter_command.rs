@@ -1,0 +1,242 @@
+//! The `command:` arbiter with real scripts: what each way to end means, and that no script can hold a node up.
+
+use mcd::arbiter::command::CommandArbiter;
+use mcd::arbiter::{Arbiter, ArbiterError, Swap};
+use mcd::protocol::record::Record;
+use mcd::protocol::types::{GuestName, InstanceId};
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+const P: InstanceId = InstanceId(0xaa);
+const S: InstanceId = InstanceId(0xbb);
+
+/// Long enough for any script that ends by itself.
+const LONG: Duration = Duration::from_secs(30);
+/// Long enough for one that does not.
+const SHORT: Duration = Duration::from_millis(100);
+
+/// A place for a script and what it leaves behind.
+struct Place {
+    directory: TempDir,
+}
+
+impl Place {
+    fn new() -> Place {
+        Place { directory: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn script(&self, body: &str) -> PathBuf {
+        let path = self.path("fence");
+        // Written by another process: a file that one thread writes while another starts a process cannot be run for a moment.
+        let mut install = Command::new("install");
+        install.args(["-m", "755", "/dev/stdin"]).arg(&path).stdin(Stdio::piped());
+        let mut install = install.spawn().unwrap();
+        write!(install.stdin.take().unwrap(), "#!/bin/sh\n{body}\n").unwrap();
+        assert!(install.wait().unwrap().success());
+        path
+    }
+}
+
+fn arbiter(script: impl AsRef<Path>, patience: Duration) -> CommandArbiter {
+    CommandArbiter::new(script, &GuestName::new("web").unwrap(), patience).unwrap()
+}
+
+fn pair() -> Record {
+    Record::first(P).next_paired(P, S)
+}
+
+#[track_caller]
+fn unreachable<T: std::fmt::Debug>(result: Result<T, ArbiterError>) -> String {
+    let error = result.unwrap_err();
+    assert!(matches!(error, ArbiterError::Unreachable { .. }), "{error}");
+    let text = error.to_string();
+    assert!(!text.contains('\n'), "{text}");
+    text
+}
+
+#[test]
+fn the_peer_is_surely_down() {
+    let place = Place::new();
+    let mut arbiter = arbiter(place.script("exit 0"), LONG);
+    let first = Record::first(P);
+    assert_eq!(arbiter.read().unwrap(), None);
+    assert_eq!(arbiter.swap(None, &first).unwrap(), Swap::Won);
+    assert_eq!(arbiter.swap(Some(&first), &pair()).unwrap(), Swap::Won);
+    let alone = pair().next_solo(P);
+    assert_eq!(arbiter.swap(Some(&pair()), &alone).unwrap(), Swap::Won);
+    assert_eq!(arbiter.read().unwrap(), Some(alone));
+    assert_eq!(arbiter.swap(Some(&alone), &alone.next_stopped()).unwrap(), Swap::Won);
+}
+
+#[test]
+fn the_peer_has_the_guest() {
+    let place = Place::new();
+    let script = place.script("exit 1");
+    // Each is told the record that its peer won.
+    let lost_to = |peer| Swap::Lost(Some(pair().next_solo(peer)));
+    assert_eq!(arbiter(&script, LONG).swap(Some(&pair()), &pair().next_solo(S)).unwrap(), lost_to(P));
+    assert_eq!(arbiter(&script, LONG).swap(Some(&pair()), &pair().next_solo(P)).unwrap(), lost_to(S));
+    // A primary that starts is told no more than that.
+    let mut starting = arbiter(&script, LONG);
+    assert_eq!(starting.swap(None, &Record::first(P)).unwrap(), Swap::Lost(None));
+    assert_eq!(starting.read().unwrap(), None);
+}
+
+#[test]
+fn whatever_else_it_says_decides_nothing() {
+    let place = Place::new();
+    let endings = [
+        ("echo power switch does not answer >&2; exit 2", "status 2 (power switch does not answer)"),
+        ("exit 255", "status 255"),
+        ("kill -9 $$", "signal 9"),
+        ("printf 'odd \\033[31m \\000 bytes \\377'; exit 3", "status 3 (odd"),
+    ];
+    for (body, said) in endings {
+        let mut arbiter = arbiter(place.script(body), LONG);
+        let text = unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S)));
+        assert!(text.contains(said) && !text.contains('\u{1b}'), "{body}: {text}");
+        assert_eq!(arbiter.read().unwrap(), None);
+    }
+}
+
+#[test]
+fn it_is_told_what_the_contract_says() {
+    let place = Place::new();
+    let seen = place.path("seen");
+    let script = place.script(&format!(
+        "echo \"$1 $2 $# $MCD_QUESTION $MCD_GUEST $MCD_GENERATION $MCD_INSTANCE $MCD_PEER $MCD_TIMEOUT_MS $(pwd)\" >> {}; cat",
+        seen.display()
+    ));
+    let (p, s) = (P.to_string(), S.to_string());
+    let mut primary = arbiter(&script, LONG);
+    assert_eq!(primary.swap(None, &Record::first(P)).unwrap(), Swap::Won);
+    assert_eq!(primary.swap(Some(&Record::first(P)), &pair()).unwrap(), Swap::Won);
+    assert_eq!(primary.swap(Some(&pair()), &pair().next_solo(P)).unwrap(), Swap::Won);
+    assert_eq!(arbiter(&script, LONG).swap(Some(&pair()), &pair().next_solo(S)).unwrap(), Swap::Won);
+    let expected = format!(
+        "start web 2 start web 1 {p} none 30000 /\nalone web 2 alone web 3 {p} {s} 30000 /\ntakeover web 2 takeover web 3 {s} {p} 30000 /\n"
+    );
+    assert_eq!(fs::read_to_string(seen).unwrap(), expected);
+}
+
+#[test]
+fn one_that_cannot_be_run_is_out_of_reach_before_it_is_needed() {
+    let place = Place::new();
+    let missing = place.path("missing");
+    let plain = place.path("plain");
+    fs::write(&plain, "#!/bin/sh\nexit 0\n").unwrap();
+    let no_format = place.script("");
+    let bare = place.path("bare");
+    fs::copy(&no_format, &bare).unwrap();
+    let no_interpreter = Place::new();
+    let odd = no_interpreter.script("");
+    assert!(Command::new("sed").args(["-i", "1s/.*/#!.nowhere/"]).arg(&odd).status().unwrap().success());
+    for (path, visible) in [(&missing, true), (&plain, true), (&place.directory.path().to_owned(), true), (&odd, false)]
+    {
+        let mut arbiter = arbiter(path, LONG);
+        let text = unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S)));
+        assert!(text.contains("cannot be run") && text.contains("executable"), "{text}");
+        assert_eq!(arbiter.read().is_err(), visible, "{}", path.display());
+    }
+    // Nor does a pair form that could not be parted again: that is what the primary reads for.
+    let mut arbiter = arbiter(&missing, LONG).with_dead_peer();
+    assert_eq!(arbiter.swap(None, &Record::first(P)).unwrap(), Swap::Won);
+    let solo = Record::first(P);
+    unreachable(arbiter.read());
+    unreachable(arbiter.swap(Some(&solo), &solo));
+    unreachable(arbiter.swap(Some(&solo), &pair()));
+    place.script("exit 0");
+    fs::rename(place.path("fence"), &missing).unwrap();
+    assert_eq!(arbiter.read().unwrap(), Some(solo));
+    assert_eq!(arbiter.swap(Some(&solo), &solo).unwrap(), Swap::Won);
+    assert_eq!(arbiter.swap(Some(&solo), &pair()).unwrap(), Swap::Won);
+}
+
+/// True once there is no such process.
+fn is_gone(pid: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // A zombie is gone too: whoever inherited it has not looked yet.
+    kill(Pid::from_raw(pid.parse().unwrap()), None) == Err(Errno::ESRCH) || stat.contains(") Z ")
+}
+
+#[test]
+fn one_that_takes_too_long_is_killed_with_all_it_started() {
+    let place = Place::new();
+    let pids = place.path("pids");
+    let script = place.script(&format!(
+        "trap '' TERM HUP INT\nsleep 1000 & echo $! >> {0}\n(sleep 1000) & echo $! >> {0}\necho $$ >> {0}\nwait",
+        pids.display()
+    ));
+    let mut arbiter = arbiter(script, Duration::from_secs(2));
+    let text = unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S)));
+    assert!(text.contains("within 2000 ms") && text.contains("--arbiter-timeout-ms"), "{text}");
+    let pids = fs::read_to_string(pids).unwrap();
+    assert_eq!(pids.lines().count(), 3);
+    // Killed is killed; only that the kernel has tidied up may take a moment.
+    for pid in pids.lines() {
+        while !is_gone(pid) {
+            std::thread::yield_now();
+        }
+    }
+    assert_eq!(arbiter.read().unwrap(), None);
+}
+
+#[test]
+fn what_it_leaves_running_is_not_waited_for_and_not_left() {
+    let place = Place::new();
+    let left = place.path("left");
+    // The child keeps the output open, as a careless script's does.
+    let script = place.script(&format!("sleep 1000 & echo $! > {}; exit 0", left.display()));
+    let mut arbiter = arbiter(script, LONG);
+    assert_eq!(arbiter.swap(Some(&pair()), &pair().next_solo(S)).unwrap(), Swap::Won);
+    let pid = fs::read_to_string(left).unwrap();
+    while !is_gone(pid.trim()) {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_flood_of_output_neither_blocks_nor_fills_anything() {
+    let place = Place::new();
+    // 64 MiB: far more than a pipe holds.
+    let script = place.script("head -c 67108864 /dev/zero; echo; echo the last word; exit 7");
+    let text = unreachable(arbiter(script, LONG).swap(Some(&pair()), &pair().next_solo(S)));
+    assert!(text.contains("status 7 (the last word)") && text.len() < 500, "{text}");
+    // One that never stops is ended all the same.
+    let script = place.script("exec yes");
+    let text = unreachable(arbiter(script, SHORT).swap(Some(&pair()), &pair().next_solo(S)));
+    assert!(text.contains("within 100 ms"), "{text}");
+    // One that closes its output is not taken for one that ended.
+    let script = place.script("exec >&- 2>&-; read nothing; exit 0");
+    assert_eq!(arbiter(script, LONG).swap(Some(&pair()), &pair().next_solo(S)).unwrap(), Swap::Won);
+}
+
+#[test]
+fn a_node_that_ends_calls_the_question_off() {
+    let place = Place::new();
+    let fifo = place.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let script = place.script(&format!("echo started > {}\nsleep 1000", fifo.display()));
+    let mut arbiter = arbiter(script, Duration::from_secs(600));
+    let cancel = arbiter.canceller().unwrap();
+    let asking = std::thread::spawn(move || {
+        let first = unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S)));
+        // Whatever else is asked then is called off too.
+        (first, unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S))))
+    });
+    assert_eq!(fs::read_to_string(fifo).unwrap(), "started\n");
+    cancel();
+    let (first, second) = asking.join().unwrap();
+    assert!(first.contains("this node is ending") && second.contains("this node is ending"));
+}

@@ -1,0 +1,155 @@
+//! The demo as a person meets it: it ends well, and whatever ends it leaves nothing behind.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use mcd::demo::fabric;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// False, said why, where this host cannot run the demo.
+fn can_run() -> bool {
+    let open = |path: &str| {
+        let opened = fs::File::options().read(true).write(true).open(path);
+        opened.map(drop).map_err(|error| format!("{path}: {error}"))
+    };
+    let able = open("/dev/kvm").and_then(|()| open("/dev/net/tun")).and_then(|()| {
+        // Without root it makes itself a user namespace; whether it may is seen by trying.
+        let mut command = Command::new("true");
+        if !fabric::has_rights() {
+            fabric::start_in_user_namespace(&mut command);
+        }
+        command.status().map(drop).map_err(|error| format!("network namespaces need root or user namespaces ({error})"))
+    });
+    let able = able.and_then(|()| fabric::find_tool("ip").map(drop).ok_or_else(|| "no command ip".to_owned()));
+    if let Err(why) = &able {
+        assert!(std::env::var_os("MCD_REQUIRE_KVM").is_none_or(|v| v != "1"), "{why}");
+        println!("skipped: {why}");
+    }
+    able.is_ok()
+}
+
+fn demo(dir: &Path, flags: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
+    command.arg("demo").args(flags).env("TMPDIR", dir).stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+}
+
+/// Starts the demo and reads what it says until a line holds `part`.
+fn start_and_wait_for(dir: &Path, flags: &[&str], part: &str) -> Child {
+    let mut child = demo(dir, flags).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains(part)), "it ended without a word of `{part}`");
+    // The rest is read too: a closed pipe is not what is tested here.
+    std::thread::spawn(move || lines.for_each(drop));
+    child
+}
+
+/// Processes, other than zombies, with `dir` in their command line: the nodes are told their files' names.
+fn processes_of(dir: &Path) -> Vec<(Pid, String)> {
+    let dir = dir.to_str().unwrap();
+    let entries = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let line = String::from_utf8_lossy(&fs::read(path.join("cmdline")).ok()?).replace('\0', " ");
+        Some((Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?), line))
+    });
+    entries.filter(|(_, line)| line.contains(dir)).collect()
+}
+
+fn until_gone(dir: &Path) {
+    let deadline = Instant::now() + PATIENCE;
+    while let Some((_, process)) = processes_of(dir).first() {
+        assert!(Instant::now() < deadline, "left behind: {process}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn end(mut child: Child, signal: Signal) -> ExitStatus {
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+    child.wait().unwrap()
+}
+
+#[test]
+fn no_client_notices_and_nothing_is_left_behind() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("report.json");
+    let flags = ["--rounds=2", "--connections=6", "--cpus=2", "--dirty=200,2000", "--json", json.to_str().unwrap()];
+    let output = demo(dir.path(), &flags).stderr(Stdio::piped()).output().unwrap();
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{complained}");
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(report["ok"], true, "{report:#}");
+    assert_eq!(report["rounds"].as_array().unwrap().len(), 2);
+    assert_eq!(report["client"]["connections"], 7);
+    assert_eq!(report["client"]["requests"], report["client"]["replies"]);
+    for count in ["lost_writes", "wrong_replies", "resets", "silent"] {
+        assert_eq!(report["client"][count], 0, "{count}");
+    }
+    for number in
+        ["/client/acknowledged_writes", "/epochs/committed", "/epochs/pause_us/p50", "/latency_us/protected/p50"]
+    {
+        assert!(report.pointer(number).unwrap().as_u64().unwrap() > 0, "{number}");
+    }
+    until_gone(dir.path());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "more than the report is left");
+}
+
+#[test]
+fn an_interrupt_ends_it_in_order() {
+    if !can_run() {
+        return;
+    }
+    for (signal, moment) in [(Signal::SIGINT, "nothing protects it yet"), (Signal::SIGTERM, "every reply is checked")] {
+        let dir = tempfile::tempdir().unwrap();
+        let child = start_and_wait_for(dir.path(), &["--rounds=100"], moment);
+        assert_eq!(end(child, signal).code(), Some(130));
+        until_gone(dir.path());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "files are left");
+    }
+}
+
+#[test]
+fn its_own_sudden_death_takes_the_nodes_along() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let child = start_and_wait_for(dir.path(), &["--rounds=100"], "protected:");
+    assert!(processes_of(dir.path()).len() >= 2);
+    end(child, Signal::SIGKILL);
+    until_gone(dir.path());
+}
+
+#[test]
+fn a_takeover_nobody_ordered_is_survived_too() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("report.json");
+    let flags = ["--rounds=1", "--connections=4", "--json", json.to_str().unwrap()];
+    let mut child = start_and_wait_for(dir.path(), &flags, "every reply is checked");
+    // The first primary, and its keeper, which has the same command line.
+    let of_primary = |(_, line): &(Pid, String)| line.contains("mcd primary ");
+    let primary: Vec<Pid> = processes_of(dir.path()).into_iter().filter(of_primary).map(|(pid, _)| pid).collect();
+    assert!(!primary.is_empty());
+    let tell = |signal| primary.iter().for_each(|pid| kill(*pid, signal).unwrap());
+    tell(Signal::SIGSTOP);
+    // Far longer than a secondary waits for a heartbeat. When it goes on it must find out that it is no longer the one.
+    std::thread::sleep(Duration::from_secs(1));
+    tell(Signal::SIGCONT);
+    assert!(child.wait().unwrap().success());
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(report["ok"], true, "{report:#}");
+    assert_eq!(report["rounds"].as_array().unwrap().len(), 1);
+    assert!(report["unplanned_takeovers"].as_u64().unwrap() >= 1, "{report:#}");
+    until_gone(dir.path());
+}

@@ -1,0 +1,127 @@
+//! The guest at work, and the sender thread that reads its memory.
+
+use mcd::protocol::primary::{self, ConnId};
+
+use crate::guest::TORN;
+use crate::net::{Item, ProcId};
+use crate::node::{HOLE, In, Job};
+use crate::world::{Event, World};
+
+impl World {
+    // ---- the sender thread ----
+
+    pub fn submit(&mut self, proc: ProcId, job: Job) {
+        let Some(sender) = &mut self.procs[proc].sender else { return };
+        sender.jobs.push_back(job);
+        if sender.jobs.len() == 1 {
+            let token = sender.token;
+            let us = self.takes(300);
+            self.after(us, Event::SenderStep { proc, token });
+        }
+    }
+
+    pub fn sender_step(&mut self, proc: ProcId, token: u64) {
+        let Some(sender) = &mut self.procs[proc].sender else { return };
+        if sender.token != token {
+            return;
+        }
+        let conn = sender.conn;
+        let Some(job) = sender.jobs.pop_front() else { return };
+        let more = !sender.jobs.is_empty();
+        let pushed = self.perform(proc, conn, job);
+        if more {
+            let us = self.takes(300);
+            self.after(us, Event::SenderStep { proc, token });
+        }
+        if pushed {
+            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Pushed));
+            self.drive(proc);
+        }
+    }
+
+    /// Does one job; true if a push was read.
+    fn perform(&mut self, proc: ProcId, conn: ConnId, job: Job) -> bool {
+        match job {
+            Job::Message(message) => self.send(proc, conn, Item::Message(message)),
+            Job::Epoch { id, completes, mut pages, counter, life } => {
+                let rest = pages.split_off(pages.len() / 2);
+                self.send(proc, conn, Item::EpochPages(pages));
+                self.send(proc, conn, Item::EpochPages(rest));
+                self.send(proc, conn, Item::EpochEnd { id, completes, counter, life });
+            }
+            Job::Push(pages) => {
+                let read = pages.iter().map(|page| (*page, self.read_page(proc, *page))).collect();
+                self.send(proc, conn, Item::Background(read));
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Reads a page while the guest runs: it may write the page that very moment.
+    fn read_page(&mut self, proc: ProcId, page: u64) -> u64 {
+        let torn = self.rng.chance(200) && self.guest_runs(proc);
+        let Some(guest) = &mut self.procs[proc].guest else { return HOLE };
+        if torn && guest.tracking {
+            self.versions += 1;
+            guest.write(page, self.versions);
+            return self.versions | TORN;
+        }
+        guest.pages[page as usize]
+    }
+
+    /// The sender thread ends: what was handed over leaves, then the connection closes.
+    pub fn drop_sender(&mut self, proc: ProcId) {
+        let Some(sender) = self.procs[proc].sender.take() else { return };
+        for job in sender.jobs {
+            self.perform(proc, sender.conn, job);
+        }
+        self.close(proc, sender.conn);
+    }
+
+    // ---- the guest ----
+
+    pub fn guest_runs(&self, proc: ProcId) -> bool {
+        let node = &self.procs[proc];
+        node.alive
+            && self.now >= node.paused_until
+            && node.guest.as_ref().is_some_and(|guest| guest.runs && !guest.shut_down)
+    }
+
+    pub fn guest_step(&mut self, proc: ProcId) {
+        if !self.procs[proc].alive || self.procs[proc].guest.is_none() {
+            return;
+        }
+        if self.guest_runs(proc) {
+            let writes = self.rng.range(1, self.plan.writes_max);
+            let packets = if self.rng.chance(self.plan.emit_per_mille) { self.rng.range(1, 3) } else { 0 };
+            for _ in 0..writes {
+                // Some pages are hot.
+                let pages = if self.rng.chance(500) { self.plan.pages.min(4) } else { self.plan.pages };
+                let page = self.rng.below(pages);
+                self.versions += 1;
+                let version = self.versions;
+                if let Some(guest) = &mut self.procs[proc].guest {
+                    guest.write(page, version);
+                }
+            }
+            for _ in 0..packets {
+                self.emit(proc);
+            }
+            self.drive(proc);
+        }
+        let us = self.rng.range(self.plan.guest_step_us / 4, self.plan.guest_step_us * 2);
+        self.after(us, Event::GuestStep(proc));
+    }
+
+    /// The guest sends its next packet, or keeps it while the gate has no room.
+    fn emit(&mut self, proc: ProcId) {
+        let node = &mut self.procs[proc];
+        if let (Some(guest), Some(output)) = (&mut node.guest, &node.output)
+            && output.transmit(guest.counter)
+        {
+            guest.counter += 1;
+        }
+        self.look_at_output(proc);
+    }
+}

@@ -1,0 +1,76 @@
+//! Deliberate bugs. Each must be found; a simulator that cannot fail proves nothing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mcd::protocol::mutant;
+
+use crate::{number, run};
+
+/// Seeds after which a bug counts as not found.
+const SEEDS_MAX: u64 = 20_000;
+
+/// Every bug: its name in the code, and what is wrong with it.
+const MUTANTS: [(&str, &str); 28] = [
+    ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
+    ("one-epoch-too-many", "an ack releases the epoch after it too"),
+    ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
+    ("ack-without-commit", "every other epoch is acknowledged and thrown away"),
+    ("hold-one-epoch-late", "holding begins one epoch after the one that completes the image"),
+    ("pair-without-the-arbiter", "a pair is formed without asking"),
+    ("pairing-given-up", "a primary whose newcomer is lost while the arbiter thinks goes on alone without the answer"),
+    ("alone-without-the-arbiter", "a primary whose secondary is lost goes on alone without asking"),
+    ("lost-swap-ignored", "a primary that lost the swap goes on"),
+    ("secondary-ignores-a-lost-swap", "a secondary that lost the swap takes over"),
+    ("takes-over-a-solo-guest", "a secondary takes over a guest whose pair is not on record (a stale generation)"),
+    ("standby-gives-up", "a secondary that did not hear of its pair does not take over"),
+    ("own-win-not-recognised", "a swap that was won, but whose answer was lost, counts as lost"),
+    ("no-check-after-a-stall", "a primary that stood still releases without asking again"),
+    ("release-without-deadline", "a release in hand goes on however long it takes"),
+    ("fence-releases-first", "a fenced primary lets its held output go"),
+    ("lost-newcomer-keeps-holding", "output stays held when the newcomer is lost"),
+    ("older-epoch-activated", "a takeover goes back to the epoch before the newest"),
+    ("output-again-after-takeover", "the new primary sends a packet that its state says was sent"),
+    ("old-id-kept", "a restarted node keeps its instance id"),
+    ("done-while-pushing", "the image counts as whole while the last push is being read"),
+    ("push-skips-a-page", "one page after each push is neither pushed nor dirty"),
+    ("dirt-forgotten", "a dirty page does not travel and is not dirty again"),
+    ("resync-before-the-first-heartbeat", "epochs may overtake the welcome"),
+    ("silence-never-suspected", "a secondary waits for ever for a silent primary"),
+    ("quit-at-once", "an operator's quit ends a node that alone has the guest"),
+    ("shutdown-not-told", "the secondary hears of a shutdown before the arbiter does"),
+    ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
+];
+
+/// The first seed that finds the bug, and what it found.
+fn hunt(name: &'static str, seeds: u64) -> Option<(u64, String)> {
+    mutant::choose(name);
+    let found = (0..seeds).find_map(|seed| run(seed, false).1.map(|why| (seed, why)));
+    mutant::choose("");
+    found
+}
+
+#[test]
+fn every_mutant_is_caught() {
+    let seeds = number("SIM_SEEDS").unwrap_or(SEEDS_MAX);
+    let next = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let caught = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((name, what)) = MUTANTS.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                    match hunt(name, seeds) {
+                        Some((seed, why)) => {
+                            caught.fetch_add(1, Ordering::Relaxed);
+                            println!("caught after {:>5} seeds  {name}: {what}\n                     {why}", seed + 1);
+                        }
+                        None => println!("NOT CAUGHT in {seeds} seeds  {name}: {what}"),
+                    }
+                }
+            });
+        }
+    });
+    let caught = caught.into_inner();
+    println!("{caught} of {} mutants caught", MUTANTS.len());
+    assert_eq!(caught, MUTANTS.len() as u64);
+}

@@ -1,0 +1,138 @@
+//! Whoever looks after the world: starts what is down, says when a run is over, and asks the question of I6: who has the guest?
+
+use mcd::protocol::primary::{self, Command};
+use mcd::protocol::record::{Record, RecordState};
+use mcd::protocol::secondary;
+
+use crate::net::ProcId;
+use crate::node::{AnyPhase, In, Proc, Role};
+use crate::world::{Event, World};
+
+impl World {
+    /// Looks after the world every few milliseconds; true when the run is over.
+    pub fn operator(&mut self) -> bool {
+        self.after(10_000, Event::Operator);
+        let stopped = self.arbiter.record.is_some_and(|record| record.state == RecordState::Stopped);
+        let owner = self.arbiter.record.map(|record| record.owner);
+        let owner_lives = self.procs.iter().any(|proc| proc.alive && Some(proc.me) == owner);
+        if (self.lost || (stopped && !owner_lives)) && (self.calm_since.is_some() || self.rng.chance(100)) {
+            let slot = self.rng.below(self.slots.len() as u64) as usize;
+            self.boot(slot, self.lost);
+        }
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].is_none() {
+                let us = self.rng.range(1_000, 30_000);
+                self.start_later(slot, us);
+            }
+        }
+        self.calm_since.is_some_and(|since| self.is_well(since))
+    }
+
+    /// With all faults over: is the guest running and protected again, and does its output leave?
+    fn is_well(&mut self, since: u64) -> bool {
+        let well = self.is_protected();
+        match (well, self.protected_since) {
+            (false, _) => self.protected_since = None,
+            (true, None) => self.protected_since = Some((self.now, self.model.packets)),
+            (true, Some((at, packets))) => {
+                if self.now >= at + 30_000 && self.model.packets > packets + 1 {
+                    return true;
+                }
+            }
+        }
+        if self.now > since + self.plan.calm_us_max {
+            let phases: Vec<_> =
+                self.procs.iter().filter(|proc| proc.alive).map(|proc| (proc.slot, proc.phase_now())).collect();
+            let record = self.arbiter.record;
+            self.violate(format!("liveness: faults are over, but the guest is not protected: {phases:?}, {record:?}"));
+        }
+        false
+    }
+
+    fn is_protected(&self) -> bool {
+        let Some(Record { state: RecordState::Paired, owner, peer: Some(peer), .. }) = self.arbiter.record else {
+            return false;
+        };
+        let phase_of = |me| self.procs.iter().find(|proc| proc.alive && proc.me == me).map(Proc::phase_now);
+        let runs = self.procs.iter().any(|proc| {
+            proc.alive && proc.me == owner && matches!(&proc.role, Role::Primary(machine) if machine.guest_runs())
+        });
+        runs && phase_of(owner) == Some(AnyPhase::Primary(primary::Phase::Protected))
+            && phase_of(peer) == Some(AnyPhase::Secondary(secondary::Phase::Paired))
+    }
+
+    pub fn calm(&mut self) {
+        self.trace.across(self.now, "faults are over");
+        self.calm_since = Some(self.now);
+        self.weather.clear();
+        self.plan.triggers.clear();
+        self.plan.tail_per_mille = 0;
+        for proc in 0..self.procs.len() {
+            let node = &mut self.procs[proc];
+            node.crash_in = None;
+            node.stall_in = None;
+            node.capture_fails = false;
+            if node.alive && node.is_primary() {
+                self.command(proc, Command::Cont);
+            }
+        }
+    }
+
+    pub fn command(&mut self, proc: ProcId, command: Command) {
+        let node = &mut self.procs[proc];
+        if !node.alive {
+            return;
+        }
+        node.quits += u32::from(command == Command::Quit);
+        match node.role {
+            Role::Primary(_) => node.inbox.push_back(In::Primary(primary::Input::Command(command))),
+            Role::Secondary(_) if command == Command::Quit => {
+                node.inbox.push_back(In::Secondary(secondary::Input::Quit));
+            }
+            _ => return,
+        }
+        self.note(proc, || format!("operator: {command:?}"));
+        self.drive(proc);
+    }
+
+    /// I6: somebody has the guest, or it was lost in a way that nobody could have helped.
+    pub fn check_holders(&mut self) {
+        let excused = std::mem::take(&mut self.excused);
+        let Some(record) = self.arbiter.record else { return };
+        if record.state == RecordState::Stopped || self.violation.is_some() {
+            return;
+        }
+        if self.procs.iter().any(|proc| self.has_guest(proc, record)) {
+            // A dead node's last question to the arbiter may have put a pair on record. Its peer may have read the record before that
+            // and be about to join anew: it had no right to the guest when its primary died.
+            self.by_luck = self.lost || (self.by_luck && record.state == RecordState::Paired);
+            self.lost = false;
+        } else if self.lost {
+            // Until somebody starts it anew.
+        } else if excused || self.by_luck {
+            self.lost = true;
+            self.stats.lost_guests += 1;
+            self.trace.across(self.now, "the guest is lost: nobody else had it");
+        } else {
+            self.violate(format!("I6: nobody has the guest any more, and no crash did it; {record:?}"));
+        }
+    }
+
+    fn has_guest(&self, proc: &Proc, record: Record) -> bool {
+        let named = record.owner == proc.me || (record.state == RecordState::Paired && record.peer == Some(proc.me));
+        proc.alive
+            && named
+            && match &proc.role {
+                Role::Primary(machine) => machine.phase() != primary::Phase::Fenced && record.owner == proc.me,
+                Role::Restoring(_) => true,
+                Role::Waiting => false,
+                Role::Secondary(machine) => {
+                    // One that asked just before the pair was on record is about to give up.
+                    let stale = proc.read_served.is_some_and(|read| read < record.generation);
+                    !matches!(machine.phase(), secondary::Phase::Done)
+                        && !stale
+                        && self.model.holdings.get(&proc.me).is_some_and(|holding| holding.whole)
+                }
+            }
+    }
+}
