@@ -79,8 +79,11 @@ impl Judge {
 
     /// When the peer becomes suspect if nothing more is heard.
     pub fn deadline(&self) -> Instant {
-        let excused = self.moved.min(self.heard + self.timeout * (EXCUSED - 1));
-        self.heard.max(excused) + self.timeout
+        self.heard.max(self.moved.min(self.excused_until())) + self.timeout
+    }
+
+    fn excused_until(&self) -> Instant {
+        self.heard + self.timeout * (EXCUSED - 1)
     }
 
     /// The silence so far, if it is longer than allowed.
