@@ -2,21 +2,12 @@
 
 CARGO  ?= cargo
 ROUNDS ?= 3
-<<<<<<< HEAD
 SEEDS  ?= 100000
 SEED   ?=
 MCD    := target/release/mcd
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test lint bench soak sim sim-mutants
-=======
-SEED   ?=
-SEEDS  ?= 100000
-MCD    := target/release/mcd
-
-.DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench sim sim-mutants soak
->>>>>>> harness
 
 help: ## say what there is
 	@echo 'usage: make <door>'
