@@ -152,10 +152,15 @@ fn one_that_cannot_be_run_is_out_of_reach_before_it_is_needed() {
     // Nor does a pair form that could not be parted again: that is what the primary reads for.
     let mut arbiter = arbiter(&missing, LONG).with_dead_peer();
     assert_eq!(arbiter.swap(None, &Record::first(P)).unwrap(), Swap::Won);
+    let solo = Record::first(P);
     unreachable(arbiter.read());
+    unreachable(arbiter.swap(Some(&solo), &solo));
+    unreachable(arbiter.swap(Some(&solo), &pair()));
     place.script("exit 0");
     fs::rename(place.path("fence"), &missing).unwrap();
-    assert_eq!(arbiter.read().unwrap(), Some(Record::first(P)));
+    assert_eq!(arbiter.read().unwrap(), Some(solo));
+    assert_eq!(arbiter.swap(Some(&solo), &solo).unwrap(), Swap::Won);
+    assert_eq!(arbiter.swap(Some(&solo), &pair()).unwrap(), Swap::Won);
 }
 
 /// True once there is no such process.

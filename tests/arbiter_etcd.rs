@@ -68,6 +68,10 @@ fn a_guests_life_is_a_chain_of_swaps() {
     assert_eq!(other.swap(Some(&paired), &solo).unwrap(), Swap::Won);
     assert_eq!(one.swap(Some(&paired), &paired.next_solo(P)).unwrap(), Swap::Lost(Some(solo)));
     assert_eq!(one.swap(Some(&solo), &solo.next_stopped()).unwrap(), Swap::Won);
+    // A record in its own place: so a primary finds out whether its arbiter can write.
+    let stopped = solo.next_stopped();
+    assert_eq!(one.swap(Some(&stopped), &stopped).unwrap(), Swap::Won);
+    assert_eq!(one.swap(Some(&solo), &solo).unwrap(), Swap::Lost(Some(stopped)));
     // Another guest is another record, and so is another prefix.
     let mut neighbour = EtcdArbiter::new(config(&[&etcd.url], LONG_MS), &GuestName::new("web-2").unwrap()).unwrap();
     assert_eq!(neighbour.read().unwrap(), None);

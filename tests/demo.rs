@@ -51,16 +51,19 @@ fn start_and_wait_for(dir: &Path, flags: &[&str], part: &str) -> Child {
 }
 
 /// Processes, other than zombies, with `dir` in their command line: the nodes are told their files' names.
-fn processes_of(dir: &Path) -> Vec<String> {
+fn processes_of(dir: &Path) -> Vec<(Pid, String)> {
     let dir = dir.to_str().unwrap();
-    let entries = fs::read_dir("/proc").unwrap().filter_map(|entry| fs::read(entry.ok()?.path().join("cmdline")).ok());
-    let lines = entries.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
-    lines.filter(|line| line.contains(dir)).collect()
+    let entries = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let line = String::from_utf8_lossy(&fs::read(path.join("cmdline")).ok()?).replace('\0', " ");
+        Some((Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?), line))
+    });
+    entries.filter(|(_, line)| line.contains(dir)).collect()
 }
 
 fn until_gone(dir: &Path) {
     let deadline = Instant::now() + PATIENCE;
-    while let Some(process) = processes_of(dir).first() {
+    while let Some((_, process)) = processes_of(dir).first() {
         assert!(Instant::now() < deadline, "left behind: {process}");
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -122,5 +125,31 @@ fn its_own_sudden_death_takes_the_nodes_along() {
     let child = start_and_wait_for(dir.path(), &["--rounds=100"], "protected:");
     assert!(processes_of(dir.path()).len() >= 2);
     end(child, Signal::SIGKILL);
+    until_gone(dir.path());
+}
+
+#[test]
+fn a_takeover_nobody_ordered_is_survived_too() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("report.json");
+    let flags = ["--rounds=1", "--connections=4", "--json", json.to_str().unwrap()];
+    let mut child = start_and_wait_for(dir.path(), &flags, "every reply is checked");
+    // The first primary, and its keeper, which has the same command line.
+    let of_primary = |(_, line): &(Pid, String)| line.contains("mcd primary ");
+    let primary: Vec<Pid> = processes_of(dir.path()).into_iter().filter(of_primary).map(|(pid, _)| pid).collect();
+    assert!(!primary.is_empty());
+    let tell = |signal| primary.iter().for_each(|pid| kill(*pid, signal).unwrap());
+    tell(Signal::SIGSTOP);
+    // Far longer than a secondary waits for a heartbeat. When it goes on it must find out that it is no longer the one.
+    std::thread::sleep(Duration::from_secs(1));
+    tell(Signal::SIGCONT);
+    assert!(child.wait().unwrap().success());
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    assert_eq!(report["ok"], true, "{report:#}");
+    assert_eq!(report["rounds"].as_array().unwrap().len(), 1);
+    assert!(report["unplanned_takeovers"].as_u64().unwrap() >= 1, "{report:#}");
     until_gone(dir.path());
 }

@@ -47,7 +47,9 @@ pub enum DemoError {
         logs: String,
     },
     /// The primary was fenced: the other node has the guest.
-    #[error("the primary stood still, was given up by the secondary and has ended; and so did its heir")]
+    #[error(
+        "the primary stood still, was given up by its secondary and is fenced, and nothing could be done about it here"
+    )]
     Fenced,
     /// The guest died with its host.
     #[error(

@@ -104,17 +104,20 @@ impl<'a> Demo<'a> {
         }
     }
 
-    /// The primary has ended by itself: its heir is the primary now, and needs a secondary.
+    /// The primary is fenced, or has ended by itself: its heir is the primary now, and needs a secondary.
     pub(super) fn recover(&mut self) -> Result<(), DemoError> {
         let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         let dead = std::mem::replace(&mut self.primary, heir);
         self.bury_primary();
+        // The first packet may take its time where no client asks.
         let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
             demo.status = demo.primary.status();
-            Ok(demo.status.as_ref().and_then(taken_over))
+            Ok(demo.status.as_ref().filter(|status| status.role == Role::Primary).and_then(|s| s.takeover.clone()))
         })?;
-        let (dead, heir) = (dead.host(), self.primary.host());
-        self.screen.say(format_args!("host {heir} took over from host {dead}: {takeover}"));
+        let (dead_host, heir) = (dead.host(), self.primary.host());
+        // A fenced node stays, silent, until it is told to go.
+        drop(dead);
+        self.screen.say(format_args!("host {heir} took over from host {dead_host}: {takeover}"));
         self.protect()?;
         Ok(())
     }

@@ -22,7 +22,7 @@ use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochSamples, EpochShape, EpochsReport, LatencyReport, Pair, Report, Round};
 use super::rng::Rng;
 use super::screen::{Moment, Screen};
-use crate::control::status::{EpochCounts, NodeStatus};
+use crate::control::status::{EpochCounts, NodeStatus, Role};
 
 /// The built-in guest's port.
 const GUEST_PORT: u16 = 6379;
@@ -45,9 +45,6 @@ pub(super) const RESYNC_LIMIT: Duration = Duration::from_secs(60);
 const RESYNC_LIMIT_PER_GIB: Duration = Duration::from_secs(30);
 /// Longest wait for a connection to be answered again.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(90);
-
-/// How a node that lost the guest to the other one exits.
-const FENCED: i32 = 5;
 
 /// What the demo is asked to do.
 #[derive(Clone, Debug)]
@@ -279,21 +276,28 @@ impl<'a> Demo<'a> {
             return Err(DemoError::Interrupted);
         }
         if let Some(status) = self.primary.ended() {
-            let fenced = status.code() == Some(FENCED);
-            return Err(if fenced { DemoError::Fenced } else { DemoError::died(&self.primary, status) });
+            return Err(DemoError::died(&self.primary, status));
         }
         if let Some(node) = &mut self.secondary
             && let Some(status) = node.ended()
         {
             return Err(DemoError::died(node, status));
         }
-        if self.sampled.elapsed() >= SAMPLE_INTERVAL {
-            self.sample();
+        if self.primary_is_fenced() {
+            return Err(DemoError::Fenced);
         }
         if self.screen.is_due() {
             self.line();
         }
         Ok(())
+    }
+
+    /// Takes samples when they are due, and sees whether the other node has been given the guest.
+    pub(super) fn primary_is_fenced(&mut self) -> bool {
+        if self.sampled.elapsed() >= SAMPLE_INTERVAL {
+            self.sample();
+        }
+        self.status.as_ref().is_some_and(|status| status.role == Role::Fenced)
     }
 
     /// Takes the primary's newest epochs.

@@ -55,9 +55,9 @@ impl Demo<'_> {
         if self.secondary.as_mut().is_some_and(|node| node.ended().is_some()) {
             self.secondary = None;
             self.screen.say("the secondary is gone; another one starts");
-            self.protect()?;
+            self.steadily(Demo::protect)?;
             self.show_nodes();
-        } else if self.primary.ended().is_some() {
+        } else if self.primary.ended().is_some() || self.primary_is_fenced() {
             self.recover()?;
             self.show_nodes();
         }

@@ -1,10 +1,16 @@
 //! The connections of a node, by number.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use crate::protocol::messages::Message;
 use crate::protocol::primary::ConnId;
-use crate::wire::{LinkCloser, LinkWriter};
+use crate::wire::{LinkCloser, LinkNews, LinkWatch, LinkWriter};
+
+/// Why a connection is given up that its watch found stuck.
+pub fn stuck(silence_us: u64) -> String {
+    format!("nothing came back from it for {} ms", silence_us / 1000)
+}
 
 /// The writing ends a driver holds. A connection's reading end belongs to its own thread.
 #[derive(Default)]
@@ -16,18 +22,32 @@ struct Conn {
     /// Absent once a sender thread has it.
     writer: Option<LinkWriter>,
     closer: LinkCloser,
+    /// Only data connections have one: heartbeats are judged by the protocol.
+    watch: Option<LinkWatch>,
 }
 
 impl Conns {
     /// A connection stands.
     pub fn insert(&mut self, conn: ConnId, writer: LinkWriter, closer: LinkCloser) {
-        self.open.insert(conn, Conn { writer: Some(writer), closer });
+        self.open.insert(conn, Conn { writer: Some(writer), closer, watch: None });
     }
 
     /// Hands the writing end to someone else.
     pub fn take(&mut self, conn: ConnId) -> Option<(LinkWriter, LinkCloser)> {
         let conn = self.open.get_mut(&conn)?;
         Some((conn.writer.take()?, conn.closer.clone()))
+    }
+
+    /// Watches a connection from now on: sent bytes may be without an echo for so long.
+    pub fn watch(&mut self, conn: ConnId, silence_max: Duration) {
+        if let Some(conn) = self.open.get_mut(&conn) {
+            conn.watch = Some(LinkWatch::new(conn.closer.clone(), silence_max));
+        }
+    }
+
+    /// What the watches see. To be called often: they look only when it is time.
+    pub fn news(&mut self, now_us: u64) -> Option<(ConnId, LinkNews)> {
+        self.open.iter_mut().find_map(|(id, conn)| Some((*id, conn.watch.as_mut()?.look(now_us)?)))
     }
 
     /// Sends a message; the reason if it could not be.

@@ -6,7 +6,7 @@ use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
 
 use super::config::Compress;
-use super::conns::Conns;
+use super::conns::{Conns, stuck};
 use super::context::Context;
 use super::error::NodeError;
 use super::events::NodeEvent;
@@ -19,9 +19,10 @@ use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
-use crate::protocol::messages::{Message, features};
+use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
+use crate::wire::LinkNews;
 
 /// How a primary's life ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,9 +86,11 @@ impl PrimaryNode {
         let resuming_us = clock::monotonic_us();
         self.gate.pass();
         self.machine.resume()?;
+        let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
+        // Not only after a takeover: a guest that is started anew on another host is where the switches do not look for it.
+        self.announce();
         if let Some(mut report) = takeover {
-            report.resume_ms = clock::monotonic_us().saturating_sub(resuming_us) as f64 / 1000.0;
-            self.announce();
+            report.resume_ms = resume_us as f64 / 1000.0;
             self.context.board.takeover(report);
         }
         loop {
@@ -114,6 +117,10 @@ impl PrimaryNode {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+        if let Some((conn, LinkNews::Stuck(silence_us))) = self.conns.news(clock::monotonic_us()) {
+            self.conns.close(conn);
+            return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
+        }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
             Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
@@ -129,6 +136,9 @@ impl PrimaryNode {
         Ok(match event {
             NodeEvent::Accepted { conn, hello, writer, closer } => {
                 self.conns.insert(conn, writer, closer);
+                if hello.channel == Channel::Data {
+                    self.conns.watch(conn, self.context.config.heartbeat.timeout);
+                }
                 Some(Input::Hello { conn, hello })
             }
             NodeEvent::Message { conn, message } => Some(Input::Message { conn, message }),

@@ -1,11 +1,12 @@
 //! The driver of the node that holds the guest's image. It holds no rule.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::channel::RecvTimeoutError;
 
 use super::config::SecondaryStart;
-use super::conns::Conns;
+use super::conns::{Conns, stuck};
 use super::context::{Context, new_machine, open_gate};
 use super::error::NodeError;
 use super::events::NodeEvent;
@@ -21,13 +22,14 @@ use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::EpochId;
+use crate::wire::LinkNews;
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
     /// It runs the guest now: restored, still paused.
     Promoted(Box<Promoted>),
     /// It has to begin anew, as a newcomer, after this long.
-    Rejoin(std::time::Duration),
+    Rejoin(Duration),
     /// The process ends.
     Over(Ending),
 }
@@ -118,6 +120,16 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+        match self.conns.news(clock::monotonic_us()) {
+            Some((conn, LinkNews::Stuck(silence_us))) => {
+                self.conns.close(conn);
+                return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
+            }
+            Some((conn, LinkNews::Received(ago_us))) => {
+                return Ok(Some(Input::Moved { conn, ago: Duration::from_micros(ago_us) }));
+            }
+            None => {}
+        }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
             Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
@@ -137,6 +149,9 @@ impl<'a> SecondaryNode<'a> {
             }
             NodeEvent::Message { conn, message } => {
                 self.stages.heard_us = clock::monotonic_us();
+                if let Message::Welcome(welcome) = &message {
+                    self.conns.watch(conn, Duration::from_micros(welcome.heartbeat_timeout_us));
+                }
                 Some(Input::Message { conn, message })
             }
             NodeEvent::Closed { conn, why } => {

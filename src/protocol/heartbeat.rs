@@ -55,12 +55,16 @@ impl Pulse {
 pub struct Judge {
     timeout: Duration,
     heard: Instant,
+    moved: Instant,
 }
+
+/// So many time-outs may pass without a heartbeat while the data connection moves.
+const EXCUSED: u32 = 10;
 
 impl Judge {
     /// A judge that counts silence from `now`.
     pub fn new(timeout: Duration, now: Instant) -> Judge {
-        Judge { timeout, heard: now }
+        Judge { timeout, heard: now, moved: now }
     }
 
     /// A heartbeat arrived.
@@ -68,9 +72,18 @@ impl Judge {
         self.heard = self.heard.max(now);
     }
 
+    /// Bulk arrived on the peer's other connection: it excuses a heartbeat that is late, though not for ever.
+    pub fn moved(&mut self, at: Instant) {
+        self.moved = self.moved.max(at);
+    }
+
     /// When the peer becomes suspect if nothing more is heard.
     pub fn deadline(&self) -> Instant {
-        self.heard + self.timeout
+        self.heard.max(self.moved.min(self.excused_until())) + self.timeout
+    }
+
+    fn excused_until(&self) -> Instant {
+        self.heard + self.timeout * (EXCUSED - 1)
     }
 
     /// The silence so far, if it is longer than allowed.
@@ -80,8 +93,9 @@ impl Judge {
 
     /// Tells a checker the state. How long ago the silence became too long changes nothing.
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Judge { timeout, heard: _ } = self;
-        (timeout, self.deadline().since(now)).hash(into);
+        let Judge { timeout, heard, moved: _ } = self;
+        let excusable = (*heard + *timeout * (EXCUSED - 1)).since(now);
+        (timeout, self.deadline().since(now), excusable).hash(into);
     }
 }
 
@@ -125,6 +139,19 @@ mod tests {
         judge.heard(Instant::from_us(5_000)); // an older look never shortens the silence allowed
         assert_eq!(judge.suspects(Instant::from_us(39_999)), None);
         assert_eq!(judge.suspects(Instant::from_us(40_000)), Some(30 * MS));
+    }
+
+    #[test]
+    fn a_link_that_moves_excuses_late_heartbeats_for_a_while() {
+        let at = |ms: u64| Instant::from_us(ms * 1000);
+        let mut judge = Judge::new(30 * MS, at(0));
+        judge.moved(at(20));
+        assert_eq!((judge.suspects(at(49)), judge.suspects(at(50))), (None, Some(50 * MS)));
+        judge.moved(at(10));
+        judge.moved(at(1000));
+        assert_eq!((judge.suspects(at(299)), judge.suspects(at(300))), (None, Some(300 * MS)));
+        judge.heard(at(301));
+        assert_eq!(judge.suspects(at(600)), None);
     }
 
     #[test]

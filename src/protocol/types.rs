@@ -19,6 +19,12 @@ impl Instant {
         Instant { us }
     }
 
+    /// The point `time` earlier, but not before the origin.
+    pub fn before(self, time: Duration) -> Instant {
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Instant { us: self.us.saturating_sub(us) }
+    }
+
     /// The time that passed since `earlier`; zero if `earlier` is later.
     pub fn since(self, earlier: Instant) -> Duration {
         Duration::from_micros(self.us.saturating_sub(earlier.us))

@@ -2,16 +2,18 @@
 //! ends both from anywhere.
 
 use super::frame::{FrameReader, FrameWriter};
+use super::watch::LinkVitals;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How long sent bytes may stay unacknowledged before the kernel gives the connection up. Heartbeats notice a silent peer much earlier;
-/// this frees what is left waiting.
+/// How long sent bytes may stay unacknowledged before the kernel gives the connection up. Heartbeats and a [`LinkWatch`](super::LinkWatch)
+/// notice a silent peer much earlier; this frees what is left waiting.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 
 /// Sockets get descriptor numbers from here up: above those of a machine and its vCPUs, below the usual limit of 1,024.
@@ -126,6 +128,28 @@ impl LinkCloser {
     pub fn shutdown(&self) {
         // The only failure is a socket that is not connected any more.
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// What the kernel knows of the connection; `None` if it does not tell.
+    pub(super) fn vitals(&self) -> Option<LinkVitals> {
+        let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+        let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+        let fd = self.stream.as_raw_fd();
+        // SAFETY: the kernel writes at most `length` bytes, the size of `info`; both outlive the call.
+        let result = unsafe {
+            libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut length)
+        };
+        if result != 0 {
+            return None;
+        }
+        // SAFETY: plain numbers, for which zeros (what the kernel did not write) and all else are valid.
+        let info = unsafe { info.assume_init() };
+        Some(LinkVitals {
+            on_their_way: info.tcpi_unacked > 0,
+            // Bytes are a word from the peer too, and the kernel does not count every one as an acknowledgement.
+            heard_ago_us: u64::from(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv)) * 1000,
+            received_ago_us: u64::from(info.tcpi_last_data_recv) * 1000,
+        })
     }
 }
 

@@ -14,8 +14,10 @@ pub mod error;
 pub mod frame;
 pub mod link;
 pub mod pages;
+pub mod watch;
 
 pub use error::{PageError, WireError};
 pub use frame::{Frame, FrameBatch, FrameKind, FrameReader, FrameWriter};
 pub use link::{Link, LinkCloser, LinkError, LinkReader, LinkWriter, Listener, ListenerCloser};
 pub use pages::{PageDecoder, PageEncoder, PageKind, PageRecord};
+pub use watch::{LinkNews, LinkWatch};

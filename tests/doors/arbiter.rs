@@ -113,6 +113,8 @@ fn a_fencing_script_decides() {
         primary.wait_line("the guest starts");
         let mut secondary = place.secondary(&[&who]);
         primary.wait_state(State::Protected);
+        // Nobody but the primary itself can tell the secondary that they are a pair.
+        secondary.wait_status("protected", |status| status.protected);
         // While nobody knows, nobody runs the guest; and what that means is on the screen.
         primary.kill();
         let waiting = secondary.wait_status("alarmed", |status| !status.alarms.is_empty());

@@ -250,7 +250,7 @@ impl Joined {
 
     /// Waits until the newcomer has closed both connections; it must not have acknowledged anything.
     #[track_caller]
-    pub fn expect_given_up(mut self) {
+    pub fn closes(mut self) {
         self.data.is_closed();
         loop {
             match self.heartbeat.read() {

@@ -2,8 +2,8 @@
 //! there ends in one clear line and the right exit code, or in nothing at all; never in a panic.
 
 mod arbiter;
+#[expect(dead_code, reason = "another test uses the rest")]
 #[path = "../etcd/mod.rs"]
-#[allow(dead_code)] // each test target uses a part of it
 mod etcd;
 mod fake;
 mod host;

@@ -12,9 +12,6 @@ use super::fake::{Epoch, FakePrimary, Joined, MEMORY_BYTES, bulk, epoch, frame, 
 use super::place::{PRIMARY, run};
 use super::process::Node;
 
-/// Makes a record wrong.
-type Spoil = fn(Record) -> Record;
-
 const PAGES: u64 = MEMORY_BYTES / 4096;
 
 /// Lets the node join, sends it a good epoch and then `bytes`, which it must not stand.
@@ -30,7 +27,7 @@ fn not_stood(fake: &FakePrimary, node: &mut Node, bytes: &[u8], part: &str) {
 fn given_up(mut joined: Joined, node: &mut Node, bytes: &[u8], part: &str) {
     let name = joined.newcomer;
     joined.data.send_bytes(bytes);
-    joined.expect_given_up();
+    joined.closes();
     node.wait_warning(part);
     node.wait_status("known by a new name", |status| status.instance != name.to_string());
 }
@@ -122,6 +119,7 @@ fn pairs_out_of_turn() {
             joined.acked(epoch(3));
             joined
         };
+        type Spoil = fn(Record) -> Record;
         let spoil: [(Spoil, &str); 4] = [
             (|good| Record { peer: Some(InstanceId(9)), ..good }, "a pair that is not this one"),
             (|good| Record { owner: InstanceId(9), ..good }, "a pair that is not this one"),

@@ -2,6 +2,7 @@
 
 use std::net::TcpStream;
 
+use crossbeam::channel::RecvTimeoutError;
 use mcd::control::status::State;
 use mcd::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason};
 use mcd::protocol::types::{GuestName, InstanceId};
@@ -61,8 +62,8 @@ fn those_who_say_half_a_word() {
             use std::io::Write;
             for byte in &words {
                 // The only clock of this test: a pace far below the limit.
-                if wait.recv_timeout(std::time::Duration::from_millis(300)).is_ok() || slow.write_all(&[*byte]).is_err()
-                {
+                let pace = wait.recv_timeout(std::time::Duration::from_millis(300));
+                if pace == Err(RecvTimeoutError::Disconnected) || slow.write_all(&[*byte]).is_err() {
                     return;
                 }
             }

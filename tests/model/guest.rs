@@ -33,7 +33,7 @@ impl Guest {
     pub fn step(&mut self) -> u8 {
         let number = self.counter;
         let page = usize::from(number) % PAGES;
-        self.pages[page] = u16::from(self.life) << 8 | u16::from(number) + 1;
+        self.pages[page] = (u16::from(self.life) << 8) | (u16::from(number) + 1);
         self.dirty[page] |= self.tracking;
         self.counter += 1;
         number

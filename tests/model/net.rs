@@ -80,6 +80,12 @@ impl Conn {
         }
     }
 
+    /// `end` is gone, and the other side will not hear of it.
+    pub fn fall_silent(&mut self, end: usize) {
+        self.ends[end].open = false;
+        self.ends[end].inbox.clear();
+    }
+
     pub fn is_over(&self) -> bool {
         self.ends.iter().all(|end| !end.open)
     }

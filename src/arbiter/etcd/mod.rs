@@ -2,8 +2,8 @@
 //!
 //! etcd's own JSON gateway is spoken (`POST /v3/kv/range`, `/v3/kv/txn`; etcd 3.4 and newer), so that a blocking HTTP client is enough. The
 //! key `PREFIX/GUEST` holds the same text as the file of the arbiter `file:`. A swap compares the whole value with the text of the expected
-//! record (or that the key does not exist); since every swap raises the generation, a text never comes back, and its value says as much as
-//! a revision would. Reads and transactions are linearizable: a member that has lost its cluster does not answer them.
+//! record (or that the key does not exist); since a swap raises the generation (or changes nothing), a text never comes back, and the value says as much as a
+//! revision would. Reads and transactions are linearizable: a member that has lost its cluster does not answer them.
 //!
 //! The endpoints are tried in turn, beginning with the one that answered last. All of a question together takes no longer than the
 //! arbiter's patience, of which each endpoint still to be tried gets its share: a member that hangs costs its share and no more.

@@ -12,10 +12,12 @@
 //!                     └──────────▶ Fenced ◀───────────┘
 //! ```
 
+mod commands;
 mod digest;
 mod epochs;
 mod peer;
 mod types;
+mod verdicts;
 
 use std::collections::VecDeque;
 
@@ -23,13 +25,13 @@ pub use types::{Action, Command, ConnId, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
-use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
+use super::arbitration::{ArbiterRequest, Arbitration};
 use super::event::Event;
 use super::heartbeat::StallGuard;
-use super::messages::{Channel, Message, RefuseReason};
+use super::messages::{Channel, Message};
 use super::mutant;
 use super::pages::PageSet;
-use super::record::{Record, RecordState};
+use super::record::Record;
 use super::resync::Ledger;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
@@ -344,145 +346,6 @@ impl Primary {
         self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
     }
 
-    // ---- the arbiter ----
-
-    fn ask(&mut self, request: ArbiterRequest) {
-        let call = self.arbitration.ask(request);
-        self.actions.push_back(Action::Ask(call));
-    }
-
-    fn notice_stall(&mut self, now: Instant) {
-        let Some(stall) = self.guard.look(now) else { return };
-        if let Some(peer) = &mut self.peer {
-            peer.forgive(now);
-        }
-        if matches!(self.phase, Phase::Pairing | Phase::Protected) {
-            self.tell(Event::Stalled { stall });
-            self.prove_again();
-        }
-    }
-
-    fn prove_again(&mut self) {
-        self.proven = false;
-        if self.phase == Phase::Protected {
-            self.ask(ArbiterRequest::Read);
-        }
-    }
-
-    fn verdict(&mut self, now: Instant, verdict: Verdict) {
-        if let Verdict::Unreachable(why) = verdict {
-            if self.arbiter_lost.is_none() {
-                self.tell(Event::ArbiterLost { why: why.clone() });
-            }
-            self.arbiter_lost = Some(why);
-            return;
-        }
-        if self.arbiter_lost.take().is_some() {
-            self.tell(Event::ArbiterBack);
-        }
-        match (self.phase, verdict) {
-            (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
-            (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
-            (Phase::Stopping, Verdict::Won(_)) => self.end(),
-            (_, Verdict::Won(record)) if record == self.record => self.confirmed(now),
-            (Phase::Stopping, Verdict::Stands(Some(record)))
-                if self.is_ours_since(&record) && !mutant::is("stop-only-from-the-old-record") =>
-            {
-                // A swap asked for before the shutdown was carried out after all: stop from there.
-                self.begin_generation(record);
-                self.ask_to_stop();
-            }
-            (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
-            (Phase::Deciding, Verdict::Stands(Some(_))) if mutant::is("lost-swap-ignored") => {
-                self.alone(self.record.next_solo(self.me));
-            }
-            (_, Verdict::Stands(record)) => self.fence(record),
-            (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
-        }
-    }
-
-    /// True for a record that followed ours and still says that this node runs the guest.
-    fn is_ours_since(&self, record: &Record) -> bool {
-        record.owner == self.me && record.state != RecordState::Stopped && record.generation > self.record.generation
-    }
-
-    fn confirmed(&mut self, now: Instant) {
-        match self.phase {
-            Phase::Resync => self.pairing_checked = true,
-            Phase::Protected => {
-                self.proven = true;
-                self.release(now);
-            }
-            _ => {}
-        }
-    }
-
-    fn paired(&mut self, record: Record) {
-        self.begin_generation(record);
-        self.ledger = None;
-        let Some(peer) = &self.peer else {
-            // It died while the arbiter thought: the pair is on record, so going on alone takes another swap.
-            self.phase = Phase::Deciding;
-            self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
-            return;
-        };
-        let (conn, instance) = (peer.data, peer.instance);
-        self.phase = Phase::Protected;
-        self.stopped_by_full_output = false;
-        self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
-        self.tell(Event::Protected { generation: record.generation, peer: instance });
-        if self.quitting {
-            self.actions.push_back(Action::Exit);
-        } else if !self.proven {
-            self.ask(ArbiterRequest::Read);
-        }
-    }
-
-    fn alone(&mut self, record: Record) {
-        self.begin_generation(record);
-        self.proven = true;
-        self.go_solo();
-        self.tell(Event::Unprotected { why: "the secondary is gone".into() });
-        if self.quitting {
-            self.shut_down();
-        }
-    }
-
-    fn begin_generation(&mut self, record: Record) {
-        self.record = record;
-        self.epochs.begin_generation(record.generation);
-    }
-
-    fn fence(&mut self, record: Option<Record>) {
-        let why = match record {
-            Some(record) => format!("the arbiter's record is {} owned by {:?}", record.generation, record.owner),
-            None => "the arbiter has no record of this guest".into(),
-        };
-        self.drop_connections();
-        self.arbitration.forget();
-        if mutant::is("fence-releases-first") {
-            self.actions.push_back(Action::ReleaseAll);
-        }
-        self.phase = Phase::Fenced;
-        self.guest_runs = false;
-        self.actions.push_back(Action::Fence);
-        self.tell(Event::Fenced { why });
-        if self.quitting {
-            self.actions.push_back(Action::Exit);
-        }
-    }
-
-    fn handle_fenced(&mut self, input: Input) {
-        match input {
-            Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
-            Input::Hello { conn, .. } => {
-                let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();
-                self.refuse(conn, RefuseReason::NotPrimary, detail);
-            }
-            _ => {}
-        }
-    }
-
     // ---- the peer ----
 
     fn drop_connections(&mut self) {
@@ -555,68 +418,6 @@ impl Primary {
         if self.peer.as_ref().is_some_and(|peer| peer.channel_of(conn).is_some()) {
             self.lose_peer(why);
         }
-    }
-
-    // ---- commands ----
-
-    fn command(&mut self, command: Command) {
-        match command {
-            Command::Stop => self.stopped_by_operator = true,
-            Command::Cont => self.stopped_by_operator = false,
-            Command::Checkpoint => self.epochs.press(),
-            Command::Quit => self.quit(),
-        }
-    }
-
-    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
-    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
-    fn quit(&mut self) {
-        let twice = std::mem::replace(&mut self.quitting, true);
-        match self.phase {
-            _ if twice => self.actions.push_back(Action::Exit),
-            Phase::Protected => self.actions.push_back(Action::Exit),
-            _ if mutant::is("quit-at-once") => self.actions.push_back(Action::Exit),
-            Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
-            _ => self.shut_down(),
-        }
-    }
-
-    /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
-    fn shut_down(&mut self) {
-        if mutant::is("shutdown-not-told") {
-            return self.end();
-        }
-        if self.phase != Phase::Stopping {
-            self.phase = Phase::Stopping;
-            self.ask_to_stop();
-        }
-    }
-
-    fn ask_to_stop(&mut self) {
-        self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
-    }
-
-    fn end(&mut self) {
-        self.actions.push_back(Action::ReleaseAll);
-        if let Some(peer) = &self.peer {
-            let message = Message::Bye { reason: "the guest was shut down".into() };
-            self.actions.push_back(Action::Send { conn: peer.data, message });
-        }
-        self.drop_connections();
-        self.actions.push_back(Action::Exit);
-    }
-
-    fn sync_run(&mut self) {
-        let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
-        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output;
-        if wanted != self.guest_runs {
-            self.guest_runs = wanted;
-            self.actions.push_back(Action::Run(wanted));
-        }
-    }
-
-    fn tell(&mut self, event: Event) {
-        self.actions.push_back(Action::Tell(event));
     }
 
     /// The generation this node runs in.

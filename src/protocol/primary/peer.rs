@@ -80,7 +80,7 @@ impl Peer {
 
     /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Peer { instance, data, heartbeat, life, join_by, features } = self;
+        let Peer { instance, data, heartbeat, features, life, join_by } = self;
         (instance, data, heartbeat, features, life.is_some()).hash(into);
         match life {
             Some((pulse, judge)) => {

@@ -11,6 +11,7 @@
 //! ```
 
 mod digest;
+mod joining;
 mod types;
 
 use std::collections::VecDeque;
@@ -20,7 +21,7 @@ pub use types::{Action, Ending, Input, SecondaryConfig};
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
 use super::heartbeat::{Judge, Pulse, StallGuard};
-use super::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use super::messages::{Heartbeat, Message, Welcome};
 use super::mutant;
 use super::primary::ConnId;
 use super::record::{Record, RecordState};
@@ -156,6 +157,7 @@ impl Secondary {
             Input::Tick => {}
             Input::Connected { conn } => self.connected(now, conn),
             Input::Message { conn, message } => self.message(now, conn, message),
+            Input::Moved { conn, ago } => self.moved(now, conn, ago),
             Input::Closed { conn, why } => self.closed(now, conn, &why),
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
             Input::MachineReady => self.open_heartbeat(now),
@@ -221,160 +223,6 @@ impl Secondary {
         }
     }
 
-    // ---- joining ----
-
-    fn new_conn(&mut self) -> ConnId {
-        self.conns += 1;
-        self.conns
-    }
-
-    fn try_primary(&mut self) {
-        let conn = self.new_conn();
-        self.phase = Phase::Connecting;
-        self.data = Some(conn);
-        self.step_at = None;
-        self.generation = Generation(0);
-        self.actions.push_back(Action::Connect { conn, channel: Channel::Data });
-        self.guard = None;
-    }
-
-    fn connected(&mut self, now: Instant, conn: ConnId) {
-        let channel = match (self.phase, conn) {
-            (Phase::Connecting, conn) if self.data == Some(conn) => Channel::Data,
-            (Phase::Joining, conn) if self.heartbeat == Some(conn) => Channel::Heartbeat,
-            _ => return self.actions.push_back(Action::Close { conn }),
-        };
-        if channel == Channel::Data {
-            self.phase = Phase::Greeting;
-        }
-        self.step_at = Some(now + self.config.answer_timeout);
-        let hello = Hello {
-            channel,
-            version: PROTOCOL_VERSION,
-            guest: self.config.guest.clone(),
-            instance: self.me,
-            features: self.config.features,
-            staging_bytes_max: self.config.staging_bytes_max,
-            cpu_digest: self.config.cpu_digest,
-        };
-        self.actions.push_back(Action::Send { conn, message: Message::Hello(hello) });
-    }
-
-    fn welcomed(&mut self, now: Instant, conn: ConnId, welcome: Welcome) {
-        self.step_at = None;
-        match self.phase {
-            Phase::Greeting if self.data == Some(conn) => {
-                if let Err((reason, detail)) = self.judge_welcome(&welcome) {
-                    return self.exit(Ending::Refused { reason, detail });
-                }
-                self.phase = Phase::Building;
-                self.generation = welcome.generation;
-                self.no_primary = None;
-                self.actions.push_back(Action::BuildMachine(welcome.clone()));
-                self.welcome = Some(welcome);
-            }
-            Phase::Joining if self.heartbeat == Some(conn) && self.welcome.as_ref() == Some(&welcome) => {
-                self.phase = Phase::Syncing;
-                let interval = std::time::Duration::from_micros(welcome.heartbeat_interval_us);
-                let timeout = std::time::Duration::from_micros(welcome.heartbeat_timeout_us);
-                self.life = Some((Pulse::new(interval, now), Judge::new(timeout, now)));
-                self.guard = Some(StallGuard::new(timeout, now));
-            }
-            _ => self.start_over(now, "the primary said welcome out of turn"),
-        }
-    }
-
-    /// A primary welcomes nobody whom it asks too much of; one that does so all the same is not believed, whatever it is.
-    fn judge_welcome(&self, welcome: &Welcome) -> Result<(), (RefuseReason, String)> {
-        let epoch_bytes_max = welcome.shape.epoch_bytes_max();
-        if epoch_bytes_max > self.config.staging_bytes_max {
-            let detail = format!(
-                "an epoch of its guest may hold {} MiB, and this node stages at most {} MiB; raise --staging-max",
-                epoch_bytes_max.div_ceil(1 << 20),
-                self.config.staging_bytes_max >> 20
-            );
-            return Err((RefuseReason::Staging, detail));
-        }
-        let Welcome { heartbeat_interval_us: interval_us, heartbeat_timeout_us: timeout_us, .. } = *welcome;
-        if interval_us == 0 || timeout_us / 2 < interval_us {
-            let detail = format!(
-                "it announced heartbeats every {interval_us} µs and a time-out of {timeout_us} µs, which no primary does; \
-                 check --peer"
-            );
-            return Err((RefuseReason::Malformed, detail));
-        }
-        Ok(())
-    }
-
-    fn open_heartbeat(&mut self, now: Instant) {
-        if self.phase != Phase::Building {
-            return;
-        }
-        let conn = self.new_conn();
-        self.phase = Phase::Joining;
-        self.heartbeat = Some(conn);
-        self.step_at = Some(now + self.config.answer_timeout);
-        self.actions.push_back(Action::Connect { conn, channel: Channel::Heartbeat });
-    }
-
-    fn refused(&mut self, now: Instant, reason: RefuseReason, detail: String) {
-        if matches!(reason, RefuseReason::Busy | RefuseReason::NotPrimary) {
-            self.start_over(now, &detail);
-        } else {
-            self.exit(Ending::Refused { reason, detail });
-        }
-    }
-
-    /// Back to the start. Before anything was built that costs only a while; afterwards this instance is over.
-    fn start_over(&mut self, now: Instant, why: &str) {
-        self.close_connections();
-        if matches!(self.phase, Phase::Connecting | Phase::Greeting) {
-            self.phase = Phase::Connecting;
-            self.step_at = Some(now + self.config.retry);
-            // Told once, not with every try.
-            if self.no_primary.as_deref() != Some(why) {
-                self.no_primary = Some(why.to_owned());
-                self.tell(Event::NoPrimary { why: why.to_owned() });
-            }
-        } else {
-            self.rejoin(why);
-        }
-    }
-
-    /// Ends this node. While it asks for the guest it may be the only one that has it, so the answer is waited for (and the guest run, if
-    /// that is the answer), unless the operator asks twice.
-    fn quit(&mut self) {
-        let twice = std::mem::replace(&mut self.quitting, true);
-        if twice || self.phase != Phase::Deciding {
-            self.exit(Ending::Quit);
-        }
-    }
-
-    fn rejoin(&mut self, why: &str) {
-        if self.quitting {
-            return self.exit(Ending::Quit);
-        }
-        self.close_connections();
-        self.phase = Phase::Done;
-        self.tell(Event::Rejoining { why: why.into() });
-        self.actions.push_back(Action::Rejoin { after: self.config.retry });
-    }
-
-    fn exit(&mut self, ending: Ending) {
-        self.close_connections();
-        self.phase = Phase::Done;
-        self.actions.push_back(Action::Exit(ending));
-    }
-
-    fn close_connections(&mut self) {
-        for conn in [self.data.take(), self.heartbeat.take()].into_iter().flatten() {
-            self.actions.push_back(Action::Close { conn });
-        }
-        self.life = None;
-        self.guard = None;
-        self.step_at = None;
-    }
-
     // ---- epochs ----
 
     fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
@@ -393,6 +241,13 @@ impl Secondary {
             Message::Paired { record } if on_data => self.paired(now, record),
             Message::Bye { reason } => self.exit(Ending::GuestEnded(reason)),
             other => self.lose_primary(now, &format!("it sent what does not belong here ({})", other.name())),
+        }
+    }
+
+    /// On a slow link heartbeats may be stuck behind an epoch: bytes of the epoch are a sign of life too.
+    fn moved(&mut self, now: Instant, conn: ConnId, ago: std::time::Duration) {
+        if let Some((_, judge)) = self.life.as_mut().filter(|_| self.data == Some(conn)) {
+            judge.moved(now.before(ago));
         }
     }
 

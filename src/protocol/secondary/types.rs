@@ -43,6 +43,13 @@ pub enum Input {
         /// The message.
         message: Message,
     },
+    /// Bytes of the primary arrived on a connection, the newest of them so long ago.
+    Moved {
+        /// The connection.
+        conn: ConnId,
+        /// How long ago.
+        ago: Duration,
+    },
     /// A connection could not be made, is gone, or carried what made no sense.
     Closed {
         /// The connection.

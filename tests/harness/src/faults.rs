@@ -83,6 +83,12 @@ impl World<'_> {
                 done.after = self.decision(generation)?;
             }
             Fault::FreezePrimary(ms) => self.frozen(old, ms, generation, &mut done)?,
+            Fault::FreezePrimaryEdge => {
+                let us = self.timeout_ms * (500 + self.rng.below(1000));
+                self.pause_process(old, Duration::from_micros(us))?;
+                self.pass(WATCH)?;
+                done.after = self.unchanged(generation)?;
+            }
             Fault::FreezeSecondary(ms) => self.frozen(old.other(), ms, generation, &mut done)?,
             Fault::Drop(ports, way) => {
                 let cut = self.cuts.drop_packets(&self.fabric, old, ports, way);
@@ -182,6 +188,13 @@ impl World<'_> {
     fn linger(&mut self) -> Result<(), HarnessError> {
         let time = Duration::from_millis(self.rng.below(300));
         self.pass(time)
+    }
+
+    /// Stops a process for a time that is exact, because nothing else is looked at meanwhile.
+    fn pause_process(&mut self, host: HostName, time: Duration) -> Result<(), HarnessError> {
+        self.freeze(host, true)?;
+        thread::sleep(time);
+        self.freeze(host, false)
     }
 
     fn frozen(&mut self, host: HostName, ms: u64, generation: u64, done: &mut Done) -> Result<(), HarnessError> {

@@ -23,7 +23,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use mcd::demo::fabric::{self, Fabric, HostName};
+use mcd::demo::fabric::{self, Fabric, FabricError, HostName};
 use mcd::demo::nodes::{NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use nix::mount::{MsFlags, mount};
@@ -127,6 +127,9 @@ fn run(args: &Args) -> Result<bool, HarnessError> {
     own_mounts().map_err(HarnessError::io("get mounts of its own"))?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     kvm.map_err(HarnessError::io("open /dev/kvm"))?;
+    for (tool, package) in [("iptables-restore", "iptables"), ("tc", "iproute2")] {
+        fabric::find_tool(tool).ok_or(FabricError::NoTool { tool, package })?;
+    }
     let seed = match args.seed {
         Some(seed) => seed,
         None => getrandom::u64().map_err(|e| HarnessError::io("get a random seed")(io::Error::other(e)))?,

@@ -100,7 +100,6 @@ fn address(bytes: &[u8], at: usize) -> Option<Ipv4Addr> {
 /// Builds frames for tests, the way they are on the wire.
 #[cfg(test)]
 pub mod build {
-    use super::*;
 
     /// A frame with a TCP segment from 10.77.0.2:6379 to 10.77.0.1:`port`, padded to Ethernet's least length.
     pub fn tcp(port: u16, sequence: u32, acknowledged: u32, flags: u8, payload: &[u8]) -> Vec<u8> {

@@ -11,6 +11,8 @@ pub enum Fault {
     KillSecondary,
     /// SIGSTOP to the primary, and SIGCONT after so many ms.
     FreezePrimary(u64),
+    /// SIGSTOP to the primary for about the heartbeat time-out: now a little less, now a little more.
+    FreezePrimaryEdge,
     /// SIGSTOP to the secondary, and SIGCONT after so many ms.
     FreezeSecondary(u64),
     /// Packets between the hosts are dropped in silence.
@@ -74,6 +76,8 @@ pub enum Runs {
     Secondary,
     /// One of the two, whichever asked the arbiter first.
     Either,
+    /// The primary, still protected; or the secondary took over.
+    PairOrSecondary,
     /// Nobody: both copies are gone, until an operator says `mcd cold-start`.
     Nobody,
 }
@@ -86,6 +90,7 @@ impl Runs {
             Runs::Primary => "the primary",
             Runs::Secondary => "the secondary",
             Runs::Either => "exactly one of them",
+            Runs::PairOrSecondary => "the primary, still protected, or the secondary",
             Runs::Nobody => "nobody, until `mcd cold-start`",
         }
     }
@@ -195,6 +200,15 @@ pub const ROWS: &[Row] = &[
         Runs::Pair,
         Silence::Ms(130),
     ),
+    row(
+        "freeze-primary-edge",
+        Fault::FreezePrimaryEdge,
+        "the primary stands still for half to one and a half heartbeat time-outs",
+        Runs::PairOrSecondary,
+        Silence::AfterTimeout(100),
+    )
+    .then("it was never gone; or the old primary is fenced and an operator starts it again as a secondary")
+    .weight(12),
     row(
         "freeze-primary-1s",
         Fault::FreezePrimary(1000),

@@ -1,0 +1,69 @@
+//! What operators and the guest itself ask of a primary: stop, go on, checkpoint, end.
+
+use super::{Action, Command, Phase, Primary};
+use crate::protocol::arbitration::ArbiterRequest;
+use crate::protocol::event::Event;
+use crate::protocol::messages::Message;
+use crate::protocol::mutant;
+
+impl Primary {
+    pub(super) fn command(&mut self, command: Command) {
+        match command {
+            Command::Stop => self.stopped_by_operator = true,
+            Command::Cont => self.stopped_by_operator = false,
+            Command::Checkpoint => self.epochs.press(),
+            Command::Quit => self.quit(),
+        }
+    }
+
+    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
+    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
+    pub(super) fn quit(&mut self) {
+        let twice = std::mem::replace(&mut self.quitting, true);
+        match self.phase {
+            _ if twice => self.actions.push_back(Action::Exit),
+            Phase::Protected => self.actions.push_back(Action::Exit),
+            _ if mutant::is("quit-at-once") => self.actions.push_back(Action::Exit),
+            Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
+            _ => self.shut_down(),
+        }
+    }
+
+    /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
+    pub(super) fn shut_down(&mut self) {
+        if mutant::is("shutdown-not-told") {
+            return self.end();
+        }
+        if self.phase != Phase::Stopping {
+            self.phase = Phase::Stopping;
+            self.ask_to_stop();
+        }
+    }
+
+    pub(super) fn ask_to_stop(&mut self) {
+        self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
+    }
+
+    pub(super) fn end(&mut self) {
+        self.actions.push_back(Action::ReleaseAll);
+        if let Some(peer) = &self.peer {
+            let message = Message::Bye { reason: "the guest was shut down".into() };
+            self.actions.push_back(Action::Send { conn: peer.data, message });
+        }
+        self.drop_connections();
+        self.actions.push_back(Action::Exit);
+    }
+
+    pub(super) fn sync_run(&mut self) {
+        let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
+        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output;
+        if wanted != self.guest_runs {
+            self.guest_runs = wanted;
+            self.actions.push_back(Action::Run(wanted));
+        }
+    }
+
+    pub(super) fn tell(&mut self, event: Event) {
+        self.actions.push_back(Action::Tell(event));
+    }
+}

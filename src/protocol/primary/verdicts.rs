@@ -1,0 +1,149 @@
+//! What a primary asks of the arbiter, and what follows from each answer.
+
+use super::{Action, Phase, Primary};
+use super::{Command, Input};
+use crate::protocol::arbitration::{ArbiterRequest, Verdict};
+use crate::protocol::event::Event;
+use crate::protocol::messages::{Message, RefuseReason};
+use crate::protocol::mutant;
+use crate::protocol::record::{Record, RecordState};
+use crate::protocol::types::Instant;
+
+impl Primary {
+    pub(super) fn ask(&mut self, request: ArbiterRequest) {
+        let call = self.arbitration.ask(request);
+        self.actions.push_back(Action::Ask(call));
+    }
+
+    pub(super) fn notice_stall(&mut self, now: Instant) {
+        let Some(stall) = self.guard.look(now) else { return };
+        if let Some(peer) = &mut self.peer {
+            peer.forgive(now);
+        }
+        if matches!(self.phase, Phase::Pairing | Phase::Protected) {
+            self.tell(Event::Stalled { stall });
+            self.prove_again();
+        }
+    }
+
+    pub(super) fn prove_again(&mut self) {
+        self.proven = false;
+        if self.phase == Phase::Protected {
+            self.ask(ArbiterRequest::Read);
+        }
+    }
+
+    pub(super) fn verdict(&mut self, now: Instant, verdict: Verdict) {
+        if let Verdict::Unreachable(why) = verdict {
+            if self.arbiter_lost.is_none() {
+                self.tell(Event::ArbiterLost { why: why.clone() });
+            }
+            self.arbiter_lost = Some(why);
+            return;
+        }
+        if self.arbiter_lost.take().is_some() {
+            self.tell(Event::ArbiterBack);
+        }
+        match (self.phase, verdict) {
+            (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
+            (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
+            (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (_, Verdict::Won(record)) if record == self.record => self.confirmed(now),
+            (Phase::Stopping, Verdict::Stands(Some(record)))
+                if self.is_ours_since(&record) && !mutant::is("stop-only-from-the-old-record") =>
+            {
+                // A swap asked for before the shutdown was carried out after all: stop from there.
+                self.begin_generation(record);
+                self.ask_to_stop();
+            }
+            (_, Verdict::Stands(Some(record))) if record == self.record => self.confirmed(now),
+            (Phase::Deciding, Verdict::Stands(Some(_))) if mutant::is("lost-swap-ignored") => {
+                self.alone(self.record.next_solo(self.me));
+            }
+            (_, Verdict::Stands(record)) => self.fence(record),
+            (_, Verdict::Won(_) | Verdict::Unreachable(_)) => {}
+        }
+    }
+
+    /// True for a record that followed ours and still says that this node runs the guest.
+    pub(super) fn is_ours_since(&self, record: &Record) -> bool {
+        record.owner == self.me && record.state != RecordState::Stopped && record.generation > self.record.generation
+    }
+
+    pub(super) fn confirmed(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Resync => self.pairing_checked = true,
+            Phase::Protected => {
+                self.proven = true;
+                self.release(now);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn paired(&mut self, record: Record) {
+        self.begin_generation(record);
+        self.ledger = None;
+        let Some(peer) = &self.peer else {
+            // It died while the arbiter thought: the pair is on record, so going on alone takes another swap.
+            self.phase = Phase::Deciding;
+            self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            return;
+        };
+        let (conn, instance) = (peer.data, peer.instance);
+        self.phase = Phase::Protected;
+        self.stopped_by_full_output = false;
+        self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
+        self.tell(Event::Protected { generation: record.generation, peer: instance });
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        } else if !self.proven {
+            self.ask(ArbiterRequest::Read);
+        }
+    }
+
+    pub(super) fn alone(&mut self, record: Record) {
+        self.begin_generation(record);
+        self.proven = true;
+        self.go_solo();
+        self.tell(Event::Unprotected { why: "the secondary is gone".into() });
+        if self.quitting {
+            self.shut_down();
+        }
+    }
+
+    pub(super) fn begin_generation(&mut self, record: Record) {
+        self.record = record;
+        self.epochs.begin_generation(record.generation);
+    }
+
+    pub(super) fn fence(&mut self, record: Option<Record>) {
+        let why = match record {
+            Some(record) => format!("the arbiter's record is {} owned by {:?}", record.generation, record.owner),
+            None => "the arbiter has no record of this guest".into(),
+        };
+        self.drop_connections();
+        self.arbitration.forget();
+        if mutant::is("fence-releases-first") {
+            self.actions.push_back(Action::ReleaseAll);
+        }
+        self.phase = Phase::Fenced;
+        self.guest_runs = false;
+        self.actions.push_back(Action::Fence);
+        self.tell(Event::Fenced { why });
+        if self.quitting {
+            self.actions.push_back(Action::Exit);
+        }
+    }
+
+    pub(super) fn handle_fenced(&mut self, input: Input) {
+        match input {
+            Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
+            Input::Hello { conn, .. } => {
+                let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();
+                self.refuse(conn, RefuseReason::NotPrimary, detail);
+            }
+            _ => {}
+        }
+    }
+}
