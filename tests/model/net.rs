@@ -64,7 +64,7 @@ impl Conn {
     /// Sends from `end` to the other one.
     pub fn send(&mut self, end: usize, mut item: Item) {
         if let Item::Message(Message::Heartbeat(beat)) = &mut item {
-            beat.sequence = 0;
+            *beat = beat.unnumbered();
         }
         if self.ends[end].open {
             self.ends[1 - end].take(item);
