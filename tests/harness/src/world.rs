@@ -210,7 +210,11 @@ impl<'a> World<'a> {
             *place = freeze;
         }
         let Some(node) = self.node(host) else { return Ok(()) };
-        node.signal(signal).map_err(HarnessError::io(format!("send {signal} to a node")))
+        match node.signal(signal) {
+            // A fencing script has ended it while it slept.
+            Err(error) if !freeze && error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(HarnessError::io(format!("send {signal} to a node"))),
+        }
     }
 
     /// Whether the node that runs the guest and the other one both call it protected; then its generation.
