@@ -268,7 +268,7 @@ impl Drop for Node {
 }
 
 /// Makes the kernel kill the child when the thread that starts it ends, by whatever cause.
-fn die_with_parent(command: &mut Command) {
+pub fn die_with_parent(command: &mut Command) {
     let parent = nix::unistd::getpid();
     // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
     unsafe {

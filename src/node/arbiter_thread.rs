@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::events::NodeEvent;
+use super::priority;
 use crate::arbiter::{Arbiter, Canceller, Swap};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 
@@ -47,9 +48,11 @@ impl ArbiterThread {
     ) -> std::io::Result<ArbiterThread> {
         let (calls, questions) = unbounded::<ArbiterCall>();
         let cancel = arbiter.canceller();
-        let thread = std::thread::Builder::new()
-            .name("mcd-arbiter".into())
-            .spawn(move || work(arbiter, &questions, &events, watch, noticed))?;
+        let thread = std::thread::Builder::new().name("mcd-arbiter".into()).spawn(move || {
+            // A takeover waits for it; between questions it sleeps.
+            priority::raise();
+            work(arbiter, &questions, &events, watch, noticed)
+        })?;
         Ok(ArbiterThread { calls: Some(calls), cancel, thread: Some(thread) })
     }
 

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::Stdio;
 
-use mcd::demo::fabric::{Fabric, HostName, find_tool};
+use mcd::demo::fabric::{Fabric, HostName, Namespace, find_tool};
 
 use crate::rows::{Ports, Way};
 
@@ -56,7 +56,7 @@ impl Cuts {
         }
         for host in [HostName::A, HostName::B] {
             if rules {
-                restore(fabric, host, "*filter\n-F INPUT\nCOMMIT\n")?;
+                restore(fabric.host(host), "*filter\n-F INPUT\nCOMMIT\n")?;
             }
             if slow {
                 tc(fabric, host, "qdisc del dev wire root")?;
@@ -74,22 +74,22 @@ fn filter(fabric: &Fabric, host: HostName, ports: Ports) -> io::Result<()> {
     };
     // Either end may be the one that listens.
     let rule = |side| format!("-A INPUT -i wire -p tcp --{side} {first}:{last} -j DROP\n");
-    restore(fabric, host, &format!("*filter\n{}{}COMMIT\n", rule("dport"), rule("sport")))
+    restore(fabric.host(host), &format!("*filter\n{}{}COMMIT\n", rule("dport"), rule("sport")))
 }
 
-/// Changes all rules of a host at one instant.
-fn restore(fabric: &Fabric, host: HostName, rules: &str) -> io::Result<()> {
-    feed(fabric, host, "iptables-restore", &["--noflush"], rules)
+/// Changes all rules of a network at one instant.
+pub fn restore(net: &Namespace, rules: &str) -> io::Result<()> {
+    feed(net, "iptables-restore", &["--noflush"], rules)
 }
 
 fn tc(fabric: &Fabric, host: HostName, command: &str) -> io::Result<()> {
     let words: Vec<&str> = command.split(' ').collect();
-    feed(fabric, host, "tc", &words, "")
+    feed(fabric.host(host), "tc", &words, "")
 }
 
-fn feed(fabric: &Fabric, host: HostName, tool: &str, arguments: &[&str], input: &str) -> io::Result<()> {
+fn feed(net: &Namespace, tool: &str, arguments: &[&str], input: &str) -> io::Result<()> {
     let missing = || io::Error::new(io::ErrorKind::NotFound, format!("`{tool}` is not installed"));
-    let mut command = fabric.host(host).command(find_tool(tool).ok_or_else(missing)?);
+    let mut command = net.command(find_tool(tool).ok_or_else(missing)?);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
@@ -101,5 +101,5 @@ fn feed(fabric: &Fabric, host: HostName, tool: &str, arguments: &[&str], input: 
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(format!("{tool} on host {host}: {}", said.trim())))
+    Err(io::Error::other(format!("{tool} on {}: {}", net.name(), said.trim())))
 }

@@ -213,6 +213,10 @@ impl World<'_> {
         done.after = decided?;
         let was_primary = host == self.runner;
         self.wait("the sleeper to see that it lost the guest", DECISION_LIMIT, |world| {
+            if world.node(host).is_none_or(|node| node.ended().is_some()) {
+                // A fencing script has seen to it.
+                return Ok(Some(()));
+            }
             let status = world.status(host);
             Ok(status.filter(|s| if was_primary { s.role == Role::Fenced } else { !s.protected }).map(|_| ()))
         })
@@ -242,6 +246,9 @@ impl World<'_> {
         }
         self.capture.forget_flows().map_err(HarnessError::io("follow the frames"))?;
         let host = if self.rng.chance(50) { HostName::A } else { HostName::B };
+        if !self.place.keeps_record() {
+            return self.boot(StartAs::ColdStart, host);
+        }
         self.start(StartAs::Primary, host)?;
         let ended = self.wait("a plain primary to be refused", DECISION_LIMIT, |world| {
             Ok(world.node(host).and_then(mcd::demo::nodes::Node::ended))

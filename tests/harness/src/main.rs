@@ -3,6 +3,7 @@
 mod capture;
 mod cuts;
 mod error;
+mod etcd;
 mod faults;
 mod html;
 mod packet;
@@ -32,7 +33,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use capture::Capture;
 use error::HarnessError;
-use place::{FilePlace, Place};
+use etcd::EtcdPlace;
+use place::{CommandPlace, FilePlace, Place};
 use report::{Frame, Report};
 use rows::{ROWS, Row};
 use trial::Counts;
@@ -94,6 +96,8 @@ struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ArbiterKind {
     File,
+    Etcd,
+    Command,
 }
 
 fn fault_name(text: &str) -> Result<&'static str, String> {
@@ -144,6 +148,10 @@ fn run(args: &Args) -> Result<bool, HarnessError> {
         ArbiterKind::File => {
             Box::new(FilePlace::new(dir.path()).map_err(HarnessError::io("make the arbiter's storage"))?)
         }
+        ArbiterKind::Etcd => Box::new(EtcdPlace::new(&fabric, dir.path())?),
+        ArbiterKind::Command => {
+            Box::new(CommandPlace::new(dir.path()).map_err(HarnessError::io("write the fencing scripts"))?)
+        }
     };
     let capture = Capture::start(&fabric, MAC).map_err(HarnessError::io("watch the clients' network"))?;
     let settings = settings(args, place.as_ref())?;
@@ -165,14 +173,18 @@ fn settings(args: &Args, place: &dyn Place) -> Result<NodeSettings, HarnessError
             vec![me.into_os_string(), AS_NODE.into()]
         }
     };
+    let mut flags = vec!["--heartbeat-interval-ms".to_owned(), args.heartbeat_interval_ms.to_string()];
+    if let Some(ms) = place.question_ms() {
+        flags.extend(["--arbiter-timeout-ms".to_owned(), ms.to_string()]);
+    }
     let mac: Vec<String> = MAC.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(NodeSettings {
         memory_mib: args.memory,
         cpus: 1,
         interval_ms: args.interval_ms,
         program,
-        arbiter: Some(place.flag()),
-        flags: vec!["--heartbeat-interval-ms".to_owned(), args.heartbeat_interval_ms.to_string()],
+        arbiter: None,
+        flags,
         boot_flags: vec!["--mac".to_owned(), mac.join(":")],
     })
 }
@@ -180,7 +192,8 @@ fn settings(args: &Args, place: &dyn Place) -> Result<NodeSettings, HarnessError
 /// Every trial.
 fn play(args: &Args, seed: u64, mut world: World<'_>) -> Result<Report, HarnessError> {
     let started = Instant::now();
-    let schedule = schedule(args, &mut Rng::split(seed, 1));
+    let mut schedule = schedule(args, &mut Rng::split(seed, 1));
+    schedule.retain(|row| world.place.knows(row.fault));
     println!("{} faults; --seed {seed} repeats the choices", schedule.len());
     world.boot(StartAs::Primary, HostName::A)?;
     world.settle()?;

@@ -4,20 +4,46 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use mcd::demo::fabric::HostName;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::rows::Fault;
 
 /// An arbiter that can fail on demand.
 pub trait Place {
-    /// What `--arbiter` is given.
-    fn flag(&self) -> String;
+    /// What `--arbiter` is given on a host.
+    fn flag(&self, host: HostName) -> String;
+    /// How long a question to it may take, in ms; `None` for what mcd takes by itself.
+    fn question_ms(&self) -> Option<u64> {
+        None
+    }
+    /// Whether it remembers who has the guest when all nodes are dead.
+    fn keeps_record(&self) -> bool {
+        true
+    }
+    /// Whether this can happen to it.
+    fn knows(&self, fault: Fault) -> bool {
+        // Only a directory has a disk that a pair sees fill up.
+        !matches!(fault, Fault::ArbiterFullThenKillPrimary | Fault::ArbiterFullThenDrop)
+    }
+    /// A node's process was started on a host.
+    fn started(&mut self, host: HostName, pid: u32) -> io::Result<()> {
+        let _ = (host, pid);
+        Ok(())
+    }
     /// Puts it out of reach of both nodes.
     fn cut(&mut self) -> io::Result<()>;
     /// Fills its disk.
-    fn fill(&mut self) -> io::Result<()>;
+    fn fill(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Brings it back and makes room.
     fn mend(&mut self) -> io::Result<()>;
     /// Stops and starts it.
-    fn restart(&mut self) -> io::Result<()>;
+    fn restart(&mut self) -> io::Result<()> {
+        self.cut()?;
+        self.mend()
+    }
 }
 
 /// `file:`: a directory on a tiny filesystem of its own, shared by both hosts as a cluster's storage is.
@@ -51,8 +77,12 @@ impl FilePlace {
 }
 
 impl Place for FilePlace {
-    fn flag(&self) -> String {
+    fn flag(&self, _: HostName) -> String {
         format!("file:{}", self.directory().display())
+    }
+
+    fn knows(&self, _: Fault) -> bool {
+        true
     }
 
     fn cut(&mut self) -> io::Result<()> {
@@ -71,16 +101,8 @@ impl Place for FilePlace {
     }
 
     fn mend(&mut self) -> io::Result<()> {
-        match fs::remove_file(self.filler()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove(&self.filler())?;
         if self.away().exists() { fs::rename(self.away(), self.directory()) } else { Ok(()) }
-    }
-
-    fn restart(&mut self) -> io::Result<()> {
-        self.cut()?;
-        self.mend()
     }
 }
 
@@ -88,5 +110,73 @@ impl Drop for FilePlace {
     fn drop(&mut self) {
         // It ends with the mount namespace at the latest.
         let _ = umount2(&self.disk, MntFlags::MNT_DETACH);
+    }
+}
+
+/// `command:`: a script per host that ends the other host's node, as a power switch would, one at a time.
+pub struct CommandPlace {
+    directory: PathBuf,
+}
+
+impl CommandPlace {
+    /// Writes the scripts into `directory`.
+    pub fn new(directory: &Path) -> io::Result<CommandPlace> {
+        use std::os::unix::fs::PermissionsExt;
+        let place = CommandPlace { directory: directory.to_owned() };
+        for host in [HostName::A, HostName::B] {
+            let (path, here) = (place.script(host), directory.display());
+            let other = host.other();
+            let script = format!(
+                "#!/bin/sh\n\
+                 # The power switch of host {other}: whoever comes first ends the other, and who was ended hears nothing any more.\n\
+                 cd '{here}' || exit 2\n\
+                 [ ! -e away ] || exit 2\n\
+                 [ \"$MCD_QUESTION\" != start ] || exit 0\n\
+                 exec 9>switch.lock; flock 9 || exit 2\n\
+                 [ ! -e off-{host} ] || exit 1\n\
+                 pid=$(cat pid-{other}) || exit 2\n\
+                 : >off-{other} || exit 2\n\
+                 kill -KILL \"$pid\" 2>/dev/null\n\
+                 while [ -e \"/proc/$pid\" ] && ! grep -q '^State:.[ZX]' \"/proc/$pid/status\" 2>/dev/null; do sleep 0.001; done\n\
+                 exit 0\n"
+            );
+            fs::write(&path, script)?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(place)
+    }
+
+    fn script(&self, host: HostName) -> PathBuf {
+        self.directory.join(format!("fence-from-{host}"))
+    }
+}
+
+impl Place for CommandPlace {
+    fn flag(&self, host: HostName) -> String {
+        format!("command:{}", self.script(host).display())
+    }
+
+    fn keeps_record(&self) -> bool {
+        false
+    }
+
+    fn started(&mut self, host: HostName, pid: u32) -> io::Result<()> {
+        fs::write(self.directory.join(format!("pid-{host}")), format!("{pid}\n"))?;
+        remove(&self.directory.join(format!("off-{host}")))
+    }
+
+    fn cut(&mut self) -> io::Result<()> {
+        File::create(self.directory.join("away")).map(|_| ())
+    }
+
+    fn mend(&mut self) -> io::Result<()> {
+        remove(&self.directory.join("away"))
+    }
+}
+
+fn remove(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }

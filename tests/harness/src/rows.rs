@@ -110,12 +110,13 @@ pub enum Silence {
 }
 
 impl Silence {
-    /// The limit in ms, for a pair with this heartbeat time-out and an arbiter that was away for so long.
-    pub fn limit_ms(self, timeout_ms: u64, away_ms: u64) -> Option<u64> {
+    /// The limit in ms, for a pair with this heartbeat time-out and an arbiter that was away for so long. A question that was asked while it
+    /// was away may have to end first, which takes so long.
+    pub fn limit_ms(self, timeout_ms: u64, away_ms: u64, question_ms: u64) -> Option<u64> {
         match self {
             Silence::Ms(ms) => Some(ms),
             Silence::AfterTimeout(ms) => Some(timeout_ms + ms),
-            Silence::AfterArbiter(ms) => Some(away_ms + ms),
+            Silence::AfterArbiter(ms) => Some(away_ms + question_ms + ms),
             Silence::Unbounded => None,
         }
     }

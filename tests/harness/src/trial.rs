@@ -119,7 +119,7 @@ pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Tria
         takeover_ms: None,
         stages: None,
         silence_ms: 0.0,
-        silence_limit_ms: row.silence.limit_ms(world.timeout_ms, done.away_ms),
+        silence_limit_ms: row.silence.limit_ms(world.timeout_ms, done.away_ms, world.place.question_ms().unwrap_or(0)),
         client_gap_ms: 0.0,
         arbiter_away_ms: done.away_ms,
         late_frames: 0,

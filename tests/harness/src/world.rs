@@ -40,7 +40,7 @@ pub struct Session {
 
 /// Everything there is.
 pub struct World<'a> {
-    /// What nodes are told.
+    /// What nodes are told, beside the arbiter.
     pub settings: NodeSettings,
     /// Heartbeat time-out of every node, in ms.
     pub timeout_ms: u64,
@@ -179,8 +179,10 @@ impl<'a> World<'a> {
     pub fn start(&mut self, role: StartAs, host: HostName) -> Result<(), HarnessError> {
         self.started += 1;
         let name = format!("{host}-{}", self.started);
-        let node = Node::start(role, host, &name, &self.settings, &self.fabric, self.dir)
+        let settings = NodeSettings { arbiter: Some(self.place.flag(host)), ..self.settings.clone() };
+        let node = Node::start(role, host, &name, &settings, &self.fabric, self.dir)
             .map_err(HarnessError::io("start a node"))?;
+        self.place.started(host, node.pid()).map_err(HarnessError::io("tell the arbiter of a node"))?;
         if let Some(place) = self.nodes.get_mut(index(host)) {
             *place = Some(node);
         }
@@ -208,7 +210,11 @@ impl<'a> World<'a> {
             *place = freeze;
         }
         let Some(node) = self.node(host) else { return Ok(()) };
-        node.signal(signal).map_err(HarnessError::io(format!("send {signal} to a node")))
+        match node.signal(signal) {
+            // A fencing script has ended it while it slept.
+            Err(error) if !freeze && error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(HarnessError::io(format!("send {signal} to a node"))),
+        }
     }
 
     /// Whether the node that runs the guest and the other one both call it protected; then its generation.
