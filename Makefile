@@ -2,12 +2,12 @@
 
 CARGO  ?= cargo
 ROUNDS ?= 3
-SEED   ?=
 SEEDS  ?= 100000
+SEED   ?=
 MCD    := target/release/mcd
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench sim sim-mutants soak
+.PHONY: help setup build demo test lint bench soak sim sim-mutants
 
 help: ## say what there is
 	@echo 'usage: make <door>'
@@ -34,8 +34,8 @@ bench: build ## measure takeover, pauses and latency on this machine; results in
 sim: ## run the protocol simulator over SEEDS seeds
 	@SIM_SEEDS=$(SEEDS) $(CARGO) test --release --locked --test sim seeds -- --nocapture
 
-sim-mutants: ## show that the simulator finds every deliberate bug
-	@$(CARGO) test --release --locked --features mutants --test sim mutant -- --nocapture
+sim-mutants: ## show that the simulator and the model checker find every deliberate bug
+	@$(CARGO) test --release --locked --features mutants --test sim --test model mutant -- --nocapture
 
 soak: build ## break pairs ROUNDS times in every way there is (SEED= repeats a run); report in target/soak/
 	@$(CARGO) build --release --locked --package mcd-harness

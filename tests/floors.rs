@@ -278,7 +278,8 @@ fn violations<'a>(files: impl Iterator<Item = (&'a str, &'a str)>, crates: &BTre
                 }
             }
         }
-        if room == "protocol" {
+        // The switch of the deliberate bugs holds state, and is in no build that anyone runs.
+        if room == "protocol" && path != "src/protocol/mutant.rs" {
             wrong.extend(impurities(path, &code, &uses, crates));
         }
     }

@@ -1,15 +1,19 @@
-//! What a node shows: the driver writes it down, the control socket reads it at any time without waiting for the driver.
+//! What a node shows: the driver drops notes, the control socket reads them at any time.
+//!
+//! Neither waits for the other. A driver that took a lock which a client's thread holds would stand still whenever that thread is not
+//! scheduled, and a node that stands still is suspected: so the driver only pushes into queues, and readers put the notes together.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
-use parking_lot::Mutex;
+use crossbeam::queue::ArrayQueue;
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 
 use super::config::{ArbiterConfig, NodeConfig};
 use super::events::NodeEvent;
-use crate::checkpoint::output::OutputGate;
+use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
 use crate::control::{Handler, QmpError};
@@ -19,6 +23,8 @@ use crate::protocol::types::{EpochId, InstanceId};
 
 /// Samples of epochs kept for `mc-query-epochs`.
 const SAMPLES_MAX: usize = 16_384;
+/// Notes kept for readers: some ten seconds of back-to-back epochs; of more the oldest are lost.
+const NOTES_MAX: usize = 16_384;
 /// How long a command may take to take effect before its client is told that it did not.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 const COMMANDS: &[&str] =
@@ -27,6 +33,7 @@ const COMMANDS: &[&str] =
 /// The figures that change all the time; cheap to copy.
 #[derive(Clone, Debug)]
 struct Vitals {
+    held: HeldFigures,
     role: Role,
     state: State,
     protected: bool,
@@ -48,21 +55,33 @@ struct Fixed {
     interval_ms: u64,
 }
 
+/// What readers have put together so far.
 struct Shown {
     vitals: Vitals,
-    /// Not kept alive from here: the gate has the tap open, which a secondary that joins again opens anew.
-    gate: Weak<OutputGate>,
+    log: EpochLog,
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
     /// Why the arbiter did not answer when it was last looked at.
     arbiter_lost: Option<String>,
 }
 
+/// A note for the readers.
+enum Note {
+    Committed(EpochSample),
+    Aborted,
+    WireBytes(u64),
+    Takeover(Box<TakeoverReport>),
+    GuestAlarm(String),
+    Arbiter(Option<String>),
+}
+
 /// The board of one node, over all its roles.
 pub struct Board {
     fixed: Fixed,
     shown: Mutex<Shown>,
-    log: Mutex<EpochLog>,
+    /// The newest vitals nobody has read yet.
+    latest: ArrayQueue<Vitals>,
+    notes: ArrayQueue<Note>,
     events: Sender<NodeEvent>,
 }
 
@@ -83,6 +102,7 @@ impl Board {
             interval_ms: u64::try_from(config.interval.as_millis()).unwrap_or(u64::MAX),
         };
         let vitals = Vitals {
+            held: HeldFigures::default(),
             role: Role::Secondary,
             state: State::Connecting,
             protected: false,
@@ -99,23 +119,51 @@ impl Board {
             fixed,
             shown: Mutex::new(Shown {
                 vitals,
-                gate: Weak::new(),
+                log: EpochLog::new(SAMPLES_MAX),
                 takeover: None,
                 guest_alarm: None,
                 arbiter_lost: None,
             }),
-            log: Mutex::new(EpochLog::new(SAMPLES_MAX)),
+            latest: ArrayQueue::new(1),
+            notes: ArrayQueue::new(NOTES_MAX),
             events,
         })
     }
 
-    /// The gate whose held output is shown.
-    pub fn show_gate(&self, gate: &Arc<OutputGate>) {
-        self.shown.lock().gate = Arc::downgrade(gate);
+    fn note(&self, note: Note) {
+        if self.notes.is_full()
+            && let Some(mut shown) = self.shown.try_lock()
+        {
+            // Nobody has asked for a long time: this is as good a time as any.
+            self.read_notes(&mut shown);
+        }
+        self.notes.force_push(note);
+    }
+
+    fn read_notes(&self, shown: &mut Shown) {
+        if let Some(vitals) = self.latest.pop() {
+            shown.vitals = vitals;
+        }
+        while let Some(note) = self.notes.pop() {
+            match note {
+                Note::Committed(sample) => shown.log.commit(sample),
+                Note::Aborted => shown.log.abort(),
+                Note::WireBytes(bytes) => shown.log.add_wire_bytes(bytes),
+                Note::Takeover(report) => shown.takeover = Some(*report),
+                Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
+                Note::Arbiter(lost) => shown.arbiter_lost = lost,
+            }
+        }
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        let mut shown = self.shown.lock();
+        self.read_notes(&mut shown);
+        shown
     }
 
     /// Writes down how a primary is.
-    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64) {
+    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64, held: HeldFigures) {
         use primary::Phase;
         let (role, state) = match node.phase() {
             Phase::Solo | Phase::Stopping => (Role::Primary, State::Solo),
@@ -124,7 +172,8 @@ impl Board {
             Phase::Deciding => (Role::Primary, State::Suspecting),
             Phase::Fenced => (Role::Fenced, State::Fenced),
         };
-        self.shown.lock().vitals = Vitals {
+        self.latest.force_push(Vitals {
+            held,
             role,
             state,
             protected: node.phase() == Phase::Protected,
@@ -136,7 +185,7 @@ impl Board {
             pages_total,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
-        };
+        });
     }
 
     /// Writes down how a secondary is.
@@ -150,7 +199,8 @@ impl Board {
             Phase::Promoted => State::Takeover,
         };
         let at = node.committed().unwrap_or(EpochId { generation: node.generation(), epoch: 0 });
-        self.shown.lock().vitals = Vitals {
+        self.latest.force_push(Vitals {
+            held: HeldFigures::default(),
             role: Role::Secondary,
             state,
             protected: node.phase() == Phase::Paired,
@@ -162,50 +212,46 @@ impl Board {
             pages_total: 0,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
-        };
+        });
     }
 
     /// A takeover has come as far as a running guest.
     pub fn takeover(&self, report: TakeoverReport) {
-        self.shown.lock().takeover = Some(report);
+        self.note(Note::Takeover(Box::new(report)));
     }
 
     /// An epoch was committed.
     pub fn committed(&self, sample: EpochSample) {
-        self.log.lock().commit(sample);
+        self.note(Note::Committed(sample));
     }
 
     /// An epoch was captured and will not be committed.
     pub fn aborted(&self) {
-        self.log.lock().abort();
+        self.note(Note::Aborted);
     }
 
     /// Bytes went to the peer outside an epoch.
     pub fn add_wire_bytes(&self, bytes: u64) {
-        self.log.lock().add_wire_bytes(bytes);
+        self.note(Note::WireBytes(bytes));
     }
 
     /// The guest has a trouble of its own.
     pub fn guest_alarm(&self, alarm: String) {
-        self.shown.lock().guest_alarm = Some(alarm);
+        self.note(Note::GuestAlarm(alarm));
     }
 
     /// The arbiter was found to answer, or not to.
     pub fn arbiter_noticed(&self, lost: Option<String>) {
-        self.shown.lock().arbiter_lost = lost;
+        self.note(Note::Arbiter(lost));
     }
 
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
-        let (vitals, held, takeover, guest_alarm, noticed) = {
-            let shown = self.shown.lock();
-            let held = shown.gate.upgrade().map(|gate| gate.figures()).unwrap_or_default();
-            (shown.vitals.clone(), held, shown.takeover.clone(), shown.guest_alarm.clone(), shown.arbiter_lost.clone())
-        };
-        let log = self.log.lock();
-        let mut alarms: Vec<String> = guest_alarm.into_iter().collect();
-        let arbiter_lost = vitals.arbiter_lost.clone().or(noticed);
-        if let Some(why) = &arbiter_lost {
+        let shown = self.shown();
+        let Shown { vitals, log, takeover, guest_alarm, arbiter_lost } = &*shown;
+        let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
+        let arbiter_lost = vitals.arbiter_lost.as_ref().or(arbiter_lost.as_ref());
+        if let Some(why) = arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(vitals.state)));
         }
         if let Some(why) = &vitals.no_primary {
@@ -225,7 +271,7 @@ impl Board {
             arbiter: ArbiterStatus {
                 kind: self.fixed.arbiter_kind.into(),
                 reachable: arbiter_lost.is_none(),
-                detail: arbiter_lost.unwrap_or_else(|| self.fixed.arbiter_detail.clone()),
+                detail: arbiter_lost.unwrap_or(&self.fixed.arbiter_detail).clone(),
             },
             interval_ms: self.fixed.interval_ms,
             pause_us: log.pause_us(),
@@ -234,10 +280,10 @@ impl Board {
             hold_us: log.hold_us(),
             epochs: log.counts(),
             wire_bytes: log.wire_bytes(),
-            held_packets: held.packets,
-            held_bytes: held.bytes,
+            held_packets: vitals.held.packets,
+            held_bytes: vitals.held.bytes,
             resync: vitals.pages_left.map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
-            takeover: takeover.map(|report| with_first_packet(report, held.first_out_us)),
+            takeover: takeover.clone().map(|report| with_first_packet(report, vitals.held.first_out_us)),
             alarms,
         }
     }
@@ -291,7 +337,7 @@ impl Handler for Board {
             "mc-query-epochs" => {
                 let since = arguments.get("since").map_or(Some(0), Value::as_u64);
                 let since = since.ok_or_else(|| QmpError::generic("'since' must be a number, 0 or more"))?;
-                to_value(&self.log.lock().since(since))
+                to_value(&self.shown().log.since(since))
             }
             "mc-checkpoint" => self.command(Command::Checkpoint),
             "stop" => self.command(Command::Stop),

@@ -93,7 +93,6 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
     let protocol = Primary::new(context.primary_config(start.shape.clone()), me, record, clock::now());
-    context.board.show_gate(&gate);
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
     let end = PrimaryNode::new(context, machine, gate, protocol).run(None)?;

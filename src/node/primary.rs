@@ -347,6 +347,6 @@ impl PrimaryNode {
 
     fn publish(&mut self) {
         let pages = self.machine.memory().pages();
-        self.context.board.primary(&self.protocol, self.machine.is_running(), pages);
+        self.context.board.primary(&self.protocol, self.machine.is_running(), pages, self.gate.figures());
     }
 }

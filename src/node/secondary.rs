@@ -236,7 +236,6 @@ impl<'a> SecondaryNode<'a> {
     fn build(&mut self, welcome: Welcome) {
         let input = match self.build_image(welcome) {
             Ok(image) => {
-                self.context.board.show_gate(&image.gate);
                 self.image = Some(image);
                 Input::MachineReady
             }

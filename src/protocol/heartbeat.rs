@@ -93,10 +93,9 @@ impl Judge {
 
     /// Tells a checker the state. How long ago the silence became too long changes nothing.
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Judge { timeout, heard: _, moved: _ } = self;
-        let left = self.deadline().since(now);
-        let excusable = if left.is_zero() { Duration::ZERO } else { self.excused_until().since(now) };
-        (timeout, left, excusable).hash(into);
+        let Judge { timeout, heard, moved: _ } = self;
+        let excusable = (*heard + *timeout * (EXCUSED - 1)).since(now);
+        (timeout, self.deadline().since(now), excusable).hash(into);
     }
 }
 

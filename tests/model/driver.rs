@@ -3,13 +3,13 @@
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use mcd::protocol::messages::Message;
 use mcd::protocol::primary::{self, ConnId, OutputCut, Primary};
-use mcd::protocol::record::Record;
+use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::secondary::{self, Secondary};
 use mcd::protocol::types::{EpochId, Instant};
 
 use crate::guest::{Guest, Output};
 use crate::net::{Conn, Item};
-use crate::truth::{Broken, FENCED, Holding, STALLED};
+use crate::truth::{Broken, FENCED, Holding, I6, STALLED};
 use crate::world::{Call, Role, Staged, TIMEOUT_UNITS, UNIT, World, primary_config};
 
 /// What happens to a node, whatever its role.
@@ -156,6 +156,14 @@ impl World {
         self.sweep();
     }
 
+    pub fn fall_silent(&mut self, n: usize) {
+        for conn in self.conns() {
+            for end in (0..2).filter(|end| conn.ends[*end].node == n).collect::<Vec<_>>() {
+                conn.fall_silent(end);
+            }
+        }
+    }
+
     pub fn sweep(&mut self) {
         if self.conns.iter().any(Conn::is_over) {
             self.conns().retain(|conn| !conn.is_over());
@@ -229,8 +237,20 @@ impl World {
                 node.fenced = true;
                 self.close_all(n);
             }
-            Action::Exit => self.end(n),
+            Action::Exit => self.exit(n),
         }
+    }
+
+    /// A primary ends because it was told to. Where the guest was protected it goes on elsewhere; elsewhere it must be over.
+    fn exit(&mut self, n: usize) {
+        let node = &self.nodes[n];
+        let protected = node.primary().is_some_and(|machine| machine.phase() == primary::Phase::Protected);
+        let record = self.truth.record;
+        if node.has_guest() && !protected && record.owner == node.me && record.state != RecordState::Stopped {
+            let how = format!("{:?} ends, and leaves a guest that is not over: {record:?}", node.me);
+            self.check(Err(Broken { property: I6, how }));
+        }
+        self.end(n);
     }
 
     fn capture(&mut self, n: usize, id: EpochId, completes: bool, output: OutputCut) {

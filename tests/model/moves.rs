@@ -31,8 +31,8 @@ pub enum Move {
     GiveUp { node: usize },
     /// A question that was given up reaches the arbiter.
     Late { at: usize },
-    /// A process dies.
-    Crash { node: usize },
+    /// A process dies; `silent`: its host too, and nobody hears of it.
+    Crash { node: usize, silent: bool },
     /// One side of a connection sees it break.
     Lose { conn: usize, end: usize },
     /// The next capture fails.
@@ -110,7 +110,7 @@ impl World {
             moves.push(Move::Guest { node: n });
         }
         if bounds.may(bounds.crashes) && !node.fenced {
-            moves.push(Move::Crash { node: n });
+            moves.extend([false, true].map(|silent| Move::Crash { node: n, silent }));
         }
         if bounds.may(bounds.stalls) && !node.fenced {
             moves.push(Move::Stall { node: n });
@@ -177,9 +177,12 @@ impl World {
                 let (_, check) = serve(world.truth(), request);
                 world.check(check);
             }
-            Move::Crash { node } => {
+            Move::Crash { node, silent } => {
                 world.fault(|bounds| &mut bounds.crashes);
                 world.excused |= self.is_only_holder(node);
+                if silent {
+                    world.fall_silent(node);
+                }
                 world.end(node);
             }
             Move::Lose { conn, end } => world.lose(conn, end),

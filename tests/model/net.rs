@@ -64,7 +64,7 @@ impl Conn {
     /// Sends from `end` to the other one.
     pub fn send(&mut self, end: usize, mut item: Item) {
         if let Item::Message(Message::Heartbeat(beat)) = &mut item {
-            beat.sequence = 0;
+            *beat = beat.unnumbered();
         }
         if self.ends[end].open {
             self.ends[1 - end].take(item);
@@ -78,6 +78,12 @@ impl Conn {
             self.ends[end].inbox.clear();
             self.ends[1 - end].take(Item::Fin);
         }
+    }
+
+    /// `end` is gone, and the other side will not hear of it.
+    pub fn fall_silent(&mut self, end: usize) {
+        self.ends[end].open = false;
+        self.ends[end].inbox.clear();
     }
 
     pub fn is_over(&self) -> bool {

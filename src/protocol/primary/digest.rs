@@ -3,6 +3,7 @@
 use std::hash::{Hash, Hasher};
 
 use super::{Action, Primary};
+use crate::protocol::messages::Message;
 use crate::protocol::types::Instant;
 
 impl Primary {
@@ -28,6 +29,7 @@ impl Primary {
             match action {
                 Action::Tell(_) => {}
                 Action::Release { through, before } => (through, before.since(now)).hash(into),
+                Action::Send { conn, message: Message::Heartbeat(beat) } => (conn, beat.unnumbered()).hash(into),
                 other => other.hash(into),
             }
         }

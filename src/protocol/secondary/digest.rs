@@ -3,6 +3,7 @@
 use std::hash::{Hash, Hasher};
 
 use super::{Action, Secondary};
+use crate::protocol::messages::Message;
 use crate::protocol::types::Instant;
 
 impl Secondary {
@@ -28,8 +29,11 @@ impl Secondary {
         }
         arbitration.digest(now, into);
         for action in actions {
-            if !matches!(action, Action::Tell(_)) {
-                action.hash(into);
+            match action {
+                Action::Tell(_) => {}
+                Action::Promote { record, epoch, cause: _ } => (record, epoch).hash(into),
+                Action::Send { conn, message: Message::Heartbeat(beat) } => (conn, beat.unnumbered()).hash(into),
+                other => other.hash(into),
             }
         }
     }
