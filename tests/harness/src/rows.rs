@@ -76,8 +76,8 @@ pub enum Runs {
     Secondary,
     /// One of the two, whichever asked the arbiter first.
     Either,
-    /// The primary, still protected; or the secondary took over.
-    PairOrSecondary,
+    /// The primary, still protected; or one of the two, whichever asked the arbiter first.
+    PairOrEither,
     /// Nobody: both copies are gone, until an operator says `mcd cold-start`.
     Nobody,
 }
@@ -90,7 +90,7 @@ impl Runs {
             Runs::Primary => "the primary",
             Runs::Secondary => "the secondary",
             Runs::Either => "exactly one of them",
-            Runs::PairOrSecondary => "the primary, still protected, or the secondary",
+            Runs::PairOrEither => "the primary, still protected, or exactly one of them",
             Runs::Nobody => "nobody, until `mcd cold-start`",
         }
     }
@@ -205,10 +205,10 @@ pub const ROWS: &[Row] = &[
         "freeze-primary-edge",
         Fault::FreezePrimaryEdge,
         "the primary stands still for half to one and a half heartbeat time-outs",
-        Runs::PairOrSecondary,
+        Runs::PairOrEither,
         Silence::AfterTimeout(100),
     )
-    .then("it was never gone; or the old primary is fenced and an operator starts it again as a secondary")
+    .then("it was never gone; or as after a cut")
     .weight(12),
     row(
         "freeze-primary-1s",

@@ -187,15 +187,15 @@ fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), Harness
 
 fn judge_runs(trial: &mut Trial, row: &Row, old: HostName, done: &Done) {
     let (runs, right) = match (&done.after, row.runs) {
-        (After::Pair, expected) => ("the pair", matches!(expected, Runs::Pair | Runs::PairOrSecondary)),
+        (After::Pair, expected) => ("the pair", matches!(expected, Runs::Pair | Runs::PairOrEither)),
         (After::Nobody, expected) => ("nobody", expected == Runs::Nobody),
         (After::Leads(host, _), expected) if *host == old => {
-            ("the primary", matches!(expected, Runs::Primary | Runs::Either))
+            ("the primary", matches!(expected, Runs::Primary | Runs::Either | Runs::PairOrEither))
         }
         (After::Leads(..), expected) => {
             // A newcomer may have got its last page in the last instant.
             let whole = row.fault == Fault::KillPrimaryInResync;
-            ("the secondary", matches!(expected, Runs::Secondary | Runs::Either | Runs::PairOrSecondary) || whole)
+            ("the secondary", matches!(expected, Runs::Secondary | Runs::Either | Runs::PairOrEither) || whole)
         }
     };
     trial.runs = runs.to_owned();
