@@ -4,29 +4,41 @@ use netbuf::{FRAME_BYTES_MAX, PacketPort, TapError, TunTapPort};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::Command;
 
 /// An EtherType for local experiments, so that nothing else the kernel sends is taken for ours.
 const ETHERTYPE: u16 = 0x88b5;
 
-/// Runs `test` on a thread inside a fresh network namespace; says why if that cannot be had.
-fn in_namespace(test: fn()) {
+/// Set in a test binary that runs again in a user namespace.
+const INSIDE: &str = "NETBUF_TEST_INSIDE";
+
+/// Runs `test`, the body of the test `name`, on a thread inside a fresh network namespace; says why if that cannot be had. An
+/// ordinary user's test binary has too many threads to move into a user namespace, so it starts itself again inside one.
+fn in_namespace(name: &str, test: fn()) {
     let skipped = std::thread::spawn(move || {
+        if let Err(error) = std::fs::metadata("/dev/net/tun") {
+            return Some(format!("/dev/net/tun: {error}"));
+        }
         // SAFETY: unshare touches only this thread, which ends with the test.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
             return Some(format!("cannot make a network namespace: {}", io::Error::last_os_error()));
-        }
-        if let Err(error) = std::fs::metadata("/dev/net/tun") {
-            return Some(format!("/dev/net/tun: {error}"));
         }
         test();
         None
     })
     .join()
     .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    if let Some(reason) = skipped {
-        assert_ne!(std::env::var("MCD_REQUIRE_KVM").as_deref(), Ok("1"), "{reason}");
-        println!("skipped: {reason}");
+    let Some(reason) = skipped else { return };
+    let user_namespace = || Command::new("unshare").args(["--user", "--map-root-user", "true"]).status();
+    if std::env::var_os(INSIDE).is_none() && user_namespace().is_ok_and(|status| status.success()) {
+        let exe = std::env::current_exe().expect("a test binary knows its own path");
+        let mut again = Command::new("unshare");
+        again.args(["--user", "--map-root-user"]).arg(exe).args([name, "--exact", "--nocapture"]).env(INSIDE, "1");
+        assert!(again.status().expect("it started before").success(), "the test failed inside a user namespace");
+        return;
     }
+    assert_ne!(std::env::var("MCD_REQUIRE_KVM").as_deref(), Ok("1"), "{reason}");
+    println!("skipped: {reason}");
 }
 
 /// Brings the interface up and returns a packet socket on it: the host's side of the tap.
@@ -78,7 +90,7 @@ fn next_frame(port: &TunTapPort, buf: &mut [u8]) -> usize {
 
 #[test]
 fn frames_cross_a_tap_both_ways() {
-    in_namespace(|| {
+    in_namespace("frames_cross_a_tap_both_ways", || {
         let port = TunTapPort::create("mcdtest0").unwrap();
         assert_eq!(port.name(), "mcdtest0");
         let down = port.send(&frame(1, 60)).unwrap_err();
@@ -105,7 +117,7 @@ fn frames_cross_a_tap_both_ways() {
 
 #[test]
 fn an_occupied_a_missing_and_a_wrong_interface_are_told_apart() {
-    in_namespace(|| {
+    in_namespace("an_occupied_a_missing_and_a_wrong_interface_are_told_apart", || {
         assert!(matches!(TunTapPort::open("mcdtest1"), Err(TapError::Missing { .. })));
         let port = TunTapPort::create("mcdtest1").unwrap();
         assert!(matches!(TunTapPort::open("mcdtest1"), Err(TapError::Occupied { .. })));

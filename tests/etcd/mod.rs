@@ -3,6 +3,7 @@
 use mcd::arbiter::etcd::{EtcdArbiter, EtcdConfig, EtcdTls};
 use mcd::protocol::types::GuestName;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use std::fs;
@@ -115,9 +116,13 @@ impl Etcd {
         }
     }
 
+    /// Sends a signal. A stop is waited for: on a busy machine a process goes on answering until one of its threads has noticed.
     pub fn signal(&self, signal: Signal) {
-        let pid = self.child.as_ref().unwrap().id();
-        kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
+        let pid = Pid::from_raw(i32::try_from(self.child.as_ref().unwrap().id()).unwrap());
+        kill(pid, signal).unwrap();
+        if signal == Signal::SIGSTOP {
+            waitid(Id::Pid(pid), WaitPidFlag::WSTOPPED).unwrap();
+        }
     }
 
     pub fn arbiter(&self, patience_ms: u64) -> EtcdArbiter {
