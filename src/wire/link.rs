@@ -19,8 +19,9 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 /// Sockets get descriptor numbers from here up: above those of a machine and its vCPUs, below the usual limit of 1,024.
 const DESCRIPTOR_MIN: i32 = 512;
 
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 16;
+/// Connections the kernel keeps until they are accepted. Beyond it a connect is dropped and tried again by its kernel only a second
+/// later; a crowd must not do that to the peer.
+const BACKLOG: i32 = 128;
 
 /// Why a connection could not be had.
 #[derive(Debug, Error)]
