@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use mcd::control::Client;
+use mcd::control::status::{NodeStatus, Role};
 use mcd::demo::fabric;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -40,11 +42,12 @@ fn demo(dir: &Path, flags: &[&str]) -> Command {
     command
 }
 
-/// Starts the demo and reads what it says until a line holds `part`.
+/// Starts the demo and reads what it says until a line holds `part`. All it says is passed on, for whoever reads of a failure.
 fn start_and_wait_for(dir: &Path, flags: &[&str], part: &str) -> Child {
-    let mut child = demo(dir, flags).stderr(Stdio::null()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().contains(part)), "it ended without a word of `{part}`");
+    let mut child = demo(dir, flags).stderr(Stdio::inherit()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut lines = lines.map(|line| line.unwrap()).inspect(|line| eprintln!("{line}"));
+    assert!(lines.any(|line| line.contains(part)), "it ended without a word of `{part}`");
     // The rest is read too: a closed pipe is not what is tested here.
     std::thread::spawn(move || lines.for_each(drop));
     child
@@ -59,6 +62,51 @@ fn processes_of(dir: &Path) -> Vec<(Pid, String)> {
         Some((Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?), line))
     });
     entries.filter(|(_, line)| line.contains(dir)).collect()
+}
+
+/// One node of a demo.
+struct Node {
+    control: PathBuf,
+    /// Its process and its keeper, which has the same command line.
+    processes: Vec<Pid>,
+}
+
+impl Node {
+    fn status(&self) -> Option<NodeStatus> {
+        Client::connect(&self.control, PATIENCE).ok()?.status(PATIENCE).ok()
+    }
+
+    fn until(&self, reached: impl Fn(&NodeStatus) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.status().is_some_and(|status| reached(&status)) {
+            assert!(Instant::now() < deadline, "{}: {:?}", self.control.display(), self.status());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// The demo's nodes, the one that runs the guest first. On a busy machine that need not be the one that booted it.
+fn the_pair(dir: &Path) -> (Node, Node) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut nodes: Vec<Node> = Vec::new();
+        for (pid, line) in processes_of(dir) {
+            let mut words = line.split(' ').skip_while(|word| *word != "--control");
+            let Some(control) = words.nth(1).map(PathBuf::from) else { continue };
+            match nodes.iter_mut().find(|node| node.control == control) {
+                Some(node) => node.processes.push(pid),
+                None => nodes.push(Node { control, processes: vec![pid] }),
+            }
+        }
+        nodes.sort_by_key(|node| node.status().is_none_or(|status| status.role != Role::Primary));
+        if let Ok([primary, secondary]) = <[Node; 2]>::try_from(nodes)
+            && [&primary, &secondary].iter().all(|node| node.status().is_some_and(|status| status.protected))
+        {
+            return (primary, secondary);
+        }
+        assert!(Instant::now() < deadline, "there is no protected pair");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 fn until_gone(dir: &Path) {
@@ -137,14 +185,16 @@ fn a_takeover_nobody_ordered_is_survived_too() {
     let json = dir.path().join("report.json");
     let flags = ["--rounds=1", "--connections=4", "--json", json.to_str().unwrap()];
     let mut child = start_and_wait_for(dir.path(), &flags, "every reply is checked");
-    // The first primary, and its keeper, which has the same command line.
-    let of_primary = |(_, line): &(Pid, String)| line.contains("mcd primary ");
-    let primary: Vec<Pid> = processes_of(dir.path()).into_iter().filter(of_primary).map(|(pid, _)| pid).collect();
-    assert!(!primary.is_empty());
-    let tell = |signal| primary.iter().for_each(|pid| kill(*pid, signal).unwrap());
+    let (primary, secondary) = the_pair(dir.path());
+    // It may be dead by the time it is to go on: the demo ends a primary that was given up.
+    let tell = |signal| {
+        for pid in &primary.processes {
+            let _ = kill(*pid, signal);
+        }
+    };
     tell(Signal::SIGSTOP);
-    // Far longer than a secondary waits for a heartbeat. When it goes on it must find out that it is no longer the one.
-    std::thread::sleep(Duration::from_secs(1));
+    secondary.until(|status| status.role == Role::Primary);
+    // Now it must find out that it is no longer the one.
     tell(Signal::SIGCONT);
     assert!(child.wait().unwrap().success());
     let report: serde_json::Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
