@@ -23,6 +23,8 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// Primary: it asks the arbiter for its guest, which does not run yet.
+    Starting,
     /// Secondary: looking for its primary.
     Connecting,
     /// Either: the secondary is getting the guest's image and cannot take over yet.
@@ -53,6 +55,7 @@ macro_rules! display_as_serialized {
 
 display_as_serialized!(Role { Primary = "primary", Secondary = "secondary", Fenced = "fenced" });
 display_as_serialized!(State {
+    Starting = "starting",
     Connecting = "connecting",
     Resync = "resync",
     Standby = "standby",
@@ -172,6 +175,7 @@ impl NodeStatus {
     pub fn query_status(&self) -> Value {
         let status = match (self.role, self.running) {
             (_, true) => "running",
+            (Role::Primary, false) if self.state == State::Starting => "prelaunch",
             (Role::Primary, false) => "paused",
             (Role::Secondary, false) => "inmigrate",
             (Role::Fenced, false) => "postmigrate",
@@ -308,6 +312,7 @@ mod tests {
     #[test]
     fn names_are_the_same_for_people_and_programs() {
         for state in [
+            State::Starting,
             State::Connecting,
             State::Resync,
             State::Standby,
@@ -333,6 +338,8 @@ mod tests {
             node.role = role;
             assert_eq!(node.query_status()["status"], word);
         }
+        (node.role, node.state) = (Role::Primary, State::Starting);
+        assert_eq!(node.query_status()["status"], "prelaunch");
     }
 
     #[test]

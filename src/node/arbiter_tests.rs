@@ -13,6 +13,7 @@ use super::events::NodeEvent;
 use super::open_arbiter;
 use crate::arbiter::etcd::EtcdConfig;
 use crate::arbiter::{Arbiter, ArbiterError, Swap};
+use crate::control::status::Role;
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::record::Record;
@@ -43,7 +44,7 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
 fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus) {
     let config = node(arbiter);
     let (events, inbox) = unbounded();
-    let board = Board::new(&config, events.clone());
+    let board = Board::new(&config, Role::Secondary, events.clone());
     let noticed = {
         let board = board.clone();
         move |Reach { lost, .. }: Reach| board.arbiter_noticed(lost)

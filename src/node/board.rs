@@ -86,8 +86,8 @@ pub struct Board {
 }
 
 impl Board {
-    /// The board of a node that has done nothing yet.
-    pub fn new(config: &NodeConfig, events: Sender<NodeEvent>) -> Arc<Board> {
+    /// The board of a node that was started for `role` and has done nothing yet.
+    pub fn new(config: &NodeConfig, role: Role, events: Sender<NodeEvent>) -> Arc<Board> {
         let (arbiter_kind, arbiter_detail) = match &config.arbiter {
             ArbiterConfig::File { directory, .. } => ("file", directory.display().to_string()),
             ArbiterConfig::Etcd(etcd) => ("etcd", format!("{}{}", etcd.endpoints.join(","), etcd.prefix)),
@@ -103,8 +103,8 @@ impl Board {
         };
         let vitals = Vitals {
             held: HeldFigures::default(),
-            role: Role::Secondary,
-            state: State::Connecting,
+            role,
+            state: if role == Role::Primary { State::Starting } else { State::Connecting },
             protected: false,
             instance: None,
             at: EpochId::default(),
@@ -310,6 +310,7 @@ fn without_arbiter(state: State) -> &'static str {
         State::Protected => "all goes on, but if a node fails now the other cannot go on until it answers",
         State::Standby => "all goes on, but if the primary fails now this node cannot take over until it answers",
         State::Resync => "no pair can form until it answers",
+        State::Starting => "the guest does not start until it answers",
         State::Solo | State::Connecting => "the guest cannot become protected until it answers",
         State::Takeover | State::Fenced => "this node does not need it now",
     }

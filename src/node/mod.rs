@@ -45,6 +45,7 @@ use crate::arbiter::etcd::EtcdArbiter;
 use crate::arbiter::file::FileArbiter;
 use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
+use crate::control::status::Role;
 use crate::machine::boot::builtin;
 use crate::machine::{GuestNet, MachineError, cpu_digest};
 use crate::protocol::claim::{ClaimRefused, claim};
@@ -88,7 +89,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let vcpus = builtin::load(machine.memory(), &start.shape, &net)?;
     machine.start_vcpus(vcpus)?;
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
-    let (server, context) = open_doors(config, Some(start.net.ipv4), events, inbox)?;
+    let (server, context) = open_doors(config, Role::Primary, Some(start.net.ipv4), events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
@@ -109,7 +110,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     // An occupied tap is told now, not at the takeover.
     drop(open_gate(&config, &events)?);
     let arbiter = open_arbiter(&config, false)?;
-    let (server, context) = open_doors(config, start.guest_ip, events, inbox)?;
+    let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, events, inbox)?;
     let context = context.with_arbiter(arbiter)?;
     let mut last_conn = 0;
     let mut start_at = clock::now();
@@ -221,13 +222,14 @@ fn claim_guest(
 /// Opens the ports, the control socket and the signal handlers.
 fn open_doors(
     config: NodeConfig,
+    role: Role,
     guest_ip: Option<Ipv4Addr>,
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
 ) -> Result<(Server, Unarbitrated), NodeError> {
     let cpu_digest = cpu_digest()?;
     Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
-    let board = Board::new(&config, events.clone());
+    let board = Board::new(&config, role, events.clone());
     let server = Server::bind(&config.control, board.clone())?;
     signals::listen(events.clone())?;
     let sink = server.events();

@@ -35,7 +35,7 @@ fn a_full_disk_starts_no_guest() {
 fn a_disk_that_fills_up_costs_protection_and_nothing_else() {
     run("arbiter::a_disk_that_fills_up_costs_protection_and_nothing_else", |place| {
         let mut primary = small_disk(place, false);
-        primary.wait_line("the guest starts");
+        primary.wait_guest();
         // Its disk, seen from here.
         let root = PathBuf::from(format!("/proc/{}/root", primary.pid()));
         let arbiter = root.join(place.arbiter().strip_prefix("/").expect("an absolute path"));
@@ -62,7 +62,7 @@ fn a_guest_on_record_elsewhere() {
         place.primary().kill();
         Node::start(place.primary_command(&[])).fails(REFUSED, &["guest 'web'", "running elsewhere", "mcd cold-start"]);
         let mut primary = Node::start(place.cold_start_command());
-        primary.wait_line("the guest starts");
+        primary.wait_guest();
         primary.assert_serves_alone();
         // An end in order is on record, so that the next start needs nobody's word.
         primary.terminate();
@@ -110,7 +110,7 @@ fn a_fencing_script_decides() {
         let (mut cold, control) = place.cold_start_command();
         cold.arg(&who);
         let mut primary = Node::start((cold, control));
-        primary.wait_line("the guest starts");
+        primary.wait_guest();
         let mut secondary = place.secondary(&[&who]);
         primary.wait_state(State::Protected);
         // Nobody but the primary itself can tell the secondary that they are a pair.
@@ -140,7 +140,7 @@ fn an_etcd_decides_and_its_loss_is_told_before_it_is_needed() {
         let who = format!("--arbiter=etcd:{}/test", etcd.url);
         let more = [who.as_str(), "--arbiter-timeout-ms=1000"];
         let mut primary = Node::start(place.primary_command(&more));
-        primary.wait_line("the guest starts");
+        primary.wait_guest();
         let secondary = place.secondary(&more);
         primary.wait_state(State::Protected);
         etcd.signal(nix::sys::signal::Signal::SIGSTOP);

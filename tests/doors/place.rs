@@ -116,7 +116,7 @@ impl Place {
     /// A primary whose guest runs.
     pub fn primary(&self) -> Node {
         let mut node = Node::start(self.primary_command(&[]));
-        node.wait_line("the guest starts");
+        node.wait_guest();
         node
     }
 

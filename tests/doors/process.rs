@@ -109,6 +109,13 @@ impl Node {
         self.wait_status(&state.to_string(), |status| status.state == state)
     }
 
+    /// Waits until the guest that this node boots runs.
+    #[track_caller]
+    pub fn wait_guest(&mut self) {
+        self.wait_line("the guest starts");
+        self.wait_status("running its guest", |status| status.running);
+    }
+
     /// True if the guest runs here, alone.
     #[track_caller]
     pub fn assert_serves_alone(&self) {
