@@ -15,8 +15,26 @@ use super::{DeviceStateError, Signals};
 pub const VIRTIO_BASE: u64 = 0xD000_0000;
 /// Bytes of a virtio-mmio device's window.
 pub const VIRTIO_WINDOW_BYTES: u64 = 0x1000;
-/// Interrupt line of the first virtio-mmio device; device n is on `+ n`.
-pub const VIRTIO_GSI: u32 = 5;
+/// Interrupt line of the first virtio-mmio device; device n is on `+ n`. From here on the lines belong to the I/O APIC alone, so no
+/// ISA device shares them.
+pub const VIRTIO_GSI: u32 = 16;
+
+/// Where a guest finds one virtio-mmio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioWindow {
+    /// Guest-physical address of its registers, [`VIRTIO_WINDOW_BYTES`] long.
+    pub address: u64,
+    /// Its interrupt line, level-triggered.
+    pub gsi: u32,
+}
+
+impl VirtioWindow {
+    /// The window of device `number`, counted from 0.
+    pub fn of(number: u8) -> VirtioWindow {
+        let number = u32::from(number);
+        VirtioWindow { address: VIRTIO_BASE + u64::from(number) * VIRTIO_WINDOW_BYTES, gsi: VIRTIO_GSI + number }
+    }
+}
 
 /// The keyboard controller's command port, of which only the reset line exists.
 const KEYBOARD_COMMAND_PORT: u16 = 0x64;
@@ -73,7 +91,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         signals: Arc<dyn Signals>,
     ) -> io::Result<Bus<M>> {
         let serial = Mutex::new(SerialPort::new(console, Arc::clone(&signals)));
-        Ok(Bus { serial, net: NetDevice::new(mem, mac, VIRTIO_GSI, backend, signals)? })
+        Ok(Bus { serial, net: NetDevice::new(mem, mac, VirtioWindow::of(0).gsi, backend, signals)? })
     }
 
     /// The guest reads `data.len()` bytes from `port`. Where nothing is, it reads ones.
@@ -114,6 +132,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         if let Some(offset) = net_offset(address) {
             self.net.mmio_write(offset, data);
         }
+    }
+
+    /// Where the guest finds its virtio devices, for whoever tells it.
+    pub fn virtio_windows(&self) -> Vec<VirtioWindow> {
+        vec![VirtioWindow::of(0)]
     }
 
     /// See [`NetDevice::kick`].
