@@ -107,7 +107,7 @@ fn run(args: &Args) -> Result<bool, LabError> {
     let logs = args.dir.join("log");
     fs::create_dir_all(&logs).map_err(LabError::io(format!("make {}", logs.display())))?;
     let mut site = Site {
-        settings: HostSettings { memory_mib: args.memory, cpus: args.host_cpus },
+        settings: HostSettings { memory_mib: args.memory, cpus: args.host_cpus, tsc_khz: host::tsc_khz() },
         images,
         network: Arc::new(net::new()?),
         sockets: sockets.path().to_owned(),
