@@ -164,7 +164,16 @@ pub(super) struct SecondaryArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(super) struct MachineArgs {
-    /// The guest's memory
+    /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    pub(super) kernel: Option<PathBuf>,
+    /// The kernel's first file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(super) initrd: Option<PathBuf>,
+    /// The kernel's command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub(super) append: Option<String>,
+    /// The guest's memory; a distribution's kernel needs 128M or more
     #[arg(long, value_name = "SIZE", default_value = "128M")]
     pub(super) memory: Size,
     /// The guest's vCPUs

@@ -43,6 +43,8 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
+pub use self::boot::BootError;
+pub use self::boot::linux::LinuxGuest;
 pub use self::error::{KvmError, MachineError, StateError};
 pub use self::host::{CPUS_MAX, cpu_digest};
 pub use self::initial::{GuestNet, InitialVcpu};
@@ -205,6 +207,17 @@ impl Machine {
     pub fn boot_builtin(&mut self, net: &GuestNet) -> Result<(), MachineError> {
         self.need_paused("boot it")?;
         let vcpus = boot::builtin::load(&self.ram, &self.shape, net)?;
+        self.start_vcpus(vcpus)
+    }
+
+    /// Loads a Linux guest and gives the first vCPU its first state; the next resume boots it.
+    ///
+    /// # Errors
+    /// [`MachineError::Boot`] if its files are not what they should be or do not fit; [`MachineError::Running`]; what KVM refuses.
+    pub fn boot_linux(&mut self, guest: &LinuxGuest) -> Result<(), MachineError> {
+        self.need_paused("boot it")?;
+        let windows = self.bus.virtio_windows();
+        let vcpus = boot::linux::load(&self.ram, self.shape.cpus, &windows, guest).map_err(BootError::from)?;
         self.start_vcpus(vcpus)
     }
 

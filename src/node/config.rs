@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::arbiter::etcd::EtcdConfig;
+use crate::machine::LinuxGuest;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -47,10 +48,21 @@ pub struct NodeConfig {
 pub struct PrimaryStart {
     /// The machine to build.
     pub shape: MachineShape,
-    /// The built-in guest's network.
-    pub net: GuestAddress,
+    /// What runs in it.
+    pub boot: GuestBoot,
+    /// The guest's address, if known: where it runs is announced by ARP then, not by RARP alone.
+    pub guest_ip: Option<Ipv4Addr>,
     /// The operator's word that both nodes of the guest are dead: claim it whatever the arbiter has on record.
     pub both_nodes_are_dead: bool,
+}
+
+/// What a new machine starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestBoot {
+    /// The built-in guest, with its network.
+    BuiltIn(GuestAddress),
+    /// A Linux kernel.
+    Linux(LinuxGuest),
 }
 
 /// What only a node that starts as secondary needs to know.
