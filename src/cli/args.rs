@@ -204,6 +204,11 @@ pub(super) struct NodeArgs {
     #[arg(long, value_name = "IP/BITS")]
     pub(super) guest_ip: Option<Cidr>,
 
+    /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal hosts), or `baseline`, x86-64-v2, which
+    /// hosts of one maker have in common
+    #[arg(long, value_name = "MODEL", value_enum, default_value = "host")]
+    pub(super) cpu: CpuFlag,
+
     /// Where a newcomer's data connection is accepted
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7401", value_parser = values::address, help_heading = "Peer")]
     pub(super) listen: SocketAddr,
@@ -305,6 +310,13 @@ pub(super) enum CompressFlag {
     Auto,
     None,
     Lz4,
+}
+
+/// `--cpu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum CpuFlag {
+    Host,
+    Baseline,
 }
 
 /// `--on-peer-loss`.

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::arbiter;
-use super::args::{CompressFlag, MachineArgs, NodeArgs, SecondaryArgs};
+use super::args::{CompressFlag, CpuFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
 use super::values::{Cidr, Mac, Size};
 use crate::arbiter::ArbiterSpec;
-use crate::machine::LinuxGuest;
+use crate::machine::{CpuModel, LinuxGuest};
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
@@ -53,6 +53,10 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
     Ok(NodeConfig {
         guest,
         tap,
+        cpu: match args.cpu {
+            CpuFlag::Host => CpuModel::Host,
+            CpuFlag::Baseline => CpuModel::Baseline,
+        },
         listen: args.listen,
         heartbeat_listen,
         arbiter: arbiter::config(&args.who)?,

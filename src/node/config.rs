@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::arbiter::etcd::EtcdConfig;
-use crate::machine::LinuxGuest;
+use crate::machine::{CpuModel, LinuxGuest};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -17,6 +17,8 @@ pub struct NodeConfig {
     pub guest: GuestName,
     /// The tap device the guest's network card is joined to.
     pub tap: String,
+    /// The CPU the guest is shown, the same on both nodes.
+    pub cpu: CpuModel,
     /// Where a newcomer's data connection is accepted.
     pub listen: SocketAddr,
     /// Where a newcomer's heartbeat connection is accepted.

@@ -82,7 +82,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let me = new_instance()?;
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
-    let mut machine = new_machine(&start.shape, gate.clone(), &events)?;
+    let mut machine = new_machine(&start.shape, config.cpu, gate.clone(), &events)?;
     machine.memory().prefault().map_err(MachineError::from)?;
     match &start.boot {
         GuestBoot::BuiltIn(GuestAddress { ipv4, prefix_len, gateway }) => {
@@ -229,7 +229,7 @@ fn open_doors(
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
 ) -> Result<(Server, Unarbitrated), NodeError> {
-    let cpu_digest = cpu_digest()?;
+    let cpu_digest = cpu_digest(config.cpu)?;
     Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
     let board = Board::new(&config, role, events.clone());
     let server = Server::bind(&config.control, board.clone())?;
