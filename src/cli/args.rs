@@ -164,7 +164,16 @@ pub(super) struct SecondaryArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(super) struct MachineArgs {
-    /// The guest's memory
+    /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    pub(super) kernel: Option<PathBuf>,
+    /// The kernel's first file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(super) initrd: Option<PathBuf>,
+    /// The kernel's command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub(super) append: Option<String>,
+    /// The guest's memory; a distribution's kernel needs 128M or more
     #[arg(long, value_name = "SIZE", default_value = "128M")]
     pub(super) memory: Size,
     /// The guest's vCPUs
@@ -194,6 +203,11 @@ pub(super) struct NodeArgs {
     /// The guest's address and network; a secondary uses it to announce a takeover by ARP too
     #[arg(long, value_name = "IP/BITS")]
     pub(super) guest_ip: Option<Cidr>,
+
+    /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal hosts), or `baseline`, x86-64-v2, which
+    /// hosts of one maker have in common
+    #[arg(long, value_name = "MODEL", value_enum, default_value = "host")]
+    pub(super) cpu: CpuFlag,
 
     /// Where a newcomer's data connection is accepted
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7401", value_parser = values::address, help_heading = "Peer")]
@@ -296,6 +310,13 @@ pub(super) enum CompressFlag {
     Auto,
     None,
     Lz4,
+}
+
+/// `--cpu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum CpuFlag {
+    Host,
+    Baseline,
 }
 
 /// `--on-peer-loss`.

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::arbiter;
-use super::args::{CompressFlag, MachineArgs, NodeArgs, SecondaryArgs};
+use super::args::{CompressFlag, CpuFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
 use super::values::{Cidr, Mac, Size};
 use crate::arbiter::ArbiterSpec;
-use crate::node::config::{Compress, GuestAddress, NodeConfig, PrimaryStart, SecondaryStart};
+use crate::machine::{CpuModel, LinuxGuest};
+use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -19,6 +20,9 @@ const MEMORY_MIN: Size = Size::mib(16);
 
 /// The most a machine can have.
 const MEMORY_MAX: Size = Size::mib(1 << 20);
+
+/// What a kernel is told if nothing else is said: to talk on the serial port, which is the console.
+const APPEND_DEFAULT: &str = "console=ttyS0";
 
 /// Less could not hold one busy epoch.
 const STAGING_MIN: Size = Size::mib(1);
@@ -49,6 +53,10 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
     Ok(NodeConfig {
         guest,
         tap,
+        cpu: match args.cpu {
+            CpuFlag::Host => CpuModel::Host,
+            CpuFlag::Baseline => CpuModel::Baseline,
+        },
         listen: args.listen,
         heartbeat_listen,
         arbiter: arbiter::config(&args.who)?,
@@ -71,7 +79,6 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
 /// What a primary needs besides.
 pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<PrimaryStart, Failure> {
     let guest = required(node.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
-    let ip = required(node.guest_ip, "--guest-ip IP/BITS", "give the built-in guest an address, such as 10.0.0.2/24")?;
     if cold && node.who.arbiter == Some(ArbiterSpec::None) {
         return Err(Failure::usage(
             "mcd cold-start overrides what an arbiter has on record, and --arbiter none has no record; use mcd primary",
@@ -86,9 +93,26 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
     Ok(PrimaryStart {
         shape: MachineShape { memory_bytes: memory.bytes, cpus: machine.cpus, mac },
-        net: guest_address(ip, machine.guest_gateway)?,
+        boot: boot(node, machine)?,
+        guest_ip: node.guest_ip.map(|cidr| cidr.ipv4),
         both_nodes_are_dead: cold,
     })
+}
+
+/// What the machine starts: a kernel if one is named.
+fn boot(node: &NodeArgs, machine: &MachineArgs) -> Result<GuestBoot, Failure> {
+    let Some(kernel) = &machine.kernel else {
+        let what_to_do = "give the built-in guest an address, such as 10.0.0.2/24, or name a kernel with --kernel";
+        let ip = required(node.guest_ip, "--guest-ip IP/BITS", what_to_do)?;
+        return Ok(GuestBoot::BuiltIn(guest_address(ip, machine.guest_gateway)?));
+    };
+    if machine.guest_gateway.is_some() {
+        return Err(Failure::usage(
+            "--guest-gateway is for the built-in guest: a kernel is told of its network by --append",
+        ));
+    }
+    let append = machine.append.clone().unwrap_or_else(|| APPEND_DEFAULT.to_owned());
+    Ok(GuestBoot::Linux(LinuxGuest { kernel: kernel.clone(), initrd: machine.initrd.clone(), append }))
 }
 
 /// What a secondary needs besides.

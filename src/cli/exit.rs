@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use crate::machine::{BootError, MachineError};
 use crate::node::NodeError;
 
 /// The exit codes of `mcd`.
@@ -36,6 +37,9 @@ impl ExitStatus {
     /// What a node's error is to a script.
     pub(super) fn of(error: &NodeError) -> ExitStatus {
         match error {
+            // The files named by --kernel and --initrd, or their size against --memory.
+            NodeError::Machine(MachineError::Boot(BootError::Linux(_))) => ExitStatus::Usage,
+            NodeError::Machine(MachineError::Boot(_)) => ExitStatus::Failure,
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }

@@ -41,6 +41,22 @@ const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 /// The command that pulses the reset line.
 const KEYBOARD_RESET: u8 = 0xfe;
 
+/// ACPI's sleep control register (8 bit, out).
+pub const POWER_PORT: u16 = 0x608;
+/// ACPI's sleep status register (8 bit): always 0, because the machine never wakes up from a sleep.
+pub const POWER_STATUS_PORT: u16 = 0x609;
+/// ACPI's reset register (8 bit, out).
+pub const RESET_PORT: u16 = 0x60a;
+/// What a guest writes there.
+pub const RESET_VALUE: u8 = 1;
+/// The sleep type that powers off, as the guest is told it.
+pub const SLEEP_TYPE_OFF: u8 = 5;
+/// The sleep control register's bits: go to sleep, and where the sleep type is.
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u8 = 2;
+/// What powers off.
+const SLEEP_OFF: u8 = SLEEP_ENABLE | SLEEP_TYPE_OFF << SLEEP_TYPE_SHIFT;
+
 /// What a port write makes the machine do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortEffect {
@@ -48,6 +64,8 @@ pub enum PortEffect {
     None,
     /// The guest asked for a reset.
     Reset,
+    /// The guest switched itself off.
+    Off,
 }
 
 /// The devices of one machine.
@@ -103,7 +121,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
                 data.iter_mut().for_each(|byte| *byte = serial.read(register));
             }
             // No key was pressed and the controller is idle.
-            None if port == KEYBOARD_COMMAND_PORT => data.fill(0),
+            None if matches!(port, KEYBOARD_COMMAND_PORT | POWER_PORT | POWER_STATUS_PORT) => data.fill(0),
             None => {}
         }
     }
@@ -113,10 +131,13 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         if let Some(register) = serial_register(port) {
             let mut serial = self.serial.lock();
             data.iter().for_each(|byte| serial.write(register, *byte));
-        } else if port == KEYBOARD_COMMAND_PORT && data.last() == Some(&KEYBOARD_RESET) {
-            return PortEffect::Reset;
+            return PortEffect::None;
         }
-        PortEffect::None
+        match (port, data.last()) {
+            (KEYBOARD_COMMAND_PORT, Some(&KEYBOARD_RESET)) | (RESET_PORT, Some(&RESET_VALUE)) => PortEffect::Reset,
+            (POWER_PORT, Some(&SLEEP_OFF)) => PortEffect::Off,
+            _ => PortEffect::None,
+        }
     }
 
     /// The guest reads `data.len()` bytes at guest-physical `address`. Where nothing is, it reads ones.

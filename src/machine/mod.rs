@@ -22,10 +22,11 @@
 //! # Rooms
 //!
 //! `memory` where RAM lies · `dirty` what changed · `vcpu` threads and the pause word · `wait` the wait port · `state` the byte
-//! form of everything · `host` what this host can do · `initial` what a guest starts with · `boot` who gives it that.
+//! form of everything · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a guest starts with · `boot` who gives it that.
 
 pub mod boot;
 pub mod dirty;
+mod cpuid;
 mod error;
 mod futex;
 mod host;
@@ -43,6 +44,9 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
+pub use self::boot::BootError;
+pub use self::boot::linux::LinuxGuest;
+pub use self::cpuid::CpuModel;
 pub use self::error::{KvmError, MachineError, StateError};
 pub use self::host::{CPUS_MAX, cpu_digest};
 pub use self::initial::{GuestNet, InitialVcpu};
@@ -152,7 +156,7 @@ impl Signals for MachineSignals {
 }
 
 impl Machine {
-    /// Builds a machine of `shape`, paused and empty. Its network card is plugged into `net`; what it writes to its serial port
+    /// Builds a machine of `shape` with the host's CPU, paused and empty. Its network card is plugged into `net`; what it writes to its serial port
     /// goes to `console`, which must not block for long.
     ///
     /// # Errors
@@ -162,9 +166,22 @@ impl Machine {
         net: Arc<dyn NetBackend>,
         console: Box<dyn Write + Send>,
     ) -> Result<Machine, MachineError> {
+        Machine::with_cpu(shape, CpuModel::Host, net, console)
+    }
+
+    /// As [`Machine::new`], with a CPU of `model`.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    pub fn with_cpu(
+        shape: &MachineShape,
+        model: CpuModel,
+        net: Arc<dyn NetBackend>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Machine, MachineError> {
         vcpu::install_kick_handler()?;
         let kvm_fd = host::open()?;
-        let caps = Arc::new(HostCaps::ask(&kvm_fd)?);
+        let caps = Arc::new(HostCaps::ask(&kvm_fd, model)?);
         if shape.cpus == 0 || shape.cpus > caps.cpus_max {
             return Err(MachineError::Cpus { cpus: shape.cpus, max: caps.cpus_max });
         }
@@ -205,6 +222,17 @@ impl Machine {
     pub fn boot_builtin(&mut self, net: &GuestNet) -> Result<(), MachineError> {
         self.need_paused("boot it")?;
         let vcpus = boot::builtin::load(&self.ram, &self.shape, net)?;
+        self.start_vcpus(vcpus)
+    }
+
+    /// Loads a Linux guest and gives the first vCPU its first state; the next resume boots it.
+    ///
+    /// # Errors
+    /// [`MachineError::Boot`] if its files are not what they should be or do not fit; [`MachineError::Running`]; what KVM refuses.
+    pub fn boot_linux(&mut self, guest: &LinuxGuest) -> Result<(), MachineError> {
+        self.need_paused("boot it")?;
+        let windows = self.bus.virtio_windows();
+        let vcpus = boot::linux::load(&self.ram, self.shape.cpus, &windows, guest).map_err(BootError::from)?;
         self.start_vcpus(vcpus)
     }
 

@@ -25,6 +25,7 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
     NodeConfig {
         guest: GuestName::new("web").unwrap(),
         tap: "tap0".into(),
+        cpu: Default::default(),
         listen: ([127, 0, 0, 1], 7401).into(),
         heartbeat_listen: ([127, 0, 0, 1], 7402).into(),
         arbiter,

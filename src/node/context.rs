@@ -17,7 +17,7 @@ use crate::arbiter::Arbiter;
 use crate::checkpoint::capture::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
 use crate::control::EventSink;
-use crate::machine::Machine;
+use crate::machine::{CpuModel, Machine};
 use crate::protocol::event::Event;
 use crate::protocol::messages::{MachineShape, features};
 use crate::protocol::primary::PrimaryConfig;
@@ -143,10 +143,11 @@ pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<
 /// A paused machine behind `gate`, whose events reach the inbox.
 pub fn new_machine(
     shape: &MachineShape,
+    cpu: CpuModel,
     gate: Arc<OutputGate>,
     events: &Sender<NodeEvent>,
 ) -> Result<Machine, NodeError> {
-    let machine = Machine::new(shape, gate, Box::new(std::io::stdout()))?;
+    let machine = Machine::with_cpu(shape, cpu, gate, Box::new(std::io::stdout()))?;
     let (from, to) = (machine.events(), events.clone());
     std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
         for event in from {

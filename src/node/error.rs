@@ -6,7 +6,6 @@ use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
 use crate::control::ControlError;
 use crate::machine::MachineError;
-use crate::machine::boot::BootError;
 use crate::protocol::types::EpochId;
 use crate::wire::LinkError;
 
@@ -16,9 +15,6 @@ pub enum NodeError {
     /// The host cannot run the machine, or the machine failed.
     #[error("{0}")]
     Machine(#[from] MachineError),
-    /// The built-in guest cannot be loaded.
-    #[error("{0}")]
-    Boot(#[from] BootError),
     /// The tap cannot be used.
     #[error("{0}")]
     Tap(#[from] netbuf::TapError),

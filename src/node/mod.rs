@@ -34,7 +34,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 pub use error::NodeError;
 
 use self::board::Board;
-use self::config::{ArbiterConfig, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
+use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, RETRY, Unarbitrated, new_machine, open_gate};
 use self::events::NodeEvent;
 use self::links::Ears;
@@ -46,7 +46,6 @@ use crate::arbiter::file::FileArbiter;
 use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
 use crate::control::status::Role;
-use crate::machine::boot::builtin;
 use crate::machine::{GuestNet, MachineError, cpu_digest};
 use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::primary::Primary;
@@ -83,13 +82,16 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let me = new_instance()?;
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
-    let mut machine = new_machine(&start.shape, gate.clone(), &events)?;
-    let net = GuestNet { ipv4: start.net.ipv4, prefix_len: start.net.prefix_len, gateway: start.net.gateway };
+    let mut machine = new_machine(&start.shape, config.cpu, gate.clone(), &events)?;
     machine.memory().prefault().map_err(MachineError::from)?;
-    let vcpus = builtin::load(machine.memory(), &start.shape, &net)?;
-    machine.start_vcpus(vcpus)?;
+    match &start.boot {
+        GuestBoot::BuiltIn(GuestAddress { ipv4, prefix_len, gateway }) => {
+            machine.boot_builtin(&GuestNet { ipv4: *ipv4, prefix_len: *prefix_len, gateway: *gateway })?;
+        }
+        GuestBoot::Linux(guest) => machine.boot_linux(guest)?,
+    }
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
-    let (server, context) = open_doors(config, Role::Primary, Some(start.net.ipv4), events, inbox)?;
+    let (server, context) = open_doors(config, Role::Primary, start.guest_ip, events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
@@ -227,7 +229,7 @@ fn open_doors(
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
 ) -> Result<(Server, Unarbitrated), NodeError> {
-    let cpu_digest = cpu_digest()?;
+    let cpu_digest = cpu_digest(config.cpu)?;
     Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
     let board = Board::new(&config, role, events.clone());
     let server = Server::bind(&config.control, board.clone())?;
