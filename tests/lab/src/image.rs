@@ -15,6 +15,11 @@ const HOST_MODULES: [&str; 7] = ["kvm-amd", "virtio_pci", "virtio_net", "virtio-
 /// What the guest's kernel must load for the devices mcd gives it.
 const GUEST_MODULES: [&str; 4] = ["virtio_mmio", "virtio_net", "virtio_blk", "virtio-rng"];
 
+/// Where the hosts have the guest's kernel.
+pub const GUEST_KERNEL: &str = "/guest/vmlinuz";
+/// Where the hosts have the guest's first root.
+pub const GUEST_INITRD: &str = "/guest/initrd";
+
 /// Everything a lab boots.
 #[derive(Debug)]
 pub struct Images {
@@ -22,10 +27,6 @@ pub struct Images {
     pub host_kernel: PathBuf,
     /// The hosts' first root.
     pub host_initrd: PathBuf,
-    /// What is in the hosts' first root for guests: the kernel.
-    pub guest_kernel: &'static str,
-    /// What is in the hosts' first root for guests: their first root.
-    pub guest_initrd: &'static str,
 }
 
 impl Images {
@@ -35,15 +36,10 @@ impl Images {
         let guest = Kernel::open(&directory.join("guest-kernel"))?;
         let guest_initrd = directory.join("guest.cpio");
         write(&guest_archive(&guest)?, &guest_initrd)?;
-        let images = Images {
-            host_kernel: host.image.clone(),
-            host_initrd: directory.join("host.cpio"),
-            guest_kernel: "/guest/vmlinuz",
-            guest_initrd: "/guest/initrd",
-        };
+        let images = Images { host_kernel: host.image.clone(), host_initrd: directory.join("host.cpio") };
         let mut archive = host_archive(&host, mcd)?;
-        archive.file(images.guest_kernel, &guest.image, 0o644);
-        archive.file(images.guest_initrd, &guest_initrd, 0o644);
+        archive.file(GUEST_KERNEL, &guest.image, 0o644);
+        archive.file(GUEST_INITRD, &guest_initrd, 0o644);
         write(&archive, &images.host_initrd)?;
         Ok(images)
     }

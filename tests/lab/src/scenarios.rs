@@ -32,13 +32,19 @@ enum Kind {
 }
 
 /// All of them, in the order in which they are tried.
-pub const SCENARIOS: [Scenario; 2] = [
+pub const SCENARIOS: [Scenario; 4] = [
     Scenario { name: "demo", shows: "`mcd demo` passes on a host with ordinary KVM", kind: Kind::Demo },
     Scenario {
         name: "builtin",
         shows: "the built-in guest outlives power cuts of either host and a cut link",
         kind: Kind::Faults(Guest::BuiltIn),
     },
+    Scenario {
+        name: "linux",
+        shows: "the same with Debian's unmodified cloud kernel and a real redis-server",
+        kind: Kind::Faults(Guest::Linux { cpus: 1 }),
+    },
+    Scenario { name: "linux-smp", shows: "the same with two vCPUs", kind: Kind::Faults(Guest::Linux { cpus: 2 }) },
 ];
 
 /// What a scenario is told.
