@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{self, Cidr, DirtyLoad, Mac, Size};
+use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::protocol::types::GuestName;
 
@@ -88,6 +88,15 @@ pub(super) enum Command {
         args_override_self = true
     )]
     Status(StatusArgs),
+
+    /// Join the serial console of a guest that runs here
+    #[command(
+        long_about = "Joins the serial console of a guest whose node was started with --console socket: shows what it said last, then what it \
+            says, and hands it every key. Ctrl-] leaves; the guest goes on.",
+        after_help = CONSOLE_HELP,
+        args_override_self = true
+    )]
+    Console(ConsoleArgs),
 }
 
 const PRIMARY_HELP: &str = "\
@@ -120,6 +129,11 @@ Examples:
   mcd demo                              three rounds and a report
   mcd demo --rounds 20 --json out.json  more of it, for a program to read
   mcd demo --stay                       leave the pair up and print a redis-cli line to try";
+
+const CONSOLE_HELP: &str = "\
+Examples:
+  mcd console --guest web
+  mcd console --socket /run/mcd/web.console";
 
 const STATUS_HELP: &str = "\
 Examples:
@@ -250,6 +264,10 @@ pub(super) struct NodeArgs {
     /// The control socket (QMP) [default: /run/mcd/GUEST.sock for root, else $XDG_RUNTIME_DIR/mcd/GUEST.sock]
     #[arg(long, value_name = "PATH", help_heading = "Operation")]
     pub(super) control: Option<PathBuf>,
+    /// The guest's serial console: stdout, stdio (keys go to the guest; Ctrl-] stops that), socket for `mcd console`, socket:/PATH,
+    /// file:/PATH, or none
+    #[arg(long, value_name = "WHERE", default_value = "stdout", help_heading = "Operation")]
+    pub(super) console: ConsoleFlag,
     #[command(flatten)]
     pub(super) log: LogArgs,
 }
@@ -381,6 +399,17 @@ pub(super) struct StatusArgs {
     /// How long to wait for the answer
     #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub(super) timeout_ms: u64,
+}
+
+/// `mcd console`.
+#[derive(Debug, Args)]
+pub(super) struct ConsoleArgs {
+    /// The console's socket
+    #[arg(long, value_name = "PATH", conflicts_with = "guest")]
+    pub(super) socket: Option<PathBuf>,
+    /// The guest whose node on this host is meant, if its console socket is where it is by default
+    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
+    pub(super) guest: Option<GuestName>,
 }
 
 /// The help of every command ends with the exit codes.

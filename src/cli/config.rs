@@ -1,14 +1,15 @@
 //! From flags to a [`NodeConfig`]: what is missing, what contradicts what, and what follows from what.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::arbiter;
 use super::args::{CompressFlag, CpuFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
-use super::values::{Cidr, Mac, Size};
+use super::values::{Cidr, ConsoleFlag, Mac, Size};
 use crate::arbiter::ArbiterSpec;
+use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
@@ -50,6 +51,14 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         Some(path) => path.clone(),
         None => default_control(&guest)?,
     };
+    let console = match &args.console {
+        ConsoleFlag::Stdout => ConsoleTo::Stdout,
+        ConsoleFlag::Stdio => ConsoleTo::Stdio,
+        ConsoleFlag::File(path) => ConsoleTo::File(path.clone()),
+        ConsoleFlag::Socket(Some(path)) => ConsoleTo::Socket(path.clone()),
+        ConsoleFlag::Socket(None) => ConsoleTo::Socket(console_beside(&control)),
+        ConsoleFlag::None => ConsoleTo::None,
+    };
     Ok(NodeConfig {
         guest,
         tap,
@@ -73,6 +82,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         output_bytes_max: output_bytes(args.output_max_bytes)?,
         output_packets_max: usize::try_from(args.output_max_packets).unwrap_or(usize::MAX),
         control,
+        console,
     })
 }
 
@@ -192,6 +202,11 @@ pub(super) fn default_control(guest: &GuestName) -> Result<PathBuf, Failure> {
         )
     };
     control_directory().map(|directory| directory.join(format!("{guest}.sock"))).ok_or_else(missing)
+}
+
+/// Where the console's socket is if nobody says otherwise: beside the control socket.
+pub(super) fn console_beside(control: &Path) -> PathBuf {
+    control.with_extension("console")
 }
 
 /// The directory of the control sockets of this user.

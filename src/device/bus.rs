@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use vm_memory::GuestMemory;
 
 use super::net::NetBackend;
+use super::pci::{PCI_PORT, PCI_PORTS, PCI_STATE_VERSION, PciPorts};
 use super::serial::{SERIAL_PORT, SERIAL_PORTS, SERIAL_STATE_VERSION, SerialPort};
 use super::virtio::net::{NET_STATE_VERSION, NetDevice};
 use super::{DeviceStateError, Signals};
@@ -71,6 +72,7 @@ pub enum PortEffect {
 /// The devices of one machine.
 pub struct Bus<M: GuestMemory + Send + Sync + 'static> {
     serial: Mutex<SerialPort>,
+    pci: Mutex<PciPorts>,
     net: NetDevice<M>,
 }
 
@@ -81,17 +83,20 @@ pub enum DeviceKind {
     Serial,
     /// The network device.
     Net,
+    /// The PCI configuration ports.
+    Pci,
 }
 
 impl DeviceKind {
     /// Every device, in the order of restoring.
-    pub const ALL: [DeviceKind; 2] = [DeviceKind::Serial, DeviceKind::Net];
+    pub const ALL: [DeviceKind; 3] = [DeviceKind::Serial, DeviceKind::Net, DeviceKind::Pci];
 
     /// The version of the saved state this build writes.
     pub fn version(self) -> u16 {
         match self {
             DeviceKind::Serial => SERIAL_STATE_VERSION,
             DeviceKind::Net => NET_STATE_VERSION,
+            DeviceKind::Pci => PCI_STATE_VERSION,
         }
     }
 }
@@ -109,20 +114,21 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         signals: Arc<dyn Signals>,
     ) -> io::Result<Bus<M>> {
         let serial = Mutex::new(SerialPort::new(console, Arc::clone(&signals)));
-        Ok(Bus { serial, net: NetDevice::new(mem, mac, VirtioWindow::of(0).gsi, backend, signals)? })
+        let pci = Mutex::default();
+        Ok(Bus { serial, pci, net: NetDevice::new(mem, mac, VirtioWindow::of(0).gsi, backend, signals)? })
     }
 
     /// The guest reads `data.len()` bytes from `port`. Where nothing is, it reads ones.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
-        match serial_register(port) {
-            Some(register) => {
-                let mut serial = self.serial.lock();
-                data.iter_mut().for_each(|byte| *byte = serial.read(register));
-            }
-            // No key was pressed and the controller is idle.
-            None if matches!(port, KEYBOARD_COMMAND_PORT | POWER_PORT | POWER_STATUS_PORT) => data.fill(0),
-            None => {}
+        if let Some(register) = serial_register(port) {
+            let mut serial = self.serial.lock();
+            data.iter_mut().for_each(|byte| *byte = serial.read(register));
+        } else if let Some(offset) = pci_offset(port) {
+            self.pci.lock().read(offset, data);
+        } else if matches!(port, KEYBOARD_COMMAND_PORT | POWER_PORT | POWER_STATUS_PORT) {
+            // No key was pressed and the controller is idle; the machine did not wake up from a sleep.
+            data.fill(0);
         }
     }
 
@@ -131,6 +137,10 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         if let Some(register) = serial_register(port) {
             let mut serial = self.serial.lock();
             data.iter().for_each(|byte| serial.write(register, *byte));
+            return PortEffect::None;
+        }
+        if let Some(offset) = pci_offset(port) {
+            self.pci.lock().write(offset, data);
             return PortEffect::None;
         }
         match (port, data.last()) {
@@ -160,18 +170,25 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         vec![VirtioWindow::of(0)]
     }
 
+    /// Input of the serial console.
+    pub fn console_input(&self, bytes: &[u8]) {
+        self.serial.lock().input(bytes);
+    }
+
     /// See [`NetDevice::kick`].
     pub fn kick_net(&self) {
         self.net.kick();
     }
 
-    /// Keeps every device thread out of guest memory; returns when all are out.
+    /// Keeps every device thread out of guest memory and input out of the devices; returns when that is so.
     pub fn quiesce(&self) {
+        self.serial.lock().hold(true);
         self.net.quiesce();
     }
 
     /// Lets the device threads work again.
     pub fn unquiesce(&self) {
+        self.serial.lock().hold(false);
         self.net.unquiesce();
     }
 
@@ -180,6 +197,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         match device {
             DeviceKind::Serial => self.serial.lock().save(out),
             DeviceKind::Net => self.net.save(out),
+            DeviceKind::Pci => self.pci.lock().save(out),
         }
     }
 
@@ -191,6 +209,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         match device {
             DeviceKind::Serial => self.serial.lock().restore(bytes),
             DeviceKind::Net => self.net.restore(bytes),
+            DeviceKind::Pci => self.pci.lock().restore(bytes),
         }
     }
 }
@@ -198,6 +217,10 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
 fn serial_register(port: u16) -> Option<u8> {
     let register = port.checked_sub(SERIAL_PORT).filter(|r| *r < SERIAL_PORTS)?;
     u8::try_from(register).ok()
+}
+
+fn pci_offset(port: u16) -> Option<u16> {
+    port.checked_sub(PCI_PORT).filter(|offset| *offset < PCI_PORTS)
 }
 
 fn net_offset(address: u64) -> Option<u64> {

@@ -71,14 +71,14 @@ const BASELINE_NAME: &[u8; 48] = b"mcd baseline CPU (x86-64-v2)\0\0\0\0\0\0\0\0\
 
 /// The MSRs of the baseline: what every KVM saves for such a CPU. All others are those of features that it does not have.
 const BASELINE_MSRS: [u32; 20] = [
-    0x10,        // time stamp counter
-    0x174,       // SYSENTER
+    0x10,  // time stamp counter
+    0x174, // SYSENTER
     0x175,
     0x176,
-    0x1a0,       // miscellaneous features
-    0x277,       // page attributes
-    0x6e0,       // TSC deadline
-    0x11,        // kvmclock, old numbers
+    0x1a0, // miscellaneous features
+    0x277, // page attributes
+    0x6e0, // TSC deadline
+    0x11,  // kvmclock, old numbers
     0x12,
     0x4b56_4d00, // kvmclock
     0x4b56_4d01,
@@ -269,7 +269,8 @@ mod tests {
     /// A host that claims everything, in all leaves up to 0x20.
     fn generous(maker: &[u8; 4], signature: u32) -> CpuId {
         let all = u32::MAX;
-        let mut entries = vec![entry(0, 0, [0x20, u32::from_le_bytes(*maker), 1, 2]), entry(1, 0, [signature, all, all, all])];
+        let mut entries =
+            vec![entry(0, 0, [0x20, u32::from_le_bytes(*maker), 1, 2]), entry(1, 0, [signature, all, all, all])];
         entries.extend((2..=0x20).map(|f| entry(f, 0, [all; 4])));
         entries.push(entry(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]));
         entries.push(entry(LEAF_KVM_FEATURES, 0, [all; 4]));

@@ -82,8 +82,7 @@ impl HostCaps {
         }
         let msrs = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
         let supported = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
-        let xsave_bytes =
-            usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEGACY_BYTES);
+        let xsave_bytes = usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEGACY_BYTES);
         Ok(HostCaps {
             msrs: msrs.as_slice().iter().copied().filter(|index| model.has_msr(*index)).collect(),
             xsave_bytes,

@@ -25,8 +25,8 @@
 //! form of everything · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a guest starts with · `boot` who gives it that.
 
 pub mod boot;
-pub mod dirty;
 mod cpuid;
+pub mod dirty;
 mod error;
 mod futex;
 mod host;
@@ -37,7 +37,7 @@ mod vcpu;
 pub mod wait;
 
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
@@ -418,6 +418,11 @@ impl Machine {
         self.bus.kick_net();
     }
 
+    /// The way in for what a person types at the serial console. It does not keep the machine alive.
+    pub fn console_input(&self) -> ConsoleInput {
+        ConsoleInput { bus: Arc::downgrade(&self.bus) }
+    }
+
     /// What the machine has to tell. Every receiver shares one queue.
     pub fn events(&self) -> Receiver<MachineEvent> {
         self.events.clone()
@@ -455,6 +460,20 @@ impl Machine {
     }
 }
 
+/// The input of a machine's serial console.
+pub struct ConsoleInput {
+    bus: Weak<Bus<GuestMmap>>,
+}
+
+impl ConsoleInput {
+    /// Hands bytes to the guest as fast as it takes them. Never blocks; a guest that takes none loses what is beyond 64 KiB.
+    pub fn push(&self, bytes: &[u8]) {
+        if let Some(bus) = self.bus.upgrade() {
+            bus.console_input(bytes);
+        }
+    }
+}
+
 /// What is not applied by a vCPU.
 struct Decoded<'a> {
     chips: ChipState,
@@ -485,6 +504,7 @@ fn kind_of(device: DeviceKind) -> Kind {
     match device {
         DeviceKind::Serial => Kind::Serial,
         DeviceKind::Net => Kind::Net,
+        DeviceKind::Pci => Kind::Pci,
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::arbiter::etcd::EtcdConfig;
+use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
@@ -43,6 +44,8 @@ pub struct NodeConfig {
     pub output_packets_max: usize,
     /// The control socket.
     pub control: PathBuf,
+    /// Where the guest's serial console goes while the guest runs here.
+    pub console: ConsoleTo,
 }
 
 /// What only a node that starts as primary needs to know.

@@ -53,6 +53,8 @@ pub(in crate::machine) enum Kind {
     Serial = 32,
     /// virtio-net.
     Net = 33,
+    /// PCI configuration ports.
+    Pci = 48,
 }
 
 /// Why state bytes were refused.
@@ -138,6 +140,7 @@ impl Kind {
             Kind::Clock => "clock",
             Kind::Serial => "serial",
             Kind::Net => "net",
+            Kind::Pci => "pci",
         }
     }
 

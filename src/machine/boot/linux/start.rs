@@ -129,8 +129,8 @@ mod tests {
             u64::from_le_bytes(bytes)
         };
         for address in [0, PAGE, 16 << 20, GIB, 3 * GIB + 5 * LARGE_PAGE, 4 * GIB - 1] {
-            let pointer = word(word(PML4) & !0xfff | (address >> 30) * 8);
-            let leaf = word(pointer & !0xfff | (address >> 21 & 511) * 8);
+            let pointer = word((word(PML4) & !0xfff) + (address >> 30) * 8);
+            let leaf = word((pointer & !0xfff) + (address >> 21 & 511) * 8);
             assert_eq!(leaf, address & !(LARGE_PAGE - 1) | LEAF, "{address:#x}");
         }
         assert_eq!(word(PML4 + 8), 0);
