@@ -44,4 +44,49 @@ impl Guest {
             Guest::Linux { .. } => Duration::from_secs(240),
         }
     }
+
+    /// Whether it is a Linux, which has a kernel log.
+    pub fn is_linux(self) -> bool {
+        matches!(self, Guest::Linux { .. })
+    }
+}
+
+/// What a kernel logs when its machine has not gone on as machines do: parts of lines, in small letters.
+const COMPLAINTS: [&str; 12] = [
+    "lockup",
+    "rcu: info",
+    "self-detected stall",
+    "switched to clocksource",
+    "clocksource: timekeeping",
+    "marking tsc unstable",
+    "i/o error",
+    "blocked for more than",
+    "call trace",
+    "bug:",
+    "nobody cared",
+    "transmit timed out",
+];
+
+/// The lines of a kernel's log that were not there `before` and that are complaints.
+pub fn complaints(before: &[String], now: &[String]) -> Vec<String> {
+    let is_bad = |line: &String| {
+        let line = line.to_lowercase();
+        COMPLAINTS.iter().any(|part| line.contains(part))
+    };
+    now.iter().filter(|line| !before.contains(line) && is_bad(line)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_new_complaints_count() {
+        let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+        let before = lines(&["[1] clocksource: Switched to clocksource kvm-clock", "[2] eth0 up"]);
+        let mut now = before.clone();
+        now.extend(lines(&["[8] EXT4-fs mounted", "[9] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!"]));
+        assert_eq!(complaints(&before, &now), now[3..]);
+        assert!(complaints(&now, &now).is_empty());
+    }
 }

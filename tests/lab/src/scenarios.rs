@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use mcd::demo::fabric::HostName;
 
 use crate::error::LabError;
-use crate::guest::Guest;
+use crate::guest::{Guest, complaints};
 use crate::host::Site;
 use crate::report::{Clients, Outcome, Step};
 use crate::world::{DECISION_LIMIT, World};
@@ -119,6 +119,7 @@ impl Play {
         let since = Instant::now();
         world.start_guest(HostName::A)?;
         self.note("the guest boots on host a and serves", since, None);
+        let log = if guest.is_linux() { world.guest_log()? } else { Vec::new() };
         self.protect(&mut world)?;
         for round in 1..=options.rounds {
             self.lose_primary(&mut world, round, options.rounds)?;
@@ -129,6 +130,14 @@ impl Play {
         let tally = world.verify()?;
         self.clients = Some(Clients::of(&tally));
         self.note("every key is read back", since, None);
+        if guest.is_linux() {
+            let since = Instant::now();
+            let bad = complaints(&log, &world.guest_log()?);
+            if !bad.is_empty() {
+                return Err(LabError::Wrong(format!("the guest's kernel noticed:\n  {}", bad.join("\n  "))));
+            }
+            self.note("the guest's kernel has noticed nothing", since, None);
+        }
         if options.stay {
             println!("{}Ctrl-C ends it", world.doors());
             let forever = Duration::from_secs(u64::from(u32::MAX));

@@ -1,6 +1,6 @@
 //! The world of a scenario: the hosts, their nodes, the arbiter, and the clients who must not notice anything.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -19,6 +19,10 @@ use crate::host::{COMMAND_LIMIT, Host, Site};
 
 /// The guest's port.
 const GUEST_PORT: u16 = 6379;
+/// The port on which the Linux guest tells its kernel log.
+const GUEST_LOG_PORT: u16 = 7000;
+/// Most of it that is read.
+const GUEST_LOG_BYTES_MAX: u64 = 4 << 20;
 /// The nodes' port on the link.
 const NODE_PORT: u16 = 7401;
 /// How often a wait looks.
@@ -33,9 +37,11 @@ const RESYNC_LIMIT: Duration = Duration::from_secs(240);
 const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 /// How long the guest serves untroubled before the next fault: so many replies.
 const REPLIES_BETWEEN_FAULTS: u64 = 200;
+/// What a host's console says when its node ends; its exit status follows.
+const NODE_ENDED: &str = "lab: the node ended with";
 /// An emulated host with two cores between all of them stands still now and then; suspicion must allow for that.
 const NODE_FLAGS: &str = "--heartbeat-interval-ms 1000 --heartbeat-timeout-ms 4000 --arbiter-timeout-ms 5000 \
-                          --interval-ms 50 --staging-max 128M";
+                          --interval-ms 50 --staging-max 256M";
 
 /// The clients of a guest's life.
 struct Session {
@@ -53,6 +59,8 @@ pub struct World {
     session: Option<Session>,
     hosts: [Option<Host>; 2],
     lives: [u32; 2],
+    /// From which line of each host's console on its node must not end.
+    nodes_since: [Option<usize>; 2],
     /// The host that runs the guest.
     pub runner: HostName,
 }
@@ -82,6 +90,7 @@ impl World {
             session: None,
             hosts: [None, None],
             lives: [0; 2],
+            nodes_since: [None; 2],
             runner: HostName::A,
         })
     }
@@ -104,13 +113,27 @@ impl World {
             for host in self.hosts.iter_mut().flatten() {
                 host.check_power()?;
             }
+            if let Some(line) = self.node_that_ended() {
+                return Err(LabError::Wrong(format!("waited for {what}, but {line}{}", self.tails())));
+            }
             if Instant::now() >= deadline {
-                let last = self.hosts.iter().flatten();
-                let last = last.map(|host| format!("\nhost {}:{}", host.name(), host.console().tail())).collect();
-                return Err(LabError::TooLate { what: what.to_owned(), limit_s: limit.as_secs(), last });
+                let (what, last) = (what.to_owned(), self.tails());
+                return Err(LabError::TooLate { what, limit_s: limit.as_secs(), last });
             }
             std::thread::park_timeout(LOOK);
         }
+    }
+
+    fn tails(&self) -> String {
+        self.hosts.iter().flatten().map(|host| format!("\nhost {}:{}", host.name(), host.console().tail())).collect()
+    }
+
+    /// What the console says of a node that has ended although nobody ended it.
+    fn node_that_ended(&self) -> Option<String> {
+        self.hosts.iter().zip(self.nodes_since).find_map(|(host, since)| {
+            let line = host.as_ref()?.console().find(since?, |line| line.starts_with(NODE_ENDED))?;
+            Some(format!("on host {}: {line}", host.as_ref()?.name()))
+        })
     }
 
     /// A host that has power.
@@ -147,6 +170,7 @@ impl World {
 
     /// Cuts a host's power.
     pub fn cut_power(&mut self, name: HostName) -> Result<(), LabError> {
+        self.nodes_since[index(name)] = None;
         let host = self.hosts.get_mut(index(name)).and_then(Option::take);
         host.map_or(Ok(()), Host::cut_power)
     }
@@ -158,9 +182,11 @@ impl World {
         let guest = self.guest.node_flags();
         let node = format!("mcd {role} {flags} {guest}");
         // Through a pipe: the node must not wait for the console.
-        let command =
-            format!("({node}; echo \"lab: the node ended with $?\") </dev/null 2>&1 | cat >/dev/ttyS0 2>/dev/null &");
-        self.host(name)?.run(&command, COMMAND_LIMIT).map(drop)
+        let command = format!("({node}; echo \"{NODE_ENDED} $?\") </dev/null 2>&1 | cat >/dev/ttyS0 2>/dev/null &");
+        let mark = self.marks()[index(name)];
+        self.host(name)?.run(&command, COMMAND_LIMIT)?;
+        self.nodes_since[index(name)] = Some(mark);
+        Ok(())
     }
 
     /// Boots the guest on a host and lets the clients in.
@@ -241,10 +267,11 @@ impl World {
     /// Ends the node of a host whose guest is not there, and waits for its end.
     pub fn end_node(&mut self, name: HostName) -> Result<(), LabError> {
         let marks = self.marks();
+        self.nodes_since[index(name)] = None;
         self.host(name)?.run("kill $(pidof mcd)", COMMAND_LIMIT)?;
         self.wait("a node to end", DECISION_LIMIT, |world| {
             let host = world.host(name)?;
-            Ok(host.console().find(marks[index(name)], |line| line.starts_with("lab: the node ended")).map(drop))
+            Ok(host.console().find(marks[index(name)], |line| line.starts_with(NODE_ENDED)).map(drop))
         })
     }
 
@@ -299,6 +326,21 @@ impl World {
         self.check_clients()?;
         let session = self.session.take();
         session.map(|session| session.tally.clone()).ok_or_else(|| LabError::Wrong("there are no clients".to_owned()))
+    }
+
+    /// The Linux guest's kernel log, as it tells it to whoever connects.
+    pub fn guest_log(&mut self) -> Result<Vec<String>, LabError> {
+        let address = SocketAddr::from((GUEST_IPV4, GUEST_LOG_PORT));
+        let network = self.site.network.clone();
+        let read = move || -> io::Result<String> {
+            let stream = connect(address, COMMAND_LIMIT)?;
+            stream.set_read_timeout(Some(COMMAND_LIMIT))?;
+            let mut bytes = Vec::new();
+            stream.take(GUEST_LOG_BYTES_MAX).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let text = network.run(read)?.map_err(LabError::io("read the guest's kernel log"))?;
+        Ok(text.lines().map(str::to_owned).collect())
     }
 
     /// What a person needs to look around.
