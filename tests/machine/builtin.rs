@@ -10,7 +10,7 @@ use crate::support::*;
 const MEMORY: u64 = 64 << 20;
 
 fn shape(cpus: u8) -> MachineShape {
-    MachineShape { memory_bytes: MEMORY, cpus, mac: [2, 0, 0, 0, 0, 9] }
+    MachineShape::bare(MEMORY, cpus, [2, 0, 0, 0, 0, 9])
 }
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);

@@ -194,7 +194,7 @@ impl NetBackend for Wires {
 }
 
 pub fn shape(cpus: u8) -> MachineShape {
-    MachineShape { memory_bytes: MEMORY, cpus, mac: [2, 0, 0, 0, 0, 1] }
+    MachineShape::bare(MEMORY, cpus, [2, 0, 0, 0, 0, 1])
 }
 
 /// A machine without a guest.
