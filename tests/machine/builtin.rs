@@ -38,7 +38,7 @@ fn arp_replies(wires: &Wires) -> usize {
 
 fn build(cpus: u8) -> (Machine, std::sync::Arc<Wires>, Console) {
     let (wires, console) = (Wires::new(), Console::default());
-    let machine = Machine::new(&shape(cpus), wires.clone(), Box::new(console.clone())).expect("machine");
+    let machine = Machine::new(&shape(cpus), wires.clone(), Vec::new(), Box::new(console.clone())).expect("machine");
     (machine, wires, console)
 }
 

@@ -200,7 +200,7 @@ pub fn shape(cpus: u8) -> MachineShape {
 /// A machine without a guest.
 pub fn empty(cpus: u8) -> (Machine, Arc<Wires>, Console) {
     let (wires, console) = (Wires::new(), Console::default());
-    let machine = Machine::new(&shape(cpus), wires.clone(), Box::new(console.clone())).expect("machine");
+    let machine = Machine::new(&shape(cpus), wires.clone(), Vec::new(), Box::new(console.clone())).expect("machine");
     (machine, wires, console)
 }
 
