@@ -21,8 +21,9 @@
 //!
 //! # Rooms
 //!
-//! `devices` what devices can make happen, and which there are · `memory` where RAM lies · `dirty` what changed · `vcpu` threads and the pause word · `wait` the wait port · `state` the byte
-//! form of everything · `host` what this host can do · `initial` what a guest starts with · `boot` who gives it that.
+//! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty` what changed · `vcpu` threads and
+//! the pause word · `wait` the wait port · `state` the byte form of everything · `host` what this host can do · `initial` what a
+//! guest starts with · `boot` who gives it that.
 
 pub mod boot;
 mod devices;
