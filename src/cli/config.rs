@@ -102,7 +102,7 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
     }
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
     Ok(PrimaryStart {
-        shape: MachineShape { memory_bytes: memory.bytes, cpus: machine.cpus, mac },
+        shape: MachineShape::bare(memory.bytes, machine.cpus, mac),
         boot: boot(node, machine)?,
         guest_ip: node.guest_ip.map(|cidr| cidr.ipv4),
         both_nodes_are_dead: cold,

@@ -152,7 +152,7 @@ pub fn new_machine(
     console: &Console,
     events: &Sender<NodeEvent>,
 ) -> Result<Machine, NodeError> {
-    let machine = Machine::with_cpu(shape, cpu, gate, console.writer())?;
+    let machine = Machine::new(shape, cpu, gate, Vec::new(), console.writer())?;
     console.plug(machine.console_input());
     let (from, to) = (machine.events(), events.clone());
     std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
