@@ -63,6 +63,7 @@ use self::host::HostCaps;
 use self::memory::GuestMmap;
 use self::state::chips::ChipState;
 use self::state::sections::{self, Kind, Sections};
+use self::state::tsc::ClockInstant;
 use self::vcpu::gate::{Order, Patience};
 use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
@@ -292,9 +293,12 @@ impl Machine {
         });
         for vcpu in &self.vcpus {
             vcpu.check()?;
-            vcpu.slot().state.encode(vcpu.number(), out);
         }
-        ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?.encode(out);
+        let chips = ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?;
+        for vcpu in &self.vcpus {
+            vcpu.slot().state.encode(vcpu.number(), chips.instant, out);
+        }
+        chips.state.encode(out);
         for device in self.bus.devices() {
             let kind = kind_of(device.kind);
             sections::write(out, kind, device.kind.version(), device.instance, |o| self.bus.save(*device, o));
@@ -315,20 +319,28 @@ impl Machine {
         }
         self.half_restored = true;
         let chips = self.decode(state)?;
+        self.apply(|| Task::Restore)?;
+        chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
+        let instant = ClockInstant::now(&self.vm).map_err(state_error("clock"))?;
+        self.apply(|| Task::Align(instant))?;
+        for (device, bytes) in chips.devices {
+            let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device.kind).bad(e.what));
+            restored.map_err(state_error("devices"))?;
+        }
+        self.half_restored = false;
+        Ok(())
+    }
+
+    /// Gives every vCPU a task, and waits until all are done.
+    fn apply(&mut self, task: impl Fn() -> Task) -> Result<(), MachineError> {
         for vcpu in &mut self.vcpus {
-            vcpu.slot().task = Task::Restore;
+            vcpu.slot().task = task();
             vcpu.order(Order::Apply);
         }
         for vcpu in &self.vcpus {
             vcpu.wait_settled("take over its state")?;
             vcpu.check()?;
         }
-        chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
-        for (device, bytes) in chips.devices {
-            let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device.kind).bad(e.what));
-            restored.map_err(state_error("devices"))?;
-        }
-        self.half_restored = false;
         Ok(())
     }
 
