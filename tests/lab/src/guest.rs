@@ -11,10 +11,12 @@ use crate::image::{GUEST_INITRD, GUEST_KERNEL};
 pub enum Guest {
     /// mcd's own.
     BuiltIn,
-    /// Debian's unmodified cloud kernel with a redis-server, and so many processors.
+    /// Debian's unmodified cloud kernel with a redis-server.
     Linux {
         /// Its processors.
         cpus: u8,
+        /// A loop on each of them that never rests, and one that writes files.
+        stress: bool,
     },
 }
 
@@ -23,8 +25,10 @@ impl Guest {
     pub fn boot_flags(self) -> String {
         match self {
             Guest::BuiltIn => "--memory 64M".to_owned(),
-            Guest::Linux { cpus } => {
-                let append = format!("console=ttyS0 panic=-1 mitigations=off lab.ip={GUEST_IPV4}/{GUEST_PREFIX_LEN}");
+            Guest::Linux { cpus, stress } => {
+                let stress = if stress { " lab.stress" } else { "" };
+                let append =
+                    format!("console=ttyS0 panic=-1 mitigations=off lab.ip={GUEST_IPV4}/{GUEST_PREFIX_LEN}{stress}");
                 format!(
                     "--memory 192M --cpus {cpus} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD} --append \"{append}\""
                 )
@@ -43,6 +47,11 @@ impl Guest {
             Guest::BuiltIn => Duration::from_secs(60),
             Guest::Linux { .. } => Duration::from_secs(240),
         }
+    }
+
+    /// How many requests of each kind a redis-benchmark sends it: more than it serves before the next fault.
+    pub fn benchmark_requests(self) -> u32 {
+        if matches!(self, Guest::Linux { stress: true, .. }) { 150 } else { 1000 }
     }
 
     /// Whether it is a Linux, which has a kernel log.

@@ -4,6 +4,7 @@
 //! is like it. `docs/testing.md` has a picture.
 
 mod attach;
+mod benchmark;
 mod channel;
 mod console;
 mod cpio;
@@ -50,9 +51,9 @@ struct Args {
     /// Connect this terminal to the shell of a host that runs (see --stay)
     #[arg(long, value_name = "SOCKET")]
     attach: Option<PathBuf>,
-    /// How often the primary's host loses its power in a row
-    #[arg(long, default_value_t = 5)]
-    rounds: u32,
+    /// How often the primary's host loses its power in a row [default: 5 for linux, else 2]
+    #[arg(long)]
+    rounds: Option<u32>,
     /// Connections of the load
     #[arg(long, default_value_t = 4)]
     connections: usize,

@@ -42,16 +42,20 @@ pub const SCENARIOS: [Scenario; 4] = [
     Scenario {
         name: "linux",
         shows: "the same with Debian's unmodified cloud kernel and a real redis-server",
-        kind: Kind::Faults(Guest::Linux { cpus: 1 }),
+        kind: Kind::Faults(Guest::Linux { cpus: 1, stress: false }),
     },
-    Scenario { name: "linux-smp", shows: "the same with two vCPUs", kind: Kind::Faults(Guest::Linux { cpus: 2 }) },
+    Scenario {
+        name: "linux-smp",
+        shows: "the same with two vCPUs, both of them busy, and files being written",
+        kind: Kind::Faults(Guest::Linux { cpus: 2, stress: true }),
+    },
 ];
 
 /// What a scenario is told.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How often the primary's host loses its power.
-    pub rounds: u32,
+    /// How often the primary's host loses its power, if it was said.
+    pub rounds: Option<u32>,
     /// Connections of the load.
     pub connections: usize,
     /// Stay at the end until a signal comes.
@@ -121,8 +125,9 @@ impl Play {
         self.note("the guest boots on host a and serves", since, None);
         let log = if guest.is_linux() { world.guest_log()? } else { Vec::new() };
         self.protect(&mut world)?;
-        for round in 1..=options.rounds {
-            self.lose_primary(&mut world, round, options.rounds)?;
+        let rounds = options.rounds.unwrap_or(if guest == (Guest::Linux { cpus: 1, stress: false }) { 5 } else { 2 });
+        for round in 1..=rounds {
+            self.lose_primary(&mut world, round, rounds)?;
         }
         self.lose_secondary(&mut world)?;
         self.cut_link(&mut world)?;
@@ -163,7 +168,14 @@ impl Play {
 
     /// Cuts the power of the host that runs the guest; the other one must go on with it.
     fn lose_primary(&mut self, world: &mut World, round: u32, rounds: u32) -> Result<(), LabError> {
+        // The last time an unmodified client is in the middle of something too.
+        let mut benchmark = if round == rounds { Some(world.start_benchmark()?) } else { None };
         world.wait_served()?;
+        if let Some(benchmark) = &mut benchmark
+            && benchmark.is_over()?
+        {
+            return Err(LabError::Wrong("redis-benchmark was over before the power cut".to_owned()));
+        }
         let (old, heir) = (world.runner, world.runner.other());
         let marks = world.marks();
         let (since, since_us) = (Instant::now(), world.begin());
@@ -180,7 +192,13 @@ impl Play {
         );
         world.check_clients()?;
         world.expect_one_runner()?;
-        self.protect(world)
+        self.protect(world)?;
+        if let Some(benchmark) = benchmark {
+            let since = Instant::now();
+            world.finish_benchmark(benchmark)?;
+            self.note("redis-benchmark, which ran meanwhile, ends well; redis-cli finds every INCR", since, None);
+        }
+        Ok(())
     }
 
     /// Cuts the power of the host that protects the guest; the guest must go on where it is.

@@ -12,6 +12,7 @@ use mcd::demo::client::{Dial, Gauge, Tally, connect, monotonic_us};
 use mcd::demo::fabric::{CLIENT_IPV4, GUEST_IPV4, HostName};
 use mcd::demo::load::{Load, LoadOptions, Phase};
 
+use crate::benchmark::Benchmark;
 use crate::error::LabError;
 use crate::etcd::{self, Etcd};
 use crate::guest::Guest;
@@ -35,6 +36,8 @@ pub const DECISION_LIMIT: Duration = Duration::from_secs(60);
 const RESYNC_LIMIT: Duration = Duration::from_secs(240);
 /// How long a connection may take to be answered again: clients wait longer and longer before they try again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(90);
+/// How long a redis-benchmark may take.
+const BENCHMARK_LIMIT: Duration = Duration::from_secs(300);
 /// How long the guest serves untroubled before the next fault: so many replies.
 const REPLIES_BETWEEN_FAULTS: u64 = 200;
 /// What a host's console says when its node ends; its exit status follows.
@@ -215,6 +218,17 @@ impl World {
         Arc::new(move || -> io::Result<TcpStream> {
             network.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
         })
+    }
+
+    /// Starts a redis-benchmark.
+    pub fn start_benchmark(&self) -> Result<Benchmark, LabError> {
+        Benchmark::start(&self.site.network, &self.site.logs, self.guest.benchmark_requests())
+    }
+
+    /// Waits until a redis-benchmark has ended well, and checks what it counted.
+    pub fn finish_benchmark(&mut self, mut benchmark: Benchmark) -> Result<(), LabError> {
+        self.wait("redis-benchmark to end", BENCHMARK_LIMIT, |_| Ok(benchmark.is_over()?.then_some(())))?;
+        benchmark.check_counter(&self.site.network)
     }
 
     /// Starts a secondary on the host that does not run the guest.
