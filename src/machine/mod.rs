@@ -154,6 +154,9 @@ impl Machine {
         if shape.cpus == 0 || shape.cpus > caps.cpus_max {
             return Err(MachineError::Cpus { cpus: shape.cpus, max: caps.cpus_max });
         }
+        if memory::end_of(shape.memory_bytes) > 1u64.checked_shl(caps.address_bits).unwrap_or(u64::MAX) {
+            return Err(MachineError::AddressBits { bytes: shape.memory_bytes, bits: caps.address_bits });
+        }
         check_disks(shape, &disks)?;
         let ram = GuestRam::new(shape.memory_bytes)?;
         let vm = Arc::new(create_vm(&kvm_fd)?);
