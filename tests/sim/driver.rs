@@ -122,7 +122,6 @@ impl World {
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
             In::Answer { ticket, answer } => {
-                self.procs[proc].read_served = None;
                 if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
                 } else {

@@ -1,6 +1,6 @@
 //! What goes wrong, and the way to the arbiter, which goes wrong too.
 
-use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
+use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::messages::Channel;
 use mcd::protocol::primary::{self, Command};
 
@@ -221,9 +221,6 @@ impl World {
     pub fn arbiter_hears(&mut self, proc: ProcId, call: ArbiterCall) {
         let before = self.arbiter.record;
         let (answer, changed) = self.arbiter.serve(call.request);
-        if call.request == ArbiterRequest::Read && self.procs[proc].calling == Some(call) {
-            self.procs[proc].read_served = before.map(|record| record.generation);
-        }
         if changed {
             // The arbiter may give the guest to a node that died after it asked.
             self.excused |= !self.procs[proc].alive;

@@ -93,12 +93,12 @@ impl Model {
             }
         }
         if new.owner != old.owner {
-            if old.state != RecordState::Paired || old.peer != Some(new.owner) {
-                return Err(format!("I3: {:?} took over without being on record as peer", new.owner));
-            }
             let Some(holding) = self.holdings.get(&new.owner) else {
                 return Err(format!("I2: {:?} took over with nothing", new.owner));
             };
+            if !Model::may_take_over(holding, new.owner, old) {
+                return Err(format!("I3: {:?} took over, but is neither on record as peer nor about to be", new.owner));
+            }
             self.floors.push((new.generation, holding.life, holding.counter));
             self.owner_since_us = now_us;
             let released = self.released.get(&holding.life).copied().unwrap_or(0);
@@ -112,6 +112,17 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// True for the peer on record, and for a newcomer that became whole under the very record its primary runs alone with: that primary has
+    /// to hold its output until another record stands. Whether it did, I1 says.
+    pub fn may_take_over(holding: &Holding, who: InstanceId, record: Record) -> bool {
+        holding.whole
+            && match record.state {
+                RecordState::Paired => record.peer == Some(who),
+                RecordState::Solo => holding.epoch.generation == record.generation,
+                RecordState::Stopped => false,
+            }
     }
 
     /// `me` restores `epoch` from its image.

@@ -6,7 +6,7 @@ use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
-use mcd::protocol::types::{EpochId, Generation, InstanceId, Instant};
+use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
 use crate::guest::{Guest, Output};
 
@@ -120,8 +120,6 @@ pub struct Proc {
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
-    /// The arbiter has answered "read" with the record of this generation; the answer is not handled yet.
-    pub read_served: Option<Generation>,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
     /// The newest connection number of an earlier life as a newcomer.
@@ -158,7 +156,6 @@ impl Proc {
             capture_fails: false,
             quits: 0,
             may_exit: false,
-            read_served: None,
             conns: Vec::new(),
             conns_made: 1 << 32,
             last_conn: 0,

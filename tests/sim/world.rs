@@ -99,8 +99,6 @@ pub struct World {
     pub calm_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
     pub lost: bool,
-    /// The guest was lost, and is not any more, because an old question reached the arbiter late.
-    pub by_luck: bool,
     /// A crash just happened: what is lost by it is excused.
     pub excused: bool,
     instances: u64,
@@ -133,7 +131,6 @@ impl World {
             stats: Stats::default(),
             calm_since: None,
             lost: false,
-            by_luck: false,
             excused: false,
             instances: 0,
             scratch: Vec::new(),

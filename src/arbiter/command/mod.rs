@@ -7,7 +7,8 @@
 //! |---|---|
 //! | no record → solo: a primary starts | the script, `start` (a cold start is the operator's own word, and asks nobody) |
 //! | paired → solo, by the node that runs the guest | the script, `alone` |
-//! | paired → solo, by the other node | the script, `takeover` |
+//! | solo → solo, by the node that runs the guest: it lost a newcomer whose image may be whole | the script, `alone` |
+//! | paired or solo → solo, by the other node | the script, `takeover` |
 //! | solo → paired, anything → stopped, a record in its own place | nobody: no guest starts anywhere |
 //!
 //! Exit status 0 wins the swap, 1 loses it, and anything else, or none in time, is no answer. A read gives what this node last won. Where
@@ -93,6 +94,8 @@ impl CommandArbiter {
                 Some((Question::Alone, pair.peer))
             }
             Some(before) if before.state == RecordState::Stopped => Some((Question::Start, None)),
+            // The newcomer is not on record yet, but it too may ask to take over.
+            Some(alone) if alone.owner == new.owner => Some((Question::Alone, None)),
             Some(before) => Some((Question::Takeover, Some(before.owner))),
         }
     }
@@ -191,6 +194,7 @@ mod tests {
         assert_eq!(arbiter.question(Some(&paired), &paired.next_solo(P)), Some((Question::Alone, Some(S))));
         assert_eq!(arbiter.question(Some(&paired), &paired.next_solo(S)), Some((Question::Takeover, Some(P))));
         assert_eq!(arbiter.question(Some(&solo), &solo.next_solo(S)), Some((Question::Takeover, Some(P))));
+        assert_eq!(arbiter.question(Some(&solo), &solo.next_solo(P)), Some((Question::Alone, None)));
         assert_eq!(arbiter.question(Some(&solo), &paired), None);
         assert_eq!(arbiter.question(Some(&solo), &solo), None);
         assert_eq!(arbiter.question(Some(&paired), &paired.next_stopped()), None);
