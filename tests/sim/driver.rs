@@ -35,6 +35,8 @@ impl World {
                 } else if self.procs[proc].alive {
                     self.procs[proc].pending = Some(act);
                 }
+            } else if let Some(input) = self.look_at_links(proc) {
+                self.feed(proc, input);
             } else if let Some(input) = self.procs[proc].inbox.pop_front() {
                 self.feed(proc, input);
             } else if !self.tick(proc) {
@@ -146,7 +148,40 @@ impl World {
         if let Role::Secondary(machine) = &mut self.procs[proc].role {
             let quit = matches!(input, secondary::Input::Quit);
             self.excused |= quit && (quits >= 2 || machine.phase() != secondary::Phase::Deciding);
+            let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
+            let began = matches!(machine.phase(), secondary::Phase::Joining);
             machine.handle(now, input);
+            self.mind_silence(proc, heartbeat || began, epoch);
+        }
+    }
+
+    /// Epochs that arrive excuse late heartbeats for a while only: when they are lost, a secondary must notice in time.
+    fn mind_silence(&mut self, proc: ProcId, heartbeat: bool, epoch: bool) {
+        let (now, timeout) = (self.now, self.plan.timeout_us);
+        let node = &mut self.procs[proc];
+        let slept = now - node.fed_at >= timeout * 9 / 10;
+        node.fed_at = now;
+        if heartbeat || slept {
+            (node.heard_at, node.epochs_unheard) = (now, 0);
+            return;
+        }
+        node.epochs_unheard += u32::from(epoch);
+        let Role::Secondary(machine) = &node.role else { return };
+        let silence = now - node.heard_at;
+        if machine.phase() == secondary::Phase::Paired && node.epochs_unheard > 4 && silence > timeout * 11 / 10 {
+            let (epochs, ms) = (node.epochs_unheard, silence / 1000);
+            self.violate(format!(
+                "no heartbeat for {ms} ms and {epochs} whole epochs, and the secondary does not mind"
+            ));
+        }
+    }
+
+    /// Where nothing ever goes wrong but that the wire carries little, nobody may be suspected.
+    fn mind_suspicion(&mut self, proc: ProcId, event: &mcd::protocol::event::Event) {
+        use mcd::protocol::event::Event as Told;
+        let gone = matches!(event, Told::Suspected { .. } | Told::NewcomerLost { .. } | Told::Rejoining { .. });
+        if gone && self.plan.only_narrow {
+            self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
         }
     }
 
@@ -219,7 +254,10 @@ impl World {
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
             }
-            Action::Tell(event) => self.note(proc, || format!("* {event}")),
+            Action::Tell(event) => {
+                self.mind_suspicion(proc, &event);
+                self.note(proc, || format!("* {event}"));
+            }
         }
     }
 
@@ -392,7 +430,10 @@ impl World {
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
             }
-            Action::Tell(event) => self.note(proc, || format!("* {event}")),
+            Action::Tell(event) => {
+                self.mind_suspicion(proc, &event);
+                self.note(proc, || format!("* {event}"));
+            }
         }
     }
 
@@ -422,4 +463,8 @@ impl World {
         let check = self.model.committed(me, id, staged.completes);
         self.check(check);
     }
+}
+
+fn is_heartbeat(input: &secondary::Input) -> bool {
+    matches!(input, secondary::Input::Message { message: Message::Heartbeat(_), .. })
 }

@@ -68,6 +68,8 @@ impl World {
                 self.trace.across(self.now, &format!("channel {channel} is slow by {extra} us"));
                 return;
             }
+            FaultKind::Narrow => return self.narrow(slot, until),
+            FaultKind::Deaf => return self.deafen(slot, until),
             _ => {}
         }
         let Some(proc) = self.slots[slot].filter(|proc| self.procs[*proc].alive) else { return };
@@ -98,7 +100,8 @@ impl World {
             FaultKind::CaptureFails => self.procs[proc].capture_fails = true,
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
-            FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut | FaultKind::Slow => {}
+            FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
+            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf => {}
         }
     }
 
@@ -147,8 +150,27 @@ impl World {
         }
     }
 
+    fn another(&mut self, slot: usize) -> usize {
+        (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
+    }
+
+    /// All pages that may be on their way together take two time-outs at most: a heartbeat is late behind them, but not for ever.
+    fn narrow(&mut self, slot: usize, until: u64) {
+        let other = self.another(slot);
+        let page_us = self.rng.below(self.plan.timeout_us / self.plan.pages.max(8));
+        self.weather.narrow[slot][other] = (until, page_us);
+        self.trace.across(self.now, &format!("the wire from n{slot} to n{other} takes {page_us} us for a page"));
+    }
+
+    fn deafen(&mut self, slot: usize, until: u64) {
+        let other = self.another(slot);
+        self.weather.block(Channel::Heartbeat, slot, other, until);
+        let ms = (until - self.now) / 1000;
+        self.trace.across(self.now, &format!("heartbeats from n{slot} to n{other} are lost for {ms} ms"));
+    }
+
     fn partition(&mut self, slot: usize, until: u64) {
-        let other = (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len();
+        let other = self.another(slot);
         let channels: &[Channel] = match self.rng.below(4) {
             0 => &[Channel::Data],
             1 => &[Channel::Heartbeat],

@@ -29,6 +29,14 @@ pub enum Item {
 }
 
 impl Item {
+    /// Pages it carries: what makes it long.
+    pub fn pages(&self) -> usize {
+        match self {
+            Item::Background(pages) | Item::EpochPages(pages) => pages.len(),
+            Item::Message(_) | Item::EpochEnd { .. } | Item::Fin => 0,
+        }
+    }
+
     pub fn name(&self) -> String {
         match self {
             Item::Message(Message::Ack { id, .. }) => format!("ack {id}"),
@@ -64,6 +72,8 @@ pub struct End {
     pub queue: VecDeque<(u64, u64, Item)>,
     /// The accepting process has heard a hello over it.
     pub greeted: bool,
+    /// When bytes of the other end last arrived in this host's kernel.
+    pub received_at: u64,
 }
 
 impl End {
@@ -78,6 +88,7 @@ impl End {
             unacked_since: None,
             queue: VecDeque::new(),
             greeted: false,
+            received_at: 0,
         }
     }
 }
@@ -97,6 +108,10 @@ pub struct Weather {
     blocked: [[[u64; 3]; 3]; 2],
     /// `[channel]`: every delivery takes this much longer, until then.
     pub slow: [(u64, u64); 2],
+    /// `[from][to]`: until when the wire carries little, and the time each page takes then.
+    pub narrow: [[(u64, u64); 3]; 3],
+    /// `[from][to]`: when all that was sent before will have left the queue before the narrow wire.
+    queue_ends: [[u64; 3]; 3],
     pub arbiter_deaf_until: [u64; 3],
     pub arbiter_mute_until: [u64; 3],
 }
@@ -124,7 +139,17 @@ impl Weather {
         if now < until { extra } else { 0 }
     }
 
+    /// When `pages` sent now are through the wire, on which all connections of two hosts share one queue.
+    pub fn through(&mut self, from: usize, to: usize, now: u64, pages: usize) -> u64 {
+        let (until, page_us) = self.narrow[from][to];
+        let cost = if now < until { page_us * pages as u64 } else { 0 };
+        let ends = &mut self.queue_ends[from][to];
+        *ends = (*ends).max(now) + cost;
+        *ends
+    }
+
+    /// Ends all weather; what is in a queue still takes its time.
     pub fn clear(&mut self) {
-        *self = Weather::default();
+        *self = Weather { queue_ends: self.queue_ends, ..Weather::default() };
     }
 }
