@@ -106,7 +106,13 @@ impl World {
     fn feed(&mut self, proc: ProcId, input: In) {
         let now = self.procs[proc].clock.local(self.now);
         match input {
-            In::Background(pages) => self.apply(proc, &pages),
+            In::Background { conn, pages } => match &self.procs[proc].role {
+                Role::Secondary(machine) if machine.takes_pages(conn) => self.apply(proc, &pages),
+                _ => {
+                    let why = "it sent pages out of turn".into();
+                    self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
+                }
+            },
             In::EpochPages(_) if mutant::is("ack-before-whole") && !self.procs[proc].staging.is_empty() => {}
             In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
             In::EpochEnd { conn, id, completes, counter, life } => {
@@ -180,6 +186,10 @@ impl World {
     fn mind_suspicion(&mut self, proc: ProcId, event: &mcd::protocol::event::Event) {
         use mcd::protocol::event::Event as Told;
         let gone = matches!(event, Told::Suspected { .. } | Told::NewcomerLost { .. } | Told::Rejoining { .. });
+        let text = event.to_string();
+        if ["out of turn", "out of order", "does not belong", "not on its way"].iter().any(|odd| text.contains(odd)) {
+            self.violate(format!("n{}: {text}; but every node keeps to the protocol", self.procs[proc].slot));
+        }
         if gone && self.plan.only_narrow {
             self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
         }

@@ -242,7 +242,20 @@ impl World {
 
     pub fn arbiter_hears(&mut self, proc: ProcId, call: ArbiterCall) {
         let before = self.arbiter.record;
-        let (answer, changed) = self.arbiter.serve(call.request);
+        let (answer, changed) = if self.plan.recordless {
+            // The script ends with the node that asked.
+            if !self.procs[proc].alive {
+                return;
+            }
+            let book = &mut self.procs[proc].notebook;
+            let (answer, changed, fences) = self.arbiter.serve_recordless(book, call.request);
+            if fences {
+                self.switch_off_the_other(proc);
+            }
+            (answer, changed)
+        } else {
+            self.arbiter.serve(call.request)
+        };
         if changed {
             // The arbiter may give the guest to a node that died after it asked.
             self.excused |= !self.procs[proc].alive;
@@ -258,6 +271,15 @@ impl World {
         let mute_until = self.weather.arbiter_mute_until[self.procs[proc].slot];
         if mute_until <= self.now {
             self.after(us, Event::ArbiterAnswers { proc, ticket: call.ticket, answer });
+        }
+    }
+
+    /// What a fencing script does before it says yes.
+    fn switch_off_the_other(&mut self, proc: ProcId) {
+        for slot in 0..self.slots.len() {
+            if let Some(other) = self.slots[slot].filter(|other| *other != proc) {
+                self.crash(other, true);
+            }
         }
     }
 

@@ -190,7 +190,7 @@ impl World {
             (Role::Secondary(_), Item::Message(message)) => {
                 In::Secondary(secondary::Input::Message { conn: local, message })
             }
-            (Role::Secondary(_), Item::Background(pages)) => In::Background(pages),
+            (Role::Secondary(_), Item::Background(pages)) => In::Background { conn: local, pages },
             (Role::Secondary(_), Item::EpochPages(pages)) => In::EpochPages(pages),
             (Role::Secondary(_), Item::EpochEnd { id, completes, counter, life }) => {
                 In::EpochEnd { conn: local, id, completes, counter, life }

@@ -15,7 +15,7 @@ impl World {
         sender.jobs.push_back(job);
         if sender.jobs.len() == 1 {
             let token = sender.token;
-            let us = self.takes(300);
+            let us = self.takes(self.plan.sender_us);
             self.after(us, Event::SenderStep { proc, token });
         }
     }
@@ -30,7 +30,7 @@ impl World {
         let more = !sender.jobs.is_empty();
         let pushed = self.perform(proc, conn, job);
         if more {
-            let us = self.takes(300);
+            let us = self.takes(self.plan.sender_us);
             self.after(us, Event::SenderStep { proc, token });
         }
         if pushed {

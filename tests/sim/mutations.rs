@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 32] = [
+const MUTANTS: [(&str, &str); 33] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -43,6 +43,10 @@ const MUTANTS: [(&str, &str); 32] = [
     ("silence-never-suspected", "a secondary waits for ever for a silent primary"),
     ("bytes-excuse-nothing", "a heartbeat that is stuck behind pages counts as missing"),
     ("overtaken-heartbeats-excused", "bytes excuse missing heartbeats, however many epochs come without one"),
+    (
+        "newcomer-not-fenced",
+        "without a record, a primary goes on alone while a newcomer with a whole image may take over",
+    ),
     ("quit-at-once", "an operator's quit ends a node that alone has the guest"),
     ("shutdown-not-told", "the secondary hears of a shutdown before the arbiter does"),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use mcd::arbiter::command::Notebook;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
@@ -48,7 +49,7 @@ pub enum Role {
 pub enum In {
     Primary(primary::Input),
     Secondary(secondary::Input),
-    Background(Vec<(u64, u64)>),
+    Background { conn: ConnId, pages: Vec<(u64, u64)> },
     EpochPages(Vec<(u64, u64)>),
     EpochEnd { conn: ConnId, id: EpochId, completes: bool, counter: u64, life: u64 },
     Answer { ticket: u64, answer: ArbiterAnswer },
@@ -127,6 +128,8 @@ pub struct Proc {
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
+    /// What it wrote down where the arbiter keeps no record.
+    pub notebook: Notebook,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
     /// The newest connection number of an earlier life as a newcomer.
@@ -167,6 +170,7 @@ impl Proc {
             capture_fails: false,
             quits: 0,
             may_exit: false,
+            notebook: Notebook::default(),
             conns: Vec::new(),
             conns_made: 1 << 32,
             last_conn: 0,

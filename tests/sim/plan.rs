@@ -107,6 +107,10 @@ pub struct Plan {
     pub kinds: Vec<FaultKind>,
     /// The only thing that goes wrong is that the wire carries little.
     pub only_narrow: bool,
+    /// The arbiter keeps no record: a script switches the other host off (`command:`).
+    pub recordless: bool,
+    /// The longest the sender thread takes to get to a job.
+    pub sender_us: u64,
     pub triggers: Vec<Trigger>,
     pub calm_us_max: u64,
 }
@@ -125,10 +129,15 @@ impl Plan {
         if only_narrow {
             kinds = vec![FaultKind::Narrow];
         }
+        let recordless = rng.chance(150);
+        if recordless {
+            // Nothing tells a secondary that was cut off of a guest that was shut down: docs/arbiters.md says so.
+            kinds.retain(|kind| !matches!(kind, FaultKind::Command | FaultKind::Shutdown));
+        }
         let trigger_count = if kinds.is_empty() { 0 } else { rng.below(4) };
         let triggers = (0..trigger_count).map(|_| Trigger::draw(rng, &kinds, timeout_us)).collect();
         Plan {
-            slots: if rng.chance(400) { 3 } else { 2 },
+            slots: if !recordless && rng.chance(400) { 3 } else { 2 },
             pages: rng.range(4, 64),
             heartbeat_us,
             timeout_us,
@@ -160,6 +169,8 @@ impl Plan {
             fault_len_us: timeout_us * rng.range(1, 6),
             kinds,
             only_narrow,
+            recordless,
+            sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,
             calm_us_max: 6_000_000,
         }

@@ -139,6 +139,7 @@ impl World {
             protected_since: None,
         };
         world.model.late_us_max = world.plan.late_us_max();
+        world.model.recordless = world.plan.recordless;
         world.begin();
         world
     }
@@ -281,8 +282,11 @@ impl World {
     /// Starts the guest on `slot`, as the first node or after everything ended.
     pub fn boot(&mut self, slot: usize, cold: bool) {
         self.model.owner_since_us = self.now;
-        if let Some(old) = self.slots[slot] {
-            self.end(old);
+        for other in 0..self.slots.len() {
+            // Who starts a guest cold, where nothing keeps a record, has looked himself that no node of it runs.
+            if let Some(old) = self.slots[other].filter(|_| other == slot || self.plan.recordless) {
+                self.end(old);
+            }
         }
         self.model.life += 1;
         let (now, life) = (self.now, self.model.life);
@@ -295,6 +299,7 @@ impl World {
         });
         if let Some(record) = record {
             self.arbiter.set(record);
+            self.procs[proc].notebook.note(record);
         }
         self.lost = false;
         self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
