@@ -8,7 +8,7 @@ use mcd::protocol::types::{EpochId, Instant};
 
 use crate::guest::Output;
 use crate::net::{Item, ProcId};
-use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender, Staged};
+use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender};
 use crate::plan::FaultKind;
 use crate::world::{Event, World};
 
@@ -113,12 +113,13 @@ impl World {
                     self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
                 }
             },
-            In::EpochPages(_) if mutant::is("ack-before-whole") && !self.procs[proc].staging.is_empty() => {}
-            In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
-            In::EpochEnd { conn, id, completes, counter, life } => {
-                let pages = std::mem::take(&mut self.procs[proc].staging);
-                self.procs[proc].staged = Some(Staged { id, completes, pages, counter, life });
-                let staged = secondary::Input::Staged { conn, id, completes_resync: completes, staged_bytes: 0 };
+            In::Epoch { conn, mut staged } => {
+                if mutant::is("ack-before-whole") {
+                    staged.pages.truncate(staged.pages.len() / 2);
+                }
+                let (id, completes_resync) = (staged.id, staged.completes);
+                self.procs[proc].staged = Some(staged);
+                let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0 };
                 self.feed_secondary(proc, now, staged);
             }
             In::Primary(primary::Input::OutputWaiting) => {

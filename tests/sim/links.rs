@@ -7,6 +7,7 @@ use mcd::wire::codec::{decode_message, encode_message};
 
 use crate::net::{Conn, End, Item, ProcId};
 use crate::node::{In, Role};
+use crate::stream::{Arrived, Receiver};
 use crate::world::{Event, World};
 
 impl World {
@@ -190,15 +191,29 @@ impl World {
             (Role::Secondary(_), Item::Message(message)) => {
                 In::Secondary(secondary::Input::Message { conn: local, message })
             }
-            (Role::Secondary(_), Item::Background(pages)) => In::Background { conn: local, pages },
-            (Role::Secondary(_), Item::EpochPages(pages)) => In::EpochPages(pages),
-            (Role::Secondary(_), Item::EpochEnd { id, completes, counter, life }) => {
-                In::EpochEnd { conn: local, id, completes, counter, life }
-            }
+            (Role::Secondary(_), Item::Bulk { bytes, .. }) => return self.receive_bulk(conn, to, &bytes),
             _ => return,
         };
         self.procs[proc].inbox.push_back(input);
         self.drive(proc);
+    }
+
+    /// Bytes of epochs and pages become what they were: in the receiving thread, whatever its driver does.
+    fn receive_bulk(&mut self, conn: usize, to: usize, bytes: &[u8]) {
+        let pages = self.plan.pages;
+        let end = &mut self.conns[conn].ends[to];
+        let (proc, local) = (end.proc, end.local);
+        let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages)));
+        match receiver.take(bytes) {
+            Ok(arrived) => {
+                self.procs[proc].inbox.extend(arrived.into_iter().map(|arrived| match arrived {
+                    Arrived::Epoch(staged) => In::Epoch { conn: local, staged },
+                    Arrived::Background(pages) => In::Background { conn: local, pages },
+                }));
+                self.drive(proc);
+            }
+            Err(why) => self.violate(format!("the wire spoils an epoch: {why}")),
+        }
     }
 
     /// What the kernel of a secondary's host knows and its driver has not looked at yet: bytes arrived on the data connection.

@@ -6,6 +6,8 @@ use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::ConnId;
 use mcd::protocol::types::EpochId;
 
+use crate::stream::Receiver;
+
 /// A process of the simulated world, numbered for all time.
 pub type ProcId = usize;
 
@@ -13,16 +15,11 @@ pub type ProcId = usize;
 #[derive(Clone, Debug)]
 pub enum Item {
     Message(Message),
-    /// Pages outside an epoch.
-    Background(Vec<(u64, u64)>),
-    /// Pages of an epoch.
-    EpochPages(Vec<(u64, u64)>),
-    /// The end of an epoch: the machine's state (next packet, life) and what the wire says beside it.
-    EpochEnd {
-        id: EpochId,
-        completes: bool,
-        counter: u64,
-        life: u64,
+    /// Bytes of an epoch, or of pages outside of one; they may be cut anywhere.
+    Bulk {
+        bytes: Vec<u8>,
+        pages: usize,
+        what: Bulk,
     },
     /// The sender closed.
     Fin,
@@ -32,8 +29,8 @@ impl Item {
     /// Pages it carries: what makes it long.
     pub fn pages(&self) -> usize {
         match self {
-            Item::Background(pages) | Item::EpochPages(pages) => pages.len(),
-            Item::Message(_) | Item::EpochEnd { .. } | Item::Fin => 0,
+            Item::Bulk { pages, .. } => *pages,
+            Item::Message(_) | Item::Fin => 0,
         }
     }
 
@@ -43,18 +40,22 @@ impl Item {
             Item::Message(Message::Paired { record }) => format!("paired {}", record.generation),
             Item::Message(Message::Heartbeat(beat)) => format!("heartbeat #{}", beat.sequence),
             Item::Message(message) => message.name().into(),
-            Item::Background(pages) => format!("background {} pages", pages.len()),
-            Item::EpochPages(pages) => format!("epoch pages {}", pages.len()),
-            Item::EpochEnd { id, completes, .. } => {
-                format!("epoch {id}{}", if *completes { " (completes)" } else { "" })
-            }
+            Item::Bulk { pages, what: Bulk::Background, .. } => format!("background {pages} pages"),
+            Item::Bulk { what: Bulk::Epoch(id, part), .. } => format!("epoch {id}, {part}"),
             Item::Fin => "fin".into(),
         }
     }
 }
 
+/// Whose bytes travel.
+#[derive(Clone, Copy, Debug)]
+pub enum Bulk {
+    /// A part of this epoch.
+    Epoch(EpochId, &'static str),
+    Background,
+}
+
 /// One end of a connection.
-#[derive(Clone, Debug)]
 pub struct End {
     pub proc: ProcId,
     pub slot: usize,
@@ -72,6 +73,8 @@ pub struct End {
     pub queue: VecDeque<(u64, u64, Item)>,
     /// The accepting process has heard a hello over it.
     pub greeted: bool,
+    /// Reads epochs out of the bytes that arrive.
+    pub receiver: Option<Box<Receiver>>,
     /// When bytes of the other end last arrived in this host's kernel.
     pub received_at: u64,
 }
@@ -88,13 +91,13 @@ impl End {
             unacked_since: None,
             queue: VecDeque::new(),
             greeted: false,
+            receiver: None,
             received_at: 0,
         }
     }
 }
 
 /// A connection: end 0 asked for it, end 1 accepted it.
-#[derive(Clone, Debug)]
 pub struct Conn {
     pub channel: Channel,
     pub ends: [End; 2],

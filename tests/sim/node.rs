@@ -50,8 +50,7 @@ pub enum In {
     Primary(primary::Input),
     Secondary(secondary::Input),
     Background { conn: ConnId, pages: Vec<(u64, u64)> },
-    EpochPages(Vec<(u64, u64)>),
-    EpochEnd { conn: ConnId, id: EpochId, completes: bool, counter: u64, life: u64 },
+    Epoch { conn: ConnId, staged: Staged },
     Answer { ticket: u64, answer: ArbiterAnswer },
 }
 
@@ -142,7 +141,6 @@ pub struct Proc {
     pub sender: Option<Sender>,
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
-    pub staging: Vec<(u64, u64)>,
     pub staged: Option<Staged>,
 }
 
@@ -182,7 +180,6 @@ impl Proc {
             sender: None,
             image: Vec::new(),
             image_state: (0, 0),
-            staging: Vec::new(),
             staged: None,
         }
     }
@@ -192,7 +189,6 @@ impl Proc {
         self.urgent.clear();
         self.pending = None;
         self.image.clear();
-        self.staging.clear();
         self.staged = None;
     }
 

@@ -18,6 +18,7 @@ use crate::net::{Conn, ProcId, Weather};
 use crate::node::{Clock, Proc, Role};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
+use crate::stream::Encoder;
 use crate::trace::Trace;
 
 /// What can happen.
@@ -103,6 +104,7 @@ pub struct World {
     pub excused: bool,
     instances: u64,
     pub scratch: Vec<u8>,
+    pub encoder: Encoder,
     pub versions: u64,
     pub tokens: u64,
     pub protected_since: Option<(u64, u64)>,
@@ -134,6 +136,7 @@ impl World {
             excused: false,
             instances: 0,
             scratch: Vec::new(),
+            encoder: Encoder::new(),
             versions: 0,
             tokens: 0,
             protected_since: None,
