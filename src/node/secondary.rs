@@ -136,7 +136,7 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn link_news(&mut self) -> Option<Input> {
-        Some(match self.conns.news(clock::monotonic_us())? {
+        Some(match self.conns.news(clock::monotonic_us(), |_| {})? {
             (conn, LinkNews::Stuck(silence_us)) => {
                 self.conns.close(conn);
                 Input::Closed { conn, why: stuck(silence_us) }
@@ -153,7 +153,9 @@ impl<'a> SecondaryNode<'a> {
             }
             NodeEvent::Message { conn, message } => {
                 self.stages.heard_us = clock::monotonic_us();
-                if let Message::Welcome(welcome) = &message {
+                if let Message::Welcome(welcome) = &message
+                    && self.protocol.is_data(conn)
+                {
                     self.conns.watch(conn, Duration::from_micros(welcome.heartbeat_timeout_us));
                 }
                 Some(Input::Message { conn, message })
