@@ -175,7 +175,7 @@ impl World {
         node.epochs_unheard += u32::from(epoch);
         let Role::Secondary(machine) = &node.role else { return };
         let silence = now - node.heard_at;
-        if machine.phase() == secondary::Phase::Paired && node.epochs_unheard > 4 && silence > timeout * 11 / 10 {
+        if machine.phase() == secondary::Phase::Paired && node.epochs_unheard > 16 && silence > timeout * 22 / 10 {
             let (epochs, ms) = (node.epochs_unheard, silence / 1000);
             self.violate(format!(
                 "no heartbeat for {ms} ms and {epochs} whole epochs, and the secondary does not mind"

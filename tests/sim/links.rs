@@ -112,8 +112,8 @@ impl World {
 
     fn unacked(&mut self, conn: usize, end: usize, since: u64) {
         self.conns[conn].ends[end].unacked_since = Some(since);
-        // The primary leaves the heartbeat connection to its kernel, which is patient: heartbeats may wait behind pages.
-        let watched = end == 0 || self.conns[conn].channel == Channel::Data;
+        // The heartbeat connection is left to the kernel, which is patient: heartbeats may wait behind pages.
+        let watched = self.conns[conn].channel == Channel::Data;
         let patience =
             if watched { self.plan.user_timeout_us } else { self.plan.user_timeout_us.max(self.plan.timeout_us * 12) };
         self.at(self.now.max(since + patience), Event::UserTimeout { conn, end, since });

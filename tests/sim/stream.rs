@@ -73,6 +73,9 @@ impl Encoder {
         digest = crc32c::crc32c_append(digest, &state);
         let end = Message::EpochEnd { id, pages: pages.len() as u64, state_bytes: state.len() as u64, digest };
         self.batch.push_message(&end).expect("a short message");
+        if id.epoch.is_multiple_of(8) {
+            self.batch.push(FrameKind::Nudge, &[]).expect("nothing");
+        }
         self.batch.as_bytes().to_vec()
     }
 
@@ -146,6 +149,7 @@ impl Receiver {
                     arrived.push(Arrived::Background(decode(&payload, self.pages)?));
                     self.budget.give_back(payload.len() as u64);
                 }
+                FrameKind::Nudge => {}
                 FrameKind::Message => match frame.message().map_err(|error| error.to_string())? {
                     Message::EpochBegin { id, completes_resync } => {
                         self.stager.begin(id, completes_resync).map_err(|error| error.to_string())?;
