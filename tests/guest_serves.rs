@@ -66,8 +66,8 @@ fn boot(cpus: u8) -> Machine {
     let _ = std::fs::write("/proc/sys/net/ipv6/conf/guest/disable_ipv6", "1");
     ip("addr add 10.77.0.1/24 dev guest");
     ip("link set guest up");
-    let shape = MachineShape { memory_bytes: MEMORY_BYTES, cpus, mac: [2, 0, 0, 0, 0, 7] };
-    let mut machine = Machine::new(&shape, Arc::new(Tap(tap)), Box::new(io::stderr())).expect("machine");
+    let shape = MachineShape::bare(MEMORY_BYTES, cpus, [2, 0, 0, 0, 0, 7]);
+    let mut machine = Machine::new(&shape, Arc::new(Tap(tap)), Vec::new(), Box::new(io::stderr())).expect("machine");
     machine.boot_builtin(&GuestNet { ipv4: GUEST, prefix_len: 24, gateway: None }).expect("boot");
     machine.resume().expect("resume");
     assert_eq!(machine.events().recv_timeout(PATIENCE), Ok(MachineEvent::Booted));

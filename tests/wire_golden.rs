@@ -2,7 +2,7 @@
 //! version, never a new expectation.
 
 use mcd::protocol::messages::{
-    Channel, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome,
+    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome,
 };
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
@@ -54,7 +54,16 @@ fn hello_and_welcome() {
         Message::Welcome(Welcome {
             instance: B,
             generation: Generation(7),
-            shape: MachineShape { memory_bytes: 0x2000_0000, cpus: 2, mac: [2, 0, 0, 0, 0, 9] },
+            shape: MachineShape {
+                memory_bytes: 0x2000_0000,
+                cpus: 2,
+                mac: [2, 0, 0, 0, 0, 9],
+                disks: vec![
+                    DiskShape { bytes: 0x8000_0000, read_only: false, serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0" },
+                    DiskShape { bytes: 512, read_only: true, serial: [0xff; 20] },
+                ],
+                rng: true,
+            },
             features: 1,
             interval_us: 10_000,
             heartbeat_interval_us: 5_000,
@@ -67,6 +76,14 @@ fn hello_and_welcome() {
             "0000002000000000",
             "02",
             "020000000009",
+            "01",
+            "02",
+            "0000008000000000",
+            "00",
+            "646174612d310000000000000000000000000000",
+            "0002000000000000",
+            "01",
+            "ffffffffffffffffffffffffffffffffffffffff",
             "0100000000000000",
             "1027000000000000",
             "8813000000000000",
@@ -173,4 +190,33 @@ fn every_kind_of_page() {
     let mut expected = [0x41; 4096];
     expected[4095] = 0x42;
     assert_eq!(page, expected);
+}
+
+#[test]
+fn disks_nobody_has_are_refused() {
+    let good = MachineShape { rng: true, ..MachineShape::bare(4096, 1, [0; 6]) };
+    let refused = |bytes: u64, count: usize| {
+        let disk = DiskShape { bytes, read_only: false, serial: [0; 20] };
+        let welcome = Welcome {
+            instance: InstanceId(1),
+            generation: Generation(1),
+            shape: MachineShape { disks: vec![disk; count.min(DISKS_MAX)], ..good.clone() },
+            features: 0,
+            interval_us: 1,
+            heartbeat_interval_us: 1,
+            heartbeat_timeout_us: 1,
+        };
+        let mut bytes = Vec::new();
+        encode_message(&Message::Welcome(welcome), &mut bytes);
+        // Behind tag, instance, generation, memory, vCPUs, address and the random source.
+        let at = 1 + 16 + 8 + 8 + 1 + 6 + 1;
+        assert_eq!(usize::from(bytes[at]), count.min(DISKS_MAX));
+        bytes[at] = count as u8;
+        decode_message(&bytes).err().map(|error| error.to_string())
+    };
+    assert_eq!(refused(512, DISKS_MAX), None);
+    for bytes in [0, 1, 511, 513, u64::MAX] {
+        assert!(refused(bytes, 1).is_some_and(|why| why.contains("no disk has this size")), "{bytes}");
+    }
+    assert!(refused(512, DISKS_MAX + 1).is_some_and(|why| why.contains("so many disks")));
 }

@@ -1,7 +1,9 @@
 //! What comes off the wire is a stranger's until it is checked: every round trip is exact, every cut is an error, and no bytes whatever
 //! make the readers panic or take memory beyond the caps.
 
-use mcd::protocol::messages::{Channel, Heartbeat, Hello, MachineShape, Message, RefuseReason, Welcome};
+use mcd::protocol::messages::{
+    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, RefuseReason, SECTOR_BYTES, Welcome,
+};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
@@ -47,13 +49,26 @@ fn hello() -> impl Strategy<Value = Message> {
     })
 }
 
+fn disk() -> impl Strategy<Value = DiskShape> {
+    (1..=u64::MAX / SECTOR_BYTES, any::<bool>(), any::<[u8; 20]>()).prop_map(|(sectors, read_only, serial)| DiskShape {
+        bytes: sectors * SECTOR_BYTES,
+        read_only,
+        serial,
+    })
+}
+
+fn shape() -> impl Strategy<Value = MachineShape> {
+    let parts = (1..=1u64 << 40, 1..=u8::MAX, any::<[u8; 6]>(), vec(disk(), 0..=DISKS_MAX), any::<bool>());
+    parts.prop_map(|(pages, cpus, mac, disks, rng)| MachineShape { memory_bytes: pages * 4096, cpus, mac, disks, rng })
+}
+
 fn welcome() -> impl Strategy<Value = Message> {
-    let shape = (1..=1u64 << 40, 1..=u8::MAX, any::<[u8; 6]>());
+    let shape = shape();
     (instance(), any::<u64>(), shape, any::<[u64; 4]>()).prop_map(|(instance, generation, shape, numbers)| {
         Message::Welcome(Welcome {
             instance,
             generation: Generation(generation),
-            shape: MachineShape { memory_bytes: shape.0 * 4096, cpus: shape.1, mac: shape.2 },
+            shape,
             features: numbers[0],
             interval_us: numbers[1],
             heartbeat_interval_us: numbers[2],

@@ -85,7 +85,7 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
     }
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
     Ok(PrimaryStart {
-        shape: MachineShape { memory_bytes: memory.bytes, cpus: machine.cpus, mac },
+        shape: MachineShape::bare(memory.bytes, machine.cpus, mac),
         net: guest_address(ip, machine.guest_gateway)?,
         both_nodes_are_dead: cold,
     })

@@ -1,4 +1,8 @@
-//! Which device answers at which port and address. The map is fixed, so the bus is a few comparisons.
+//! Which device answers at which port and address.
+//!
+//! The ports are fixed. The virtio devices have a window of registers and an interrupt line each, numbered from 0: first the
+//! network card, then the disks in the order of the machine's shape, then the source of random bytes if there is one. With at
+//! most six disks the lines are 16 to 23, the last ones the I/O APIC has.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -6,10 +10,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use vm_memory::GuestMemory;
 
+use super::block::BlockBackend;
 use super::net::NetBackend;
 use super::serial::{SERIAL_PORT, SERIAL_PORTS, SERIAL_STATE_VERSION, SerialPort};
+use super::virtio::blk::{BLK_STATE_VERSION, BlkDevice};
 use super::virtio::net::{NET_STATE_VERSION, NetDevice};
+use super::virtio::rng::{RNG_STATE_VERSION, RngDevice};
 use super::{DeviceStateError, Signals};
+use crate::protocol::messages::MachineShape;
 
 /// Guest-physical address of the first virtio-mmio device; device n is at `+ n * VIRTIO_WINDOW_BYTES`.
 pub const VIRTIO_BASE: u64 = 0xD000_0000;
@@ -54,46 +62,83 @@ pub enum PortEffect {
 pub struct Bus<M: GuestMemory + Send + Sync + 'static> {
     serial: Mutex<SerialPort>,
     net: NetDevice<M>,
+    disks: Vec<BlkDevice<M>>,
+    rng: Option<RngDevice<M>>,
+    devices: Vec<DeviceId>,
 }
 
-/// A saved device: which, in which version, and its bytes.
+/// What a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
     /// The serial console.
     Serial,
     /// The network device.
     Net,
+    /// A disk.
+    Block,
+    /// The source of random bytes.
+    Rng,
 }
 
 impl DeviceKind {
-    /// Every device, in the order of restoring.
-    pub const ALL: [DeviceKind; 2] = [DeviceKind::Serial, DeviceKind::Net];
-
     /// The version of the saved state this build writes.
     pub fn version(self) -> u16 {
         match self {
             DeviceKind::Serial => SERIAL_STATE_VERSION,
             DeviceKind::Net => NET_STATE_VERSION,
+            DeviceKind::Block => BLK_STATE_VERSION,
+            DeviceKind::Rng => RNG_STATE_VERSION,
         }
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
-    /// The devices of a machine with memory `mem`: a serial console, and a network card with address `mac` in `backend`.
+/// One device that has a state to save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceId {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Which of its kind, from 0.
+    pub instance: u16,
+}
+
+impl<M: GuestMemory + Clone + Send + Sync + 'static> Bus<M> {
+    /// The devices of a machine of `shape` with memory `mem`: a serial console, a network card in `net`, a disk in each of
+    /// `disks`, and perhaps a source of random bytes. Those with threads begin paused.
     ///
     /// # Errors
-    /// If the host gives no eventfd or thread.
+    /// If there is not one backend of the right size for each disk, or the host gives no eventfd or thread.
     pub fn new(
         mem: M,
-        mac: [u8; 6],
-        backend: Arc<dyn NetBackend>,
+        shape: &MachineShape,
+        net: Arc<dyn NetBackend>,
+        disks: Vec<Arc<dyn BlockBackend>>,
         console: Box<dyn Write + Send>,
         signals: Arc<dyn Signals>,
     ) -> io::Result<Bus<M>> {
-        let serial = Mutex::new(SerialPort::new(console, Arc::clone(&signals)));
-        Ok(Bus { serial, net: NetDevice::new(mem, mac, VirtioWindow::of(0).gsi, backend, signals)? })
+        if disks.len() != shape.disks.len() {
+            let why = format!("the guest is to have {} disks, {} are given", shape.disks.len(), disks.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let mut windows = (0u8..).map(VirtioWindow::of);
+        let mut gsi = || windows.next().map_or(VIRTIO_GSI, |window| window.gsi);
+        let net = NetDevice::new(mem.clone(), shape.mac, gsi(), net, Arc::clone(&signals))?;
+        let mut blocks = Vec::with_capacity(disks.len());
+        for ((number, disk), backend) in (0u16..).zip(&shape.disks).zip(disks) {
+            blocks.push(BlkDevice::new(mem.clone(), number, disk, gsi(), backend, Arc::clone(&signals))?);
+        }
+        let rng = match shape.rng {
+            true => Some(RngDevice::new(mem, gsi(), Arc::clone(&signals))?),
+            false => None,
+        };
+        let id = |kind, instance| DeviceId { kind, instance };
+        let mut devices = vec![id(DeviceKind::Serial, 0), id(DeviceKind::Net, 0)];
+        devices.extend((0u16..).zip(&blocks).map(|(instance, _)| id(DeviceKind::Block, instance)));
+        devices.extend(rng.iter().map(|_| id(DeviceKind::Rng, 0)));
+        Ok(Bus { serial: Mutex::new(SerialPort::new(console, signals)), net, disks: blocks, rng, devices })
     }
+}
 
+impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
     /// The guest reads `data.len()` bytes from `port`. Where nothing is, it reads ones.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
@@ -121,22 +166,40 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
 
     /// The guest reads `data.len()` bytes at guest-physical `address`. Where nothing is, it reads ones.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        match net_offset(address) {
-            Some(offset) => self.net.mmio_read(offset, data),
+        match self.virtio_at(address) {
+            Some((Virtio::Net(net), offset)) => net.mmio_read(offset, data),
+            Some((Virtio::Disk(disk), offset)) => disk.mmio_read(offset, data),
+            Some((Virtio::Rng(rng), offset)) => rng.mmio_read(offset, data),
             None => data.fill(0xff),
         }
     }
 
     /// The guest writes `data` at guest-physical `address`.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        if let Some(offset) = net_offset(address) {
-            self.net.mmio_write(offset, data);
+        match self.virtio_at(address) {
+            Some((Virtio::Net(net), offset)) => net.mmio_write(offset, data),
+            Some((Virtio::Disk(disk), offset)) => disk.mmio_write(offset, data),
+            Some((Virtio::Rng(rng), offset)) => rng.mmio_write(offset, data),
+            None => {}
         }
     }
 
     /// Where the guest finds its virtio devices, for whoever tells it.
     pub fn virtio_windows(&self) -> Vec<VirtioWindow> {
-        vec![VirtioWindow::of(0)]
+        let count = 1 + self.disks.len() + usize::from(self.rng.is_some());
+        (0u8..).take(count).map(VirtioWindow::of).collect()
+    }
+
+    /// The virtio device with registers at `address`, and the offset among them.
+    fn virtio_at(&self, address: u64) -> Option<(Virtio<'_, M>, u64)> {
+        let from_base = address.checked_sub(VIRTIO_BASE)?;
+        let number = usize::try_from(from_base / VIRTIO_WINDOW_BYTES).ok()?;
+        let device = match number.checked_sub(1) {
+            None => Virtio::Net(&self.net),
+            Some(disk) if disk == self.disks.len() => Virtio::Rng(self.rng.as_ref()?),
+            Some(disk) => Virtio::Disk(self.disks.get(disk)?),
+        };
+        Some((device, from_base % VIRTIO_WINDOW_BYTES))
     }
 
     /// See [`NetDevice::kick`].
@@ -144,41 +207,65 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         self.net.kick();
     }
 
-    /// Keeps every device thread out of guest memory; returns when all are out.
+    /// See [`BlkDevice::kick`]; all disks.
+    pub fn kick_disks(&self) {
+        self.disks.iter().for_each(BlkDevice::kick);
+    }
+
+    /// Keeps every device thread out of guest memory and from changing a disk; returns when all have let go.
     pub fn quiesce(&self) {
+        self.disks.iter().for_each(BlkDevice::begin_quiesce);
         self.net.quiesce();
+        self.disks.iter().for_each(BlkDevice::quiesce);
     }
 
     /// Lets the device threads work again.
     pub fn unquiesce(&self) {
         self.net.unquiesce();
+        self.disks.iter().for_each(BlkDevice::unquiesce);
+        self.rng.iter().for_each(RngDevice::unquiesce);
     }
 
-    /// Appends the saved state of a device. The machine must be paused.
-    pub fn save(&self, device: DeviceKind, out: &mut Vec<u8>) {
-        match device {
+    /// Every device with a state, in the order of saving and restoring.
+    pub fn devices(&self) -> &[DeviceId] {
+        &self.devices
+    }
+
+    /// Appends the saved state of a device; nothing if there is none such. The machine must be paused.
+    pub fn save(&self, device: DeviceId, out: &mut Vec<u8>) {
+        match device.kind {
             DeviceKind::Serial => self.serial.lock().save(out),
             DeviceKind::Net => self.net.save(out),
+            DeviceKind::Block => {
+                self.disks.get(usize::from(device.instance)).into_iter().for_each(|disk| disk.save(out))
+            }
+            DeviceKind::Rng => self.rng.iter().for_each(|rng| rng.save(out)),
         }
     }
 
     /// Takes over the saved state of a device. The machine must be paused.
     ///
     /// # Errors
-    /// [`DeviceStateError`] if `bytes` are no state of it; it is as it was then.
-    pub fn restore(&self, device: DeviceKind, bytes: &[u8]) -> Result<(), DeviceStateError> {
-        match device {
+    /// [`DeviceStateError`] if there is no such device, or `bytes` are no state of it; it is as it was then.
+    pub fn restore(&self, device: DeviceId, bytes: &[u8]) -> Result<(), DeviceStateError> {
+        let missing = || DeviceStateError::new("the machine has no such device");
+        match device.kind {
             DeviceKind::Serial => self.serial.lock().restore(bytes),
             DeviceKind::Net => self.net.restore(bytes),
+            DeviceKind::Block => self.disks.get(usize::from(device.instance)).ok_or_else(missing)?.restore(bytes),
+            DeviceKind::Rng => self.rng.as_ref().ok_or_else(missing)?.restore(bytes),
         }
     }
+}
+
+/// A virtio device, whichever it is.
+enum Virtio<'a, M: GuestMemory + Send + Sync + 'static> {
+    Net(&'a NetDevice<M>),
+    Disk(&'a BlkDevice<M>),
+    Rng(&'a RngDevice<M>),
 }
 
 fn serial_register(port: u16) -> Option<u8> {
     let register = port.checked_sub(SERIAL_PORT).filter(|r| *r < SERIAL_PORTS)?;
     u8::try_from(register).ok()
-}
-
-fn net_offset(address: u64) -> Option<u64> {
-    address.checked_sub(VIRTIO_BASE).filter(|offset| *offset < VIRTIO_WINDOW_BYTES)
 }

@@ -1,12 +1,15 @@
 //! Floor 2: the devices of a machine. They know guest memory through vm-memory's trait and everything else through [`Signals`].
 
+pub mod block;
 pub mod bus;
+pub mod image;
 pub mod net;
 pub mod serial;
 pub mod virtio;
 
 use thiserror::Error;
 
+pub use block::{BlockBackend, Stored};
 pub use bus::Bus;
 pub use net::{NetBackend, Transmit};
 

@@ -86,6 +86,26 @@ pub enum MachineError {
         /// The most this host and mcd can do.
         max: u8,
     },
+    /// Not the disks of the machine's shape.
+    #[error("the guest has {wanted} disks (6 at most) and this node was given {given}: name an image for each")]
+    Disks {
+        /// How many the shape has.
+        wanted: usize,
+        /// How many backends there are.
+        given: usize,
+    },
+    /// A disk of another size than the machine's shape says.
+    #[error(
+        "disk {number} of the guest has {wanted_bytes} bytes, this node's image {given_bytes}: give one of the same size"
+    )]
+    DiskSize {
+        /// The disk, from 0.
+        number: usize,
+        /// Its size in the shape.
+        wanted_bytes: u64,
+        /// The backend's size.
+        given_bytes: u64,
+    },
     /// The guest could not be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),

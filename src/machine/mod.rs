@@ -21,10 +21,12 @@
 //!
 //! # Rooms
 //!
-//! `memory` where RAM lies · `dirty` what changed · `vcpu` threads and the pause word · `wait` the wait port · `state` the byte
-//! form of everything · `host` what this host can do · `initial` what a guest starts with · `boot` who gives it that.
+//! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty` what changed · `vcpu` threads and
+//! the pause word · `wait` the wait port · `state` the byte form of everything · `host` what this host can do · `initial` what a
+//! guest starts with · `boot` who gives it that.
 
 pub mod boot;
+mod devices;
 pub mod dirty;
 mod error;
 mod futex;
@@ -39,7 +41,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, bounded};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
@@ -48,8 +50,9 @@ pub use self::host::{CPUS_MAX, cpu_digest};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};
 pub use self::state::FormatError;
-pub use crate::device::{NetBackend, Transmit};
+pub use crate::device::{BlockBackend, NetBackend, Stored, Transmit};
 
+use self::devices::{MachineSignals, check_disks, kind_of};
 use self::dirty::DirtyLog;
 use self::error::kvm;
 use self::host::HostCaps;
@@ -59,8 +62,8 @@ use self::state::sections::{self, Kind, Sections};
 use self::vcpu::gate::{Order, Patience};
 use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
-use crate::device::bus::DeviceKind;
-use crate::device::{Bus, Signals};
+use crate::device::Bus;
+use crate::device::bus::{DeviceId, VirtioWindow};
 use crate::protocol::messages::MachineShape;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
@@ -127,39 +130,17 @@ pub struct Machine {
     times: PauseTimes,
 }
 
-/// The machine's side of its devices.
-struct MachineSignals {
-    vm: Arc<VmFd>,
-    doorbells: Vec<Arc<Doorbell>>,
-    events: Sender<MachineEvent>,
-}
-
-impl Signals for MachineSignals {
-    fn set_irq(&self, gsi: u32, active: bool) {
-        // Synchronous on purpose: when this returns the interrupt is in the controllers' state, so no capture can miss it.
-        if let Err(error) = self.vm.set_irq_line(gsi, active) {
-            tracing::error!(gsi, active, %error, "KVM refused an interrupt");
-        }
-    }
-
-    fn ring(&self) {
-        self.doorbells.iter().for_each(|doorbell| doorbell.ring());
-    }
-
-    fn broken(&self, device: &'static str, reason: &str) {
-        let _ = self.events.try_send(MachineEvent::DeviceBroken { device, reason: reason.to_owned() });
-    }
-}
-
 impl Machine {
-    /// Builds a machine of `shape`, paused and empty. Its network card is plugged into `net`; what it writes to its serial port
-    /// goes to `console`, which must not block for long.
+    /// Builds a machine of `shape`, paused and empty. Its network card is plugged into `net`, the disks of its shape keep their
+    /// bytes in `disks`, in the same order; what it writes to its serial port goes to `console`, which must not block for long.
     ///
     /// # Errors
-    /// Without /dev/kvm or what is needed of it, without memory, or if the shape is not possible.
+    /// Without /dev/kvm or what is needed of it, without memory, if the shape is not possible, or if `disks` are not those of
+    /// the shape.
     pub fn new(
         shape: &MachineShape,
         net: Arc<dyn NetBackend>,
+        disks: Vec<Arc<dyn BlockBackend>>,
         console: Box<dyn Write + Send>,
     ) -> Result<Machine, MachineError> {
         vcpu::install_kick_handler()?;
@@ -168,13 +149,14 @@ impl Machine {
         if shape.cpus == 0 || shape.cpus > caps.cpus_max {
             return Err(MachineError::Cpus { cpus: shape.cpus, max: caps.cpus_max });
         }
+        check_disks(shape, &disks)?;
         let ram = GuestRam::new(shape.memory_bytes)?;
         let vm = Arc::new(create_vm(&kvm_fd)?);
         let (events_in, events) = bounded(EVENTS_MAX);
         let doorbells: Vec<Arc<Doorbell>> = (0..shape.cpus).map(|_| Arc::default()).collect();
         let signals = MachineSignals { vm: Arc::clone(&vm), doorbells: doorbells.clone(), events: events_in.clone() };
-        let bus = Bus::new(ram.mmap().clone(), shape.mac, net, console, Arc::new(signals))
-            .map_err(|reason| MachineError::Start { what: "the network device", reason })?;
+        let bus = Bus::new(ram.mmap().clone(), shape, net, disks, console, Arc::new(signals))
+            .map_err(|reason| MachineError::Start { what: "the devices", reason })?;
         let bus = Arc::new(bus);
         let common =
             Common { cpus: shape.cpus, caps, bus: Arc::clone(&bus), events: events_in, patience: patience(shape.cpus) };
@@ -297,8 +279,9 @@ impl Machine {
             vcpu.slot().state.encode(vcpu.number(), out);
         }
         ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?.encode(out);
-        for device in DeviceKind::ALL {
-            sections::write(out, kind_of(device), device.version(), 0, |o| self.bus.save(device, o));
+        for device in self.bus.devices() {
+            let kind = kind_of(device.kind);
+            sections::write(out, kind, device.kind.version(), device.instance, |o| self.bus.save(*device, o));
         }
         self.times.encode_us = elapsed_us(start) - self.times.settle_us;
         Ok(())
@@ -326,7 +309,7 @@ impl Machine {
         }
         chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
         for (device, bytes) in chips.devices {
-            let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device).bad(e.what));
+            let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device.kind).bad(e.what));
             restored.map_err(state_error("devices"))?;
         }
         self.half_restored = false;
@@ -341,10 +324,10 @@ impl Machine {
             vcpu.slot().state.decode(vcpu.number(), &mut from).map_err(state_error("vCPU"))?;
         }
         let chips = ChipState::decode(&mut from).map_err(state_error("interrupt controllers"))?;
-        let mut devices = Vec::with_capacity(DeviceKind::ALL.len());
-        for device in DeviceKind::ALL {
-            let mut fields = from.take(kind_of(device), device.version(), 0).map_err(state_error("devices"))?;
-            devices.push((device, fields.remaining()));
+        let mut devices = Vec::with_capacity(self.bus.devices().len());
+        for device in self.bus.devices() {
+            let fields = from.take(kind_of(device.kind), device.kind.version(), device.instance);
+            devices.push((*device, fields.map_err(state_error("devices"))?.remaining()));
         }
         from.finish().map_err(state_error("state"))?;
         Ok(Decoded { chips, devices })
@@ -390,6 +373,16 @@ impl Machine {
         self.bus.kick_net();
     }
 
+    /// A backend of a disk has room again: a disk whose request had to wait asks again. Never blocks.
+    pub fn kick_disks(&self) {
+        self.bus.kick_disks();
+    }
+
+    /// Where the guest finds its virtio devices: the network card, the disks, the source of random bytes.
+    pub fn virtio_windows(&self) -> Vec<VirtioWindow> {
+        self.bus.virtio_windows()
+    }
+
     /// What the machine has to tell. Every receiver shares one queue.
     pub fn events(&self) -> Receiver<MachineEvent> {
         self.events.clone()
@@ -430,7 +423,7 @@ impl Machine {
 /// What is not applied by a vCPU.
 struct Decoded<'a> {
     chips: ChipState,
-    devices: Vec<(DeviceKind, &'a [u8])>,
+    devices: Vec<(DeviceId, &'a [u8])>,
 }
 
 fn create_vm(kvm_fd: &kvm_ioctls::Kvm) -> Result<VmFd, MachineError> {
@@ -450,13 +443,6 @@ fn patience(cpus: u8) -> Patience {
         Patience { controller: Duration::from_micros(50), vcpu: Duration::from_micros(100) }
     } else {
         Patience { controller: Duration::ZERO, vcpu: Duration::ZERO }
-    }
-}
-
-fn kind_of(device: DeviceKind) -> Kind {
-    match device {
-        DeviceKind::Serial => Kind::Serial,
-        DeviceKind::Net => Kind::Net,
     }
 }
 

@@ -146,7 +146,7 @@ pub fn new_machine(
     gate: Arc<OutputGate>,
     events: &Sender<NodeEvent>,
 ) -> Result<Machine, NodeError> {
-    let machine = Machine::new(shape, gate, Box::new(std::io::stdout()))?;
+    let machine = Machine::new(shape, gate, Vec::new(), Box::new(std::io::stdout()))?;
     let (from, to) = (machine.events(), events.clone());
     std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
         for event in from {

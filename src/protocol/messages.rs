@@ -49,9 +49,41 @@ pub struct MachineShape {
     pub cpus: u8,
     /// The guest's Ethernet address.
     pub mac: [u8; 6],
+    /// Its disks, in the order in which the guest finds them; at most [`DISKS_MAX`].
+    pub disks: Vec<DiskShape>,
+    /// The guest has a source of random bytes (virtio-rng).
+    pub rng: bool,
+}
+
+/// Most disks a machine may have.
+pub const DISKS_MAX: usize = 6;
+/// Bytes of a disk's sector: a disk's size is a multiple of it.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// The shape of one disk.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DiskShape {
+    /// Its size in bytes: a multiple of [`SECTOR_BYTES`], not 0.
+    pub bytes: u64,
+    /// The guest can only read it.
+    pub read_only: bool,
+    /// The serial number the guest sees: text, filled up with zero bytes.
+    pub serial: [u8; 20],
+}
+
+impl DiskShape {
+    /// True if a disk can have this size.
+    pub fn is_possible(&self) -> bool {
+        self.bytes != 0 && self.bytes.is_multiple_of(SECTOR_BYTES)
+    }
 }
 
 impl MachineShape {
+    /// A machine without disks and without a source of random bytes.
+    pub fn bare(memory_bytes: u64, cpus: u8, mac: [u8; 6]) -> MachineShape {
+        MachineShape { memory_bytes, cpus, mac, disks: Vec::new(), rng: false }
+    }
+
     /// The most bytes one epoch of this machine can take in staging memory: every page raw with its record header, and the machine's state.
     pub fn epoch_bytes_max(&self) -> u64 {
         const STATE_BYTES_MAX: u64 = 1 << 20;

@@ -4,7 +4,9 @@
 //! its UTF-8 bytes, at most [`TEXT_BYTES_MAX`]. Bytes after the last field are an error, and so is a value its type does not have.
 
 use super::error::WireError;
-use crate::protocol::messages::{Channel, Heartbeat, Hello, MachineShape, Message, RefuseReason, Welcome};
+use crate::protocol::messages::{
+    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, RefuseReason, Welcome,
+};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId};
@@ -176,13 +178,25 @@ impl Encoder<'_> {
         self.u8(TAG_WELCOME);
         self.instance(welcome.instance);
         self.u64(welcome.generation.0);
-        self.u64(welcome.shape.memory_bytes);
-        self.u8(welcome.shape.cpus);
-        self.bytes(&welcome.shape.mac);
+        self.shape(&welcome.shape);
         self.u64(welcome.features);
         self.u64(welcome.interval_us);
         self.u64(welcome.heartbeat_interval_us);
         self.u64(welcome.heartbeat_timeout_us);
+    }
+
+    fn shape(&mut self, shape: &MachineShape) {
+        self.u64(shape.memory_bytes);
+        self.u8(shape.cpus);
+        self.bytes(&shape.mac);
+        self.flag(shape.rng);
+        // A machine with more disks is not built in the first place.
+        self.u8(shape.disks.len().min(DISKS_MAX) as u8);
+        for disk in shape.disks.iter().take(DISKS_MAX) {
+            self.u64(disk.bytes);
+            self.flag(disk.read_only);
+            self.bytes(&disk.serial);
+        }
     }
 
     fn heartbeat(&mut self, heartbeat: &Heartbeat) {
@@ -316,11 +330,24 @@ impl<'a> Decoder<'a> {
     }
 
     fn shape(&mut self) -> Result<MachineShape, WireError> {
-        let shape = MachineShape { memory_bytes: self.u64()?, cpus: self.u8()?, mac: self.array()? };
-        if shape.cpus == 0 || shape.memory_bytes == 0 || !shape.memory_bytes.is_multiple_of(PAGE_BYTES as u64) {
+        let (memory_bytes, cpus, mac, rng) = (self.u64()?, self.u8()?, self.array()?, self.flag()?);
+        if cpus == 0 || memory_bytes == 0 || !memory_bytes.is_multiple_of(PAGE_BYTES as u64) {
             return malformed("welcome: no machine has this shape");
         }
-        Ok(shape)
+        let count = usize::from(self.u8()?);
+        if count > DISKS_MAX {
+            return malformed("welcome: no machine has so many disks");
+        }
+        let mut disks = Vec::with_capacity(count);
+        for _ in 0..count {
+            disks.push(self.disk()?);
+        }
+        Ok(MachineShape { memory_bytes, cpus, mac, disks, rng })
+    }
+
+    fn disk(&mut self) -> Result<DiskShape, WireError> {
+        let disk = DiskShape { bytes: self.u64()?, read_only: self.flag()?, serial: self.array()? };
+        if disk.is_possible() { Ok(disk) } else { malformed("welcome: no disk has this size") }
     }
 
     fn heartbeat(&mut self) -> Result<Heartbeat, WireError> {

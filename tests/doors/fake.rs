@@ -109,7 +109,7 @@ pub fn welcome() -> Welcome {
     Welcome {
         instance: PRIMARY,
         generation: Generation(5),
-        shape: MachineShape { memory_bytes: MEMORY_BYTES, cpus: 1, mac: [2, 0, 0, 0, 0, 1] },
+        shape: MachineShape::bare(MEMORY_BYTES, 1, [2, 0, 0, 0, 0, 1]),
         features: features::LZ4,
         interval_us: 20_000,
         heartbeat_interval_us: 200_000,

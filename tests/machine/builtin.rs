@@ -10,7 +10,7 @@ use crate::support::*;
 const MEMORY: u64 = 64 << 20;
 
 fn shape(cpus: u8) -> MachineShape {
-    MachineShape { memory_bytes: MEMORY, cpus, mac: [2, 0, 0, 0, 0, 9] }
+    MachineShape::bare(MEMORY, cpus, [2, 0, 0, 0, 0, 9])
 }
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
@@ -38,7 +38,7 @@ fn arp_replies(wires: &Wires) -> usize {
 
 fn build(cpus: u8) -> (Machine, std::sync::Arc<Wires>, Console) {
     let (wires, console) = (Wires::new(), Console::default());
-    let machine = Machine::new(&shape(cpus), wires.clone(), Box::new(console.clone())).expect("machine");
+    let machine = Machine::new(&shape(cpus), wires.clone(), Vec::new(), Box::new(console.clone())).expect("machine");
     (machine, wires, console)
 }
 

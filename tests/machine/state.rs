@@ -64,7 +64,7 @@ fn io_in_flight_is_neither_lost_nor_doubled() {
         return;
     }
     let console = Console::default();
-    let build = || Machine::new(&shape(1), Wires::new(), Box::new(console.clone())).expect("machine");
+    let build = || Machine::new(&shape(1), Wires::new(), Vec::new(), Box::new(console.clone())).expect("machine");
     let (mut active, mut other) = (build(), build());
     load(active.memory(), careful_counter());
     active.start_vcpus(vec![ring3(0)]).expect("start");

@@ -194,13 +194,13 @@ impl NetBackend for Wires {
 }
 
 pub fn shape(cpus: u8) -> MachineShape {
-    MachineShape { memory_bytes: MEMORY, cpus, mac: [2, 0, 0, 0, 0, 1] }
+    MachineShape::bare(MEMORY, cpus, [2, 0, 0, 0, 0, 1])
 }
 
 /// A machine without a guest.
 pub fn empty(cpus: u8) -> (Machine, Arc<Wires>, Console) {
     let (wires, console) = (Wires::new(), Console::default());
-    let machine = Machine::new(&shape(cpus), wires.clone(), Box::new(console.clone())).expect("machine");
+    let machine = Machine::new(&shape(cpus), wires.clone(), Vec::new(), Box::new(console.clone())).expect("machine");
     (machine, wires, console)
 }
 

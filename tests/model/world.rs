@@ -187,7 +187,7 @@ fn guest_name() -> GuestName {
 pub fn primary_config() -> PrimaryConfig {
     PrimaryConfig {
         guest: guest_name(),
-        shape: MachineShape { memory_bytes: (PAGES * PAGE_BYTES) as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] },
+        shape: MachineShape::bare((PAGES * PAGE_BYTES) as u64, 1, [2, 0, 0, 0, 0, 1]),
         cpu_digest: 1,
         features: 0,
         interval: Duration::from_secs(3600),

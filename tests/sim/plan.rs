@@ -188,7 +188,7 @@ impl Plan {
     }
 
     fn shape(&self) -> MachineShape {
-        MachineShape { memory_bytes: self.pages * PAGE_BYTES as u64, cpus: 1, mac: [2, 0, 0, 0, 0, 1] }
+        MachineShape::bare(self.pages * PAGE_BYTES as u64, 1, [2, 0, 0, 0, 0, 1])
     }
 
     pub fn primary(&self) -> PrimaryConfig {

@@ -25,11 +25,12 @@ use std::thread::JoinHandle;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use parking_lot::Mutex;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::{self, ChainError, Scatter};
-use super::mmio::{Effect, INTERRUPT_CONFIG, INTERRUPT_USED, Transport, status};
+use super::interrupt::Interrupt;
+use super::mmio::{Effect, Transport};
 pub use super::net_state::NET_STATE_VERSION;
 use super::net_state::NetState;
 use crate::device::{DeviceStateError, NetBackend, Signals, Transmit};
@@ -54,8 +55,6 @@ const FRAME_BYTES_MIN: usize = 14;
 const RECEIVE_BATCH: usize = 32;
 /// How long a backend that fails is left alone, in milliseconds.
 const BACKEND_RETRY_MS: u16 = 100;
-/// The driver's word that it needs no interrupt for used buffers (VIRTQ_AVAIL_F_NO_INTERRUPT).
-const AVAIL_NO_INTERRUPT: u16 = 1;
 
 /// What the device's thread should wait for next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,19 +75,22 @@ struct Core {
     paused: bool,
     /// The device's thread looks at nothing but the eventfd and must be woken when that changes.
     resting: bool,
-    /// The interrupt line is up.
-    line_up: bool,
+    interrupt: Interrupt,
     /// Room for one chain's bytes, kept.
     buffer: Vec<u8>,
+}
+
+impl Core {
+    fn update_line(&mut self) {
+        self.interrupt.update(&self.transport);
+    }
 }
 
 struct Shared<M> {
     core: Mutex<Core>,
     mem: M,
     mac: [u8; 6],
-    gsi: u32,
     backend: Arc<dyn NetBackend>,
-    signals: Arc<dyn Signals>,
     event: EventFd,
     stop: AtomicBool,
     /// A frame waits in the transmit queue for room outside.
@@ -123,16 +125,14 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             transport,
             paused: true,
             resting: true,
-            line_up: false,
+            interrupt: Interrupt::new(signals, gsi, "virtio-net"),
             buffer: Vec::with_capacity(CHAIN_BYTES_MAX),
         };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
             mem,
             mac,
-            gsi,
             backend,
-            signals,
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stop: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
@@ -161,10 +161,10 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             Effect::Notify(queue) if usize::from(queue) == RX => shared.wake(&mut core),
             Effect::Notify(_) => {}
             Effect::Ready => shared.wake(&mut core),
-            Effect::Acked => shared.update_line(&mut core),
+            Effect::Acked => core.update_line(),
             Effect::Reset => {
                 shared.stalled.store(false, Ordering::SeqCst);
-                shared.update_line(&mut core);
+                core.update_line();
             }
         }
     }
@@ -207,10 +207,10 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             return Err(DeviceStateError::new("the state is of a device with another MAC address"));
         }
         let mut core = shared.core.lock();
-        state.apply(&mut core.transport, &shared.mem)?;
+        let core = &mut *core;
+        state.transport.apply(&mut core.transport, &shared.mem)?;
         core.resting = true;
-        core.line_up = core.transport.interrupt_status != 0;
-        shared.signals.set_irq(shared.gsi, core.line_up);
+        core.interrupt.restored(&core.transport);
         // Whatever stood in the queues when the state was saved is looked at again at resume.
         shared.stalled.store(state.transmit_stalled, Ordering::SeqCst);
         shared.kicked.store(true, Ordering::SeqCst);
@@ -299,7 +299,7 @@ impl<M: GuestMemory> Shared<M> {
             }
         }
         if used {
-            self.notify_used(core, TX, ring_always);
+            core.interrupt.used(&mut core.transport, TX, &self.mem, ring_always);
         }
     }
 
@@ -358,7 +358,7 @@ impl<M: GuestMemory> Shared<M> {
             }
         }
         if used {
-            self.notify_used(core, RX, true);
+            core.interrupt.used(&mut core.transport, RX, &self.mem, true);
         }
         rest
     }
@@ -420,39 +420,10 @@ impl<M: GuestMemory> Shared<M> {
         Ok(driver_index.0 != queue.next_avail())
     }
 
-    /// Tells the guest that buffers of `queue` were used: an interrupt unless it wants none, and the doorbell. A polling guest
-    /// wants no interrupts at all but sleeps in the wait port, so the doorbell rings regardless; only for transmit buffers that
-    /// it sees returned while it notifies does its word count for the doorbell too.
-    fn notify_used(&self, core: &mut Core, queue: usize, ring_always: bool) {
-        let avail = core.transport.queues.get(queue).map_or(0, |q| q.avail_ring());
-        let flags = self.mem.load::<u16>(GuestAddress(avail), Ordering::Acquire).map_or(0, u16::from_le);
-        let interrupt = flags & AVAIL_NO_INTERRUPT == 0;
-        if interrupt {
-            core.transport.interrupt_status |= INTERRUPT_USED;
-            self.update_line(core);
-        }
-        if interrupt || ring_always {
-            self.signals.ring();
-        }
-    }
-
-    /// Brings the interrupt line to what the interrupt status says: the line is level-triggered, up while any bit is set.
-    fn update_line(&self, core: &mut Core) {
-        let up = core.transport.interrupt_status != 0;
-        if up != core.line_up {
-            core.line_up = up;
-            self.signals.set_irq(self.gsi, up);
-        }
-    }
-
     /// Marks the device broken until the guest resets it.
     fn break_down(&self, core: &mut Core, reason: &str) {
-        core.transport.status |= status::NEEDS_RESET;
-        core.transport.interrupt_status |= INTERRUPT_CONFIG;
         self.stalled.store(false, Ordering::SeqCst);
-        self.update_line(core);
-        self.signals.ring();
-        self.signals.broken("virtio-net", reason);
+        core.interrupt.broken(&mut core.transport, reason);
     }
 }
 

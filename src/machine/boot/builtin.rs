@@ -119,7 +119,7 @@ mod tests {
     const NET: GuestNet = GuestNet { ipv4: Ipv4Addr::new(10, 0, 0, 2), prefix_len: 24, gateway: None };
 
     fn shape(memory_bytes: u64, cpus: u8) -> MachineShape {
-        MachineShape { memory_bytes, cpus, mac: [2, 0, 0, 0, 0, 1] }
+        MachineShape::bare(memory_bytes, cpus, [2, 0, 0, 0, 0, 1])
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! *Kind* says what it is ([`Kind`]), *version* which form the payload has, *instance* which one of several (the vCPU's number,
-//! the interrupt chip's). Every kind and instance occurs once. The bytes come from a peer: reading them never panics, never
+//! the interrupt chip's, the disk's). Every kind and instance occurs once. The bytes come from a peer: reading them never panics, never
 //! allocates by a length it was told, and refuses what it does not know.
 
 use thiserror::Error;
@@ -53,6 +53,10 @@ pub(in crate::machine) enum Kind {
     Serial = 32,
     /// virtio-net.
     Net = 33,
+    /// Per disk: virtio-blk.
+    Block = 34,
+    /// virtio-rng.
+    Rng = 35,
 }
 
 /// Why state bytes were refused.
@@ -138,6 +142,8 @@ impl Kind {
             Kind::Clock => "clock",
             Kind::Serial => "serial",
             Kind::Net => "net",
+            Kind::Block => "block",
+            Kind::Rng => "rng",
         }
     }
 

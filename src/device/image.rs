@@ -1,0 +1,289 @@
+//! A disk kept in a raw image: a file or a block device, byte for byte.
+//!
+//! An image is locked for as long as it is open, so that two nodes never write one image (two that only read it may). What is
+//! written goes through the host's page cache; a flush is `fdatasync`.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::block::{BlockBackend, Stored};
+use crate::protocol::messages::SECTOR_BYTES;
+
+/// Bytes of zeros written at a time where the storage cannot make zeros by itself.
+const ZEROS_BYTES: usize = 64 << 10;
+
+/// Why an image could not be opened. Each message is one line that says what to do.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// There is no such file.
+    #[error("there is no disk image {}: create it (truncate -s 1G {}) or name another", path.display(), path.display())]
+    Missing {
+        /// The image.
+        path: PathBuf,
+    },
+    /// This process may not open it so.
+    #[error("no permission to open disk image {} ({reason}): run as a user who may, or make it read-only for the guest", path.display())]
+    NotPermitted {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        reason: io::Error,
+    },
+    /// Another process has it open.
+    #[error("disk image {} is in use: another node or program has it locked or mounted; end that one or name another", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is a directory, a pipe or the like.
+    #[error("{} is neither a file nor a block device: name a raw disk image", path.display())]
+    NotAnImage {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its size is not one of a disk.
+    #[error("disk image {} has {bytes} bytes: a disk has a multiple of {SECTOR_BYTES}, not 0; resize it with truncate", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Anything else the system says.
+    #[error("cannot use disk image {}: {reason}", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        reason: io::Error,
+    },
+}
+
+/// An open, locked image.
+#[derive(Debug)]
+pub struct RawImage {
+    file: File,
+    bytes: u64,
+    read_only: bool,
+}
+
+impl RawImage {
+    /// Opens and locks the image at `path`; with `read_only` nothing can be written to it.
+    ///
+    /// # Errors
+    /// As [`ImageError`] says.
+    pub fn open(path: &Path, read_only: bool) -> Result<RawImage, ImageError> {
+        let owned = || path.to_path_buf();
+        let kind = std::fs::metadata(path).map_err(|reason| explain(path, reason))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(ImageError::NotAnImage { path: owned() });
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only);
+        if kind.is_block_device() && !read_only {
+            // For a block device this means: not while it is mounted, or part of something that is.
+            options.custom_flags(libc::O_EXCL);
+        }
+        let mut file = options.open(path).map_err(|reason| explain(path, reason))?;
+        let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
+        locked.map_err(|error| match error {
+            TryLockError::WouldBlock => ImageError::InUse { path: owned() },
+            TryLockError::Error(reason) => ImageError::Io { path: owned(), reason },
+        })?;
+        // A block device has no length of its own, but an end.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(|reason| ImageError::Io { path: owned(), reason })?;
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(ImageError::Size { path: owned(), bytes });
+        }
+        Ok(RawImage { file, bytes, read_only })
+    }
+
+    /// True if nothing can be written to it.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// An image never grows, whatever it is asked.
+    fn check(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        match offset.checked_add(bytes) {
+            Some(end) if end <= self.bytes => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the image")),
+        }
+    }
+
+    /// Makes a range zeros in the ways `modes`, of which the storage may know none, and else by writing them.
+    fn make_zeros(&self, offset: u64, bytes: u64, modes: &[libc::c_int]) -> io::Result<Stored> {
+        self.check(offset, bytes)?;
+        if bytes == 0 {
+            return Ok(Stored::Accepted);
+        }
+        for mode in modes {
+            match fallocate(&self.file, *mode, offset, bytes) {
+                Err(reason) if is_unknown(&reason) => {}
+                done => return done.map(|()| Stored::Accepted),
+            }
+        }
+        let zeros = [0; ZEROS_BYTES];
+        let (mut at, end) = (offset, offset + bytes);
+        while at < end {
+            let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZEROS_BYTES);
+            let now = zeros.get(..length).unwrap_or_default();
+            self.file.write_all_at(now, at)?;
+            at += now.len() as u64;
+        }
+        Ok(Stored::Accepted)
+    }
+}
+
+/// Gives the space back; the range reads as zeros.
+const PUNCH_HOLE: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+/// Makes the range zeros and keeps its space.
+const ZERO_RANGE: libc::c_int = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+impl BlockBackend for RawImage {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.check(offset, into.len() as u64)?;
+        self.file.read_exact_at(into, offset)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> io::Result<Stored> {
+        self.check(offset, from.len() as u64)?;
+        self.file.write_all_at(from, offset).map(|()| Stored::Accepted)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.file.sync_data() }
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> io::Result<Stored> {
+        self.make_zeros(offset, bytes, &[PUNCH_HOLE, ZERO_RANGE])
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<Stored> {
+        let modes: &[libc::c_int] = if may_unmap { &[PUNCH_HOLE, ZERO_RANGE] } else { &[ZERO_RANGE] };
+        self.make_zeros(offset, bytes, modes)
+    }
+}
+
+fn fallocate(file: &File, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
+    let range = (libc::off_t::try_from(offset), libc::off_t::try_from(bytes));
+    let (Ok(offset), Ok(bytes)) = range else { return Err(io::ErrorKind::InvalidInput.into()) };
+    // SAFETY: the descriptor belongs to `file` and is open; the call takes numbers only and touches no memory of ours.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, bytes) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The storage does not know this mode (some file systems, and some block devices).
+fn is_unknown(reason: &io::Error) -> bool {
+    matches!(reason.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
+}
+
+fn explain(path: &Path, reason: io::Error) -> ImageError {
+    let path = path.to_path_buf();
+    match reason.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Missing { path },
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => ImageError::NotPermitted { path, reason },
+        Some(libc::EBUSY | libc::ETXTBSY) => ImageError::InUse { path },
+        _ => ImageError::Io { path, reason },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    const BYTES: u64 = 1 << 20;
+
+    fn image(directory: &tempfile::TempDir, name: &str, bytes: u64) -> PathBuf {
+        let path = directory.path().join(name);
+        File::create(&path).and_then(|file| file.set_len(bytes)).expect("image");
+        path
+    }
+
+    fn directory() -> tempfile::TempDir {
+        tempfile::tempdir().expect("directory")
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_the_image_keeps_its_size() {
+        let directory = directory();
+        let path = image(&directory, "a", BYTES);
+        let disk = RawImage::open(&path, false).expect("open");
+        assert_eq!(disk.bytes(), BYTES);
+        assert_eq!(disk.write(BYTES - 512, &[7; 512]).expect("write"), Stored::Accepted);
+        disk.flush().expect("flush");
+        let mut sector = [0; 512];
+        disk.read(BYTES - 512, &mut sector).expect("read");
+        assert_eq!(sector, [7; 512]);
+        assert!(disk.write(BYTES - 511, &[1; 512]).is_err());
+        assert!(disk.write(u64::MAX - 100, &[1; 512]).is_err());
+        assert!(disk.read(BYTES, &mut sector).is_err());
+        assert!(disk.discard(BYTES - 512, 1024).is_err());
+        assert!(disk.write_zeroes(BYTES, 512, true).is_err());
+        assert_eq!(std::fs::metadata(&path).expect("metadata").len(), BYTES);
+    }
+
+    #[test]
+    fn discarded_and_zeroed_ranges_read_as_zeros_and_their_neighbours_stay() {
+        let directory = directory();
+        let path = image(&directory, "a", BYTES);
+        let disk = RawImage::open(&path, false).expect("open");
+        disk.write(0, &vec![0xff; BYTES as usize]).expect("write");
+        disk.flush().expect("flush");
+        let before = std::fs::metadata(&path).expect("metadata").blocks();
+        disk.discard(64 << 10, 256 << 10).expect("discard");
+        disk.write_zeroes(512 << 10, 512, false).expect("zero");
+        disk.write_zeroes(640 << 10, 64 << 10, true).expect("zero");
+        // The way for storage that knows nothing of zeros.
+        disk.make_zeros(800 << 10, (ZEROS_BYTES + 512) as u64, &[]).expect("zeros");
+        let mut all = vec![0; BYTES as usize];
+        disk.read(0, &mut all).expect("read");
+        let zeros = [(64 << 10, 256 << 10), (512 << 10, 512), (640 << 10, 64 << 10), (800 << 10, ZEROS_BYTES + 512)];
+        for (at, byte) in all.iter().enumerate() {
+            let inside = zeros.iter().any(|(from, length)| (*from..from + length).contains(&at));
+            assert_eq!(*byte, if inside { 0 } else { 0xff }, "{at}");
+        }
+        let after = std::fs::metadata(&path).expect("metadata").blocks();
+        assert!(after < before, "space was given back: {before} to {after} blocks");
+    }
+
+    #[test]
+    fn two_never_write_one_image() {
+        let directory = directory();
+        let path = image(&directory, "a", BYTES);
+        let first = RawImage::open(&path, false).expect("open");
+        for read_only in [false, true] {
+            let error = RawImage::open(&path, read_only).expect_err("locked").to_string();
+            assert!(error.contains("in use") && !error.contains('\n'), "{error}");
+        }
+        drop(first);
+        let reader = RawImage::open(&path, true).expect("open");
+        let other = RawImage::open(&path, true).expect("two readers");
+        assert!(matches!(RawImage::open(&path, false), Err(ImageError::InUse { .. })));
+        assert!(reader.is_read_only() && reader.write(0, &[0; 512]).is_err());
+        other.flush().expect("nothing to do");
+    }
+
+    #[test]
+    fn what_is_no_image_is_named() {
+        let directory = directory();
+        let error = |path: &Path| RawImage::open(path, false).expect_err("no image").to_string();
+        assert!(error(&directory.path().join("missing")).contains("there is no disk image"));
+        assert!(error(directory.path()).contains("neither a file nor a block device"));
+        assert!(error(Path::new("/dev/null")).contains("neither a file nor a block device"));
+        assert!(error(&image(&directory, "empty", 0)).contains("0 bytes"));
+        assert!(error(&image(&directory, "odd", 1000)).contains("1000 bytes"));
+    }
+}
