@@ -154,10 +154,11 @@ impl World {
         (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
     }
 
-    /// All pages that may be on their way together take two time-outs at most: a heartbeat is late behind them, but not for ever.
+    /// All pages that may be on their way together take longer than a time-out: a heartbeat is late behind them, but not for ever. One
+    /// delivery takes less than a time-out, for its bytes arrive here all at once, and a kernel would have shown the first of them long before.
     fn narrow(&mut self, slot: usize, until: u64) {
         let other = self.another(slot);
-        let page_us = self.rng.below(self.plan.timeout_us / self.plan.pages.max(8));
+        let page_us = self.rng.below(self.plan.timeout_us * 3 / (4 * self.plan.pages.max(8)));
         self.weather.narrow[slot][other] = (until, page_us);
         self.trace.across(self.now, &format!("the wire from n{slot} to n{other} takes {page_us} us for a page"));
     }
