@@ -313,3 +313,60 @@ fn serial_register(port: u16) -> Option<u8> {
 fn pci_offset(port: u16) -> Option<u16> {
     port.checked_sub(PCI_PORT).filter(|offset| *offset < PCI_PORTS)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, RawFd};
+
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    use super::super::net::Transmit;
+    use super::super::virtio::test_support::Recorder;
+    use super::*;
+
+    /// A network without anything in it.
+    struct Quiet(std::fs::File);
+
+    impl NetBackend for Quiet {
+        fn transmit(&self, _frame: &[u8]) -> Transmit {
+            Transmit::Accepted
+        }
+        fn receive(&self, _buf: &mut [u8]) -> io::Result<Option<usize>> {
+            Ok(None)
+        }
+        fn readable_fd(&self) -> RawFd {
+            self.0.as_raw_fd()
+        }
+    }
+
+    fn bus() -> Bus<GuestMemoryMmap> {
+        let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("map");
+        let shape = MachineShape::bare(1 << 20, 1, [2, 0, 0, 0, 0, 1]);
+        // An eventfd that nobody ever writes to: never readable.
+        let quiet = nix::sys::eventfd::EventFd::new().expect("eventfd");
+        let net = Arc::new(Quiet(std::os::fd::OwnedFd::from(quiet).into()));
+        Bus::new(mem, &shape, net, Vec::new(), Box::new(io::sink()), Arc::new(Recorder::default())).expect("bus")
+    }
+
+    #[test]
+    fn power_off_and_reset_are_what_the_guest_was_told() {
+        let bus = bus();
+        for (port, value, effect) in [
+            (POWER_PORT, 0x34, PortEffect::Off),
+            (POWER_PORT, 0x14, PortEffect::None),
+            (POWER_PORT, 0x30, PortEffect::None),
+            (POWER_STATUS_PORT, 0x80, PortEffect::None),
+            (RESET_PORT, 1, PortEffect::Reset),
+            (RESET_PORT, 0, PortEffect::None),
+            (KEYBOARD_COMMAND_PORT, 0xfe, PortEffect::Reset),
+            (KEYBOARD_COMMAND_PORT, 0xaa, PortEffect::None),
+        ] {
+            assert_eq!(bus.port_write(port, &[value]), effect, "{port:#x} {value:#x}");
+        }
+        for (port, byte) in [(POWER_STATUS_PORT, 0), (KEYBOARD_COMMAND_PORT, 0), (0x70, 0xff), (PCI_PORT, 0xff)] {
+            let mut data = [0x55];
+            bus.port_read(port, &mut data);
+            assert_eq!(data, [byte], "{port:#x}");
+        }
+    }
+}

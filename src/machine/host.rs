@@ -40,6 +40,17 @@ pub(super) struct HostCaps {
     pub(super) cpuid: CpuId,
     /// Most vCPUs.
     pub(super) cpus_max: u8,
+    /// Guest-physical addresses have this many bits: the fewer of what the host has and what the guest is told.
+    pub(super) address_bits: u32,
+}
+
+/// Leaf that says how wide addresses are, and what it is if a CPU has none.
+const LEAF_WIDTHS: u32 = 0x8000_0008;
+const ADDRESS_BITS_DEFAULT: u32 = 36;
+
+fn address_bits(cpuid: &CpuId) -> u32 {
+    let leaf = cpuid.as_slice().iter().find(|entry| entry.function == LEAF_WIDTHS);
+    leaf.map_or(ADDRESS_BITS_DEFAULT, |entry| entry.eax & 0xff)
 }
 
 /// The version of the KVM interface, the same for ever.
@@ -83,12 +94,14 @@ impl HostCaps {
         let msrs = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
         let supported = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
         let xsave_bytes = usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEGACY_BYTES);
+        let cpuid = model.cpuid(&supported, kvm_fd.check_extension(Cap::TscDeadlineTimer))?;
         Ok(HostCaps {
+            address_bits: address_bits(&supported).min(address_bits(&cpuid)),
             msrs: msrs.as_slice().iter().copied().filter(|index| model.has_msr(*index)).collect(),
             xsave_bytes,
             xsave_saved_bytes: if model == CpuModel::Host { xsave_bytes } else { XSAVE_LEGACY_BYTES },
             tsc_control: kvm_fd.check_extension(Cap::TscControl),
-            cpuid: model.cpuid(&supported, kvm_fd.check_extension(Cap::TscDeadlineTimer))?,
+            cpuid,
             cpus_max: u8::try_from(kvm_fd.get_max_vcpus()).unwrap_or(u8::MAX).min(CPUS_MAX),
         })
     }

@@ -39,6 +39,7 @@ mod vcpu;
 pub mod wait;
 
 use std::io::Write;
+use std::iter::repeat_with;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -155,6 +156,9 @@ impl Machine {
         if shape.cpus == 0 || shape.cpus > caps.cpus_max {
             return Err(MachineError::Cpus { cpus: shape.cpus, max: caps.cpus_max });
         }
+        if memory::end_of(shape.memory_bytes) > 1u64.checked_shl(caps.address_bits).unwrap_or(u64::MAX) {
+            return Err(MachineError::AddressBits { bytes: shape.memory_bytes, bits: caps.address_bits });
+        }
         check_disks(shape, &disks)?;
         let ram = GuestRam::new(shape.memory_bytes)?;
         let vm = Arc::new(create_vm(&kvm_fd)?);
@@ -214,17 +218,10 @@ impl Machine {
     /// [`MachineError::Running`], or what KVM refuses.
     pub fn start_vcpus(&mut self, vcpus: Vec<InitialVcpu>) -> Result<(), MachineError> {
         self.need_paused("start its vCPUs")?;
-        let count = vcpus.len();
-        for (vcpu, initial) in self.vcpus.iter_mut().zip(vcpus) {
+        for vcpu in &self.vcpus {
             vcpu.wait_settled("stop")?;
-            vcpu.slot().task = Task::Start(Box::new(initial));
-            vcpu.order(Order::Apply);
         }
-        for vcpu in self.vcpus.iter().take(count) {
-            vcpu.wait_settled("start the guest")?;
-            vcpu.check()?;
-        }
-        Ok(())
+        self.apply(vcpus.into_iter().map(|initial| Task::Start(Box::new(initial))))
     }
 
     /// Runs the guest.
@@ -319,10 +316,10 @@ impl Machine {
         }
         self.half_restored = true;
         let chips = self.decode(state)?;
-        self.apply(|| Task::Restore)?;
+        self.apply(repeat_with(|| Task::Restore))?;
         chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
         let instant = ClockInstant::now(&self.vm).map_err(state_error("clock"))?;
-        self.apply(|| Task::Align(instant))?;
+        self.apply(repeat_with(|| Task::Align(instant)))?;
         for (device, bytes) in chips.devices {
             let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device.kind).bad(e.what));
             restored.map_err(state_error("devices"))?;
@@ -331,14 +328,15 @@ impl Machine {
         Ok(())
     }
 
-    /// Gives every vCPU a task, and waits until all are done.
-    fn apply(&mut self, task: impl Fn() -> Task) -> Result<(), MachineError> {
-        for vcpu in &mut self.vcpus {
-            vcpu.slot().task = task();
+    /// Gives each vCPU its task, as long as there are any, and waits until all are done.
+    fn apply(&mut self, tasks: impl Iterator<Item = Task>) -> Result<(), MachineError> {
+        let mut given = 0;
+        for (vcpu, task) in self.vcpus.iter_mut().zip(tasks) {
+            (vcpu.slot().task, given) = (task, given + 1);
             vcpu.order(Order::Apply);
         }
-        for vcpu in &self.vcpus {
-            vcpu.wait_settled("take over its state")?;
+        for vcpu in self.vcpus.iter().take(given) {
+            vcpu.wait_settled("take its state")?;
             vcpu.check()?;
         }
         Ok(())

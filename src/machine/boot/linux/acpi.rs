@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0xE0000   RSDP, then XSDT, FADT, MADT, DSDT, each on 16 bytes
-//! 0xFFFFF   the end of their room
+//! 0xFFFF0   the end of their room
 //! ```
 //!
 //! The machine is *hardware-reduced* in ACPI's words: it has no PM registers and no SCI, so there is no state of them to be saved. Power-off is a
@@ -24,8 +24,8 @@ use crate::device::serial::{SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS};
 
 /// Where the tables lie: in the first MiB where firmware has them, so that also a kernel that is not told finds them.
 pub(super) const TABLES: u64 = 0xE_0000;
-/// One past the last byte there is room for.
-const TABLES_END: u64 = 0x10_0000;
+/// One past the last byte there is room for: where a PC starts.
+const TABLES_END: u64 = super::RESET_VECTOR;
 const ALIGNMENT: u64 = 16;
 
 const OEM: [u8; 6] = *b"MCD   ";

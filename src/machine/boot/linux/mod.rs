@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! 0         page tables, boot parameters, command line (see `start`)
-//! 0x9FC00   not RAM; ACPI tables from 0xE0000 on
+//! 0x9FC00   not RAM; ACPI tables from 0xE0000 on, at 0xFFFF0 what restarts the machine
 //! 0x100000  RAM: the kernel where it was linked to, the initrd as high as the kernel can reach
 //! 3 GiB     the hole: devices, I/O APIC, local APIC
 //! 4 GiB     RAM that does not fit below the hole
@@ -41,6 +41,11 @@ const LOW_RAM_END: u64 = 0x9_FC00;
 /// Where RAM goes on.
 const HIGH_RAM: u64 = 0x10_0000;
 const PAGE: u64 = 0x1000;
+
+/// Where a PC starts in real mode. Some kernels restart a machine by going there, among them those that find no description of the board.
+const RESET_VECTOR: u64 = 0xF_FFF0;
+/// What they find: `mov al, 0xfe; out 0x64, al; hlt; jmp` to the hlt: the keyboard controller's reset line.
+const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 /// What the memory map calls RAM, and what nobody may use.
 const E820_RAM: u32 = 1;
@@ -81,6 +86,7 @@ pub fn load(
         None => Initrd::default(),
     };
     ram.write(acpi::TABLES, &acpi::tables(cpus, windows)?)?;
+    ram.write(RESET_VECTOR, &RESET_CODE)?;
     let params = boot_parameters(kernel.header, initrd, ram.bytes());
     ram.write(start::ZERO_PAGE, params.as_slice())?;
     start::write(ram)?;

@@ -112,6 +112,7 @@ fn kernel_initrd_and_words_land_where_the_boot_protocol_says() {
         assert_eq!(bytes_at(&ram, word(0x228), 14), b"console=ttyS0\0");
         assert_eq!(word(0x70), acpi::TABLES);
         assert_eq!(bytes_at(&ram, acpi::TABLES, 8), b"RSD PTR ");
+        assert_eq!(bytes_at(&ram, 0xffff0, 7), RESET_CODE);
         assert_eq!(params[0x1e8], 3);
     }
 }
