@@ -62,6 +62,8 @@ pub enum Call {
     Flush,
     Discard,
     Zero,
+    /// The answer that there is no room; it is not among the calls that went on.
+    Full,
 }
 
 #[derive(Default)]
@@ -102,6 +104,10 @@ impl Disk {
         self.gates.lock().expect("gates").open.insert(call, calls);
         self.moved.notify_all();
     }
+    /// How many calls of this kind may still go on.
+    pub fn left(&self, call: Call) -> usize {
+        self.gates.lock().expect("gates").open.get(&call).copied().unwrap_or(usize::MAX)
+    }
     /// Returns when a call of this kind waits at its gate.
     pub fn until_waiting(&self, call: Call) {
         let gates = self.gates.lock().expect("gates");
@@ -123,12 +129,15 @@ impl Disk {
             *left -= 1;
         }
         gates.waiting.retain(|waiting| *waiting != call);
-        gates.done.push((call, offset, bytes));
+        if call != Call::Full {
+            gates.done.push((call, offset, bytes));
+        }
         if self.fails.load(Ordering::SeqCst) { Err(io::Error::other("this disk fails")) } else { Ok(()) }
     }
     fn change(&self, call: Call, offset: u64, bytes: u64, with: impl Fn(usize) -> u8) -> io::Result<Stored> {
         let took = self.room.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |room| room.checked_sub(1));
         if took.is_err() {
+            self.pass(Call::Full, offset, bytes)?;
             return Ok(Stored::Full);
         }
         self.pass(call, offset, bytes)?;
