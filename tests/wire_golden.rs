@@ -144,6 +144,7 @@ fn every_kind_of_frame() {
         (FrameKind::Pages, "0200"),
         (FrameKind::Background, "0300"),
         (FrameKind::State, "0400"),
+        (FrameKind::Nudge, "0500"),
     ];
     for (kind, number) in expected {
         let mut batch = FrameBatch::new();

@@ -29,6 +29,8 @@ pub enum SenderJob {
     Epoch(Box<Capture>),
     /// Background pages, read when they are sent.
     Push(Vec<u64>),
+    /// A frame that says nothing.
+    Nudge,
 }
 
 /// What became of a job.
@@ -99,6 +101,13 @@ impl Sender {
         }
     }
 
+    /// Sends a nudge, unless something waits to be sent anyway.
+    pub fn nudge(&self) {
+        if self.jobs.as_ref().is_some_and(Queue::is_empty) {
+            self.submit(SenderJob::Nudge);
+        }
+    }
+
     /// Wire bytes of the epoch sent last.
     pub fn last_epoch_bytes(&self) -> u64 {
         self.epoch_bytes.load(Ordering::Relaxed)
@@ -142,6 +151,7 @@ impl Stream {
                 self.pool.put(capture);
                 sent.map(|()| None)
             }
+            SenderJob::Nudge => self.writer.write(FrameKind::Nudge, &[]).map(|()| None),
             SenderJob::Push(pages) => self.push(&pages).map(|bytes| Some(SenderReport::Pushed(bytes))),
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::protocol::messages::Message;
 use crate::protocol::primary::ConnId;
-use crate::wire::{LinkCloser, LinkNews, LinkWatch, LinkWriter};
+use crate::wire::{FrameKind, LinkCloser, LinkNews, LinkWatch, LinkWriter};
 
 /// Why a connection is given up that its watch found stuck.
 pub fn stuck(silence_us: u64) -> String {
@@ -45,9 +45,21 @@ impl Conns {
         }
     }
 
-    /// What the watches see. To be called often: they look only when it is time.
-    pub fn news(&mut self, now_us: u64) -> Option<(ConnId, LinkNews)> {
-        self.open.iter_mut().find_map(|(id, conn)| Some((*id, conn.watch.as_mut()?.look(now_us)?)))
+    /// What the watches see. To be called often: they look only when it is time. A connection that needs a nudge gets it here, or from
+    /// `nudge` if someone else has its writing end.
+    pub fn news(&mut self, now_us: u64, mut nudge: impl FnMut(ConnId)) -> Option<(ConnId, LinkNews)> {
+        self.open.iter_mut().find_map(|(id, conn)| {
+            let watch = conn.watch.as_mut()?;
+            let news = watch.look(now_us);
+            if watch.take_nudge() {
+                match &mut conn.writer {
+                    // If it cannot be written, the reading end hears of it.
+                    Some(writer) => drop(writer.write(FrameKind::Nudge, &[])),
+                    None => nudge(*id),
+                }
+            }
+            Some((*id, news?))
+        })
     }
 
     /// Sends a message; the reason if it could not be.

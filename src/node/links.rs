@@ -145,7 +145,12 @@ fn turn_away(
 /// Reads messages until the connection ends; why it did.
 fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEvent>) -> String {
     loop {
-        let message = match reader.read().and_then(|frame| frame.message()) {
+        let message = match reader.read() {
+            Ok(frame) if frame.kind == FrameKind::Nudge => continue,
+            Ok(frame) => frame.message(),
+            Err(error) => Err(error),
+        };
+        let message = match message {
             Ok(message) => message,
             Err(error) => return error.to_string(),
         };
@@ -200,6 +205,7 @@ impl Receiver<'_> {
         let conn = self.conn;
         loop {
             let event = match reader.read() {
+                Ok(frame) if frame.kind == FrameKind::Nudge => continue,
                 Ok(frame) if frame.kind == FrameKind::Message => frame.message().map(|message| self.message(message)),
                 Ok(frame) => Ok(self.bulk(frame.kind, frame.payload)),
                 Err(error) => Err(error),
@@ -250,7 +256,7 @@ impl Receiver<'_> {
             FrameKind::Background => {
                 stager.background(payload).map(|payload| Some(NodeEvent::Background { conn, payload }))
             }
-            FrameKind::Message => Ok(None),
+            FrameKind::Message | FrameKind::Nudge => Ok(None),
         };
         staged.map_err(|error| error.to_string())
     }

@@ -117,7 +117,9 @@ impl PrimaryNode {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
-        if let Some((conn, LinkNews::Stuck(silence_us))) = self.conns.news(clock::monotonic_us()) {
+        let sender = self.sender.as_ref();
+        let nudge = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::nudge);
+        if let Some((conn, LinkNews::Stuck(silence_us))) = self.conns.news(clock::monotonic_us(), nudge) {
             self.conns.close(conn);
             return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
         }

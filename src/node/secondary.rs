@@ -120,7 +120,7 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
-        match self.conns.news(clock::monotonic_us()) {
+        match self.conns.news(clock::monotonic_us(), |_| {}) {
             Some((conn, LinkNews::Stuck(silence_us))) => {
                 self.conns.close(conn);
                 return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
@@ -149,7 +149,9 @@ impl<'a> SecondaryNode<'a> {
             }
             NodeEvent::Message { conn, message } => {
                 self.stages.heard_us = clock::monotonic_us();
-                if let Message::Welcome(welcome) = &message {
+                if let Message::Welcome(welcome) = &message
+                    && self.protocol.is_data(conn)
+                {
                     self.conns.watch(conn, Duration::from_micros(welcome.heartbeat_timeout_us));
                 }
                 Some(Input::Message { conn, message })

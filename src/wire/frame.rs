@@ -38,11 +38,14 @@ pub enum FrameKind {
     Background = 3,
     /// Machine state, part of an epoch. A state longer than the cap goes in several frames.
     State = 4,
+    /// Nothing: bytes that make the kernel notice that those before them were lost (see [`LinkWatch`](super::LinkWatch)). Readers pass over it.
+    Nudge = 5,
 }
 
 impl FrameKind {
     /// Every kind.
-    pub const ALL: [FrameKind; 4] = [FrameKind::Message, FrameKind::Pages, FrameKind::Background, FrameKind::State];
+    pub const ALL: [FrameKind; 5] =
+        [FrameKind::Message, FrameKind::Pages, FrameKind::Background, FrameKind::State, FrameKind::Nudge];
 
     /// Most bytes of payload in a frame of this kind.
     pub const fn bytes_max(self) -> usize {
@@ -50,6 +53,7 @@ impl FrameKind {
             FrameKind::Message => 1024,
             FrameKind::Pages | FrameKind::Background => 1024 * 1024,
             FrameKind::State => 4 * 1024 * 1024,
+            FrameKind::Nudge => 16,
         }
     }
 
@@ -65,6 +69,7 @@ impl fmt::Display for FrameKind {
             FrameKind::Pages => "pages",
             FrameKind::Background => "background",
             FrameKind::State => "state",
+            FrameKind::Nudge => "nudge",
         })
     }
 }

@@ -4,6 +4,10 @@
 //! long the next time: far too late for a cut that heartbeats on another connection do not show. So the kernel is asked when it last heard
 //! of the peer on this connection. A link that is slow but moves acknowledges all the time and is never given up, however much waits to be
 //! sent and however much of it is lost on the way.
+//!
+//! When the last bytes of a flight are lost, though, nothing tells the sender's kernel, which waits for its timer: a blip of some ms would
+//! be a silence of 200. So a connection that has waited for a while gets a *nudge*, a frame that says nothing. If it arrives, the peer's
+//! kernel shows that bytes before it are missing, and they are sent again after a round trip.
 
 use std::time::Duration;
 
@@ -11,6 +15,8 @@ use super::link::LinkCloser;
 
 /// How often in the longest silence allowed the kernel is asked.
 const LOOKS: u64 = 8;
+/// This part of the longest silence allowed passes before the first nudge; then there is one at each look.
+const NUDGE_AFTER: u64 = 4;
 
 /// Judges one connection. Its times are those of the caller's clock, in microseconds.
 #[derive(Debug)]
@@ -20,6 +26,7 @@ pub struct LinkWatch {
     looked_us: Option<u64>,
     /// Since when something is on its way without a word from the peer.
     waiting_since_us: Option<u64>,
+    wants_nudge: bool,
 }
 
 /// What a look showed.
@@ -46,7 +53,7 @@ impl LinkWatch {
     /// A watch over the connection of `closer`: sent bytes may be without an echo for so long.
     pub fn new(closer: LinkCloser, silence_max: Duration) -> LinkWatch {
         let silence_max_us = u64::try_from(silence_max.as_micros()).unwrap_or(u64::MAX);
-        LinkWatch { closer, silence_max_us, looked_us: None, waiting_since_us: None }
+        LinkWatch { closer, silence_max_us, looked_us: None, waiting_since_us: None, wants_nudge: false }
     }
 
     /// Looks, if it is time to.
@@ -58,6 +65,11 @@ impl LinkWatch {
         // A kernel that does not tell is one whose own limits must do.
         let vitals = self.closer.vitals()?;
         self.judge(now_us, since_look_us, vitals)
+    }
+
+    /// True once after a look that found bytes on their way for so long that they may be lost: the connection should be nudged.
+    pub fn take_nudge(&mut self) -> bool {
+        std::mem::take(&mut self.wants_nudge)
     }
 
     fn judge(&mut self, now_us: u64, since_look_us: u64, vitals: LinkVitals) -> Option<LinkNews> {
@@ -74,6 +86,7 @@ impl LinkWatch {
             if silence_us >= self.silence_max_us {
                 return Some(LinkNews::Stuck(silence_us));
             }
+            self.wants_nudge = silence_us >= self.silence_max_us / NUDGE_AFTER;
         }
         (vitals.received_ago_us < since_look_us).then_some(LinkNews::Received(vitals.received_ago_us))
     }
@@ -107,9 +120,12 @@ mod tests {
         let mut watch = LinkWatch::new(near.closer(), Duration::from_millis(150));
         // Idle before, however long: the time counts from the first look that finds something on its way.
         assert_eq!(look(&mut watch, 10_000, true, 9_000), None);
+        assert!(!watch.take_nudge());
         assert_eq!(look(&mut watch, 10_100, true, 9_100), None);
+        assert!(watch.take_nudge() && !watch.take_nudge());
         // An echo in between, though the newest bytes are still on their way.
         assert_eq!(look(&mut watch, 10_149, true, 30), None);
+        assert!(!watch.take_nudge());
         assert_eq!(look(&mut watch, 10_268, true, 149), None);
         assert_eq!(look(&mut watch, 10_269, true, 150), Some(LinkNews::Stuck(150 * MS)));
         assert_eq!(look(&mut watch, 10_270, false, 151), None);

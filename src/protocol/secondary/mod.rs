@@ -244,6 +244,11 @@ impl Secondary {
         }
     }
 
+    /// Whether `conn` is the data connection. Heartbeats are judged here; of the data connection its driver tells what the kernel knows.
+    pub fn is_data(&self, conn: ConnId) -> bool {
+        self.data == Some(conn)
+    }
+
     /// On a slow link heartbeats may be stuck behind an epoch: bytes of the epoch are a sign of life too.
     fn moved(&mut self, now: Instant, conn: ConnId, ago: std::time::Duration) {
         if let Some((_, judge)) = self.life.as_mut().filter(|_| self.data == Some(conn)) {

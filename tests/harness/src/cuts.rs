@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::process::Stdio;
+use std::time::Duration;
 
 use mcd::demo::fabric::{Fabric, HostName, Namespace, find_tool};
 
@@ -59,7 +60,7 @@ impl Cuts {
                 restore(fabric.host(host), "*filter\n-F INPUT\nCOMMIT\n")?;
             }
             if slow {
-                tc(fabric, host, "qdisc del dev wire root")?;
+                speed_up(fabric, host)?;
             }
         }
         Ok(())
@@ -79,18 +80,35 @@ fn filter(fabric: &Fabric, host: HostName, ports: Ports) -> io::Result<()> {
 
 /// Changes all rules of a network at one instant.
 pub fn restore(net: &Namespace, rules: &str) -> io::Result<()> {
-    feed(net, "iptables-restore", &["--noflush"], rules)
+    feed(net, "iptables-restore", &["--noflush"], rules).map(drop)
 }
 
-fn tc(fabric: &Fabric, host: HostName, command: &str) -> io::Result<()> {
+/// Ends [`Cuts::slow_down`]. A queue that is taken away takes along what waits in it, which would be another fault: the loss of a whole
+/// flight, for which TCP waits longer than a heartbeat time-out. So it is emptied first.
+fn speed_up(fabric: &Fabric, host: HostName) -> io::Result<()> {
+    const LOOKS_MAX: u32 = 2_000;
+    const LOOK: Duration = Duration::from_millis(1);
+    tc(fabric, host, "qdisc change dev wire root tbf rate 10gbit burst 4mb limit 4mb")?;
+    for _ in 0..LOOKS_MAX {
+        let shown = tc(fabric, host, "-s qdisc show dev wire")?;
+        if shown.contains(" backlog 0b 0p ") {
+            return tc(fabric, host, "qdisc del dev wire root").map(drop);
+        }
+        std::thread::sleep(LOOK);
+    }
+    Err(io::Error::other(format!("the queue of host {host}'s wire never became empty")))
+}
+
+fn tc(fabric: &Fabric, host: HostName, command: &str) -> io::Result<String> {
     let words: Vec<&str> = command.split(' ').collect();
     feed(fabric.host(host), "tc", &words, "")
 }
 
-fn feed(net: &Namespace, tool: &str, arguments: &[&str], input: &str) -> io::Result<()> {
+/// What a tool says, given `input`.
+fn feed(net: &Namespace, tool: &str, arguments: &[&str], input: &str) -> io::Result<String> {
     let missing = || io::Error::new(io::ErrorKind::NotFound, format!("`{tool}` is not installed"));
     let mut command = net.command(find_tool(tool).ok_or_else(missing)?);
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         // If it is gone already, its words say more than our EPIPE.
@@ -98,7 +116,7 @@ fn feed(net: &Namespace, tool: &str, arguments: &[&str], input: &str) -> io::Res
     }
     let output = child.wait_with_output()?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(io::Error::other(format!("{tool} on {}: {}", net.name(), said.trim())))
