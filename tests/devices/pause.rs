@@ -228,7 +228,14 @@ fn room_made_or_a_reset_while_the_backend_says_full_is_noticed() {
             disk.rig.device.kick();
         }
         disk.disk.allow(Call::Full, usize::MAX);
-        disk.rig.until_used(1);
+        let what = || {
+            let (used, left, done) = (disk.rig.used(), disk.disk.left(Call::Full), disk.disk.done());
+            format!(
+                "an answer ({full_answers_before}, {reset}): {used} used, {left} left, {done:?}, {:?}",
+                disk.state()
+            )
+        };
+        until_or(|| disk.rig.used() == 1, what);
         assert_eq!(disk.status(0), OK);
     }
 }

@@ -243,7 +243,8 @@ impl<D: Registers> Rig<D> {
     pub fn add(&mut self, head: u16) {
         self.put(AVAIL + 4 + u64::from(self.added % SIZE) * 2, &head.to_le_bytes());
         self.added = self.added.wrapping_add(1);
-        self.put(AVAIL + 2, &self.added.to_le_bytes());
+        // At once, not byte by byte: the device may be looking.
+        self.mem.store(self.added.to_le(), GuestAddress(AVAIL + 2), Ordering::Release).expect("memory");
     }
     pub fn notify(&self) {
         self.write(0x50, 0);
@@ -259,7 +260,17 @@ impl<D: Registers> Rig<D> {
         (half(0), half(4))
     }
     pub fn until_used(&self, count: u16) {
-        until(&format!("{count} used chains"), || self.used() == count);
+        until_or(
+            || self.used() == count,
+            || {
+                format!(
+                    "{count} used chains; there are {}, the status is {:#x}, complaints: {:?}",
+                    self.used(),
+                    self.read(0x70),
+                    self.complaints()
+                )
+            },
+        );
     }
     pub fn is_broken(&self) -> bool {
         self.read(0x70) & NEEDS_RESET != 0
@@ -289,10 +300,15 @@ pub fn shape(bytes: u64, read_only: bool) -> DiskShape {
     DiskShape { bytes, read_only, serial: *b"serial-1234\0\0\0\0\0\0\0\0\0" }
 }
 
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, done: impl FnMut() -> bool) {
+    until_or(done, || what.to_owned());
+}
+
+/// Waits until `done`; if that takes far too long, `what` says what was waited for.
+pub fn until_or(mut done: impl FnMut() -> bool, what: impl Fn() -> String) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting: {what}");
+        assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting: {}", what());
         std::thread::yield_now();
     }
 }
