@@ -12,7 +12,7 @@ use thiserror::Error;
 
 pub use block::{BlockBackend, Stored};
 pub use bus::Bus;
-pub use net::{NetBackend, Transmit};
+pub use net::{NetBackend, Offloads, Transmit};
 
 /// What a device can make happen outside itself. The machine implements it.
 pub trait Signals: Send + Sync {

@@ -55,7 +55,7 @@ pub use self::host::{CPUS_MAX, cpu_digest};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};
 pub use self::state::FormatError;
-pub use crate::device::{BlockBackend, NetBackend, Stored, Transmit};
+pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 
 use self::devices::{MachineSignals, check_disks, kind_of};
 use self::dirty::DirtyLog;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender};
-use netbuf::{Limits, OutputBuffer, TunTapPort};
+use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
 use super::arbiter_thread::{ArbiterThread, Reach};
 use super::board::Board;
@@ -138,7 +138,7 @@ impl Context {
 
 /// The tap, behind a closed gate that tells `events` what waits.
 pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<OutputGate>, NodeError> {
-    let port = TunTapPort::open(&config.tap)?;
+    let port = VnetTapPort::open(&config.tap)?;
     let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
     let ears = GateEars { events: events.clone() };
     Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(ears), clock::monotonic_us))

@@ -89,7 +89,7 @@ mod tests {
         host.write_all(b"noise\nlab: ready\n").unwrap();
         channel.wait_ready(LIMIT).unwrap();
         channel.run("sleep 9", Duration::from_millis(1)).unwrap_err();
-        host.write_all(b"lab: 1 0 3\nnolab: 2 5 4\nlab:").unwrap();
+        host.write_all(b"lab: 1 0 2\nnolab: 2 5 4\nlab:").unwrap();
         assert_eq!(channel.run("x\ny", LIMIT).unwrap(), Output { code: 5, text: "lab:".to_owned() });
         drop(ours_said(&mut host, "1 sleep 9\n2 x y\n"));
         drop(host);
