@@ -4,6 +4,7 @@ pub mod block;
 pub mod bus;
 pub mod image;
 pub mod net;
+pub mod pci;
 pub mod serial;
 pub mod virtio;
 

@@ -252,7 +252,13 @@ impl<'a> SecondaryNode<'a> {
 
     fn build_image(&self, welcome: Welcome) -> Result<Image, NodeError> {
         let gate = open_gate(&self.context.config, &self.context.events)?;
-        let machine = new_machine(&welcome.shape, gate.clone(), &self.context.events)?;
+        let machine = new_machine(
+            &welcome.shape,
+            self.context.config.cpu,
+            gate.clone(),
+            &self.context.console,
+            &self.context.events,
+        )?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
         machine.memory().prefault().map_err(MachineError::from)?;
         let applier = Applier::start(machine.memory().clone(), self.budget.clone())?;

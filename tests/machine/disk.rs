@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mcd::device::bus::VirtioWindow;
 use mcd::device::image::RawImage;
-use mcd::machine::{BlockBackend, GuestRam, Machine, MachineError};
+use mcd::machine::{BlockBackend, CpuModel, GuestRam, Machine, MachineError};
 use mcd::protocol::messages::{DiskShape, MachineShape};
 use mcd::protocol::pages::{PAGE_BYTES, PageSet};
 
@@ -117,7 +117,8 @@ fn shape_with_disk() -> MachineShape {
 
 fn machine_with(image: &Path) -> Machine {
     let disk: Arc<dyn BlockBackend> = Arc::new(RawImage::open(image, false).expect("image"));
-    Machine::new(&shape_with_disk(), Wires::new(), vec![disk], Box::new(Console::default())).expect("machine")
+    Machine::new(&shape_with_disk(), CpuModel::Host, Wires::new(), vec![disk], Box::new(Console::default()))
+        .expect("machine")
 }
 
 /// The number in each sector of an image; both its ends must agree.
@@ -232,7 +233,7 @@ fn states_and_images_of_other_disks_are_refused() {
     std::fs::write(&image, vec![0; (SECTORS * 512) as usize]).expect("image");
     let build = |shape: &MachineShape, count: usize| {
         let disks = (0..count).map(|_| Arc::new(RawImage::open(&image, true).expect("image")) as Arc<dyn BlockBackend>);
-        Machine::new(shape, Wires::new(), disks.collect(), Box::new(Console::default()))
+        Machine::new(shape, CpuModel::Host, Wires::new(), disks.collect(), Box::new(Console::default()))
     };
     let refused = |shape: &MachineShape, count: usize| build(shape, count).err().map(|error| error.to_string());
     let with = shape_with_disk();
