@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{self, Cidr, DirtyLoad, Mac, Size};
+use super::values::{self, Cidr, DirtyLoad, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::protocol::types::GuestName;
 
@@ -194,6 +194,14 @@ pub(super) struct NodeArgs {
     /// The guest's address and network; a secondary uses it to announce a takeover by ARP too
     #[arg(long, value_name = "IP/BITS")]
     pub(super) guest_ip: Option<Cidr>,
+
+    /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
+    /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is
+    #[arg(long, value_name = "PATH[,ro][,serial=TEXT]", help_heading = "Disks")]
+    pub(super) disk: Vec<Disk>,
+    /// Take disk images whatever their stamps say. Not allowed in a file
+    #[arg(long, help_heading = "Disks")]
+    pub(super) force_disk: bool,
 
     /// Where a newcomer's data connection is accepted
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7401", value_parser = values::address, help_heading = "Peer")]

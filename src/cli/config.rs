@@ -11,7 +11,7 @@ use super::values::{Cidr, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::node::config::{Compress, GuestAddress, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
-use crate::protocol::messages::MachineShape;
+use crate::protocol::messages::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
 
 /// The built-in guest needs this much to boot and serve.
@@ -42,6 +42,12 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             args.staging_max
         )));
     }
+    if args.disk.len() > DISKS_MAX {
+        return Err(Failure::usage(format!(
+            "--disk is given {} times: a guest has at most {DISKS_MAX} disks",
+            args.disk.len()
+        )));
+    }
     let control = match &args.control {
         Some(path) => path.clone(),
         None => default_control(&guest)?,
@@ -65,6 +71,8 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         output_bytes_max: output_bytes(args.output_max_bytes)?,
         output_packets_max: usize::try_from(args.output_max_packets).unwrap_or(usize::MAX),
         control,
+        disks: args.disk.iter().map(|disk| disk.config()).collect(),
+        force_disk: args.force_disk,
     })
 }
 

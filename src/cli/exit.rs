@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use crate::node::NodeError;
+use crate::node::{DiskError, NodeError};
 
 /// The exit codes of `mcd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,6 +36,8 @@ impl ExitStatus {
     /// What a node's error is to a script.
     pub(super) fn of(error: &NodeError) -> ExitStatus {
         match error {
+            NodeError::Disk(DiskError::Refused { .. } | DiskError::OtherGuest { .. }) => ExitStatus::Refused,
+            NodeError::Disk(_) => ExitStatus::Host,
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }

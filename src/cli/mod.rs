@@ -131,6 +131,7 @@ fn parse(arguments: &[OsString]) -> Result<Parsed, Failure> {
     // Once by itself, so that a bad value is blamed on the file and not on a flag nobody typed.
     parse_flags(&[&start[..], &from_file].concat())
         .map_err(|f| Failure { line: format!("config file {}: {}", path.display(), f.line), ..f })?;
+    let from_file = file::without_overridden(from_file, &args::command(), name, flags);
     parse_flags(&[&start[..], &from_file, flags].concat())
 }
 

@@ -11,6 +11,7 @@ use super::arbiter_thread::{ArbiterThread, Reach};
 use super::board::Board;
 use super::clock;
 use super::config::{Compress, NodeConfig};
+use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
 use crate::arbiter::Arbiter;
@@ -140,13 +141,14 @@ pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<
     Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(ears), clock::monotonic_us))
 }
 
-/// A paused machine behind `gate`, whose events reach the inbox.
+/// A paused machine behind `gate` and with these disks, whose events reach the inbox.
 pub fn new_machine(
     shape: &MachineShape,
     gate: Arc<OutputGate>,
+    disks: &NodeDisks,
     events: &Sender<NodeEvent>,
 ) -> Result<Machine, NodeError> {
-    let machine = Machine::new(shape, gate, Vec::new(), Box::new(std::io::stdout()))?;
+    let machine = Machine::new(shape, gate, disks.gates(), Box::new(std::io::stdout()))?;
     let (from, to) = (machine.events(), events.clone());
     std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
         for event in from {
