@@ -81,6 +81,13 @@ pub(super) enum Command {
     )]
     Demo(DemoArgs),
 
+    /// Look after disk images: whether two are equal
+    #[command(
+        long_about = "Looks after the disk images of guests, on this host and while no node uses them.",
+        after_help = DISK_HELP
+    )]
+    Disk(DiskArgs),
+
     /// Ask a running node how it is
     #[command(
         long_about = "Asks a running node how it is, over its control socket (QMP: `mc-query`).",
@@ -120,6 +127,10 @@ Examples:
   mcd demo                              three rounds and a report
   mcd demo --rounds 20 --json out.json  more of it, for a program to read
   mcd demo --stay                       leave the pair up and print a redis-cli line to try";
+
+const DISK_HELP: &str = "\
+Example:
+  mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
 
 const STATUS_HELP: &str = "\
 Examples:
@@ -348,6 +359,31 @@ pub(super) struct DemoArgs {
     pub(super) keep_logs: bool,
     #[command(flatten)]
     pub(super) log: LogArgs,
+}
+
+/// `mcd disk`.
+#[derive(Debug, Args)]
+pub(super) struct DiskArgs {
+    #[command(subcommand)]
+    pub(super) what: DiskCommand,
+}
+
+/// What can be done to disk images.
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskCommand {
+    /// Compare two images, byte for byte, and say what their stamps say
+    #[command(
+        long_about = "Compares two images byte for byte, and says what their stamps say and what their checksums \
+        (CRC32C) are. Exit code 0 means that their contents are equal, 1 that they differ: the first difference is named."
+    )]
+    Verify {
+        /// An image
+        #[arg(value_name = "IMAGE")]
+        one: PathBuf,
+        /// The image to compare it with
+        #[arg(value_name = "IMAGE")]
+        other: PathBuf,
+    },
 }
 
 /// `mcd status`.

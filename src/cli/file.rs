@@ -35,7 +35,9 @@ pub(super) fn flags(path: &Path, mcd: &Command, name: &str) -> Result<Vec<OsStri
                 Value::Integer(number) => number.to_string(),
                 Value::Boolean(word) => word.to_string(),
                 _ => {
-                    return Err(fail(format!("key `{key}`: the value must be a string, a whole number, true or false")));
+                    return Err(fail(format!(
+                        "key `{key}`: the value must be a string, a whole number, true or false"
+                    )));
                 }
             };
             flags.push(OsString::from(format!("--{key}={value}")));

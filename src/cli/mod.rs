@@ -3,6 +3,7 @@
 mod arbiter;
 mod args;
 mod config;
+mod disk;
 pub mod exit;
 mod file;
 mod log;
@@ -51,6 +52,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::ColdStart(args) => cold_start(&args),
         Command::Secondary(args) => secondary(&args),
         Command::Demo(args) => run_demo(args),
+        Command::Disk(args) => disk::run(&args.what).map(|()| ExitStatus::Ok.into()),
         Command::Status(args) => status::run(&args).map(|()| ExitStatus::Ok.into()),
     }
 }
@@ -140,7 +142,7 @@ fn config_file(command: &Command) -> Option<(&'static str, &Path)> {
         Command::Primary(args) => ("primary", &args.node),
         Command::ColdStart(args) => ("cold-start", &args.node),
         Command::Secondary(args) => ("secondary", &args.node),
-        Command::Demo(_) | Command::Status(_) => return None,
+        Command::Demo(_) | Command::Disk(_) | Command::Status(_) => return None,
     };
     node.config.as_deref().map(|path| (name, path))
 }
@@ -159,7 +161,7 @@ fn parse_flags(arguments: &[OsString]) -> Result<Parsed, Failure> {
 /// What clap says, in one line: the error, its tip, and where to read on.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "which command? primary, secondary, cold-start, demo or status; see mcd --help".to_owned();
+        return "which command? primary, secondary, cold-start, demo, disk or status; see mcd --help".to_owned();
     }
     let text = error.render().to_string();
     let trimmed = text.strip_prefix("error: ").unwrap_or(&text);
