@@ -26,9 +26,15 @@ impl NoArbiter {
     }
 }
 
-/// True for a swap by which one node of a pair goes on without the other.
+/// True for a swap by which one node of a pair goes on without the other, or a newcomer without the primary that was about to record it.
+/// That primary itself may go on: nobody takes over from it then.
 fn parts_a_pair(expected: Option<&Record>, new: &Record) -> bool {
-    expected.is_some_and(|record| record.state == RecordState::Paired) && new.state == RecordState::Solo
+    let parts = |record: &Record| match record.state {
+        RecordState::Paired => true,
+        RecordState::Solo => record.owner != new.owner,
+        RecordState::Stopped => false,
+    };
+    new.state == RecordState::Solo && expected.is_some_and(parts)
 }
 
 impl Arbiter for NoArbiter {
@@ -86,6 +92,9 @@ mod tests {
         let paired = Record::first(P).next_paired(P, S);
         let mine = paired.next_solo(S);
         assert!(NoArbiter::new(OnPeerLoss::Wait).swap(Some(&paired), &mine).is_err());
+        let solo = Record::first(P);
+        assert!(NoArbiter::new(OnPeerLoss::Wait).swap(Some(&solo), &solo.next_solo(S)).is_err());
+        assert_eq!(NoArbiter::new(OnPeerLoss::Wait).swap(Some(&solo), &solo.next_solo(P)).unwrap(), Swap::Won);
         let mut arbiter = NoArbiter::new(OnPeerLoss::Continue);
         assert_eq!(arbiter.swap(Some(&paired), &mine).unwrap(), Swap::Won);
         assert_eq!(arbiter.read().unwrap(), Some(mine));

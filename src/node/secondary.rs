@@ -140,25 +140,29 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
-        match self.conns.news(clock::monotonic_us(), |_| {}) {
-            Some((conn, LinkNews::Stuck(silence_us))) => {
-                self.conns.close(conn);
-                return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
-            }
-            Some((conn, LinkNews::Received(ago_us))) => {
-                return Ok(Some(Input::Moved { conn, ago: Duration::from_micros(ago_us) }));
-            }
-            None => {}
+        if let Some(news) = self.link_news() {
+            return Ok(Some(news));
         }
         let event = match self.protocol.poll_timeout() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
             Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
                 Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) => return Ok(Some(Input::Tick)),
+                // What arrived while we waited counts before the time does.
+                Err(RecvTimeoutError::Timeout) => return Ok(Some(self.link_news().unwrap_or(Input::Tick))),
                 Err(RecvTimeoutError::Disconnected) => return Err(NodeError::Gone),
             },
         };
         self.translate(event)
+    }
+
+    fn link_news(&mut self) -> Option<Input> {
+        Some(match self.conns.news(clock::monotonic_us(), |_| {})? {
+            (conn, LinkNews::Stuck(silence_us)) => {
+                self.conns.close(conn);
+                Input::Closed { conn, why: stuck(silence_us) }
+            }
+            (conn, LinkNews::Received(ago_us)) => Input::Moved { conn, ago: Duration::from_micros(ago_us) },
+        })
     }
 
     fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {

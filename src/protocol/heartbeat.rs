@@ -3,6 +3,7 @@
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
+use super::mutant;
 use super::types::Instant;
 
 /// How often heartbeats go out and how long a silence may last.
@@ -56,25 +57,43 @@ pub struct Judge {
     timeout: Duration,
     heard: Instant,
     moved: Instant,
+    /// Whole epochs that came since the last heartbeat, as far as they count.
+    overtaken: u32,
 }
 
 /// So many time-outs may pass without a heartbeat while the data connection moves.
 const EXCUSED: u32 = 10;
 
+/// So many whole epochs without a heartbeat between them say that heartbeats are lost, not late: bytes then excuse one time-out and no more.
+/// On a slow link a heartbeat waits behind the bytes that were sent before it, never behind an epoch that was captured after it; and each
+/// epoch waits for the ack of the one before, so it takes a round trip at least, while a heartbeat that was dropped is there again within
+/// two or three, or a few more if it is dropped again. (Four broke pairs on a link of 1 MB/s, whose queue drops what does not fit.)
+const OVERTAKEN_MAX: u32 = 16;
+
 impl Judge {
     /// A judge that counts silence from `now`.
     pub fn new(timeout: Duration, now: Instant) -> Judge {
-        Judge { timeout, heard: now, moved: now }
+        Judge { timeout, heard: now, moved: now, overtaken: 0 }
     }
 
     /// A heartbeat arrived.
     pub fn heard(&mut self, now: Instant) {
         self.heard = self.heard.max(now);
+        self.overtaken = 0;
+    }
+
+    /// A whole epoch arrived on the peer's other connection. After many of them without a heartbeat bytes excuse little.
+    pub fn overtaken(&mut self) {
+        if !mutant::is("overtaken-heartbeats-excused") {
+            self.overtaken = (self.overtaken + 1).min(OVERTAKEN_MAX);
+        }
     }
 
     /// Bulk arrived on the peer's other connection: it excuses a heartbeat that is late, though not for ever.
     pub fn moved(&mut self, at: Instant) {
-        self.moved = self.moved.max(at);
+        if !mutant::is("bytes-excuse-nothing") {
+            self.moved = self.moved.max(at);
+        }
     }
 
     /// When the peer becomes suspect if nothing more is heard.
@@ -83,7 +102,10 @@ impl Judge {
     }
 
     fn excused_until(&self) -> Instant {
-        self.heard + self.timeout * (EXCUSED - 1)
+        match self.overtaken {
+            OVERTAKEN_MAX.. => self.heard + self.timeout,
+            _ => self.heard + self.timeout * (EXCUSED - 1),
+        }
     }
 
     /// The silence so far, if it is longer than allowed.
@@ -93,9 +115,8 @@ impl Judge {
 
     /// Tells a checker the state. How long ago the silence became too long changes nothing.
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Judge { timeout, heard, moved: _ } = self;
-        let excusable = (*heard + *timeout * (EXCUSED - 1)).since(now);
-        (timeout, self.deadline().since(now), excusable).hash(into);
+        let Judge { timeout, heard: _, moved: _, overtaken } = self;
+        (timeout, self.deadline().since(now), self.excused_until().since(now), overtaken).hash(into);
     }
 }
 
@@ -152,6 +173,22 @@ mod tests {
         assert_eq!((judge.suspects(at(299)), judge.suspects(at(300))), (None, Some(300 * MS)));
         judge.heard(at(301));
         assert_eq!(judge.suspects(at(600)), None);
+    }
+
+    #[test]
+    fn epochs_that_overtake_heartbeats_end_the_excuse() {
+        let at = |ms: u64| Instant::from_us(ms * 1000);
+        let mut judge = Judge::new(30 * MS, at(0));
+        for _ in 1..OVERTAKEN_MAX {
+            judge.overtaken();
+        }
+        judge.moved(at(70));
+        assert_eq!(judge.suspects(at(99)), None);
+        judge.overtaken();
+        assert_eq!((judge.suspects(at(59)), judge.suspects(at(60))), (None, Some(60 * MS)));
+        judge.heard(at(71));
+        judge.moved(at(160));
+        assert_eq!(judge.suspects(at(189)), None, "a heartbeat begins the count anew");
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub struct Record {
 impl Record {
     /// The record of a guest that `owner` runs alone, in the generation after `self`.
     pub fn next_solo(&self, owner: InstanceId) -> Record {
-        Record { generation: self.generation.next(), state: RecordState::Solo, owner, peer: None }
+        Record::solo(self.generation.next(), owner)
     }
 
     /// The record of a pair, in the generation after `self`.
@@ -44,6 +44,11 @@ impl Record {
 
     /// The first record of a guest: `owner` runs it alone.
     pub fn first(owner: InstanceId) -> Record {
-        Record { generation: Generation(1), state: RecordState::Solo, owner, peer: None }
+        Record::solo(Generation(1), owner)
+    }
+
+    /// The record of a guest that `owner` runs alone in `generation`.
+    pub fn solo(generation: Generation, owner: InstanceId) -> Record {
+        Record { generation, state: RecordState::Solo, owner, peer: None }
     }
 }

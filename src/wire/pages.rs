@@ -11,6 +11,7 @@
 
 use super::error::PageError;
 use super::frame::FrameKind;
+use crate::protocol::mutant;
 use crate::protocol::pages::PAGE_BYTES;
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 
@@ -62,6 +63,9 @@ impl PageEncoder {
     /// Appends the record of page `index` to `chunk` and returns the form it took. At most [`RECORD_BYTES_MAX`] bytes are added.
     pub fn encode(&mut self, index: u64, page: &[u8; PAGE_BYTES], chunk: &mut Vec<u8>) -> PageKind {
         let (kind, bytes): (PageKind, &[u8]) = if is_zero(page) {
+            if mutant::is("zero-page-skipped") {
+                return PageKind::Zero;
+            }
             (PageKind::Zero, &[])
         } else if let Some(bytes) = self.compress(page) {
             (PageKind::Lz4, bytes)

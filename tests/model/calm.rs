@@ -1,7 +1,7 @@
 //! What becomes of a world when nothing more goes wrong: every message arrives, the arbiter answers, timers fire.
 
-use mcd::protocol::record::RecordState;
 use mcd::protocol::secondary::Phase;
+use mcd::protocol::types::InstanceId;
 
 use crate::moves::Move;
 use crate::world::{Role, World};
@@ -15,11 +15,15 @@ impl World {
         let record = self.truth.record;
         self.nodes.iter().any(|node| match &node.role {
             Role::Primary(_) => node.has_guest() && record.owner == node.me,
-            Role::Secondary(machine) => {
-                record.state == RecordState::Paired && record.peer == Some(node.me) && machine.phase() != Phase::Done
-            }
+            Role::Secondary(machine) => machine.phase() != Phase::Done && self.is_heir(node.me),
             Role::Absent => false,
         })
+    }
+
+    /// True if `who` has a whole image that it may take over with.
+    pub fn is_heir(&self, who: InstanceId) -> bool {
+        let record = self.truth.record;
+        record.owner != who && self.truth.holds(who) && self.truth.may_take_over(who, record)
     }
 
     /// True if exactly one node runs the guest, and what it sent has left.

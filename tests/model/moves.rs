@@ -2,7 +2,6 @@
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use mcd::protocol::primary::{self, Command};
-use mcd::protocol::record::RecordState;
 
 use crate::driver::Event;
 use crate::truth::Truth;
@@ -211,13 +210,9 @@ impl World {
         Some(world)
     }
 
-    /// True if nobody but `n` could go on with the guest. So it is when the record says so, and also in one race: the peer that just came
-    /// on record suspected the primary before, asked the arbiter before, and an answer from before the pair is on its way to it.
+    /// True if nobody but `n` could go on with the guest.
     fn is_only_holder(&self, n: usize) -> bool {
-        let record = self.truth.record;
-        let old = |call: &crate::world::Call| matches!(call.answer, Some(ArbiterAnswer::Record(Some(told))) if told.generation < record.generation);
-        let misled = || self.nodes[1 - n].calls.front().is_some_and(old);
-        record.owner == self.nodes[n].me && (record.state != RecordState::Paired || misled())
+        self.truth.record.owner == self.nodes[n].me && !self.is_heir(self.nodes[1 - n].me)
     }
 
     fn fault(&mut self, kind: impl Fn(&mut crate::bounds::Bounds) -> &mut u8) {

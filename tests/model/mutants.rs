@@ -8,18 +8,20 @@ use crate::{Seen, Space, breaking, explore, forming, healing};
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Every bug of the takeover and arbitration core, by its name in the code.
-const MUTANTS: [&str; 21] = [
+const MUTANTS: [&str; 23] = [
     "release-on-send",
     "one-epoch-too-many",
     "ack-without-commit",
     "hold-one-epoch-late",
     "pair-without-the-arbiter",
     "pairing-given-up",
+    "completing-given-up",
     "alone-without-the-arbiter",
     "lost-swap-ignored",
     "secondary-ignores-a-lost-swap",
     "takes-over-a-solo-guest",
     "standby-gives-up",
+    "standby-reads-first",
     "own-win-not-recognised",
     "no-check-after-a-stall",
     "release-without-deadline",

@@ -79,6 +79,11 @@ impl Truth {
         self.owners.get(at).copied()
     }
 
+    /// True if `who` has committed anything.
+    pub fn holds(&self, who: InstanceId) -> bool {
+        self.held_by(who).is_some()
+    }
+
     fn held_by(&self, who: InstanceId) -> Option<&Holding> {
         self.holdings.iter().flatten().find(|holding| holding.who == who)
     }
@@ -105,10 +110,22 @@ impl Truth {
                 }
             }
             (RecordState::Solo | RecordState::Stopped, None) if new.owner == old.owner => {}
-            (RecordState::Solo, None) if old.peer == Some(new.owner) => return self.taken_over(new),
+            (RecordState::Solo, None) if self.may_take_over(new.owner, old) => return self.taken_over(new),
             _ => return broken(RECORD, format!("{new:?} follows {old:?}")),
         }
         Ok(())
+    }
+
+    /// True for the peer on record, and for a newcomer whose image became whole under the very record its primary runs alone with (one that
+    /// died after it asked held it). What that primary released, I1 says.
+    pub fn may_take_over(&self, who: InstanceId, record: Record) -> bool {
+        match record.state {
+            RecordState::Paired => record.peer == Some(who),
+            RecordState::Solo => {
+                self.held_by(who).is_none_or(|held| held.whole && held.epoch.generation == record.generation)
+            }
+            RecordState::Stopped => false,
+        }
     }
 
     fn never_whole(&self, peer: InstanceId) -> Check {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use mcd::arbiter::Swap;
+use mcd::arbiter::command::{Notebook, Step};
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use mcd::protocol::record::Record;
 use mcd::protocol::types::{Generation, InstanceId};
@@ -18,6 +20,23 @@ impl Arbiter {
     pub fn set(&mut self, new: Record) {
         self.record = Some(new);
         self.owners.insert(new.generation, new.owner);
+    }
+
+    /// Carries out a request of a node that writes its record down itself: the answer, whether the record changed, and whether the script
+    /// has to switch the other host off first.
+    pub fn serve_recordless(&mut self, book: &mut Notebook, request: ArbiterRequest) -> (ArbiterAnswer, bool, bool) {
+        let ArbiterRequest::Swap { expected, new } = request else {
+            return (ArbiterAnswer::Record(book.record()), false, false);
+        };
+        let fences = match book.consider(Some(&expected), &new) {
+            Step::Known(Swap::Won) => return (ArbiterAnswer::Won, false, false),
+            Step::Known(Swap::Lost(record)) => return (ArbiterAnswer::Record(record), false, false),
+            Step::Ask(..) => true,
+            Step::Note => false,
+        };
+        book.note(new);
+        self.set(new);
+        (ArbiterAnswer::Won, expected != new, fences)
     }
 
     /// Carries out a request; true beside the answer if the record changed.

@@ -8,7 +8,7 @@ use mcd::protocol::types::{EpochId, Instant};
 
 use crate::guest::Output;
 use crate::net::{Item, ProcId};
-use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender, Staged};
+use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender};
 use crate::plan::FaultKind;
 use crate::world::{Event, World};
 
@@ -35,6 +35,8 @@ impl World {
                 } else if self.procs[proc].alive {
                     self.procs[proc].pending = Some(act);
                 }
+            } else if let Some(input) = self.look_at_links(proc) {
+                self.feed(proc, input);
             } else if let Some(input) = self.procs[proc].inbox.pop_front() {
                 self.feed(proc, input);
             } else if !self.tick(proc) {
@@ -104,13 +106,20 @@ impl World {
     fn feed(&mut self, proc: ProcId, input: In) {
         let now = self.procs[proc].clock.local(self.now);
         match input {
-            In::Background(pages) => self.apply(proc, &pages),
-            In::EpochPages(_) if mutant::is("ack-before-whole") && !self.procs[proc].staging.is_empty() => {}
-            In::EpochPages(pages) => self.procs[proc].staging.extend(pages),
-            In::EpochEnd { conn, id, completes, counter, life } => {
-                let pages = std::mem::take(&mut self.procs[proc].staging);
-                self.procs[proc].staged = Some(Staged { id, completes, pages, counter, life });
-                let staged = secondary::Input::Staged { conn, id, completes_resync: completes, staged_bytes: 0 };
+            In::Background { conn, pages } => match &self.procs[proc].role {
+                Role::Secondary(machine) if machine.takes_pages(conn) => self.apply(proc, &pages),
+                _ => {
+                    let why = "it sent pages out of turn".into();
+                    self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
+                }
+            },
+            In::Epoch { conn, mut staged } => {
+                if mutant::is("ack-before-whole") {
+                    staged.pages.truncate(staged.pages.len() / 2);
+                }
+                let (id, completes_resync) = (staged.id, staged.completes);
+                self.procs[proc].staged = Some(staged);
+                let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0 };
                 self.feed_secondary(proc, now, staged);
             }
             In::Primary(primary::Input::OutputWaiting) => {
@@ -122,7 +131,6 @@ impl World {
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
             In::Answer { ticket, answer } => {
-                self.procs[proc].read_served = None;
                 if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
                 } else {
@@ -147,7 +155,44 @@ impl World {
         if let Role::Secondary(machine) = &mut self.procs[proc].role {
             let quit = matches!(input, secondary::Input::Quit);
             self.excused |= quit && (quits >= 2 || machine.phase() != secondary::Phase::Deciding);
+            let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
+            let began = matches!(machine.phase(), secondary::Phase::Joining);
             machine.handle(now, input);
+            self.mind_silence(proc, heartbeat || began, epoch);
+        }
+    }
+
+    /// Epochs that arrive excuse late heartbeats for a while only: when they are lost, a secondary must notice in time.
+    fn mind_silence(&mut self, proc: ProcId, heartbeat: bool, epoch: bool) {
+        let (now, timeout) = (self.now, self.plan.timeout_us);
+        let node = &mut self.procs[proc];
+        let slept = now - node.fed_at >= timeout * 9 / 10;
+        node.fed_at = now;
+        if heartbeat || slept {
+            (node.heard_at, node.epochs_unheard) = (now, 0);
+            return;
+        }
+        node.epochs_unheard += u32::from(epoch);
+        let Role::Secondary(machine) = &node.role else { return };
+        let silence = now - node.heard_at;
+        if machine.phase() == secondary::Phase::Paired && node.epochs_unheard > 16 && silence > timeout * 22 / 10 {
+            let (epochs, ms) = (node.epochs_unheard, silence / 1000);
+            self.violate(format!(
+                "no heartbeat for {ms} ms and {epochs} whole epochs, and the secondary does not mind"
+            ));
+        }
+    }
+
+    /// Where nothing ever goes wrong but that the wire carries little, nobody may be suspected.
+    fn mind_suspicion(&mut self, proc: ProcId, event: &mcd::protocol::event::Event) {
+        use mcd::protocol::event::Event as Told;
+        let gone = matches!(event, Told::Suspected { .. } | Told::NewcomerLost { .. } | Told::Rejoining { .. });
+        let text = event.to_string();
+        if ["out of turn", "out of order", "does not belong", "not on its way"].iter().any(|odd| text.contains(odd)) {
+            self.violate(format!("n{}: {text}; but every node keeps to the protocol", self.procs[proc].slot));
+        }
+        if gone && self.plan.only_narrow {
+            self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
         }
     }
 
@@ -220,7 +265,10 @@ impl World {
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
             }
-            Action::Tell(event) => self.note(proc, || format!("* {event}")),
+            Action::Tell(event) => {
+                self.mind_suspicion(proc, &event);
+                self.note(proc, || format!("* {event}"));
+            }
         }
     }
 
@@ -393,7 +441,10 @@ impl World {
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
             }
-            Action::Tell(event) => self.note(proc, || format!("* {event}")),
+            Action::Tell(event) => {
+                self.mind_suspicion(proc, &event);
+                self.note(proc, || format!("* {event}"));
+            }
         }
     }
 
@@ -423,4 +474,8 @@ impl World {
         let check = self.model.committed(me, id, staged.completes);
         self.check(check);
     }
+}
+
+fn is_heartbeat(input: &secondary::Input) -> bool {
+    matches!(input, secondary::Input::Message { message: Message::Heartbeat(_), .. })
 }

@@ -1,6 +1,6 @@
 //! What goes wrong, and the way to the arbiter, which goes wrong too.
 
-use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
+use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::messages::Channel;
 use mcd::protocol::primary::{self, Command};
 
@@ -68,6 +68,8 @@ impl World {
                 self.trace.across(self.now, &format!("channel {channel} is slow by {extra} us"));
                 return;
             }
+            FaultKind::Narrow => return self.narrow(slot, until),
+            FaultKind::Deaf => return self.deafen(slot, until),
             _ => {}
         }
         let Some(proc) = self.slots[slot].filter(|proc| self.procs[*proc].alive) else { return };
@@ -98,7 +100,8 @@ impl World {
             FaultKind::CaptureFails => self.procs[proc].capture_fails = true,
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
-            FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut | FaultKind::Slow => {}
+            FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
+            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf => {}
         }
     }
 
@@ -147,8 +150,28 @@ impl World {
         }
     }
 
+    fn another(&mut self, slot: usize) -> usize {
+        (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
+    }
+
+    /// All pages that may be on their way together take longer than a time-out: a heartbeat is late behind them, but not for ever. One
+    /// delivery takes less than a time-out, for its bytes arrive here all at once, and a kernel would have shown the first of them long before.
+    fn narrow(&mut self, slot: usize, until: u64) {
+        let other = self.another(slot);
+        let page_us = self.rng.below(self.plan.timeout_us * 3 / (4 * self.plan.pages.max(8)));
+        self.weather.narrow[slot][other] = (until, page_us);
+        self.trace.across(self.now, &format!("the wire from n{slot} to n{other} takes {page_us} us for a page"));
+    }
+
+    fn deafen(&mut self, slot: usize, until: u64) {
+        let other = self.another(slot);
+        self.weather.block(Channel::Heartbeat, slot, other, until);
+        let ms = (until - self.now) / 1000;
+        self.trace.across(self.now, &format!("heartbeats from n{slot} to n{other} are lost for {ms} ms"));
+    }
+
     fn partition(&mut self, slot: usize, until: u64) {
-        let other = (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len();
+        let other = self.another(slot);
         let channels: &[Channel] = match self.rng.below(4) {
             0 => &[Channel::Data],
             1 => &[Channel::Heartbeat],
@@ -220,10 +243,20 @@ impl World {
 
     pub fn arbiter_hears(&mut self, proc: ProcId, call: ArbiterCall) {
         let before = self.arbiter.record;
-        let (answer, changed) = self.arbiter.serve(call.request);
-        if call.request == ArbiterRequest::Read && self.procs[proc].calling == Some(call) {
-            self.procs[proc].read_served = before.map(|record| record.generation);
-        }
+        let (answer, changed) = if self.plan.recordless {
+            // The script ends with the node that asked.
+            if !self.procs[proc].alive {
+                return;
+            }
+            let book = &mut self.procs[proc].notebook;
+            let (answer, changed, fences) = self.arbiter.serve_recordless(book, call.request);
+            if fences {
+                self.switch_off_the_other(proc);
+            }
+            (answer, changed)
+        } else {
+            self.arbiter.serve(call.request)
+        };
         if changed {
             // The arbiter may give the guest to a node that died after it asked.
             self.excused |= !self.procs[proc].alive;
@@ -239,6 +272,15 @@ impl World {
         let mute_until = self.weather.arbiter_mute_until[self.procs[proc].slot];
         if mute_until <= self.now {
             self.after(us, Event::ArbiterAnswers { proc, ticket: call.ticket, answer });
+        }
+    }
+
+    /// What a fencing script does before it says yes.
+    fn switch_off_the_other(&mut self, proc: ProcId) {
+        for slot in 0..self.slots.len() {
+            if let Some(other) = self.slots[slot].filter(|other| *other != proc) {
+                self.crash(other, true);
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use mcd::wire::codec::{decode_message, encode_message};
 
 use crate::net::{Conn, End, Item, ProcId};
 use crate::node::{In, Role};
+use crate::stream::{Arrived, Receiver};
 use crate::world::{Event, World};
 
 impl World {
@@ -97,8 +98,9 @@ impl World {
 
     fn enqueue(&mut self, conn: usize, from: usize, item: Item) {
         let channel = self.conns[conn].channel;
-        let due = self.now + self.delay(channel);
+        let (near, far) = (self.conns[conn].ends[from].slot, self.conns[conn].ends[1 - from].slot);
         let now = self.now;
+        let due = self.weather.through(near, far, now, item.pages()) + self.delay(channel);
         let end = &mut self.conns[conn].ends[from];
         let due = end.queue.back().map_or(due, |(_, last, _)| due.max(*last));
         end.queue.push_back((now, due, item));
@@ -110,7 +112,11 @@ impl World {
 
     fn unacked(&mut self, conn: usize, end: usize, since: u64) {
         self.conns[conn].ends[end].unacked_since = Some(since);
-        self.at(self.now.max(since + self.plan.user_timeout_us), Event::UserTimeout { conn, end, since });
+        // The heartbeat connection is left to the kernel, which is patient: heartbeats may wait behind pages.
+        let watched = self.conns[conn].channel == Channel::Data;
+        let patience =
+            if watched { self.plan.user_timeout_us } else { self.plan.user_timeout_us.max(self.plan.timeout_us * 12) };
+        self.at(self.now.max(since + patience), Event::UserTimeout { conn, end, since });
     }
 
     fn path_blocked_until(&self, conn: usize, from: usize) -> u64 {
@@ -155,12 +161,11 @@ impl World {
         if back_open {
             match self.conns[conn].ends[from].queue.front() {
                 None => self.conns[conn].ends[from].unacked_since = None,
-                Some((sent, _, _)) => {
-                    let sent = *sent;
-                    self.unacked(conn, from, sent);
-                }
+                // A link that moves is never given up, however long its queue is.
+                Some(_) => self.unacked(conn, from, self.now),
             }
         }
+        self.conns[conn].ends[to].received_at = self.now;
         if let Item::Fin = item {
             self.end_is_gone(conn, to, "closed by the peer");
         } else {
@@ -186,15 +191,47 @@ impl World {
             (Role::Secondary(_), Item::Message(message)) => {
                 In::Secondary(secondary::Input::Message { conn: local, message })
             }
-            (Role::Secondary(_), Item::Background(pages)) => In::Background(pages),
-            (Role::Secondary(_), Item::EpochPages(pages)) => In::EpochPages(pages),
-            (Role::Secondary(_), Item::EpochEnd { id, completes, counter, life }) => {
-                In::EpochEnd { conn: local, id, completes, counter, life }
-            }
+            (Role::Secondary(_), Item::Bulk { bytes, .. }) => return self.receive_bulk(conn, to, &bytes),
             _ => return,
         };
         self.procs[proc].inbox.push_back(input);
         self.drive(proc);
+    }
+
+    /// Bytes of epochs and pages become what they were: in the receiving thread, whatever its driver does.
+    fn receive_bulk(&mut self, conn: usize, to: usize, bytes: &[u8]) {
+        let pages = self.plan.pages;
+        let end = &mut self.conns[conn].ends[to];
+        let (proc, local) = (end.proc, end.local);
+        let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages)));
+        match receiver.take(bytes) {
+            Ok(arrived) => {
+                self.procs[proc].inbox.extend(arrived.into_iter().map(|arrived| match arrived {
+                    Arrived::Epoch(staged) => In::Epoch { conn: local, staged },
+                    Arrived::Background(pages) => In::Background { conn: local, pages },
+                }));
+                self.drive(proc);
+            }
+            Err(why) => self.violate(format!("the wire spoils an epoch: {why}")),
+        }
+    }
+
+    /// What the kernel of a secondary's host knows and its driver has not looked at yet: bytes arrived on the data connection.
+    pub fn look_at_links(&mut self, proc: ProcId) -> Option<In> {
+        let node = &self.procs[proc];
+        let Role::Secondary(_) = node.role else { return None };
+        let (now, looked) = (node.clock.local(self.now), node.clock.local(node.looked_at));
+        if now.since(looked).as_micros() < u128::from(self.plan.timeout_us / 8) {
+            return None;
+        }
+        let (local, received_at) = node.conns.iter().find_map(|(local, conn)| {
+            let conn = &self.conns[*conn];
+            let end = conn.ends.iter().find(|end| end.proc == proc)?;
+            (conn.channel == Channel::Data).then_some((*local, end.received_at))
+        })?;
+        let ago = now.since(node.clock.local(received_at));
+        let looked_at = std::mem::replace(&mut self.procs[proc].looked_at, self.now);
+        (received_at > looked_at).then_some(In::Secondary(secondary::Input::Moved { conn: local, ago }))
     }
 
     pub fn user_timeout(&mut self, conn: usize, end: usize, since: u64) {

@@ -1,9 +1,10 @@
 //! The guest at work, and the sender thread that reads its memory.
 
 use mcd::protocol::primary::{self, ConnId};
+use mcd::protocol::types::EpochId;
 
 use crate::guest::TORN;
-use crate::net::{Item, ProcId};
+use crate::net::{Bulk, Item, ProcId};
 use crate::node::{HOLE, In, Job};
 use crate::world::{Event, World};
 
@@ -15,7 +16,7 @@ impl World {
         sender.jobs.push_back(job);
         if sender.jobs.len() == 1 {
             let token = sender.token;
-            let us = self.takes(300);
+            let us = self.takes(self.plan.sender_us);
             self.after(us, Event::SenderStep { proc, token });
         }
     }
@@ -30,7 +31,7 @@ impl World {
         let more = !sender.jobs.is_empty();
         let pushed = self.perform(proc, conn, job);
         if more {
-            let us = self.takes(300);
+            let us = self.takes(self.plan.sender_us);
             self.after(us, Event::SenderStep { proc, token });
         }
         if pushed {
@@ -43,19 +44,31 @@ impl World {
     fn perform(&mut self, proc: ProcId, conn: ConnId, job: Job) -> bool {
         match job {
             Job::Message(message) => self.send(proc, conn, Item::Message(message)),
-            Job::Epoch { id, completes, mut pages, counter, life } => {
-                let rest = pages.split_off(pages.len() / 2);
-                self.send(proc, conn, Item::EpochPages(pages));
-                self.send(proc, conn, Item::EpochPages(rest));
-                self.send(proc, conn, Item::EpochEnd { id, completes, counter, life });
+            Job::Epoch { id, completes, pages, counter, life } => {
+                let bytes = self.encoder.epoch(id, completes, &pages, (counter, life));
+                self.send_epoch(proc, conn, id, pages.len(), bytes);
             }
             Job::Push(pages) => {
-                let read = pages.iter().map(|page| (*page, self.read_page(proc, *page))).collect();
-                self.send(proc, conn, Item::Background(read));
+                let read: Vec<_> = pages.iter().map(|page| (*page, self.read_page(proc, *page))).collect();
+                let bytes = self.encoder.push(&read);
+                self.send(proc, conn, Item::Bulk { bytes, pages: read.len(), what: Bulk::Background });
                 return true;
             }
         }
         false
+    }
+
+    /// An epoch travels in three pieces, cut anywhere.
+    fn send_epoch(&mut self, proc: ProcId, conn: ConnId, id: EpochId, pages: usize, mut bytes: Vec<u8>) {
+        let end = bytes.len() as u64;
+        let cut = self.rng.range(1, end - 1);
+        let mut rest = bytes.split_off(cut as usize);
+        let last = rest.split_off(self.rng.below(end - cut) as usize);
+        let half = pages / 2;
+        for (bytes, pages, part) in [(bytes, half, "its beginning"), (rest, pages - half, "more"), (last, 0, "its end")]
+        {
+            self.send(proc, conn, Item::Bulk { bytes, pages, what: Bulk::Epoch(id, part) });
+        }
     }
 
     /// Reads a page while the guest runs: it may write the page that very moment.

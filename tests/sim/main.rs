@@ -16,6 +16,7 @@ mod node;
 mod operator;
 mod plan;
 mod rng;
+mod stream;
 mod trace;
 mod world;
 

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 28] = [
+const MUTANTS: [(&str, &str); 35] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -18,11 +18,16 @@ const MUTANTS: [(&str, &str); 28] = [
     ("hold-one-epoch-late", "holding begins one epoch after the one that completes the image"),
     ("pair-without-the-arbiter", "a pair is formed without asking"),
     ("pairing-given-up", "a primary whose newcomer is lost while the arbiter thinks goes on alone without the answer"),
+    ("completing-given-up", "a primary whose newcomer is lost as it becomes whole goes on alone without asking"),
     ("alone-without-the-arbiter", "a primary whose secondary is lost goes on alone without asking"),
     ("lost-swap-ignored", "a primary that lost the swap goes on"),
     ("secondary-ignores-a-lost-swap", "a secondary that lost the swap takes over"),
     ("takes-over-a-solo-guest", "a secondary takes over a guest whose pair is not on record (a stale generation)"),
     ("standby-gives-up", "a secondary that did not hear of its pair does not take over"),
+    (
+        "standby-reads-first",
+        "a newcomer that did not hear of its pair drops its image if the pair is not on record yet",
+    ),
     ("own-win-not-recognised", "a swap that was won, but whose answer was lost, counts as lost"),
     ("no-check-after-a-stall", "a primary that stood still releases without asking again"),
     ("release-without-deadline", "a release in hand goes on however long it takes"),
@@ -36,6 +41,14 @@ const MUTANTS: [(&str, &str); 28] = [
     ("dirt-forgotten", "a dirty page does not travel and is not dirty again"),
     ("resync-before-the-first-heartbeat", "epochs may overtake the welcome"),
     ("silence-never-suspected", "a secondary waits for ever for a silent primary"),
+    ("bytes-excuse-nothing", "a heartbeat that is stuck behind pages counts as missing"),
+    ("overtaken-heartbeats-excused", "bytes excuse missing heartbeats, however many epochs come without one"),
+    (
+        "newcomer-not-fenced",
+        "without a record, a primary goes on alone while a newcomer with a whole image may take over",
+    ),
+    ("zero-page-skipped", "a page of zeros is not written to the wire"),
+    ("first-epoch-taken-for-the-last", "staging calls an image whole with its first epoch"),
     ("quit-at-once", "an operator's quit ends a node that alone has the guest"),
     ("shutdown-not-told", "the secondary hears of a shutdown before the arbiter does"),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),

@@ -6,6 +6,8 @@ use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::ConnId;
 use mcd::protocol::types::EpochId;
 
+use crate::stream::Receiver;
+
 /// A process of the simulated world, numbered for all time.
 pub type ProcId = usize;
 
@@ -13,40 +15,47 @@ pub type ProcId = usize;
 #[derive(Clone, Debug)]
 pub enum Item {
     Message(Message),
-    /// Pages outside an epoch.
-    Background(Vec<(u64, u64)>),
-    /// Pages of an epoch.
-    EpochPages(Vec<(u64, u64)>),
-    /// The end of an epoch: the machine's state (next packet, life) and what the wire says beside it.
-    EpochEnd {
-        id: EpochId,
-        completes: bool,
-        counter: u64,
-        life: u64,
+    /// Bytes of an epoch, or of pages outside of one; they may be cut anywhere.
+    Bulk {
+        bytes: Vec<u8>,
+        pages: usize,
+        what: Bulk,
     },
     /// The sender closed.
     Fin,
 }
 
 impl Item {
+    /// Pages it carries: what makes it long.
+    pub fn pages(&self) -> usize {
+        match self {
+            Item::Bulk { pages, .. } => *pages,
+            Item::Message(_) | Item::Fin => 0,
+        }
+    }
+
     pub fn name(&self) -> String {
         match self {
             Item::Message(Message::Ack { id, .. }) => format!("ack {id}"),
             Item::Message(Message::Paired { record }) => format!("paired {}", record.generation),
             Item::Message(Message::Heartbeat(beat)) => format!("heartbeat #{}", beat.sequence),
             Item::Message(message) => message.name().into(),
-            Item::Background(pages) => format!("background {} pages", pages.len()),
-            Item::EpochPages(pages) => format!("epoch pages {}", pages.len()),
-            Item::EpochEnd { id, completes, .. } => {
-                format!("epoch {id}{}", if *completes { " (completes)" } else { "" })
-            }
+            Item::Bulk { pages, what: Bulk::Background, .. } => format!("background {pages} pages"),
+            Item::Bulk { what: Bulk::Epoch(id, part), .. } => format!("epoch {id}, {part}"),
             Item::Fin => "fin".into(),
         }
     }
 }
 
+/// Whose bytes travel.
+#[derive(Clone, Copy, Debug)]
+pub enum Bulk {
+    /// A part of this epoch.
+    Epoch(EpochId, &'static str),
+    Background,
+}
+
 /// One end of a connection.
-#[derive(Clone, Debug)]
 pub struct End {
     pub proc: ProcId,
     pub slot: usize,
@@ -64,6 +73,10 @@ pub struct End {
     pub queue: VecDeque<(u64, u64, Item)>,
     /// The accepting process has heard a hello over it.
     pub greeted: bool,
+    /// Reads epochs out of the bytes that arrive.
+    pub receiver: Option<Box<Receiver>>,
+    /// When bytes of the other end last arrived in this host's kernel.
+    pub received_at: u64,
 }
 
 impl End {
@@ -78,12 +91,13 @@ impl End {
             unacked_since: None,
             queue: VecDeque::new(),
             greeted: false,
+            receiver: None,
+            received_at: 0,
         }
     }
 }
 
 /// A connection: end 0 asked for it, end 1 accepted it.
-#[derive(Clone, Debug)]
 pub struct Conn {
     pub channel: Channel,
     pub ends: [End; 2],
@@ -97,6 +111,10 @@ pub struct Weather {
     blocked: [[[u64; 3]; 3]; 2],
     /// `[channel]`: every delivery takes this much longer, until then.
     pub slow: [(u64, u64); 2],
+    /// `[from][to]`: until when the wire carries little, and the time each page takes then.
+    pub narrow: [[(u64, u64); 3]; 3],
+    /// `[from][to]`: when all that was sent before will have left the queue before the narrow wire.
+    queue_ends: [[u64; 3]; 3],
     pub arbiter_deaf_until: [u64; 3],
     pub arbiter_mute_until: [u64; 3],
 }
@@ -124,7 +142,17 @@ impl Weather {
         if now < until { extra } else { 0 }
     }
 
+    /// When `pages` sent now are through the wire, on which all connections of two hosts share one queue.
+    pub fn through(&mut self, from: usize, to: usize, now: u64, pages: usize) -> u64 {
+        let (until, page_us) = self.narrow[from][to];
+        let cost = if now < until { page_us * pages as u64 } else { 0 };
+        let ends = &mut self.queue_ends[from][to];
+        *ends = (*ends).max(now) + cost;
+        *ends
+    }
+
+    /// Ends all weather; what is in a queue still takes its time.
     pub fn clear(&mut self) {
-        *self = Weather::default();
+        *self = Weather { queue_ends: self.queue_ends, ..Weather::default() };
     }
 }

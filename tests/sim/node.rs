@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 
+use mcd::arbiter::command::Notebook;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
-use mcd::protocol::types::{EpochId, Generation, InstanceId, Instant};
+use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
 use crate::guest::{Guest, Output};
 
@@ -48,9 +49,8 @@ pub enum Role {
 pub enum In {
     Primary(primary::Input),
     Secondary(secondary::Input),
-    Background(Vec<(u64, u64)>),
-    EpochPages(Vec<(u64, u64)>),
-    EpochEnd { conn: ConnId, id: EpochId, completes: bool, counter: u64, life: u64 },
+    Background { conn: ConnId, pages: Vec<(u64, u64)> },
+    Epoch { conn: ConnId, staged: Staged },
     Answer { ticket: u64, answer: ArbiterAnswer },
 }
 
@@ -111,6 +111,13 @@ pub struct Proc {
     /// The guest does nothing until then.
     pub paused_until: u64,
     pub wake_at: u64,
+    /// When the driver last asked the kernel what had arrived.
+    pub looked_at: u64,
+    /// When the machine was last fed anything, and when it last heard a heartbeat (or slept, which counts as one).
+    pub fed_at: u64,
+    pub heard_at: u64,
+    /// Whole epochs since then.
+    pub epochs_unheard: u32,
     /// Crash after so many more actions; true: the host dies too.
     pub crash_in: Option<(u64, bool)>,
     /// Stall after so many more actions, for how long; true: the guest stalls too.
@@ -120,8 +127,8 @@ pub struct Proc {
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
-    /// The arbiter has answered "read" with the record of this generation; the answer is not handled yet.
-    pub read_served: Option<Generation>,
+    /// What it wrote down where the arbiter keeps no record.
+    pub notebook: Notebook,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
     /// The newest connection number of an earlier life as a newcomer.
@@ -134,7 +141,6 @@ pub struct Proc {
     pub sender: Option<Sender>,
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
-    pub staging: Vec<(u64, u64)>,
     pub staged: Option<Staged>,
 }
 
@@ -153,12 +159,16 @@ impl Proc {
             idle_until: 0,
             paused_until: 0,
             wake_at: u64::MAX,
+            looked_at: 0,
+            fed_at: 0,
+            heard_at: 0,
+            epochs_unheard: 0,
             crash_in: None,
             stall_in: None,
             capture_fails: false,
             quits: 0,
             may_exit: false,
-            read_served: None,
+            notebook: Notebook::default(),
             conns: Vec::new(),
             conns_made: 1 << 32,
             last_conn: 0,
@@ -170,7 +180,6 @@ impl Proc {
             sender: None,
             image: Vec::new(),
             image_state: (0, 0),
-            staging: Vec::new(),
             staged: None,
         }
     }
@@ -180,7 +189,6 @@ impl Proc {
         self.urgent.clear();
         self.pending = None;
         self.image.clear();
-        self.staging.clear();
         self.staged = None;
     }
 

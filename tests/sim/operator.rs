@@ -4,6 +4,7 @@ use mcd::protocol::primary::{self, Command};
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::secondary;
 
+use crate::model::{Holding, Model};
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In, Proc, Role};
 use crate::world::{Event, World};
@@ -103,13 +104,10 @@ impl World {
             return;
         }
         if self.procs.iter().any(|proc| self.has_guest(proc, record)) {
-            // A dead node's last question to the arbiter may have put a pair on record. Its peer may have read the record before that
-            // and be about to join anew: it had no right to the guest when its primary died.
-            self.by_luck = self.lost || (self.by_luck && record.state == RecordState::Paired);
             self.lost = false;
         } else if self.lost {
             // Until somebody starts it anew.
-        } else if excused || self.by_luck {
+        } else if excused {
             self.lost = true;
             self.stats.lost_guests += 1;
             self.trace.across(self.now, "the guest is lost: nobody else had it");
@@ -119,19 +117,15 @@ impl World {
     }
 
     fn has_guest(&self, proc: &Proc, record: Record) -> bool {
-        let named = record.owner == proc.me || (record.state == RecordState::Paired && record.peer == Some(proc.me));
+        let owns = record.owner == proc.me;
         proc.alive
-            && named
             && match &proc.role {
-                Role::Primary(machine) => machine.phase() != primary::Phase::Fenced && record.owner == proc.me,
-                Role::Restoring(_) => true,
+                Role::Primary(machine) => machine.phase() != primary::Phase::Fenced && owns,
+                Role::Restoring(_) => owns,
                 Role::Waiting => false,
                 Role::Secondary(machine) => {
-                    // One that asked just before the pair was on record is about to give up.
-                    let stale = proc.read_served.is_some_and(|read| read < record.generation);
-                    !matches!(machine.phase(), secondary::Phase::Done)
-                        && !stale
-                        && self.model.holdings.get(&proc.me).is_some_and(|holding| holding.whole)
+                    let heir = |holding: &Holding| owns || Model::may_take_over(holding, proc.me, record);
+                    machine.phase() != secondary::Phase::Done && self.model.holdings.get(&proc.me).is_some_and(heir)
                 }
             }
     }

@@ -28,6 +28,10 @@ pub enum FaultKind {
     ArbiterCut,
     /// Everything on one channel takes long.
     Slow,
+    /// The wire between two hosts carries little, one way: heartbeats wait behind pages.
+    Narrow,
+    /// Heartbeats of one node to another are lost, and nothing else.
+    Deaf,
     /// The next capture fails.
     CaptureFails,
     /// An operator's command.
@@ -36,7 +40,7 @@ pub enum FaultKind {
     Shutdown,
 }
 
-const KINDS: [FaultKind; 10] = [
+const KINDS: [FaultKind; 12] = [
     FaultKind::ProcessCrash,
     FaultKind::HostCrash,
     FaultKind::Stall,
@@ -44,6 +48,8 @@ const KINDS: [FaultKind; 10] = [
     FaultKind::Partition,
     FaultKind::ArbiterCut,
     FaultKind::Slow,
+    FaultKind::Narrow,
+    FaultKind::Deaf,
     FaultKind::CaptureFails,
     FaultKind::Command,
     FaultKind::Shutdown,
@@ -99,6 +105,12 @@ pub struct Plan {
     pub fault_gap_us: u64,
     pub fault_len_us: u64,
     pub kinds: Vec<FaultKind>,
+    /// The only thing that goes wrong is that the wire carries little.
+    pub only_narrow: bool,
+    /// The arbiter keeps no record: a script switches the other host off (`command:`).
+    pub recordless: bool,
+    /// The longest the sender thread takes to get to a job.
+    pub sender_us: u64,
     pub triggers: Vec<Trigger>,
     pub calm_us_max: u64,
 }
@@ -113,10 +125,19 @@ impl Plan {
         if faulty && kinds.is_empty() {
             kinds.push(*rng.pick(&KINDS));
         }
+        let only_narrow = faulty && rng.chance(30);
+        if only_narrow {
+            kinds = vec![FaultKind::Narrow];
+        }
+        let recordless = rng.chance(150);
+        if recordless {
+            // Nothing tells a secondary that was cut off of a guest that was shut down: docs/arbiters.md says so.
+            kinds.retain(|kind| !matches!(kind, FaultKind::Command | FaultKind::Shutdown));
+        }
         let trigger_count = if kinds.is_empty() { 0 } else { rng.below(4) };
         let triggers = (0..trigger_count).map(|_| Trigger::draw(rng, &kinds, timeout_us)).collect();
         Plan {
-            slots: if rng.chance(400) { 3 } else { 2 },
+            slots: if !recordless && rng.chance(400) { 3 } else { 2 },
             pages: rng.range(4, 64),
             heartbeat_us,
             timeout_us,
@@ -127,7 +148,7 @@ impl Plan {
             join_timeout_us: rng.range(40_000, 200_000),
             push_pages_max: rng.range(1, 32) as usize,
             delay_us: (20, rng.range(50, 1_500)),
-            tail_per_mille: if rng.chance(300) { rng.range(1, 20) } else { 0 },
+            tail_per_mille: if !only_narrow && rng.chance(300) { rng.range(1, 20) } else { 0 },
             tail_us: timeout_us,
             user_timeout_us: timeout_us * rng.range(1, 8),
             arbiter_us: (100, rng.range(300, 8_000)),
@@ -138,7 +159,7 @@ impl Plan {
             output_cap: if rng.chance(300) { rng.range(2, 20) as usize } else { 10_000 },
             capture_us: rng.range(50, 1_000),
             commit_us: rng.range(10, 500),
-            slow_per_mille: if rng.chance(300) { rng.range(1, 30) } else { 0 },
+            slow_per_mille: if !only_narrow && rng.chance(300) { rng.range(1, 30) } else { 0 },
             slow_us: timeout_us * 2,
             build_us: rng.range(500, 20_000),
             restore_us: rng.range(500, 10_000),
@@ -147,6 +168,9 @@ impl Plan {
             fault_gap_us: rng.range(10_000, 300_000),
             fault_len_us: timeout_us * rng.range(1, 6),
             kinds,
+            only_narrow,
+            recordless,
+            sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,
             calm_us_max: 6_000_000,
         }

@@ -18,6 +18,7 @@ use crate::net::{Conn, ProcId, Weather};
 use crate::node::{Clock, Proc, Role};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
+use crate::stream::Encoder;
 use crate::trace::Trace;
 
 /// What can happen.
@@ -99,12 +100,11 @@ pub struct World {
     pub calm_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
     pub lost: bool,
-    /// The guest was lost, and is not any more, because an old question reached the arbiter late.
-    pub by_luck: bool,
     /// A crash just happened: what is lost by it is excused.
     pub excused: bool,
     instances: u64,
     pub scratch: Vec<u8>,
+    pub encoder: Encoder,
     pub versions: u64,
     pub tokens: u64,
     pub protected_since: Option<(u64, u64)>,
@@ -133,15 +133,16 @@ impl World {
             stats: Stats::default(),
             calm_since: None,
             lost: false,
-            by_luck: false,
             excused: false,
             instances: 0,
             scratch: Vec::new(),
+            encoder: Encoder::new(),
             versions: 0,
             tokens: 0,
             protected_since: None,
         };
         world.model.late_us_max = world.plan.late_us_max();
+        world.model.recordless = world.plan.recordless;
         world.begin();
         world
     }
@@ -284,8 +285,11 @@ impl World {
     /// Starts the guest on `slot`, as the first node or after everything ended.
     pub fn boot(&mut self, slot: usize, cold: bool) {
         self.model.owner_since_us = self.now;
-        if let Some(old) = self.slots[slot] {
-            self.end(old);
+        for other in 0..self.slots.len() {
+            // Who starts a guest cold, where nothing keeps a record, has looked himself that no node of it runs.
+            if let Some(old) = self.slots[other].filter(|_| other == slot || self.plan.recordless) {
+                self.end(old);
+            }
         }
         self.model.life += 1;
         let (now, life) = (self.now, self.model.life);
@@ -298,6 +302,7 @@ impl World {
         });
         if let Some(record) = record {
             self.arbiter.set(record);
+            self.procs[proc].notebook.note(record);
         }
         self.lost = false;
         self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));

@@ -4,10 +4,10 @@
 //!            hello          first heartbeat           last page pushed, arbiter in reach
 //!   Solo ────────────▶ Joining ────────────▶ Resync ────────────▶ Completing (output held)
 //!    ▲ ▲                  │                    │                        │ ack
-//!    │ └──── newcomer lost: nothing was held ──┴── or is released ──────┤
+//!    │ └──── newcomer lost: nothing was held ──┘                        │
 //!    │                                                                  ▼
 //!    │ swap won                 peer suspected             swap won   Pairing
-//!    └──────────── Deciding ◀──────────────────── Protected ◀───────────┘
+//!    └──────────── Deciding ◀──── Completing, Protected ◀───────────────┘
 //!                     │ swap lost                     │ another record stands
 //!                     └──────────▶ Fenced ◀───────────┘
 //! ```
@@ -45,13 +45,14 @@ pub enum Phase {
     Joining,
     /// A newcomer receives epochs and pages; output passes.
     Resync,
-    /// The epoch that makes the newcomer's image whole is on its way; output is held.
+    /// The epoch that makes the newcomer's image whole is on its way; output is held. The newcomer may take over from now on.
     Completing,
     /// That epoch is committed; the arbiter is asked to record the pair; output is held.
     Pairing,
     /// Output leaves as its epochs are committed.
     Protected,
-    /// The peer is suspected; the arbiter is asked whether this node may go on alone; output is held.
+    /// The peer, or a newcomer whose image may be whole, is suspected; the arbiter is asked whether this node may go on alone; output is
+    /// held.
     Deciding,
     /// The guest has shut down (or must); the arbiter is told.
     Stopping,
@@ -369,13 +370,16 @@ impl Primary {
     fn lose_peer(&mut self, why: &str) {
         self.drop_connections();
         match self.phase {
-            Phase::Joining | Phase::Resync | Phase::Completing => {
+            Phase::Completing if mutant::is("completing-given-up") => self.go_solo(),
+            Phase::Joining | Phase::Resync => {
                 self.go_solo();
                 self.tell(Event::NewcomerLost { why: why.into() });
             }
             Phase::Protected if mutant::is("alone-without-the-arbiter") => self.go_solo(),
             Phase::Pairing if mutant::is("pairing-given-up") => self.go_solo(),
-            Phase::Protected => {
+            // A newcomer that has the epoch on its way may take the guest over from the record that stands: nothing held may leave before
+            // another record bars that.
+            Phase::Completing | Phase::Protected => {
                 self.phase = Phase::Deciding;
                 self.tell(Event::Suspected { why: why.into() });
                 let new = self.record.next_solo(self.me);

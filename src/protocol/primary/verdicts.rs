@@ -107,10 +107,15 @@ impl Primary {
     }
 
     pub(super) fn alone(&mut self, record: Record) {
+        let was_paired = self.record.state == RecordState::Paired;
         self.begin_generation(record);
         self.proven = true;
         self.go_solo();
-        self.tell(Event::Unprotected { why: "the secondary is gone".into() });
+        self.tell(if was_paired {
+            Event::Unprotected { why: "the secondary is gone".into() }
+        } else {
+            Event::NewcomerLost { why: "it went away as its image became whole".into() }
+        });
         if self.quitting {
             self.shut_down();
         }

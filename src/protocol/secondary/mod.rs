@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Connecting ─▶ Greeting ─▶ Building ─▶ Joining ─▶ Syncing ─▶ Standby ─▶ Paired
-//!      ▲  primary busy or out of reach      │           │    image whole  │  on record
+//!      ▲  primary busy or out of reach      │           │    image whole  │  on record as the peer
 //!      └────────────────────────────────────┘           │          │      │
 //!                                           link lost:  ▼          ▼      ▼
 //!                                              Rejoin (new id)   Deciding ─▶ Promoted
@@ -40,9 +40,9 @@ pub enum Phase {
     Joining,
     /// Receives epochs and pages; the image has holes.
     Syncing,
-    /// The image is whole; the arbiter does not know yet.
+    /// The image is whole, and the primary holds its output since: it takes over if the primary fails, from the record that stands.
     Standby,
-    /// On record: it takes over if the primary fails.
+    /// On record as the peer: it takes over if the primary fails.
     Paired,
     /// The primary is suspect; the arbiter is asked.
     Deciding,
@@ -275,6 +275,9 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
+        if let Some((_, judge)) = &mut self.life {
+            judge.overtaken();
+        }
         if mutant::is("ack-without-commit") && self.phase == Phase::Paired && id.epoch % 2 == 1 {
             self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
             return;
@@ -333,16 +336,23 @@ impl Secondary {
                 self.phase = Phase::Deciding;
                 self.cause = why.to_owned();
                 self.tell(Event::Suspected { why: why.to_owned() });
-                let request = match self.record {
-                    Some(expected) => ArbiterRequest::Swap { expected, new: expected.next_solo(self.me) },
-                    // The pair may be on record without our having heard of it.
-                    None => ArbiterRequest::Read,
-                };
-                self.ask(request);
+                self.ask_for_the_guest();
             }
             Phase::Deciding | Phase::Promoted | Phase::Done => {}
             _ => self.start_over(now, why),
         }
+    }
+
+    /// Asks for the guest, from the record this node knows. Before it has heard of its pair that is the one the primary ran alone under:
+    /// while that stands, nothing has left since the capture that made our image whole. If the pair came on record meanwhile, the answer
+    /// says so, and the guest is asked for from there.
+    fn ask_for_the_guest(&mut self) {
+        let Some(primary) = self.primary() else { return };
+        let expected = self.record.unwrap_or(Record::solo(self.generation, primary));
+        if self.record.is_none() && mutant::is("standby-reads-first") {
+            return self.ask(ArbiterRequest::Read);
+        }
+        self.ask(ArbiterRequest::Swap { expected, new: expected.next_solo(self.me) });
     }
 
     fn ask(&mut self, request: ArbiterRequest) {
@@ -386,7 +396,7 @@ impl Secondary {
                 if record.peer == Some(self.me) && self.record.is_none() && !mutant::is("standby-gives-up") =>
             {
                 self.record = Some(record);
-                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+                self.ask_for_the_guest();
             }
             _ => self.rejoin("the arbiter gave the guest to another node"),
         }

@@ -1,0 +1,188 @@
+//! The bytes of the data connection: epochs and pushes as a sender writes them, and a receiver that makes epochs of them again, with the
+//! real frames, page codec and staging in between.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::sync::Arc;
+
+use mcd::checkpoint::stage::{StagedEpoch, Stager, StagingBudget};
+use mcd::protocol::messages::Message;
+use mcd::protocol::pages::PAGE_BYTES;
+use mcd::protocol::types::EpochId;
+use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageDecoder, PageEncoder};
+
+use crate::node::Staged;
+use crate::rng::Rng;
+
+type Page = [u8; PAGE_BYTES];
+
+/// Pages of one frame: few, so that most epochs have several frames.
+const PAGES_PER_FRAME: usize = 5;
+
+/// A guest page of this version: zero, one that compresses, or one that does not, so that every form of a page travels.
+fn page_of(version: u64) -> Page {
+    let mut page = [0; PAGE_BYTES];
+    if version == 0 {
+        return page;
+    }
+    page[..8].copy_from_slice(&version.to_le_bytes());
+    if version.is_multiple_of(16) {
+        let mut noise = Rng::new(version);
+        page[8..].as_chunks_mut::<8>().0.iter_mut().for_each(|word| *word = noise.next().to_le_bytes());
+    }
+    page
+}
+
+/// The version of a page, all of whose bytes must be that version's.
+fn version_of(page: &Page) -> Result<u64, String> {
+    let mut word = [0; 8];
+    word.copy_from_slice(&page[..8]);
+    let version = u64::from_le_bytes(word);
+    if page_of(version) == *page { Ok(version) } else { Err(format!("a page of version {version} has other bytes")) }
+}
+
+/// Writes what a sender sends.
+pub struct Encoder {
+    pages: PageEncoder,
+    batch: FrameBatch,
+}
+
+impl Encoder {
+    pub fn new() -> Encoder {
+        Encoder { pages: PageEncoder::new(true), batch: FrameBatch::new() }
+    }
+
+    pub fn epoch(
+        &mut self,
+        id: EpochId,
+        completes_resync: bool,
+        pages: &[(u64, u64)],
+        (counter, life): (u64, u64),
+    ) -> Vec<u8> {
+        self.batch.clear();
+        let begin = Message::EpochBegin { id, completes_resync };
+        self.batch.push_message(&begin).expect("a short message");
+        let mut digest = 0;
+        for part in pages.chunks(PAGES_PER_FRAME) {
+            digest = self.frame(FrameKind::Pages, part, digest);
+        }
+        let mut state = [0; 16];
+        state[..8].copy_from_slice(&counter.to_le_bytes());
+        state[8..].copy_from_slice(&life.to_le_bytes());
+        self.batch.push(FrameKind::State, &state).expect("a short state");
+        digest = crc32c::crc32c_append(digest, &state);
+        let end = Message::EpochEnd { id, pages: pages.len() as u64, state_bytes: state.len() as u64, digest };
+        self.batch.push_message(&end).expect("a short message");
+        if id.epoch.is_multiple_of(8) {
+            self.batch.push(FrameKind::Nudge, &[]).expect("nothing");
+        }
+        self.batch.as_bytes().to_vec()
+    }
+
+    pub fn push(&mut self, pages: &[(u64, u64)]) -> Vec<u8> {
+        self.batch.clear();
+        for part in pages.chunks(PAGES_PER_FRAME) {
+            self.frame(FrameKind::Background, part, 0);
+        }
+        self.batch.as_bytes().to_vec()
+    }
+
+    fn frame(&mut self, kind: FrameKind, pages: &[(u64, u64)], digest: u32) -> u32 {
+        let encoder = &mut self.pages;
+        let written = self.batch.build(kind, |payload| {
+            let start = payload.len();
+            for (page, version) in pages {
+                encoder.encode(*page, &page_of(*version), payload);
+            }
+            crc32c::crc32c_append(digest, &payload[start..])
+        });
+        written.expect("a few pages fit a frame")
+    }
+}
+
+/// Bytes that arrived and were not read yet.
+struct Pipe(VecDeque<u8>);
+
+impl Read for Pipe {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { self.0.read(into) }
+    }
+}
+
+/// What a receiver made of bytes.
+pub enum Arrived {
+    Epoch(Staged),
+    Background(Vec<(u64, u64)>),
+}
+
+/// Reads the bytes of one connection.
+pub struct Receiver {
+    reader: FrameReader<Pipe>,
+    stager: Stager,
+    budget: Arc<StagingBudget>,
+    pages: u64,
+}
+
+impl Receiver {
+    /// For a guest of so many pages.
+    pub fn new(pages: u64) -> Receiver {
+        let budget = StagingBudget::new(1 << 30);
+        let stager = Stager::new(budget.clone(), pages);
+        Receiver { reader: FrameReader::new(Pipe(VecDeque::new())), stager, budget, pages }
+    }
+
+    /// Takes bytes as they come, wherever they were cut.
+    pub fn take(&mut self, bytes: &[u8]) -> Result<Vec<Arrived>, String> {
+        self.reader.source_mut().0.extend(bytes);
+        let mut arrived = Vec::new();
+        loop {
+            let frame = match self.reader.read() {
+                Ok(frame) => frame,
+                Err(error) if error.is_timeout() => return Ok(arrived),
+                Err(error) => return Err(error.to_string()),
+            };
+            match frame.kind {
+                FrameKind::Pages => self.stager.pages(frame.payload).map_err(|error| error.to_string())?,
+                FrameKind::State => self.stager.state(frame.payload).map_err(|error| error.to_string())?,
+                FrameKind::Background => {
+                    let payload = self.stager.background(frame.payload).map_err(|error| error.to_string())?;
+                    arrived.push(Arrived::Background(decode(&payload, self.pages)?));
+                    self.budget.give_back(payload.len() as u64);
+                }
+                FrameKind::Nudge => {}
+                FrameKind::Message => match frame.message().map_err(|error| error.to_string())? {
+                    Message::EpochBegin { id, completes_resync } => {
+                        self.stager.begin(id, completes_resync).map_err(|error| error.to_string())?;
+                    }
+                    Message::EpochEnd { id, pages, state_bytes, digest } => {
+                        let whole = self.stager.end(id, pages, state_bytes, digest).map_err(|e| e.to_string())?;
+                        self.budget.give_back(whole.bytes);
+                        arrived.push(Arrived::Epoch(staged(&whole, self.pages)?));
+                    }
+                    other => return Err(format!("a {} inside an epoch", other.name())),
+                },
+            }
+        }
+    }
+}
+
+fn decode(chunk: &[u8], pages: u64) -> Result<Vec<(u64, u64)>, String> {
+    let mut page = [0; PAGE_BYTES];
+    let record = |record: Result<mcd::wire::PageRecord<'_>, mcd::wire::PageError>| {
+        let record = record.map_err(|error| error.to_string())?;
+        record.expand(&mut page).map_err(|error| error.to_string())?;
+        Ok((record.index, version_of(&page)?))
+    };
+    PageDecoder::new(chunk, pages).map(record).collect()
+}
+
+fn staged(epoch: &StagedEpoch, pages_total: u64) -> Result<Staged, String> {
+    let mut pages = Vec::new();
+    for chunk in &epoch.chunks {
+        pages.extend(decode(chunk, pages_total)?);
+    }
+    let state = <[u8; 16]>::try_from(epoch.state.as_slice()).map_err(|_| "a state of another length")?;
+    let both = u128::from_le_bytes(state);
+    let (counter, life) = (both as u64, (both >> 64) as u64);
+    Ok(Staged { id: epoch.id, completes: epoch.completes_resync, pages, counter, life })
+}
