@@ -150,7 +150,3 @@ impl BlockBackend for DiskGate {
         self.change(offset, bytes, &Change::Zeros, |image| image.write_zeroes(offset, bytes, may_unmap))
     }
 }
-
-#[cfg(test)]
-#[path = "disk_tests.rs"]
-mod tests;

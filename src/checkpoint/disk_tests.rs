@@ -1,17 +1,25 @@
+//! A primary's disks and its heir's, against a naive model.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
-use super::*;
-use crate::checkpoint::image::GuestImage;
-use crate::checkpoint::journal::{BlockSet, JournalListener};
+use super::disk::DiskGate;
+use super::image::GuestImage;
+use super::journal::{BLOCK_COST_BYTES, BlockSet, DiskJournal, JournalListener, JournalMode, ZERO_COST_BYTES};
+use crate::device::block::{BlockBackend, Stored};
 use crate::machine::memory::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{DiskShape, MachineShape};
+use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::resync::Ledger;
 use crate::protocol::types::{EpochId, Generation};
 
+const BLOCK_BYTES: u64 = PAGE_BYTES as u64;
 /// Two disks, of which the first does not end with a whole block.
 const DISK_BYTES: [u64; 2] = [5 * BLOCK_BYTES + 1536, 3 * BLOCK_BYTES];
 

@@ -4,6 +4,8 @@ pub mod apply;
 pub mod capture;
 pub mod dirt;
 pub mod disk;
+#[cfg(test)]
+mod disk_tests;
 pub mod image;
 pub mod journal;
 pub mod output;
