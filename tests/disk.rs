@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use mcd::checkpoint::stamp::Stamp;
 use mcd::control::Client;
-use mcd::control::status::NodeStatus;
+use mcd::control::status::{NodeStatus, State};
 use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(15);
 /// The last block is not whole.
 const DISK_BYTES: u64 = (16 << 20) + 512;
 /// Blocks the guest's background writer works on; the client's follow.
@@ -156,6 +158,18 @@ impl World {
     }
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in [&mut self.primary, &mut self.secondary] {
+                let status = node.status().map(|status| status.to_string()).unwrap_or_default();
+                let ended = node.ended();
+                eprintln!("---- {} ({ended:?}):\n{status}\n{}\n----", node.name(), node.log_tail(30));
+            }
+        }
+    }
+}
+
 fn verify(one: &Path, other: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mcd")).args(["disk", "verify"]).args([one, other]).output().expect("mcd runs")
 }
@@ -223,6 +237,25 @@ fn acknowledged_writes_outlive_hosts_and_the_images_are_equal() {
     });
 }
 
+#[test]
+fn a_secondary_that_was_given_up_joins_again_with_its_disk() {
+    rights::run("a_secondary_that_was_given_up_joins_again_with_its_disk", &["/dev/kvm", "/dev/net/tun"], || {
+        let mut world = World::start(1);
+        let mut guest = Guest::connect(&world.fabric);
+        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
+        let first = world.primary.status().expect("a status").peer;
+        world.secondary.signal(Signal::SIGSTOP).expect("it lives");
+        wait_for(&mut world.primary, "go on alone", |status| status.state == State::Solo);
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 5")), "+OK");
+        world.written[0] = 5;
+        world.secondary.signal(Signal::SIGCONT).expect("it lives");
+        let status = wait_for(&mut world.primary, "be protected again", |status| status.protected);
+        assert_ne!(status.peer, first, "under a new name");
+        world.write_and_kill(&mut guest);
+        world.check(&mut guest);
+    });
+}
+
 /// After both nodes ended, the guest starts from the newer image and from no other.
 fn restarts(world: &mut World) {
     let (newer, older) = (world.primary.host(), world.secondary.host());
@@ -239,4 +272,37 @@ fn restarts(world: &mut World) {
     let verified = world.verify();
     assert_eq!(verified.status.code(), Some(1), "{verified:?}");
     assert!(says(&verified, &format!("in block {RUN_BLOCKS}")), "{verified:?}");
+    world.written[0] = 9;
+    cold_starts(world, newer, older);
+}
+
+/// After both nodes died, the guest starts anew from the newest image and from no other.
+fn cold_starts(world: &mut World, newer: HostName, older: HostName) {
+    world.primary = world.node(StartAs::Primary, newer);
+    let status = wait_for(&mut world.primary, "run the guest", |status| status.running);
+    let deadline = Instant::now() + PATIENCE;
+    while Stamp::read(&image(&world.dir, newer)).expect("a stamp").map(|stamp| stamp.at.generation.0)
+        != Some(status.generation)
+    {
+        assert!(Instant::now() < deadline, "no stamp of generation {}", status.generation);
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+    let mut guest = Guest::connect(&world.fabric);
+    assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 11")), "+OK");
+    world.written[0] = 11;
+    drop(guest);
+    world.primary.kill().expect("a process to kill");
+    wait_ended(&mut world.primary);
+    for (role, host, part) in [
+        (StartAs::Primary, newer, "use `mcd cold-start`"),
+        (StartAs::ColdStart, older, "the newest image is on the other host"),
+    ] {
+        let mut refused = world.node(role, host);
+        wait_ended(&mut refused);
+        assert!(refused.log_tail(3).contains(part), "{}", refused.log_tail(3));
+    }
+    world.primary = world.node(StartAs::ColdStart, newer);
+    wait_for(&mut world.primary, "run the guest", |status| status.running);
+    let mut guest = Guest::connect(&world.fabric);
+    world.check(&mut guest);
 }
