@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mcd::demo::fabric::find_tool;
-use mcd::machine::{GuestNet, Machine, MachineEvent, NetBackend, Transmit};
+use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent, NetBackend, Transmit};
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PageSet;
 use netbuf::{PacketPort, TunTapPort};
@@ -67,7 +67,8 @@ fn boot(cpus: u8) -> Machine {
     ip("addr add 10.77.0.1/24 dev guest");
     ip("link set guest up");
     let shape = MachineShape::bare(MEMORY_BYTES, cpus, [2, 0, 0, 0, 0, 7]);
-    let mut machine = Machine::new(&shape, Arc::new(Tap(tap)), Vec::new(), Box::new(io::stderr())).expect("machine");
+    let mut machine =
+        Machine::new(&shape, CpuModel::Host, Arc::new(Tap(tap)), Vec::new(), Box::new(io::stderr())).expect("machine");
     machine.boot_builtin(&GuestNet { ipv4: GUEST, prefix_len: 24, gateway: None }).expect("boot");
     machine.resume().expect("resume");
     assert_eq!(machine.events().recv_timeout(PATIENCE), Ok(MachineEvent::Booted));

@@ -1,12 +1,13 @@
 //! The output buffer: hold, seal, release, discard.
 
+use crate::port::VNET_HEADER_BYTES;
 use crate::queue::{FrameQueue, QUEUE_FRAME_BYTES_MAX};
 use std::collections::VecDeque;
 use std::io;
 use thiserror::Error;
 
-/// Longest frame a buffer takes, in bytes: an Ethernet header with a VLAN tag and the largest IP packet.
-pub const FRAME_BYTES_MAX: usize = 14 + 4 + 65_535;
+/// Longest frame a buffer takes, in bytes: a virtio-net header, an Ethernet header with a VLAN tag, and the largest IP packet.
+pub const FRAME_BYTES_MAX: usize = VNET_HEADER_BYTES + 14 + 4 + 65_535;
 
 const _: () = assert!(FRAME_BYTES_MAX <= QUEUE_FRAME_BYTES_MAX);
 

@@ -15,7 +15,7 @@
 //! - **discard** ([`OutputBuffer::discard`]): every packet held is dropped, because it never happened.
 //!
 //! The buffer is bounded by bytes and by packets. It knows nothing of guests, sockets or clocks. Packets enter and leave a host through
-//! a [`PacketPort`]: [`TunTapPort`] for a real tap interface, [`MemoryPort`] for tests.
+//! a [`PacketPort`]: [`VnetTapPort`] or the plain [`TunTapPort`] for a real tap interface, [`MemoryPort`] for tests.
 //!
 //! ```
 //! use netbuf::{Limits, OutputBuffer};
@@ -39,10 +39,12 @@ mod buffer;
 mod port;
 mod queue;
 mod tap;
+mod vnet_tap;
 
 pub use buffer::{
     Discarded, FRAME_BYTES_MAX, First, Limits, OutputBuffer, PushError, ReleaseError, Released, RestartError,
     SealError, Sealed,
 };
-pub use port::{MemoryPort, PacketPort};
+pub use port::{MemoryPort, PacketPort, VNET_HEADER_BYTES};
 pub use tap::{TapError, TunTapPort};
+pub use vnet_tap::VnetTapPort;

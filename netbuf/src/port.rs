@@ -4,7 +4,10 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-/// One non-blocking door for Ethernet frames, without any header in front of them.
+/// Bytes of the virtio-net header (virtio 1.2, 5.1.6) in front of each frame of a port that has them.
+pub const VNET_HEADER_BYTES: usize = 12;
+
+/// One non-blocking door for Ethernet frames. A frame has no header in front of it, or in some ports a virtio-net header, always.
 ///
 /// Frames may be sent and received by several threads at once.
 pub trait PacketPort: Send + Sync {
@@ -23,6 +26,22 @@ pub trait PacketPort: Send + Sync {
 
     /// A descriptor that polls readable when a frame waits. It belongs to the port: never close it or read from it.
     fn as_raw_fd(&self) -> RawFd;
+
+    /// True if a virtio-net header of [`VNET_HEADER_BYTES`] is in front of every frame, sent or received. What is sent may then
+    /// lack its checksum, or be a large TCP segment that is yet to be cut, as its header says.
+    fn has_headers(&self) -> bool {
+        false
+    }
+
+    /// From now on frames received may lack their checksum, as their header says, or may not. Means nothing to a port without
+    /// headers. Frames that wait already stay as they are.
+    ///
+    /// # Errors
+    /// What the system says; frames then stay as they were.
+    fn receive_unchecked(&self, allowed: bool) -> io::Result<()> {
+        let _ = allowed;
+        Ok(())
+    }
 }
 
 /// One end of a pair of ports inside a process, for tests: what one end sends, the other receives.

@@ -98,7 +98,7 @@ impl TunTapPort {
     }
 }
 
-fn check_name(name: &str) -> Result<(), TapError> {
+pub(crate) fn check_name(name: &str) -> Result<(), TapError> {
     let ok = !name.is_empty()
         && name.len() <= NAME_BYTES_MAX
         && name != "."
@@ -124,7 +124,7 @@ fn set_nonblocking(iface: &Iface) -> io::Result<()> {
 }
 
 /// Tells the failures of opening the device (ENOENT, ENODEV, ENXIO, EACCES) and of taking the interface (EBUSY, EPERM, EINVAL) apart.
-fn explain(name: &str, source: io::Error) -> TapError {
+pub(crate) fn explain(name: &str, source: io::Error) -> TapError {
     let name = name.to_owned();
     match source.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EBUSY) => TapError::Occupied { name },

@@ -5,10 +5,12 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use netbuf::{OutputBuffer, PacketPort, PushError};
+use netbuf::{OutputBuffer, PacketPort, PushError, VNET_HEADER_BYTES};
 use parking_lot::Mutex;
 
-use crate::device::net::{NetBackend, Transmit};
+use crate::device::net::{NET_HEADER_BYTES, NetBackend, Offloads, Transmit};
+
+const _: () = assert!(NET_HEADER_BYTES == VNET_HEADER_BYTES);
 
 /// What the gate tells the driver; called from vCPU threads, so it must not block.
 pub trait OutputListener: Send + Sync {
@@ -173,8 +175,17 @@ impl OutputGate {
         }
     }
 
-    /// Sends a frame of the node's own, past everything held.
+    /// Sends a frame of the node's own, past everything held; `frame` has no header.
     pub fn send_now(&self, frame: &[u8]) {
+        // An empty header asks for nothing.
+        let with_header: Vec<u8>;
+        let frame = match self.port.has_headers() {
+            true => {
+                with_header = [&[0; VNET_HEADER_BYTES], frame].concat();
+                &with_header
+            }
+            false => frame,
+        };
         let mut held = self.held.lock();
         let held = &mut *held;
         if held.mode != Mode::Closed {
@@ -281,5 +292,78 @@ impl NetBackend for OutputGate {
 
     fn readable_fd(&self) -> RawFd {
         self.port.as_raw_fd()
+    }
+
+    fn offloads(&self) -> Offloads {
+        let all = Offloads { checksum: true, segmentation: true, guest_checksum: true };
+        if self.port.has_headers() { all } else { Offloads::NONE }
+    }
+
+    fn agreed(&self, offloads: Offloads) {
+        // If it fails, frames without a checksum are dropped by the device (and come again), or all have one: slow, not wrong.
+        if let Err(error) = self.port.receive_unchecked(offloads.guest_checksum) {
+            tracing::warn!(%error, "the tap cannot be told which checksums the guest needs");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    /// A port that remembers.
+    struct Port {
+        has_headers: bool,
+        sent: Arc<Mutex<Vec<Vec<u8>>>>,
+        unchecked: Arc<Mutex<Vec<bool>>>,
+    }
+
+    impl PacketPort for Port {
+        fn send(&self, frame: &[u8]) -> io::Result<()> {
+            self.sent.lock().push(frame.to_vec());
+            Ok(())
+        }
+        fn recv(&self, _buf: &mut [u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        fn as_raw_fd(&self) -> RawFd {
+            io::stdin().as_raw_fd()
+        }
+        fn has_headers(&self) -> bool {
+            self.has_headers
+        }
+        fn receive_unchecked(&self, allowed: bool) -> io::Result<()> {
+            self.unchecked.lock().push(allowed);
+            Ok(())
+        }
+    }
+
+    struct Deaf;
+
+    impl OutputListener for Deaf {
+        fn output_waiting(&self) {}
+        fn output_full(&self) {}
+    }
+
+    #[test]
+    fn headers_are_where_the_port_has_them() {
+        for has_headers in [false, true] {
+            let (sent, unchecked) = (Arc::new(Mutex::default()), Arc::new(Mutex::default()));
+            let port = Port { has_headers, sent: Arc::clone(&sent), unchecked: Arc::clone(&unchecked) };
+            let buffer = OutputBuffer::new(netbuf::Limits { bytes_max: 1 << 20, packets_max: 10 });
+            let gate = OutputGate::new(Box::new(port), buffer, Box::new(Deaf), || 0);
+            gate.pass();
+            gate.send_now(&[7; 60]);
+            let header = vec![0; if has_headers { VNET_HEADER_BYTES } else { 0 }];
+            assert_eq!(*sent.lock(), [[header, vec![7; 60]].concat()]);
+            assert_eq!(gate.offloads() != Offloads::NONE, has_headers);
+            // What a device hands over goes as it is.
+            gate.transmit(&[9; 72]);
+            assert_eq!(sent.lock().last(), Some(&vec![9; 72]));
+            gate.agreed(Offloads { guest_checksum: true, ..Offloads::NONE });
+            gate.agreed(Offloads::NONE);
+            assert_eq!(*unchecked.lock(), [true, false]);
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{self, Cidr, DirtyLoad, Disk, Mac, Size};
+use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::protocol::types::GuestName;
 
@@ -95,6 +95,15 @@ pub(super) enum Command {
         args_override_self = true
     )]
     Status(StatusArgs),
+
+    /// Join the serial console of a guest that runs here
+    #[command(
+        long_about = "Joins the serial console of a guest whose node was started with --console socket: shows what it said last, then what it \
+            says, and hands it every key. Ctrl-] leaves; the guest goes on.",
+        after_help = CONSOLE_HELP,
+        args_override_self = true
+    )]
+    Console(ConsoleArgs),
 }
 
 const PRIMARY_HELP: &str = "\
@@ -131,6 +140,11 @@ Examples:
 const DISK_HELP: &str = "\
 Example:
   mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
+
+const CONSOLE_HELP: &str = "\
+Examples:
+  mcd console --guest web
+  mcd console --socket /run/mcd/web.console";
 
 const STATUS_HELP: &str = "\
 Examples:
@@ -175,7 +189,16 @@ pub(super) struct SecondaryArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(super) struct MachineArgs {
-    /// The guest's memory
+    /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    pub(super) kernel: Option<PathBuf>,
+    /// The kernel's first file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(super) initrd: Option<PathBuf>,
+    /// The kernel's command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub(super) append: Option<String>,
+    /// The guest's memory; a distribution's kernel needs 128M or more
     #[arg(long, value_name = "SIZE", default_value = "128M")]
     pub(super) memory: Size,
     /// The guest's vCPUs
@@ -205,6 +228,11 @@ pub(super) struct NodeArgs {
     /// The guest's address and network; a secondary uses it to announce a takeover by ARP too
     #[arg(long, value_name = "IP/BITS")]
     pub(super) guest_ip: Option<Cidr>,
+
+    /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal hosts), or `baseline`, x86-64-v2, which
+    /// hosts of one maker have in common
+    #[arg(long, value_name = "MODEL", value_enum, default_value = "host")]
+    pub(super) cpu: CpuFlag,
 
     /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
     /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is
@@ -255,6 +283,10 @@ pub(super) struct NodeArgs {
     /// The control socket (QMP) [default: /run/mcd/GUEST.sock for root, else $XDG_RUNTIME_DIR/mcd/GUEST.sock]
     #[arg(long, value_name = "PATH", help_heading = "Operation")]
     pub(super) control: Option<PathBuf>,
+    /// The guest's serial console: stdout, stdio (keys go to the guest; Ctrl-] stops that), socket for `mcd console`, socket:/PATH,
+    /// file:/PATH, or none
+    #[arg(long, value_name = "WHERE", default_value = "stdout", help_heading = "Operation")]
+    pub(super) console: ConsoleFlag,
     #[command(flatten)]
     pub(super) log: LogArgs,
 }
@@ -315,6 +347,13 @@ pub(super) enum CompressFlag {
     Auto,
     None,
     Lz4,
+}
+
+/// `--cpu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum CpuFlag {
+    Host,
+    Baseline,
 }
 
 /// `--on-peer-loss`.
@@ -401,6 +440,17 @@ pub(super) struct StatusArgs {
     /// How long to wait for the answer
     #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub(super) timeout_ms: u64,
+}
+
+/// `mcd console`.
+#[derive(Debug, Args)]
+pub(super) struct ConsoleArgs {
+    /// The console's socket
+    #[arg(long, value_name = "PATH", conflicts_with = "guest")]
+    pub(super) socket: Option<PathBuf>,
+    /// The guest whose node on this host is meant, if its console socket is where it is by default
+    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
+    pub(super) guest: Option<GuestName>,
 }
 
 /// The help of every command ends with the exit codes.

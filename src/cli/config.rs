@@ -1,15 +1,17 @@
 //! From flags to a [`NodeConfig`]: what is missing, what contradicts what, and what follows from what.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::arbiter;
-use super::args::{CompressFlag, MachineArgs, NodeArgs, SecondaryArgs};
+use super::args::{CompressFlag, CpuFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
-use super::values::{Cidr, Mac, Size};
+use super::values::{Cidr, ConsoleFlag, Mac, Size};
 use crate::arbiter::ArbiterSpec;
-use crate::node::config::{Compress, GuestAddress, NodeConfig, PrimaryStart, SecondaryStart};
+use crate::control::console::ConsoleTo;
+use crate::machine::{CpuModel, LinuxGuest};
+use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
@@ -19,6 +21,9 @@ const MEMORY_MIN: Size = Size::mib(16);
 
 /// The most a machine can have.
 const MEMORY_MAX: Size = Size::mib(1 << 20);
+
+/// What a kernel is told if nothing else is said: to talk on the serial port, which is the console.
+const APPEND_DEFAULT: &str = "console=ttyS0";
 
 /// Less could not hold one busy epoch.
 const STAGING_MIN: Size = Size::mib(1);
@@ -52,9 +57,21 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         Some(path) => path.clone(),
         None => default_control(&guest)?,
     };
+    let console = match &args.console {
+        ConsoleFlag::Stdout => ConsoleTo::Stdout,
+        ConsoleFlag::Stdio => ConsoleTo::Stdio,
+        ConsoleFlag::File(path) => ConsoleTo::File(path.clone()),
+        ConsoleFlag::Socket(Some(path)) => ConsoleTo::Socket(path.clone()),
+        ConsoleFlag::Socket(None) => ConsoleTo::Socket(console_beside(&control)),
+        ConsoleFlag::None => ConsoleTo::None,
+    };
     Ok(NodeConfig {
         guest,
         tap,
+        cpu: match args.cpu {
+            CpuFlag::Host => CpuModel::Host,
+            CpuFlag::Baseline => CpuModel::Baseline,
+        },
         listen: args.listen,
         heartbeat_listen,
         arbiter: arbiter::config(&args.who)?,
@@ -73,13 +90,13 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         control,
         disks: args.disk.iter().map(|disk| disk.config()).collect(),
         force_disk: args.force_disk,
+        console,
     })
 }
 
 /// What a primary needs besides.
 pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<PrimaryStart, Failure> {
     let guest = required(node.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
-    let ip = required(node.guest_ip, "--guest-ip IP/BITS", "give the built-in guest an address, such as 10.0.0.2/24")?;
     if cold && node.who.arbiter == Some(ArbiterSpec::None) {
         return Err(Failure::usage(
             "mcd cold-start overrides what an arbiter has on record, and --arbiter none has no record; use mcd primary",
@@ -94,9 +111,26 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
     Ok(PrimaryStart {
         shape: MachineShape::bare(memory.bytes, machine.cpus, mac),
-        net: guest_address(ip, machine.guest_gateway)?,
+        boot: boot(node, machine)?,
+        guest_ip: node.guest_ip.map(|cidr| cidr.ipv4),
         both_nodes_are_dead: cold,
     })
+}
+
+/// What the machine starts: a kernel if one is named.
+fn boot(node: &NodeArgs, machine: &MachineArgs) -> Result<GuestBoot, Failure> {
+    let Some(kernel) = &machine.kernel else {
+        let what_to_do = "give the built-in guest an address, such as 10.0.0.2/24, or name a kernel with --kernel";
+        let ip = required(node.guest_ip, "--guest-ip IP/BITS", what_to_do)?;
+        return Ok(GuestBoot::BuiltIn(guest_address(ip, machine.guest_gateway)?));
+    };
+    if machine.guest_gateway.is_some() {
+        return Err(Failure::usage(
+            "--guest-gateway is for the built-in guest: a kernel is told of its network by --append",
+        ));
+    }
+    let append = machine.append.clone().unwrap_or_else(|| APPEND_DEFAULT.to_owned());
+    Ok(GuestBoot::Linux(LinuxGuest { kernel: kernel.clone(), initrd: machine.initrd.clone(), append }))
 }
 
 /// What a secondary needs besides.
@@ -176,6 +210,11 @@ pub(super) fn default_control(guest: &GuestName) -> Result<PathBuf, Failure> {
         )
     };
     control_directory().map(|directory| directory.join(format!("{guest}.sock"))).ok_or_else(missing)
+}
+
+/// Where the console's socket is if nobody says otherwise: beside the control socket.
+pub(super) fn console_beside(control: &Path) -> PathBuf {
+    control.with_extension("console")
 }
 
 /// The directory of the control sockets of this user.

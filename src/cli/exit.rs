@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use crate::machine::{BootError, MachineError};
 use crate::node::{DiskError, NodeError};
 
 /// The exit codes of `mcd`.
@@ -20,6 +21,8 @@ pub enum ExitStatus {
     Refused = 4,
     /// The node lost the guest to the other node and has fenced itself.
     Fenced = 5,
+    /// The guest asked for a reset: whoever started the node is to start it again.
+    Restart = 6,
 }
 
 /// The part of `--help` about exit codes.
@@ -30,7 +33,8 @@ Exit codes:
   2  a flag, a key or a value is wrong; nothing was started
   3  this host lacks something: /dev/kvm, the tap device, a permission, memory
   4  the peer or the arbiter refused: another guest or version, a guest that runs elsewhere
-  5  the node lost the guest to the other node and fenced itself";
+  5  the node lost the guest to the other node and fenced itself
+  6  the guest asked to be restarted: start the node again";
 
 impl ExitStatus {
     /// What a node's error is to a script.
@@ -38,6 +42,9 @@ impl ExitStatus {
         match error {
             NodeError::Disk(DiskError::Refused { .. } | DiskError::OtherGuest { .. }) => ExitStatus::Refused,
             NodeError::Disk(_) => ExitStatus::Host,
+            // The files named by --kernel and --initrd, or their size against --memory.
+            NodeError::Machine(MachineError::Boot(BootError::Linux(_))) => ExitStatus::Usage,
+            NodeError::Machine(MachineError::Boot(_)) => ExitStatus::Failure,
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }

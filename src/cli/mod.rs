@@ -3,6 +3,7 @@
 mod arbiter;
 mod args;
 mod config;
+mod console;
 mod disk;
 pub mod exit;
 mod file;
@@ -54,6 +55,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Demo(args) => run_demo(args),
         Command::Disk(args) => disk::run(&args.what).map(|()| ExitStatus::Ok.into()),
         Command::Status(args) => status::run(&args).map(|()| ExitStatus::Ok.into()),
+        Command::Console(args) => console::run(&args).map(|()| ExitStatus::Ok.into()),
     }
 }
 
@@ -83,6 +85,10 @@ fn secondary(args: &SecondaryArgs) -> Result<ExitCode, Failure> {
 fn ended(result: Result<NodeEnd, NodeError>) -> Result<ExitCode, Failure> {
     match result {
         Ok(NodeEnd::Quit | NodeEnd::GuestEnded(_)) => Ok(ExitStatus::Ok.into()),
+        Ok(NodeEnd::Restart) => Err(Failure {
+            status: ExitStatus::Restart,
+            line: "the guest asked to be restarted, and is off now; start the node again with the same flags".to_owned(),
+        }),
         Ok(NodeEnd::Fenced) => Err(Failure {
             status: ExitStatus::Fenced,
             line: "this node lost the guest to the other one and fenced itself; start `mcd secondary` here to protect it again"
@@ -142,7 +148,7 @@ fn config_file(command: &Command) -> Option<(&'static str, &Path)> {
         Command::Primary(args) => ("primary", &args.node),
         Command::ColdStart(args) => ("cold-start", &args.node),
         Command::Secondary(args) => ("secondary", &args.node),
-        Command::Demo(_) | Command::Disk(_) | Command::Status(_) => return None,
+        Command::Demo(_) | Command::Disk(_) | Command::Status(_) | Command::Console(_) => return None,
     };
     node.config.as_deref().map(|path| (name, path))
 }
@@ -161,7 +167,8 @@ fn parse_flags(arguments: &[OsString]) -> Result<Parsed, Failure> {
 /// What clap says, in one line: the error, its tip, and where to read on.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "which command? primary, secondary, cold-start, demo, disk or status; see mcd --help".to_owned();
+        return "which command? primary, secondary, cold-start, demo, disk, status or console; see mcd --help"
+            .to_owned();
     }
     let text = error.render().to_string();
     let trimmed = text.strip_prefix("error: ").unwrap_or(&text);

@@ -190,6 +190,33 @@ impl FromStr for Disk {
     }
 }
 
+/// Where the guest's console goes, as it is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ConsoleFlag {
+    Stdout,
+    Stdio,
+    File(PathBuf),
+    /// The default path, beside the control socket, if none is given.
+    Socket(Option<PathBuf>),
+    None,
+}
+
+impl FromStr for ConsoleFlag {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ConsoleFlag, String> {
+        match text.split_once(':').unwrap_or((text, "")) {
+            ("stdout", "") => Ok(ConsoleFlag::Stdout),
+            ("stdio", "") => Ok(ConsoleFlag::Stdio),
+            ("none", "") => Ok(ConsoleFlag::None),
+            ("socket", "") => Ok(ConsoleFlag::Socket(None)),
+            ("socket", path) => Ok(ConsoleFlag::Socket(Some(path.into()))),
+            ("file", path) if !path.is_empty() => Ok(ConsoleFlag::File(path.into())),
+            _ => Err("write stdout, stdio, socket, socket:/PATH, file:/PATH or none".to_owned()),
+        }
+    }
+}
+
 /// Reads a guest's name.
 pub(super) fn guest_name(text: &str) -> Result<GuestName, String> {
     GuestName::new(text).ok_or_else(|| "a guest's name is 1 to 64 letters, digits, '-', '_' and '.'".to_owned())
@@ -290,6 +317,17 @@ mod tests {
         assert_eq!(disk("/a/b.img,serial=abc"), Ok(DiskConfig { serial, ..plain }));
         for bad in ["", ",ro", "a,rw", "a,serial=", "a,serial=a b", "a,serial=012345678901234567890", "a,", "a,ro=1"] {
             assert!(bad.parse::<Disk>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn consoles() {
+        assert_eq!("stdio".parse(), Ok(ConsoleFlag::Stdio));
+        assert_eq!("socket".parse(), Ok(ConsoleFlag::Socket(None)));
+        assert_eq!("socket:/run/a:b".parse(), Ok(ConsoleFlag::Socket(Some("/run/a:b".into()))));
+        assert_eq!("file:log".parse(), Ok(ConsoleFlag::File("log".into())));
+        for bad in ["", "tty", "file", "file:", "stdio:x", "none:x", "Stdout"] {
+            assert!(bad.parse::<ConsoleFlag>().is_err(), "{bad}");
         }
     }
 

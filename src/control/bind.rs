@@ -87,7 +87,7 @@ fn remove_stale(path: &Path) -> Result<(), ControlError> {
     match UnixStream::connect(path) {
         Ok(_) => Err(ControlError::InUse { path: path.to_owned() }),
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            tracing::info!(path = %path.display(), "removing the control socket of a process that is gone");
+            tracing::info!(path = %path.display(), "removing the socket of a process that is gone");
             fs::remove_file(path).map_err(fail("remove the stale socket"))
         }
         Err(e) => Err(fail("find out who listens")(e)),

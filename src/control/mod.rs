@@ -13,6 +13,7 @@
 //!
 //! * [`Server`] listens; the node gives it a [`Handler`] and emits events through its [`EventSink`].
 //! * [`Client`] is the blocking other side, for `mcd status` and the demo.
+//! * [`console`] is the guest's serial console: standard output, a file or a socket of its own.
 //! * [`status`] and [`metrics`] are the shapes of the answers, for both sides.
 
 use std::io;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 
 mod bind;
 pub mod client;
+pub mod console;
 mod framer;
 pub mod message;
 pub mod metrics;

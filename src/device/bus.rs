@@ -12,6 +12,7 @@ use vm_memory::GuestMemory;
 
 use super::block::BlockBackend;
 use super::net::NetBackend;
+use super::pci::{PCI_PORT, PCI_PORTS, PCI_STATE_VERSION, PciPorts};
 use super::serial::{SERIAL_PORT, SERIAL_PORTS, SERIAL_STATE_VERSION, SerialPort};
 use super::virtio::blk::{BLK_STATE_VERSION, BlkDevice};
 use super::virtio::net::{NET_STATE_VERSION, NetDevice};
@@ -49,6 +50,22 @@ const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 /// The command that pulses the reset line.
 const KEYBOARD_RESET: u8 = 0xfe;
 
+/// ACPI's sleep control register (8 bit, out).
+pub const POWER_PORT: u16 = 0x608;
+/// ACPI's sleep status register (8 bit): always 0, because the machine never wakes up from a sleep.
+pub const POWER_STATUS_PORT: u16 = 0x609;
+/// ACPI's reset register (8 bit, out).
+pub const RESET_PORT: u16 = 0x60a;
+/// What a guest writes there.
+pub const RESET_VALUE: u8 = 1;
+/// The sleep type that powers off, as the guest is told it.
+pub const SLEEP_TYPE_OFF: u8 = 5;
+/// The sleep control register's bits: go to sleep, and where the sleep type is.
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u8 = 2;
+/// What powers off.
+const SLEEP_OFF: u8 = SLEEP_ENABLE | SLEEP_TYPE_OFF << SLEEP_TYPE_SHIFT;
+
 /// What a port write makes the machine do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortEffect {
@@ -56,11 +73,14 @@ pub enum PortEffect {
     None,
     /// The guest asked for a reset.
     Reset,
+    /// The guest switched itself off.
+    Off,
 }
 
 /// The devices of one machine.
 pub struct Bus<M: GuestMemory + Send + Sync + 'static> {
     serial: Mutex<SerialPort>,
+    pci: Mutex<PciPorts>,
     net: NetDevice<M>,
     disks: Vec<BlkDevice<M>>,
     rng: Option<RngDevice<M>>,
@@ -78,6 +98,8 @@ pub enum DeviceKind {
     Block,
     /// The source of random bytes.
     Rng,
+    /// The PCI configuration ports.
+    Pci,
 }
 
 impl DeviceKind {
@@ -88,6 +110,7 @@ impl DeviceKind {
             DeviceKind::Net => NET_STATE_VERSION,
             DeviceKind::Block => BLK_STATE_VERSION,
             DeviceKind::Rng => RNG_STATE_VERSION,
+            DeviceKind::Pci => PCI_STATE_VERSION,
         }
     }
 }
@@ -131,10 +154,11 @@ impl<M: GuestMemory + Clone + Send + Sync + 'static> Bus<M> {
             false => None,
         };
         let id = |kind, instance| DeviceId { kind, instance };
-        let mut devices = vec![id(DeviceKind::Serial, 0), id(DeviceKind::Net, 0)];
+        let mut devices = vec![id(DeviceKind::Serial, 0), id(DeviceKind::Net, 0), id(DeviceKind::Pci, 0)];
         devices.extend((0u16..).zip(&blocks).map(|(instance, _)| id(DeviceKind::Block, instance)));
         devices.extend(rng.iter().map(|_| id(DeviceKind::Rng, 0)));
-        Ok(Bus { serial: Mutex::new(SerialPort::new(console, signals)), net, disks: blocks, rng, devices })
+        let (serial, pci) = (Mutex::new(SerialPort::new(console, signals)), Mutex::default());
+        Ok(Bus { serial, pci, net, disks: blocks, rng, devices })
     }
 }
 
@@ -142,14 +166,14 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
     /// The guest reads `data.len()` bytes from `port`. Where nothing is, it reads ones.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
-        match serial_register(port) {
-            Some(register) => {
-                let mut serial = self.serial.lock();
-                data.iter_mut().for_each(|byte| *byte = serial.read(register));
-            }
-            // No key was pressed and the controller is idle.
-            None if port == KEYBOARD_COMMAND_PORT => data.fill(0),
-            None => {}
+        if let Some(register) = serial_register(port) {
+            let mut serial = self.serial.lock();
+            data.iter_mut().for_each(|byte| *byte = serial.read(register));
+        } else if let Some(offset) = pci_offset(port) {
+            self.pci.lock().read(offset, data);
+        } else if matches!(port, KEYBOARD_COMMAND_PORT | POWER_PORT | POWER_STATUS_PORT) {
+            // No key was pressed and the controller is idle; the machine did not wake up from a sleep.
+            data.fill(0);
         }
     }
 
@@ -158,10 +182,17 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         if let Some(register) = serial_register(port) {
             let mut serial = self.serial.lock();
             data.iter().for_each(|byte| serial.write(register, *byte));
-        } else if port == KEYBOARD_COMMAND_PORT && data.last() == Some(&KEYBOARD_RESET) {
-            return PortEffect::Reset;
+            return PortEffect::None;
         }
-        PortEffect::None
+        if let Some(offset) = pci_offset(port) {
+            self.pci.lock().write(offset, data);
+            return PortEffect::None;
+        }
+        match (port, data.last()) {
+            (KEYBOARD_COMMAND_PORT, Some(&KEYBOARD_RESET)) | (RESET_PORT, Some(&RESET_VALUE)) => PortEffect::Reset,
+            (POWER_PORT, Some(&SLEEP_OFF)) => PortEffect::Off,
+            _ => PortEffect::None,
+        }
     }
 
     /// The guest reads `data.len()` bytes at guest-physical `address`. Where nothing is, it reads ones.
@@ -202,6 +233,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         Some((device, from_base % VIRTIO_WINDOW_BYTES))
     }
 
+    /// Input of the serial console.
+    pub fn console_input(&self, bytes: &[u8]) {
+        self.serial.lock().input(bytes);
+    }
+
     /// See [`NetDevice::kick`].
     pub fn kick_net(&self) {
         self.net.kick();
@@ -212,8 +248,9 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         self.disks.iter().for_each(BlkDevice::kick);
     }
 
-    /// Keeps every device thread out of guest memory and from changing a disk; returns when all have let go.
+    /// Keeps every device thread out of guest memory and from changing a disk, and input out of the devices; returns when all have let go.
     pub fn quiesce(&self) {
+        self.serial.lock().hold(true);
         self.disks.iter().for_each(BlkDevice::begin_quiesce);
         self.net.quiesce();
         self.disks.iter().for_each(BlkDevice::quiesce);
@@ -221,6 +258,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
 
     /// Lets the device threads work again.
     pub fn unquiesce(&self) {
+        self.serial.lock().hold(false);
         self.net.unquiesce();
         self.disks.iter().for_each(BlkDevice::unquiesce);
         self.rng.iter().for_each(RngDevice::unquiesce);
@@ -236,6 +274,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         match device.kind {
             DeviceKind::Serial => self.serial.lock().save(out),
             DeviceKind::Net => self.net.save(out),
+            DeviceKind::Pci => self.pci.lock().save(out),
             DeviceKind::Block => {
                 self.disks.get(usize::from(device.instance)).into_iter().for_each(|disk| disk.save(out))
             }
@@ -252,6 +291,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         match device.kind {
             DeviceKind::Serial => self.serial.lock().restore(bytes),
             DeviceKind::Net => self.net.restore(bytes),
+            DeviceKind::Pci => self.pci.lock().restore(bytes),
             DeviceKind::Block => self.disks.get(usize::from(device.instance)).ok_or_else(missing)?.restore(bytes),
             DeviceKind::Rng => self.rng.as_ref().ok_or_else(missing)?.restore(bytes),
         }
@@ -268,4 +308,65 @@ enum Virtio<'a, M: GuestMemory + Send + Sync + 'static> {
 fn serial_register(port: u16) -> Option<u8> {
     let register = port.checked_sub(SERIAL_PORT).filter(|r| *r < SERIAL_PORTS)?;
     u8::try_from(register).ok()
+}
+
+fn pci_offset(port: u16) -> Option<u16> {
+    port.checked_sub(PCI_PORT).filter(|offset| *offset < PCI_PORTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, RawFd};
+
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    use super::super::net::Transmit;
+    use super::super::virtio::test_support::Recorder;
+    use super::*;
+
+    /// A network without anything in it.
+    struct Quiet(std::fs::File);
+
+    impl NetBackend for Quiet {
+        fn transmit(&self, _frame: &[u8]) -> Transmit {
+            Transmit::Accepted
+        }
+        fn receive(&self, _buf: &mut [u8]) -> io::Result<Option<usize>> {
+            Ok(None)
+        }
+        fn readable_fd(&self) -> RawFd {
+            self.0.as_raw_fd()
+        }
+    }
+
+    fn bus() -> Bus<GuestMemoryMmap> {
+        let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("map");
+        let shape = MachineShape::bare(1 << 20, 1, [2, 0, 0, 0, 0, 1]);
+        // An eventfd that nobody ever writes to: never readable.
+        let quiet = nix::sys::eventfd::EventFd::new().expect("eventfd");
+        let net = Arc::new(Quiet(std::os::fd::OwnedFd::from(quiet).into()));
+        Bus::new(mem, &shape, net, Vec::new(), Box::new(io::sink()), Arc::new(Recorder::default())).expect("bus")
+    }
+
+    #[test]
+    fn power_off_and_reset_are_what_the_guest_was_told() {
+        let bus = bus();
+        for (port, value, effect) in [
+            (POWER_PORT, 0x34, PortEffect::Off),
+            (POWER_PORT, 0x14, PortEffect::None),
+            (POWER_PORT, 0x30, PortEffect::None),
+            (POWER_STATUS_PORT, 0x80, PortEffect::None),
+            (RESET_PORT, 1, PortEffect::Reset),
+            (RESET_PORT, 0, PortEffect::None),
+            (KEYBOARD_COMMAND_PORT, 0xfe, PortEffect::Reset),
+            (KEYBOARD_COMMAND_PORT, 0xaa, PortEffect::None),
+        ] {
+            assert_eq!(bus.port_write(port, &[value]), effect, "{port:#x} {value:#x}");
+        }
+        for (port, byte) in [(POWER_STATUS_PORT, 0), (KEYBOARD_COMMAND_PORT, 0), (0x70, 0xff), (PCI_PORT, 0xff)] {
+            let mut data = [0x55];
+            bus.port_read(port, &mut data);
+            assert_eq!(data, [byte], "{port:#x}");
+        }
+    }
 }

@@ -4,6 +4,7 @@ pub mod block;
 pub mod bus;
 pub mod image;
 pub mod net;
+pub mod pci;
 pub mod serial;
 pub mod virtio;
 
@@ -11,7 +12,7 @@ use thiserror::Error;
 
 pub use block::{BlockBackend, Stored};
 pub use bus::Bus;
-pub use net::{NetBackend, Transmit};
+pub use net::{NetBackend, Offloads, Transmit};
 
 /// What a device can make happen outside itself. The machine implements it.
 pub trait Signals: Send + Sync {

@@ -1,5 +1,7 @@
-//! The serial console: a 16550 at port 0x3F8 on interrupt 4. What the guest writes goes to the console given to the machine.
+//! The serial console: a 16550 at port 0x3F8 on interrupt 4. What the guest writes goes to the console given to the machine; what a person types
+//! waits here until the guest takes it.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -20,6 +22,10 @@ pub const SERIAL_GSI: u32 = 4;
 pub const SERIAL_STATE_VERSION: u16 = 1;
 /// Most bytes its input may hold (the 16550's FIFO as vm-superio has it).
 const INPUT_BYTES_MAX: usize = 64;
+/// Most bytes that wait outside of the FIFO; more are lost, as on any serial line.
+const WAITING_BYTES_MAX: usize = 64 << 10;
+/// The register that hands over input.
+const DATA_REGISTER: u8 = 0;
 
 /// The console writer, kept across restores.
 #[derive(Clone)]
@@ -55,6 +61,10 @@ pub struct SerialPort {
     serial: Serial<SerialIrq, NoEvents, Console>,
     console: Console,
     signals: Arc<dyn Signals>,
+    /// Typed, and not yet in the FIFO. Not part of the saved state: for the guest it is still on the line.
+    waiting: VecDeque<u8>,
+    /// The machine stands still: nothing goes into the FIFO, whose interrupt a capture could miss.
+    held: bool,
 }
 
 impl SerialPort {
@@ -62,17 +72,49 @@ impl SerialPort {
     pub fn new(console: Box<dyn Write + Send>, signals: Arc<dyn Signals>) -> SerialPort {
         let console = Console(Arc::new(Mutex::new(console)));
         let irq = SerialIrq { signals: Arc::clone(&signals) };
-        SerialPort { serial: Serial::new(irq, console.clone()), console, signals }
+        SerialPort { serial: Serial::new(irq, console.clone()), console, signals, waiting: VecDeque::new(), held: true }
     }
 
     /// The guest reads register `register` (0 to 7).
     pub fn read(&mut self, register: u8) -> u8 {
-        self.serial.read(register)
+        let value = self.serial.read(register);
+        if register == DATA_REGISTER {
+            self.fill();
+        }
+        value
+    }
+
+    /// Takes input for the guest; what there is no room for is lost.
+    pub fn input(&mut self, bytes: &[u8]) {
+        let room = WAITING_BYTES_MAX.saturating_sub(self.waiting.len());
+        self.waiting.extend(bytes.iter().take(room));
+        self.fill();
+    }
+
+    /// Keeps input out of the port while the machine stands still, or lets it in again.
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
+        self.fill();
+    }
+
+    /// Moves waiting input into an empty FIFO, which raises the interrupt.
+    fn fill(&mut self) {
+        if self.held || self.waiting.is_empty() || self.serial.fifo_capacity() < INPUT_BYTES_MAX {
+            return;
+        }
+        let next: Vec<u8> = self.waiting.iter().take(INPUT_BYTES_MAX).copied().collect();
+        // In loopback mode the port takes none; the guest's next read asks again.
+        let taken = self.serial.enqueue_raw_bytes(&next).unwrap_or(0);
+        self.waiting.drain(..taken);
     }
 
     /// The guest writes register `register`. A console that fails loses the byte: the guest has no use for the error.
     pub fn write(&mut self, register: u8, value: u8) {
         let _ = self.serial.write(register, value);
+        if register != DATA_REGISTER {
+            // It may have left loopback mode.
+            self.fill();
+        }
     }
 
     /// Appends the saved state.
@@ -151,6 +193,28 @@ mod tests {
         }
         bytes[9] = 65;
         assert!(other.restore(&bytes).is_err());
+    }
+
+    #[test]
+    fn input_of_any_length_arrives_in_order_with_interrupts() {
+        let recorder = Arc::new(Recorder::default());
+        let mut port = SerialPort::new(Box::new(io::sink()), recorder.clone());
+        // The guest wants an interrupt for input.
+        port.write(1, 1);
+        recorder.lines.lock().clear();
+        let typed: Vec<u8> = (0..1000u32).map(|n| n as u8).collect();
+        port.input(&typed);
+        assert!(recorder.lines.lock().is_empty(), "the machine stands still");
+        port.hold(false);
+        let mut read = Vec::new();
+        while port.read(5) & 1 == 1 {
+            read.push(port.read(0));
+        }
+        assert!(read == typed);
+        let raised = recorder.lines.lock().iter().filter(|line| **line == (SERIAL_GSI, true)).count();
+        assert_eq!(raised, typed.len().div_ceil(INPUT_BYTES_MAX));
+        port.input(&vec![b'x'; WAITING_BYTES_MAX * 2]);
+        assert_eq!(port.waiting.len(), WAITING_BYTES_MAX - INPUT_BYTES_MAX);
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub(super) fn kind_of(device: DeviceKind) -> Kind {
         DeviceKind::Net => Kind::Net,
         DeviceKind::Block => Kind::Block,
         DeviceKind::Rng => Kind::Rng,
+        DeviceKind::Pci => Kind::Pci,
     }
 }
 

@@ -106,6 +106,14 @@ pub enum MachineError {
         /// The backend's size.
         given_bytes: u64,
     },
+    /// More memory than the CPU can address.
+    #[error("guest memory of {bytes} bytes ends above what this CPU addresses with {bits} bits: give it less")]
+    AddressBits {
+        /// The memory asked for, in bytes.
+        bytes: u64,
+        /// Bits of a guest-physical address.
+        bits: u32,
+    },
     /// The guest could not be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),

@@ -5,23 +5,26 @@ use std::fs::OpenOptions;
 use std::os::fd::IntoRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use nix::errno::Errno;
 
-use super::error::{MachineError, kvm};
+use super::cpuid::{self, CpuModel, LEAF1_ECX_OSXSAVE};
+use super::error::{MachineError, StateError, kvm};
+use super::state::vcpu::set_msrs;
 
 /// Most vCPUs mcd gives a machine.
 pub const CPUS_MAX: u8 = 64;
 
-/// Leaf of KVM's paravirtual features.
-const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
-/// KVM's asynchronous page faults (three bits): tokens in flight cannot be saved, so guests do not get them.
-const KVM_FEATURES_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
-/// CR4.OSXSAVE mirrored in leaf 1: says what the guest's kernel did, not what the CPU can.
-const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
-/// The TSC-deadline timer in leaf 1: KVM emulates it but does not list it.
-const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+/// IA32_MISC_ENABLE, and its bit for fast string instructions.
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRINGS: u64 = 1;
+/// The default memory type, and there: on, write-back. What firmware would have set up.
+const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+const MTRR_ON_WRITE_BACK: u64 = 0x806;
+
+/// Bytes of the XSAVE area that hold the state of a CPU without AVX.
+const XSAVE_LEGACY_BYTES: usize = 4096;
 
 /// What this host can do, asked once per machine.
 pub(super) struct HostCaps {
@@ -29,12 +32,25 @@ pub(super) struct HostCaps {
     pub(super) msrs: Vec<u32>,
     /// Bytes of the XSAVE area.
     pub(super) xsave_bytes: usize,
+    /// How many of them can hold anything for this guest, and so are saved.
+    pub(super) xsave_saved_bytes: usize,
     /// The guest's TSC can be scaled.
     pub(super) tsc_control: bool,
     /// What the guest's CPUID says, but for the vCPU's own number.
     pub(super) cpuid: CpuId,
     /// Most vCPUs.
     pub(super) cpus_max: u8,
+    /// Guest-physical addresses have this many bits: the fewer of what the host has and what the guest is told.
+    pub(super) address_bits: u32,
+}
+
+/// Leaf that says how wide addresses are, and what it is if a CPU has none.
+const LEAF_WIDTHS: u32 = 0x8000_0008;
+const ADDRESS_BITS_DEFAULT: u32 = 36;
+
+fn address_bits(cpuid: &CpuId) -> u32 {
+    let leaf = cpuid.as_slice().iter().find(|entry| entry.function == LEAF_WIDTHS);
+    leaf.map_or(ADDRESS_BITS_DEFAULT, |entry| entry.eax & 0xff)
 }
 
 /// The version of the KVM interface, the same for ever.
@@ -56,8 +72,8 @@ pub(super) fn open() -> Result<Kvm, MachineError> {
 }
 
 impl HostCaps {
-    /// Asks `kvm`.
-    pub(super) fn ask(kvm_fd: &Kvm) -> Result<HostCaps, MachineError> {
+    /// Asks `kvm` what it can give a guest that is shown `model`.
+    pub(super) fn ask(kvm_fd: &Kvm, model: CpuModel) -> Result<HostCaps, MachineError> {
         let needed = [
             (Cap::Irqchip, "an in-kernel interrupt controller"),
             (Cap::Pit2, "an in-kernel timer"),
@@ -76,11 +92,16 @@ impl HostCaps {
             return Err(MachineError::Lacks { what: "KVM_CAP_SYNC_REGS for registers, sregs and events" });
         }
         let msrs = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+        let supported = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        let xsave_bytes = usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEGACY_BYTES);
+        let cpuid = model.cpuid(&supported, kvm_fd.check_extension(Cap::TscDeadlineTimer))?;
         Ok(HostCaps {
-            msrs: msrs.as_slice().to_vec(),
-            xsave_bytes: usize::try_from(kvm_fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096),
+            address_bits: address_bits(&supported).min(address_bits(&cpuid)),
+            msrs: msrs.as_slice().iter().copied().filter(|index| model.has_msr(*index)).collect(),
+            xsave_bytes,
+            xsave_saved_bytes: if model == CpuModel::Host { xsave_bytes } else { XSAVE_LEGACY_BYTES },
             tsc_control: kvm_fd.check_extension(Cap::TscControl),
-            cpuid: guest_cpuid(kvm_fd)?,
+            cpuid,
             cpus_max: u8::try_from(kvm_fd.get_max_vcpus()).unwrap_or(u8::MAX).min(CPUS_MAX),
         })
     }
@@ -88,75 +109,38 @@ impl HostCaps {
     /// The CPUID of vCPU `cpu` of `cpus`.
     pub(super) fn cpuid_of(&self, cpu: u8, cpus: u8) -> CpuId {
         let mut cpuid = self.cpuid.clone();
-        for entry in cpuid.as_mut_slice() {
-            match entry.function {
-                // Local APIC id and number of logical processors.
-                1 => entry.ebx = entry.ebx & 0xffff | u32::from(cpus) << 16 | u32::from(cpu) << 24,
-                // x2APIC id, and one level of topology: every vCPU a core of one package.
-                0xb | 0x1f => fill_topology(entry, cpu, cpus),
-                // AMD: extended APIC id, compute unit, node.
-                0x8000_001e => entry.eax = u32::from(cpu),
-                _ => {}
-            }
-        }
+        cpuid::number(&mut cpuid, cpu, cpus);
         cpuid
     }
 }
 
-fn fill_topology(entry: &mut kvm_cpuid_entry2, cpu: u8, cpus: u8) {
-    entry.edx = u32::from(cpu);
-    entry.ecx = entry.index;
-    (entry.eax, entry.ebx) = match entry.index {
-        0 => (0, 1),
-        1 => (u32::from(cpus).next_power_of_two().trailing_zeros(), u32::from(cpus)),
-        _ => (0, 0),
-    };
-    entry.ecx |= match entry.index {
-        0 => 1 << 8,
-        1 => 2 << 8,
-        _ => 0,
-    };
+/// Sets what firmware would have set in every vCPU before an operating system starts.
+pub(super) fn power_on(vcpu: &VcpuFd) -> Result<(), StateError> {
+    let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let mut old = Msrs::from_entries(&[msr(MSR_MISC_ENABLE, 0)]).map_err(|_| StateError::Room)?;
+    vcpu.get_msrs(&mut old).map_err(kvm("KVM_GET_MSRS"))?;
+    let misc = old.as_slice().first().map_or(0, |entry| entry.data);
+    set_msrs(vcpu, &[msr(MSR_MISC_ENABLE, misc | FAST_STRINGS), msr(MSR_MTRR_DEFAULT_TYPE, MTRR_ON_WRITE_BACK)])
 }
 
-/// What KVM supports on this host, freed of what depends on the CPU that was asked and of what cannot be saved.
-fn guest_cpuid(kvm_fd: &Kvm) -> Result<CpuId, MachineError> {
-    let mut cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
-    let deadline_timer = kvm_fd.check_extension(Cap::TscDeadlineTimer);
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            1 => {
-                // EBX: brand index and CLFLUSH size stay; APIC id and count are the asked CPU's.
-                entry.ebx &= 0xffff;
-                entry.ecx &= !LEAF1_ECX_OSXSAVE;
-                if deadline_timer {
-                    entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
-                }
-            }
-            0xb | 0x1f => entry.edx = 0,
-            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0),
-            LEAF_KVM_FEATURES => entry.eax &= !KVM_FEATURES_ASYNC_PF,
-            _ => {}
-        }
-    }
-    Ok(cpuid)
-}
-
-/// A digest of what a guest can see of this host's CPU: two hosts whose digests differ cannot take over from each other.
+/// A digest of what a guest can see of this host's CPU as `model`: two hosts whose digests differ cannot take over from each other.
 ///
 /// It covers the CPUID that guests are given, the MSRs and the size of the vector state that are saved, and, because some hosts
-/// let a guest's user mode execute CPUID unfiltered, the feature leaves of the bare CPU. Names and frequencies are left out.
+/// let a guest's user mode execute CPUID unfiltered, the feature leaves of the bare CPU, unless the model is there to hide them. Names and
+/// frequencies are left out.
 ///
 /// # Errors
 /// [`MachineError::Open`] without /dev/kvm, [`MachineError::Lacks`] or [`MachineError::Kvm`] if it cannot be asked.
-pub fn cpu_digest() -> Result<u64, MachineError> {
-    let caps = HostCaps::ask(&open()?)?;
+pub fn cpu_digest(model: CpuModel) -> Result<u64, MachineError> {
+    let caps = HostCaps::ask(&open()?, model)?;
     let mut digest = Digest::new();
     for entry in caps.cpuid.as_slice().iter().filter(|e| !is_name_or_frequency(e.function)) {
         digest.add(&[entry.function, entry.index, entry.eax, entry.ebx, entry.ecx, entry.edx]);
     }
     digest.add(&caps.msrs);
-    digest.add(&[caps.xsave_bytes as u32]);
-    for (leaf, index, masks) in BARE_LEAVES {
+    digest.add(&[caps.xsave_saved_bytes as u32]);
+    let bare: &[(u32, u32, [u32; 4])] = if model == CpuModel::Host { &BARE_LEAVES } else { &[] };
+    for &(leaf, index, masks) in bare {
         let found = __cpuid_count(leaf, index);
         let words = [found.eax, found.ebx, found.ecx, found.edx];
         for (word, mask) in words.iter().zip(masks) {

@@ -26,6 +26,11 @@ pub const HOLE_END: u64 = 0x1_0000_0000;
 /// Most guest memory a machine may have, in bytes (1 TiB).
 pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
 
+/// One past the highest guest-physical address of `memory_bytes` bytes of RAM.
+pub(super) fn end_of(memory_bytes: u64) -> u64 {
+    if memory_bytes > HOLE_START { (memory_bytes - HOLE_START).saturating_add(HOLE_END) } else { memory_bytes }
+}
+
 /// Guest memory as vm-memory sees it.
 pub type GuestMmap = GuestMemoryMmap<DirtBitmap>;
 
@@ -316,6 +321,8 @@ mod tests {
         assert_eq!(ram.address_of(low_pages + 3), None);
         assert_eq!(ram.page_of(HOLE_END + 4097), Some(low_pages + 1));
         assert_eq!(ram.page_of(HOLE_START), None);
+        assert_eq!(end_of(ram.bytes()), HOLE_END + 3 * 4096);
+        assert_eq!(end_of(HOLE_START), HOLE_START);
         assert_eq!(ram.page_of(HOLE_END + 3 * 4096), None);
         let page = [7u8; PAGE_BYTES];
         ram.write_page(low_pages + 2, &page).expect("write");

@@ -22,10 +22,11 @@
 //! # Rooms
 //!
 //! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty` what changed · `vcpu` threads and
-//! the pause word · `wait` the wait port · `state` the byte form of everything · `host` what this host can do · `initial` what a
+//! the pause word · `wait` the wait port · `state` the byte form of everything · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a
 //! guest starts with · `boot` who gives it that.
 
 pub mod boot;
+mod cpuid;
 mod devices;
 pub mod dirty;
 mod error;
@@ -38,19 +39,22 @@ mod vcpu;
 pub mod wait;
 
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
+pub use self::boot::BootError;
+pub use self::boot::linux::LinuxGuest;
+pub use self::cpuid::CpuModel;
 pub use self::error::{KvmError, MachineError, StateError};
 pub use self::host::{CPUS_MAX, cpu_digest};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};
 pub use self::state::FormatError;
-pub use crate::device::{BlockBackend, NetBackend, Stored, Transmit};
+pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 
 use self::devices::{MachineSignals, check_disks, kind_of};
 use self::dirty::DirtyLog;
@@ -131,7 +135,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds a machine of `shape`, paused and empty. Its network card is plugged into `net`, the disks of its shape keep their
+    /// Builds a machine of `shape` with a CPU of `model`, paused and empty. Its network card is plugged into `net`, the disks of its shape keep their
     /// bytes in `disks`, in the same order; what it writes to its serial port goes to `console`, which must not block for long.
     ///
     /// # Errors
@@ -139,15 +143,19 @@ impl Machine {
     /// the shape.
     pub fn new(
         shape: &MachineShape,
+        model: CpuModel,
         net: Arc<dyn NetBackend>,
         disks: Vec<Arc<dyn BlockBackend>>,
         console: Box<dyn Write + Send>,
     ) -> Result<Machine, MachineError> {
         vcpu::install_kick_handler()?;
         let kvm_fd = host::open()?;
-        let caps = Arc::new(HostCaps::ask(&kvm_fd)?);
+        let caps = Arc::new(HostCaps::ask(&kvm_fd, model)?);
         if shape.cpus == 0 || shape.cpus > caps.cpus_max {
             return Err(MachineError::Cpus { cpus: shape.cpus, max: caps.cpus_max });
+        }
+        if memory::end_of(shape.memory_bytes) > 1u64.checked_shl(caps.address_bits).unwrap_or(u64::MAX) {
+            return Err(MachineError::AddressBits { bytes: shape.memory_bytes, bits: caps.address_bits });
         }
         check_disks(shape, &disks)?;
         let ram = GuestRam::new(shape.memory_bytes)?;
@@ -187,6 +195,17 @@ impl Machine {
     pub fn boot_builtin(&mut self, net: &GuestNet) -> Result<(), MachineError> {
         self.need_paused("boot it")?;
         let vcpus = boot::builtin::load(&self.ram, &self.shape, net)?;
+        self.start_vcpus(vcpus)
+    }
+
+    /// Loads a Linux guest and gives the first vCPU its first state; the next resume boots it.
+    ///
+    /// # Errors
+    /// [`MachineError::Boot`] if its files are not what they should be or do not fit; [`MachineError::Running`]; what KVM refuses.
+    pub fn boot_linux(&mut self, guest: &LinuxGuest) -> Result<(), MachineError> {
+        self.need_paused("boot it")?;
+        let windows = self.virtio_windows();
+        let vcpus = boot::linux::load(&self.ram, self.shape.cpus, &windows, guest).map_err(BootError::from)?;
         self.start_vcpus(vcpus)
     }
 
@@ -373,6 +392,11 @@ impl Machine {
         self.bus.kick_net();
     }
 
+    /// The way in for what a person types at the serial console. It does not keep the machine alive.
+    pub fn console_input(&self) -> ConsoleInput {
+        ConsoleInput { bus: Arc::downgrade(&self.bus) }
+    }
+
     /// A backend of a disk has room again: a disk whose request had to wait asks again. Never blocks.
     pub fn kick_disks(&self) {
         self.bus.kick_disks();
@@ -417,6 +441,20 @@ impl Machine {
             unsafe { self.vm.set_user_memory_region(slot_region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(())
+    }
+}
+
+/// The input of a machine's serial console.
+pub struct ConsoleInput {
+    bus: Weak<Bus<GuestMmap>>,
+}
+
+impl ConsoleInput {
+    /// Hands bytes to the guest as fast as it takes them. Never blocks; a guest that takes none loses what is beyond 64 KiB.
+    pub fn push(&self, bytes: &[u8]) {
+        if let Some(bus) = self.bus.upgrade() {
+            bus.console_input(bytes);
+        }
     }
 }
 

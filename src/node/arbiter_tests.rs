@@ -13,6 +13,7 @@ use super::events::NodeEvent;
 use super::open_arbiter;
 use crate::arbiter::etcd::EtcdConfig;
 use crate::arbiter::{Arbiter, ArbiterError, Swap};
+use crate::control::console::ConsoleTo;
 use crate::control::status::Role;
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 use crate::protocol::heartbeat::HeartbeatConfig;
@@ -25,6 +26,7 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
     NodeConfig {
         guest: GuestName::new("web").unwrap(),
         tap: "tap0".into(),
+        cpu: Default::default(),
         listen: ([127, 0, 0, 1], 7401).into(),
         heartbeat_listen: ([127, 0, 0, 1], 7402).into(),
         arbiter,
@@ -39,6 +41,7 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
         control: "/nonexistent".into(),
         disks: Vec::new(),
         force_disk: false,
+        console: ConsoleTo::None,
     }
 }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::arbiter::etcd::EtcdConfig;
+use crate::control::console::ConsoleTo;
+use crate::machine::{CpuModel, LinuxGuest};
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -16,6 +18,8 @@ pub struct NodeConfig {
     pub guest: GuestName,
     /// The tap device the guest's network card is joined to.
     pub tap: String,
+    /// The CPU the guest is shown, the same on both nodes.
+    pub cpu: CpuModel,
     /// Where a newcomer's data connection is accepted.
     pub listen: SocketAddr,
     /// Where a newcomer's heartbeat connection is accepted.
@@ -40,6 +44,8 @@ pub struct NodeConfig {
     pub output_packets_max: usize,
     /// The control socket.
     pub control: PathBuf,
+    /// Where the guest's serial console goes while the guest runs here.
+    pub console: ConsoleTo,
     /// The guest's disks, in the order in which it finds them.
     pub disks: Vec<DiskConfig>,
     /// Take the disks' images whatever their stamps say.
@@ -62,10 +68,21 @@ pub struct DiskConfig {
 pub struct PrimaryStart {
     /// The machine to build.
     pub shape: MachineShape,
-    /// The built-in guest's network.
-    pub net: GuestAddress,
+    /// What runs in it.
+    pub boot: GuestBoot,
+    /// The guest's address, if known: where it runs is announced by ARP then, not by RARP alone.
+    pub guest_ip: Option<Ipv4Addr>,
     /// The operator's word that both nodes of the guest are dead: claim it whatever the arbiter has on record.
     pub both_nodes_are_dead: bool,
+}
+
+/// What a new machine starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestBoot {
+    /// The built-in guest, with its network.
+    BuiltIn(GuestAddress),
+    /// A Linux kernel.
+    Linux(LinuxGuest),
 }
 
 /// What only a node that starts as secondary needs to know.

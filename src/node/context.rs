@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender};
-use netbuf::{Limits, OutputBuffer, TunTapPort};
+use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
 use super::arbiter_thread::{ArbiterThread, Reach};
 use super::board::Board;
@@ -18,7 +18,8 @@ use crate::arbiter::Arbiter;
 use crate::checkpoint::capture::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
 use crate::control::EventSink;
-use crate::machine::Machine;
+use crate::control::console::Console;
+use crate::machine::{CpuModel, Machine};
 use crate::protocol::event::Event;
 use crate::protocol::messages::{MachineShape, features};
 use crate::protocol::primary::PrimaryConfig;
@@ -38,6 +39,7 @@ pub struct Unarbitrated {
     pub events: Sender<NodeEvent>,
     pub board: Arc<Board>,
     pub sink: EventSink,
+    pub console: Console,
     pub cpu_digest: u64,
 }
 
@@ -49,8 +51,8 @@ impl Unarbitrated {
         let captures = CapturePool::default();
         let warming = captures.clone();
         std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;
-        let Unarbitrated { config, guest_ip, inbox, events, board, sink, cpu_digest } = self;
-        Ok(Context { config, guest_ip, inbox, events, board, sink, arbiter, cpu_digest, captures })
+        let Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu_digest } = self;
+        Ok(Context { config, guest_ip, inbox, events, board, sink, console, arbiter, cpu_digest, captures })
     }
 }
 
@@ -91,6 +93,8 @@ pub struct Context {
     pub board: Arc<Board>,
     /// What programs are told.
     pub sink: EventSink,
+    /// The guest's serial console.
+    pub console: Console,
     /// Who decides.
     pub arbiter: ArbiterThread,
     /// Digest of the CPU features this host gives a guest.
@@ -135,20 +139,23 @@ impl Context {
 
 /// The tap, behind a closed gate that tells `events` what waits.
 pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<OutputGate>, NodeError> {
-    let port = TunTapPort::open(&config.tap)?;
+    let port = VnetTapPort::open(&config.tap)?;
     let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
     let ears = GateEars { events: events.clone() };
     Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(ears), clock::monotonic_us))
 }
 
-/// A paused machine behind `gate` and with these disks, whose events reach the inbox.
+/// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose serial port is `console`.
 pub fn new_machine(
     shape: &MachineShape,
+    cpu: CpuModel,
     gate: Arc<OutputGate>,
     disks: &NodeDisks,
+    console: &Console,
     events: &Sender<NodeEvent>,
 ) -> Result<Machine, NodeError> {
-    let machine = Machine::new(shape, gate, disks.gates(), Box::new(std::io::stdout()))?;
+    let machine = Machine::new(shape, cpu, gate, disks.gates(), console.writer())?;
+    console.plug(machine.console_input());
     let (from, to) = (machine.events(), events.clone());
     std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
         for event in from {

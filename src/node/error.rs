@@ -6,8 +6,8 @@ use super::disks::DiskError;
 use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
 use crate::control::ControlError;
+use crate::control::console::ConsoleError;
 use crate::machine::MachineError;
-use crate::machine::boot::BootError;
 use crate::protocol::types::EpochId;
 use crate::wire::LinkError;
 
@@ -17,9 +17,6 @@ pub enum NodeError {
     /// The host cannot run the machine, or the machine failed.
     #[error("{0}")]
     Machine(#[from] MachineError),
-    /// The built-in guest cannot be loaded.
-    #[error("{0}")]
-    Boot(#[from] BootError),
     /// The tap cannot be used.
     #[error("{0}")]
     Tap(#[from] netbuf::TapError),
@@ -29,6 +26,9 @@ pub enum NodeError {
     /// The control socket cannot be opened.
     #[error("{0}")]
     Control(#[from] ControlError),
+    /// The console cannot be opened.
+    #[error("{0}")]
+    Console(#[from] ConsoleError),
     /// An epoch was committed that is not in staging memory.
     #[error(
         "epoch {0} was committed and is not staged; this node ends rather than acknowledge it, please report this with the log"

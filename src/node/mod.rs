@@ -36,7 +36,7 @@ pub use disks::DiskError;
 pub use error::NodeError;
 
 use self::board::Board;
-use self::config::{ArbiterConfig, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
+use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, RETRY, Unarbitrated, new_machine, open_gate};
 use self::disks::NodeDisks;
 use self::events::NodeEvent;
@@ -48,8 +48,8 @@ use crate::arbiter::etcd::EtcdArbiter;
 use crate::arbiter::file::FileArbiter;
 use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
+use crate::control::console::Console;
 use crate::control::status::Role;
-use crate::machine::boot::builtin;
 use crate::machine::{GuestNet, MachineError, cpu_digest};
 use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::primary::Primary;
@@ -67,6 +67,8 @@ pub enum NodeEnd {
     Quit,
     /// The guest shut down.
     GuestEnded(String),
+    /// The guest asked for a reset; it is off, and to be started again.
+    Restart,
     /// Another node runs the guest.
     Fenced,
 }
@@ -90,13 +92,17 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let (images, disks) = disks::open(&config.disks)?;
     shape.disks = disks;
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
-    let mut machine = new_machine(&shape, gate.clone(), &disks, &events)?;
-    let net = GuestNet { ipv4: start.net.ipv4, prefix_len: start.net.prefix_len, gateway: start.net.gateway };
+    let console = Console::open(&config.console)?;
+    let mut machine = new_machine(&shape, config.cpu, gate.clone(), &disks, &console, &events)?;
     machine.memory().prefault().map_err(MachineError::from)?;
-    let vcpus = builtin::load(machine.memory(), &shape, &net)?;
-    machine.start_vcpus(vcpus)?;
+    match &start.boot {
+        GuestBoot::BuiltIn(GuestAddress { ipv4, prefix_len, gateway }) => {
+            machine.boot_builtin(&GuestNet { ipv4: *ipv4, prefix_len: *prefix_len, gateway: *gateway })?;
+        }
+        GuestBoot::Linux(guest) => machine.boot_linux(guest)?,
+    }
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
-    let (server, context) = open_doors(config, Role::Primary, Some(start.net.ipv4), events, inbox)?;
+    let (server, context) = open_doors(config, Role::Primary, start.guest_ip, console, events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
@@ -118,7 +124,8 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     drop(open_gate(&config, &events)?);
     disks::look(&config.disks)?;
     let arbiter = open_arbiter(&config, false)?;
-    let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, events, inbox)?;
+    let console = Console::open(&config.console)?;
+    let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
     let context = context.with_arbiter(arbiter)?;
     let mut last_conn = 0;
     let mut start_at = clock::now();
@@ -155,6 +162,7 @@ fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd,
 fn end_of(end: PrimaryEnd) -> NodeEnd {
     match end {
         PrimaryEnd::Quit => NodeEnd::Quit,
+        PrimaryEnd::Restart => NodeEnd::Restart,
         PrimaryEnd::Fenced => NodeEnd::Fenced,
     }
 }
@@ -233,14 +241,15 @@ fn open_doors(
     config: NodeConfig,
     role: Role,
     guest_ip: Option<Ipv4Addr>,
+    console: Console,
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
 ) -> Result<(Server, Unarbitrated), NodeError> {
-    let cpu_digest = cpu_digest()?;
+    let cpu_digest = cpu_digest(config.cpu)?;
     Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
     let board = Board::new(&config, role, events.clone());
     let server = Server::bind(&config.control, board.clone())?;
     signals::listen(events.clone())?;
     let sink = server.events();
-    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, cpu_digest }))
+    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu_digest }))
 }

@@ -32,6 +32,8 @@ use crate::wire::LinkNews;
 pub enum PrimaryEnd {
     /// As it should: an operator or the guest ended it.
     Quit,
+    /// The guest asked to be started again.
+    Restart,
     /// Another node runs the guest.
     Fenced,
 }
@@ -57,6 +59,8 @@ pub struct PrimaryNode {
     dirt: DirtBook,
     on_its_way: Option<OnItsWay>,
     replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
+    /// The guest asked for a reset.
+    restart: bool,
     end: Option<PrimaryEnd>,
 }
 
@@ -83,6 +87,7 @@ impl PrimaryNode {
             dirt: DirtBook::new(pages),
             on_its_way: None,
             replies: Vec::new(),
+            restart: false,
             end: None,
         }
     }
@@ -206,7 +211,12 @@ impl PrimaryNode {
             MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
                 self.context.board.guest_alarm(format!("the guest is in trouble: {event:?}"));
             }
-            MachineEvent::Booted | MachineEvent::Reset => {}
+            MachineEvent::Reset => {
+                // Its kernel is known to the node that started it, which may not be this one: whoever starts nodes starts it again.
+                self.restart = true;
+                return Ok(Some(Input::GuestShutdown));
+            }
+            MachineEvent::Booted => {}
         }
         Ok(None)
     }
@@ -232,8 +242,11 @@ impl PrimaryNode {
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence()?,
                 Action::Exit => {
-                    let fenced = self.protocol.phase() == Phase::Fenced;
-                    self.end = Some(if fenced { PrimaryEnd::Fenced } else { PrimaryEnd::Quit });
+                    self.end = Some(match self.protocol.phase() {
+                        Phase::Fenced => PrimaryEnd::Fenced,
+                        _ if self.restart => PrimaryEnd::Restart,
+                        _ => PrimaryEnd::Quit,
+                    });
                 }
                 Action::Tell(event) => self.context.tell(&event),
             }

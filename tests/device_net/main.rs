@@ -1,6 +1,7 @@
 //! virtio-net from the driver's side. Needs no KVM.
 
 mod hostile;
+mod offload;
 mod rig;
 
 use std::sync::atomic::Ordering;

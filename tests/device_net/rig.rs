@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mcd::device::virtio::net::NetDevice;
-use mcd::device::{NetBackend, Signals, Transmit};
+use mcd::device::{NetBackend, Offloads, Signals, Transmit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -52,11 +52,15 @@ pub struct Backend {
     pub room: AtomicUsize,
     pub reads: AtomicUsize,
     pub readable: EventFd,
+    pub offloads: Offloads,
+    pub agreed: Mutex<Vec<Offloads>>,
 }
 
 impl Backend {
-    pub fn new() -> Arc<Backend> {
+    pub fn new(offloads: Offloads) -> Arc<Backend> {
         Arc::new(Backend {
+            offloads,
+            agreed: Mutex::default(),
             inbound: Mutex::default(),
             outbound: Mutex::default(),
             room: AtomicUsize::new(usize::MAX),
@@ -102,6 +106,12 @@ impl NetBackend for Backend {
     fn readable_fd(&self) -> RawFd {
         self.readable.as_raw_fd()
     }
+    fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+    fn agreed(&self, offloads: Offloads) {
+        self.agreed.lock().expect("agreed").push(offloads);
+    }
 }
 
 /// A driver, its device and the world around both.
@@ -126,8 +136,13 @@ pub fn used(queue: u32) -> u64 {
 impl Rig {
     /// A device nobody has touched, running.
     pub fn bare() -> Rig {
+        Rig::in_front_of(Offloads::NONE)
+    }
+
+    /// A device nobody has touched, running, whose backend can carry `offloads`.
+    pub fn in_front_of(offloads: Offloads) -> Rig {
         let mem = Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
-        let (machine, backend) = (Arc::new(Machine::default()), Backend::new());
+        let (machine, backend) = (Arc::new(Machine::default()), Backend::new(offloads));
         let device = NetDevice::new(mem.clone(), MAC, GSI, backend.clone(), machine.clone()).expect("device");
         device.unquiesce();
         Rig { mem, device, machine, backend, added: [0; 2] }
@@ -141,9 +156,16 @@ impl Rig {
     }
 
     pub fn set_up(&mut self) {
+        self.agree(0);
+    }
+
+    /// Makes the driver ready with `features` besides MAC and VERSION_1.
+    pub fn agree(&mut self, features: u32) {
         self.added = [0; 2];
         self.mem.write_slice(&[0; 0x8000], GuestAddress(table(0))).expect("clear");
-        for (offset, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, 1 << 5), (0x70, 11)] {
+        for (offset, value) in
+            [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, 1 << 5 | features), (0x70, 11)]
+        {
             self.write(offset, value);
         }
         assert_eq!(self.read(0x70), 11);

@@ -168,19 +168,26 @@ fn a_large_write_may_be_paused_between_its_pieces_and_is_done_again_whole() {
 
 #[test]
 fn a_reset_in_flight_leaves_memory_alone() {
-    for (kind, call) in [(IN, Call::Read), (OUT, Call::Write), (FLUSH, Call::Flush)] {
+    let kinds = [(IN, Call::Read), (OUT, Call::Write), (FLUSH, Call::Flush)];
+    for ((kind, call), set_up_first) in kinds.into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
         let mut disk = DiskRig::ready();
         disk.disk.allow(call, 0);
         disk.put(0, kind, 0, if kind == FLUSH { 0 } else { PAGE }, kind == IN);
         disk.rig.notify();
         disk.disk.until_waiting(call);
         disk.rig.write(0x70, 0);
+        // Half of the time the next driver is there before the disk answers the old one.
+        if set_up_first {
+            disk.rig.set_up(F_FLUSH, SIZE);
+        }
         let before = visible(&disk);
         disk.disk.allow(call, usize::MAX);
         until("the disk's answer", || disk.disk.done().len() == 1);
         wait_for_nothing();
         assert!(visible(&disk) == before, "{call:?}: the old driver's memory was touched");
-        disk.rig.set_up(F_FLUSH, SIZE);
+        if !set_up_first {
+            disk.rig.set_up(F_FLUSH, SIZE);
+        }
         assert_eq!(disk.ask(GET_ID, 0, 20, true), OK);
         assert_eq!(disk.rig.used(), 1, "{call:?}: the old request is forgotten");
     }
@@ -198,6 +205,39 @@ fn a_reset_frees_a_request_that_waits_for_room() {
         assert_eq!(disk.ask(GET_ID, 0, 20, true), OK);
     }
     assert!(disk.disk.done().is_empty());
+}
+
+#[test]
+fn room_made_or_a_reset_while_the_backend_says_full_is_noticed() {
+    for (full_answers_before, reset) in [(0, false), (1, false), (0, true), (1, true)] {
+        let mut disk = DiskRig::ready();
+        disk.disk.room.store(0, std::sync::atomic::Ordering::SeqCst);
+        disk.disk.allow(Call::Full, full_answers_before);
+        disk.put(0, OUT, 0, 512, false);
+        disk.rig.notify();
+        until("the device to ask often enough", || disk.disk.left(Call::Full) == 0);
+        disk.disk.until_waiting(Call::Full);
+        // The backend is about to say that it is full, and the device does not know it yet.
+        if reset {
+            disk.rig.write(0x70, 0);
+            disk.rig.set_up(F_FLUSH, SIZE);
+            disk.put(0, FLUSH, 0, 0, false);
+            disk.rig.notify();
+        } else {
+            disk.disk.room.store(usize::MAX, std::sync::atomic::Ordering::SeqCst);
+            disk.rig.device.kick();
+        }
+        disk.disk.allow(Call::Full, usize::MAX);
+        let what = || {
+            let (used, left, done) = (disk.rig.used(), disk.disk.left(Call::Full), disk.disk.done());
+            format!(
+                "an answer ({full_answers_before}, {reset}): {used} used, {left} left, {done:?}, {:?}",
+                disk.state()
+            )
+        };
+        until_or(|| disk.rig.used() == 1, what);
+        assert_eq!(disk.status(0), OK);
+    }
 }
 
 #[test]

@@ -62,6 +62,8 @@ pub enum Call {
     Flush,
     Discard,
     Zero,
+    /// The answer that there is no room; it is not among the calls that went on.
+    Full,
 }
 
 #[derive(Default)]
@@ -102,6 +104,10 @@ impl Disk {
         self.gates.lock().expect("gates").open.insert(call, calls);
         self.moved.notify_all();
     }
+    /// How many calls of this kind may still go on.
+    pub fn left(&self, call: Call) -> usize {
+        self.gates.lock().expect("gates").open.get(&call).copied().unwrap_or(usize::MAX)
+    }
     /// Returns when a call of this kind waits at its gate.
     pub fn until_waiting(&self, call: Call) {
         let gates = self.gates.lock().expect("gates");
@@ -123,12 +129,15 @@ impl Disk {
             *left -= 1;
         }
         gates.waiting.retain(|waiting| *waiting != call);
-        gates.done.push((call, offset, bytes));
+        if call != Call::Full {
+            gates.done.push((call, offset, bytes));
+        }
         if self.fails.load(Ordering::SeqCst) { Err(io::Error::other("this disk fails")) } else { Ok(()) }
     }
     fn change(&self, call: Call, offset: u64, bytes: u64, with: impl Fn(usize) -> u8) -> io::Result<Stored> {
         let took = self.room.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |room| room.checked_sub(1));
         if took.is_err() {
+            self.pass(Call::Full, offset, bytes)?;
             return Ok(Stored::Full);
         }
         self.pass(call, offset, bytes)?;
@@ -234,7 +243,8 @@ impl<D: Registers> Rig<D> {
     pub fn add(&mut self, head: u16) {
         self.put(AVAIL + 4 + u64::from(self.added % SIZE) * 2, &head.to_le_bytes());
         self.added = self.added.wrapping_add(1);
-        self.put(AVAIL + 2, &self.added.to_le_bytes());
+        // At once, not byte by byte: the device may be looking.
+        self.mem.store(self.added.to_le(), GuestAddress(AVAIL + 2), Ordering::Release).expect("memory");
     }
     pub fn notify(&self) {
         self.write(0x50, 0);
@@ -250,7 +260,17 @@ impl<D: Registers> Rig<D> {
         (half(0), half(4))
     }
     pub fn until_used(&self, count: u16) {
-        until(&format!("{count} used chains"), || self.used() == count);
+        until_or(
+            || self.used() == count,
+            || {
+                format!(
+                    "{count} used chains; there are {}, the status is {:#x}, complaints: {:?}",
+                    self.used(),
+                    self.read(0x70),
+                    self.complaints()
+                )
+            },
+        );
     }
     pub fn is_broken(&self) -> bool {
         self.read(0x70) & NEEDS_RESET != 0
@@ -280,10 +300,15 @@ pub fn shape(bytes: u64, read_only: bool) -> DiskShape {
     DiskShape { bytes, read_only, serial: *b"serial-1234\0\0\0\0\0\0\0\0\0" }
 }
 
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, done: impl FnMut() -> bool) {
+    until_or(done, || what.to_owned());
+}
+
+/// Waits until `done`; if that takes far too long, `what` says what was waited for.
+pub fn until_or(mut done: impl FnMut() -> bool, what: impl Fn() -> String) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting: {what}");
+        assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting: {}", what());
         std::thread::yield_now();
     }
 }

@@ -96,7 +96,7 @@ pub fn hello(channel: Channel, instance: u128) -> Hello {
         instance: InstanceId(instance),
         features: features::LZ4,
         staging_bytes_max: 512 << 20,
-        cpu_digest: cpu_digest().expect("KVM"),
+        cpu_digest: cpu_digest(mcd::machine::CpuModel::Host).expect("KVM"),
     }
 }
 

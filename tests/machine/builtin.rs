@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use mcd::machine::{GuestNet, Machine, MachineEvent};
+use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent};
 use mcd::protocol::messages::MachineShape;
 
 use crate::support::*;
@@ -38,7 +38,8 @@ fn arp_replies(wires: &Wires) -> usize {
 
 fn build(cpus: u8) -> (Machine, std::sync::Arc<Wires>, Console) {
     let (wires, console) = (Wires::new(), Console::default());
-    let machine = Machine::new(&shape(cpus), wires.clone(), Vec::new(), Box::new(console.clone())).expect("machine");
+    let machine = Machine::new(&shape(cpus), CpuModel::Host, wires.clone(), Vec::new(), Box::new(console.clone()))
+        .expect("machine");
     (machine, wires, console)
 }
 

@@ -114,7 +114,7 @@ fn the_cpu_digest_is_the_same_on_every_core() {
                 let cores = std::thread::available_parallelism().map_or(1, usize::from);
                 set.set(n % cores).expect("core");
                 let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), &set);
-                cpu_digest().expect("digest")
+                cpu_digest(mcd::machine::CpuModel::Host).expect("digest")
             })
             .join()
             .expect("thread")

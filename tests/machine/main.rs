@@ -2,6 +2,7 @@
 
 mod builtin;
 mod dirt;
+mod disk;
 mod events;
 mod pause;
 mod state;

@@ -1,7 +1,7 @@
 //! Saving and restoring: exact, complete, and safe against bytes that are no state.
 
 use kvm_bindings::kvm_msr_entry;
-use mcd::machine::{Machine, MachineError};
+use mcd::machine::{CpuModel, Machine, MachineError};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -64,7 +64,9 @@ fn io_in_flight_is_neither_lost_nor_doubled() {
         return;
     }
     let console = Console::default();
-    let build = || Machine::new(&shape(1), Wires::new(), Vec::new(), Box::new(console.clone())).expect("machine");
+    let build = || {
+        Machine::new(&shape(1), CpuModel::Host, Wires::new(), Vec::new(), Box::new(console.clone())).expect("machine")
+    };
     let (mut active, mut other) = (build(), build());
     load(active.memory(), careful_counter());
     active.start_vcpus(vec![ring3(0)]).expect("start");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
-use mcd::machine::{GuestRam, InitialVcpu, Machine, NetBackend, Transmit};
+use mcd::machine::{CpuModel, GuestRam, InitialVcpu, Machine, NetBackend, Transmit};
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PAGE_BYTES;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -200,7 +200,8 @@ pub fn shape(cpus: u8) -> MachineShape {
 /// A machine without a guest.
 pub fn empty(cpus: u8) -> (Machine, Arc<Wires>, Console) {
     let (wires, console) = (Wires::new(), Console::default());
-    let machine = Machine::new(&shape(cpus), wires.clone(), Vec::new(), Box::new(console.clone())).expect("machine");
+    let machine = Machine::new(&shape(cpus), CpuModel::Host, wires.clone(), Vec::new(), Box::new(console.clone()))
+        .expect("machine");
     (machine, wires, console)
 }
 

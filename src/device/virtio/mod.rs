@@ -8,6 +8,7 @@ mod chain;
 mod interrupt;
 pub mod mmio;
 pub mod net;
+mod net_offload;
 mod net_state;
 pub mod rng;
 mod rng_state;

@@ -1,4 +1,4 @@
-//! virtio-net: one receive and one transmit queue, no offloads.
+//! virtio-net: one receive and one transmit queue, and the offloads that its backend can carry (`net_offload`).
 //!
 //! **Who does what.** A transmit happens in the vCPU thread that notified the queue. A receive, and a transmit that had to wait
 //! for room, happen in the device's own thread, which sleeps in `poll` on the backend's descriptor and an eventfd. One lock keeps
@@ -30,10 +30,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::{self, ChainError, Scatter};
 use super::interrupt::Interrupt;
-use super::mmio::{Effect, Transport};
+use super::mmio::{Effect, Transport, status};
+use super::net_offload;
 pub use super::net_state::NET_STATE_VERSION;
 use super::net_state::NetState;
-use crate::device::{DeviceStateError, NetBackend, Signals, Transmit};
+use crate::device::net::NET_HEADER_BYTES as HEADER_BYTES;
+use crate::device::{DeviceStateError, NetBackend, Offloads, Signals, Transmit};
 
 /// virtio device id of a network card.
 const DEVICE_ID_NET: u32 = 1;
@@ -45,8 +47,6 @@ const RX: usize = 0;
 const TX: usize = 1;
 /// Most buffers in each queue.
 pub const QUEUE_SIZE_MAX: u16 = 256;
-/// Bytes of the header before each frame (virtio_net_hdr with num_buffers).
-const HEADER_BYTES: usize = 12;
 /// Most bytes of a chain: the header and the largest frame any driver may hand over.
 const CHAIN_BYTES_MAX: usize = 65_562;
 /// Fewest bytes of an Ethernet frame: its header.
@@ -91,6 +91,8 @@ struct Shared<M> {
     mem: M,
     mac: [u8; 6],
     backend: Arc<dyn NetBackend>,
+    /// Frames have a header in the backend too.
+    has_headers: bool,
     event: EventFd,
     stop: AtomicBool,
     /// A frame waits in the transmit queue for room outside.
@@ -120,7 +122,9 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         signals: Arc<dyn Signals>,
     ) -> io::Result<NetDevice<M>> {
         let queue = || Queue::new(QUEUE_SIZE_MAX).map_err(|e| io::Error::other(e.to_string()));
-        let transport = Transport::new(DEVICE_ID_NET, VIRTIO_NET_F_MAC, vec![queue()?, queue()?]);
+        let offloads = backend.offloads();
+        let features = VIRTIO_NET_F_MAC | net_offload::features(offloads);
+        let transport = Transport::new(DEVICE_ID_NET, features, vec![queue()?, queue()?]);
         let core = Core {
             transport,
             paused: true,
@@ -133,6 +137,7 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             mem,
             mac,
             backend,
+            has_headers: offloads != Offloads::NONE,
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stop: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
@@ -160,10 +165,14 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             Effect::Notify(queue) if usize::from(queue) == TX => shared.transmit(&mut core, false),
             Effect::Notify(queue) if usize::from(queue) == RX => shared.wake(&mut core),
             Effect::Notify(_) => {}
-            Effect::Ready => shared.wake(&mut core),
+            Effect::Ready => {
+                shared.backend.agreed(net_offload::agreed(core.transport.driver_features));
+                shared.wake(&mut core);
+            }
             Effect::Acked => core.update_line(),
             Effect::Reset => {
                 shared.stalled.store(false, Ordering::SeqCst);
+                shared.backend.agreed(Offloads::NONE);
                 core.update_line();
             }
         }
@@ -211,6 +220,10 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         state.transport.apply(&mut core.transport, &shared.mem)?;
         core.resting = true;
         core.interrupt.restored(&core.transport);
+        // What a driver agrees to counts from DRIVER_OK on.
+        let begun = core.transport.status & status::DRIVER_OK != 0;
+        let features = if begun { core.transport.driver_features } else { 0 };
+        shared.backend.agreed(net_offload::agreed(features));
         // Whatever stood in the queues when the state was saved is looked at again at resume.
         shared.stalled.store(state.transmit_stalled, Ordering::SeqCst);
         shared.kicked.store(true, Ordering::SeqCst);
@@ -311,9 +324,16 @@ impl<M: GuestMemory> Shared<M> {
         let head = found.head_index();
         buffer.clear();
         chain::gather(&self.mem, found, buffer, CHAIN_BYTES_MAX)?;
-        let frame = buffer.get(HEADER_BYTES..).ok_or(ChainError::Empty)?;
-        // A stub that is no Ethernet frame is dropped, like a switch would.
-        if frame.len() >= FRAME_BYTES_MIN && !self.hand_over(frame) {
+        let (header, frame) = buffer.split_first_chunk_mut::<HEADER_BYTES>().ok_or(ChainError::Empty)?;
+        // A stub that is no Ethernet frame is dropped, like a switch would; so is what asks for work that was not agreed on.
+        let whole = frame.len() >= FRAME_BYTES_MIN;
+        let sent = match self.has_headers {
+            _ if !whole => true,
+            true if !net_offload::from_guest(header, transport.driver_features) => true,
+            true => self.hand_over(buffer),
+            false => self.hand_over(frame),
+        };
+        if !sent {
             queue.set_next_avail(queue.next_avail().wrapping_sub(1));
             return Ok(false);
         }
@@ -372,9 +392,10 @@ impl<M: GuestMemory> Shared<M> {
             return Ok(Delivery::Rest(Rest::Event));
         }
         buffer.resize(CHAIN_BYTES_MAX, 0);
-        let (header, frame) = buffer.split_at_mut_checked(HEADER_BYTES).ok_or(ChainError::TooLong)?;
-        let length = match self.backend.receive(frame) {
-            Ok(Some(length)) => length.min(frame.len()),
+        let bare_from = if self.has_headers { 0 } else { HEADER_BYTES };
+        let room = buffer.get_mut(bare_from..).ok_or(ChainError::TooLong)?;
+        let length = match self.backend.receive(room) {
+            Ok(Some(length)) => bare_from + length.min(room.len()),
             Ok(None) => return Ok(Delivery::Rest(Rest::Frame)),
             Err(error) => {
                 if !self.failing.swap(true, Ordering::Relaxed) {
@@ -384,14 +405,16 @@ impl<M: GuestMemory> Shared<M> {
             }
         };
         self.failing.store(false, Ordering::Relaxed);
-        // No offloads: an empty header but for num_buffers = 1.
-        header.fill(0);
-        if let Some(num_buffers) = header.get_mut(10) {
-            *num_buffers = 1;
+        let header = buffer.first_chunk_mut::<HEADER_BYTES>().ok_or(ChainError::TooShort)?;
+        if !self.has_headers {
+            header.fill(0);
+        }
+        if length < HEADER_BYTES || !net_offload::to_guest(header, transport.driver_features) {
+            return Ok(Delivery::Dropped);
         }
         let Some(found) = chain::pop(queue, &self.mem)? else { return Ok(Delivery::Dropped) };
         let head = found.head_index();
-        let bytes = buffer.get(..HEADER_BYTES + length).ok_or(ChainError::TooLong)?;
+        let bytes = buffer.get(..length).ok_or(ChainError::TooLong)?;
         match chain::scatter(&self.mem, found, bytes)? {
             Scatter::Written(written) => {
                 queue.add_used(&self.mem, head, written).map_err(|_| ChainError::Ring)?;

@@ -1,6 +1,7 @@
 //! What puts a guest into a new machine's memory and says how its vCPUs start.
 
 pub mod builtin;
+pub mod linux;
 mod tables;
 
 use thiserror::Error;
@@ -46,6 +47,9 @@ pub enum BootError {
         /// What the host said.
         reason: String,
     },
+    /// A Linux guest.
+    #[error(transparent)]
+    Linux(#[from] linux::LinuxError),
     /// Guest memory did not take it.
     #[error("the built-in guest does not fit into memory: {0}")]
     Memory(#[from] MemoryError),

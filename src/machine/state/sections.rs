@@ -57,6 +57,8 @@ pub(in crate::machine) enum Kind {
     Block = 34,
     /// virtio-rng.
     Rng = 35,
+    /// PCI configuration ports.
+    Pci = 48,
 }
 
 /// Why state bytes were refused.
@@ -144,6 +146,7 @@ impl Kind {
             Kind::Net => "net",
             Kind::Block => "block",
             Kind::Rng => "rng",
+            Kind::Pci => "pci",
         }
     }
 

@@ -40,6 +40,8 @@ pub(in crate::machine) struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: Xsave,
+    /// Words of it that are saved behind the first [`XSAVE_WORDS`]; what is beyond is zero in every guest of this CPU model.
+    xsave_extra_words: usize,
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
     lapic: kvm_lapic_state,
@@ -60,6 +62,7 @@ impl VcpuState {
             regs: kvm_regs::default(),
             sregs: kvm_sregs::default(),
             xsave: Xsave::new(extra_words).map_err(|_| StateError::Room)?,
+            xsave_extra_words: caps.xsave_saved_bytes.div_ceil(4).saturating_sub(XSAVE_WORDS).min(extra_words),
             xcrs: kvm_xcrs::default(),
             debugregs: kvm_debugregs::default(),
             lapic: kvm_lapic_state::default(),
@@ -151,7 +154,8 @@ impl VcpuState {
         sections::write(out, Kind::Sregs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.sregs)));
         sections::write(out, Kind::Xsave, VERSION, cpu, |o| {
             o.extend_from_slice(bytes_of_words(&self.xsave.as_fam_struct_ref().xsave.region));
-            o.extend_from_slice(bytes_of_words(self.xsave.as_slice()));
+            let extra = self.xsave.as_slice().get(..self.xsave_extra_words).unwrap_or_default();
+            o.extend_from_slice(bytes_of_words(extra));
         });
         sections::write(out, Kind::Xcrs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.xcrs)));
         sections::write(out, Kind::DebugRegs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.debugregs)));
@@ -195,8 +199,7 @@ impl VcpuState {
 
     fn decode_xsave(&mut self, cpu: u16, from: &mut Sections<'_>) -> Result<(), FormatError> {
         let mut fields = from.take(Kind::Xsave, VERSION, cpu)?;
-        let extra_words = self.xsave.as_slice().len();
-        let bytes = fields.bytes((XSAVE_WORDS + extra_words) * 4)?;
+        let bytes = fields.bytes((XSAVE_WORDS + self.xsave_extra_words) * 4)?;
         fields.end()?;
         let mut words = bytes.chunks_exact(4).map(|c| c.try_into().map_or(0, u32::from_le_bytes));
         // SAFETY: only the words of the area are written; the length field, on which the wrapper's bounds rest, is not.
@@ -204,7 +207,7 @@ impl VcpuState {
         for (word, saved) in area.xsave.region.iter_mut().zip(words.by_ref()) {
             *word = saved;
         }
-        for (word, saved) in self.xsave.as_mut_slice().iter_mut().zip(words) {
+        for (word, saved) in self.xsave.as_mut_slice().iter_mut().zip(words.chain(std::iter::repeat(0))) {
             *word = saved;
         }
         Ok(())

@@ -20,7 +20,7 @@ use self::run_page::RunPage;
 use self::thread::VcpuThread;
 use super::MachineEvent;
 use super::error::{KvmError, MachineError, StateError, kvm};
-use super::host::HostCaps;
+use super::host::{self, HostCaps};
 use super::initial::InitialVcpu;
 use super::memory::GuestMmap;
 use super::state::vcpu::VcpuState;
@@ -83,6 +83,7 @@ impl Vcpu {
         common: &Common,
     ) -> Result<Vcpu, MachineError> {
         fd.set_cpuid2(&common.caps.cpuid_of(cpu, common.cpus)).map_err(kvm("KVM_SET_CPUID2"))?;
+        host::power_on(&fd).map_err(|error| MachineError::State { part: format!("vCPU {cpu}"), error })?;
         for reg in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
             fd.set_sync_valid_reg(reg);
         }

@@ -239,6 +239,7 @@ fn serve_port_write(bus: &Bus<GuestMmap>, events: &Sender<MachineEvent>, port: u
         _ => match bus.port_write(port, data) {
             PortEffect::None => Exit::Served,
             PortEffect::Reset => Exit::Ended(MachineEvent::Reset, true),
+            PortEffect::Off => Exit::Ended(MachineEvent::Shutdown, true),
         },
     }
 }
