@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 const OK: i32 = 0;
 const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
+const HOST: i32 = 3;
 
 fn mcd(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mcd"))
@@ -67,6 +68,27 @@ fn help_is_no_error_and_names_every_exit_code() {
         assert!(text.contains("Exit codes:") && text.contains("fenced itself"), "{arguments:?}: {text}");
     }
     assert_eq!(mcd(&["--version"]).stdout, concat!("mcd ", env!("CARGO_PKG_VERSION"), "\n").as_bytes());
+}
+
+#[test]
+fn disks_in_flags_and_in_files() {
+    bad_primary(&["--disk=/a,rw"], &["--disk", "`rw` is not known", "serial=TEXT"]);
+    bad_primary(&["--disk="], &["--disk"]);
+    bad_primary(&["--disk=/a"; 7], &["--disk is given 7 times", "at most 6"]);
+    refused(&["disk", "verify", "/nonexistent/a"], USAGE, &["<IMAGE>"]);
+    refused(&["disk", "verify", "/nonexistent/a", "/nonexistent/b"], HOST, &["there is no disk image /nonexistent/a"]);
+    bad_file("primary", b"disk = 3.5\n", &["`disk`", "must be a string"]);
+    bad_file("primary", b"disk = [\"/a\", \"/b,what\"]\n", &["`what` is not known"]);
+    bad_file("primary", b"force-disk = true\n", &["`force-disk`", "only taken on the command line"]);
+    bad_file("primary", b"tap = [\"a\"]\n", &["`tap`", "must be a string"]);
+    // A list in a file is as many flags, and flags on the command line take its place.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mcd.toml");
+    fs::write(&path, format!("guest = \"web\"\ntap = \"no-such-tap\"\ndisk = {:?}\n", ["/a"; 7])).unwrap();
+    let path = path.to_str().unwrap();
+    refused(&["primary", "--config", path], USAGE, &["--disk is given 7 times"]);
+    refused(&["primary", "--config", path, "--disk=/b"], USAGE, &["--arbiter"]);
+    refused(&["primary", "--config", path, "--disk", "/b"], USAGE, &["--arbiter"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ pub mod clock;
 pub mod command;
 pub mod connection;
 pub mod dirty;
+pub mod disk;
 pub mod reply;
 pub mod resp;
 pub mod server;

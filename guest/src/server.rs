@@ -13,6 +13,7 @@ use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
 
 use crate::bytes::{OutOfMemory, zeroed};
 use crate::connection::{Connection, Shared};
+use crate::disk::{Content, DiskError, Run};
 use crate::store::Store;
 use crate::sum::Checksum;
 
@@ -73,6 +74,25 @@ pub trait Host {
     fn dirty_wrong_pages(&mut self) -> Option<u64>;
     /// Goes on with `checksum` for about `slice_us` microseconds. Whether it is complete.
     fn sum_some(&mut self, checksum: &mut Checksum, slice_us: u64) -> bool;
+    /// Whole blocks of the disk; 0 if there is none that can be written.
+    fn disk_blocks(&self) -> u64;
+    /// Writes into `block` what belongs there under `seed`.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn disk_write(&mut self, block: u64, seed: u64) -> Result<(), DiskError>;
+    /// What `block` holds.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn disk_read(&mut self, block: u64) -> Result<Content, DiskError>;
+    /// Returns when what was written to the disk outlives a loss of power.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn disk_flush(&mut self) -> Result<(), DiskError>;
+    /// The disk's background writer.
+    fn disk_run(&mut self) -> &mut Run;
     /// Switches the machine off.
     fn shut_down(&mut self);
 }

@@ -1,6 +1,7 @@
 //! A machine for tests of commands and server.
 
 use crate::dirty::{Board, Plan, Writer};
+use crate::disk::{self, BLOCK_BYTES, Block, Content, DiskError, Run};
 use crate::server::{DirtyRefusal, DirtyStatus, Host, MemoryUse};
 use crate::sum::Checksum;
 
@@ -16,6 +17,10 @@ pub struct TestHost {
     region: Vec<u64>,
     board: Board,
     writer: Writer,
+    /// The disk's blocks, and what was written that a flush has not followed yet.
+    disk: Vec<Box<Block>>,
+    pub unflushed: u32,
+    run: Run,
     /// Whether the writer's vCPU runs.
     pub writer_runs: bool,
 }
@@ -30,6 +35,9 @@ impl TestHost {
             region: Vec::new(),
             board: Board::new(),
             writer: Writer::new(),
+            disk: vec![Box::new([0; BLOCK_BYTES]); 8],
+            unflushed: 0,
+            run: Run::default(),
             writer_runs: true,
         }
     }
@@ -87,6 +95,30 @@ impl Host for TestHost {
         // SAFETY: a whole page of `ram`: the last one ends the sum.
         unsafe { checksum.add_page(self.ram[at..at + 512].as_ptr()) };
         checksum.pages == PAGES
+    }
+
+    fn disk_blocks(&self) -> u64 {
+        self.disk.len() as u64
+    }
+
+    fn disk_write(&mut self, block: u64, seed: u64) -> Result<(), DiskError> {
+        let at = self.disk.get_mut(block as usize).ok_or(DiskError::Beyond)?;
+        disk::fill(block, seed, at);
+        self.unflushed += 1;
+        Ok(())
+    }
+
+    fn disk_read(&mut self, block: u64) -> Result<Content, DiskError> {
+        self.disk.get(block as usize).map(|content| disk::judge(block, content)).ok_or(DiskError::Beyond)
+    }
+
+    fn disk_flush(&mut self) -> Result<(), DiskError> {
+        self.unflushed = 0;
+        Ok(())
+    }
+
+    fn disk_run(&mut self) -> &mut Run {
+        &mut self.run
     }
 
     fn shut_down(&mut self) {

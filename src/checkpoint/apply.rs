@@ -6,23 +6,22 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use thiserror::Error;
 
+use super::image::{GuestImage, ImagePageError};
 use super::stage::{StagedEpoch, StagingBudget};
-use crate::machine::memory::{GuestRam, MemoryError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
-use crate::wire::{PageDecoder, PageError};
+use crate::wire::{PageDecoder, PageError, PageKind};
 
-/// Why the image cannot be activated. Staged epochs were checked, so either of the first two is a bug.
+/// Why the image cannot be activated. Staged epochs were checked, so the first is a bug, and the second is one or a
+/// disk's storage that failed.
 #[derive(Debug, Error)]
 pub enum ApplyError {
     /// Pages that were checked do not decode.
     #[error("a committed epoch does not decode ({0}); the image is unusable, please report this with the log")]
     Pages(#[from] PageError),
-    /// Pages that were checked do not fit.
-    #[error(
-        "a committed epoch does not fit the guest's memory ({0}); the image is unusable, please report this with the log"
-    )]
-    Memory(#[from] MemoryError),
+    /// Pages that were checked do not fit, or a disk's storage does not take them.
+    #[error("a committed epoch could not be put into the image ({0}); the image is unusable")]
+    Image(#[from] ImagePageError),
     /// Another epoch than asked for is the newest.
     #[error("the image holds epoch {newest:?}, not the committed epoch {wanted}; it is not activated")]
     NotNewest {
@@ -34,6 +33,15 @@ pub enum ApplyError {
     /// The thread is gone.
     #[error("the applying thread ended early; the image is not activated")]
     Gone,
+}
+
+/// What the thread tells of itself.
+#[derive(Debug)]
+pub enum ApplyNews {
+    /// The epoch that makes the image whole is in it.
+    Whole(EpochId),
+    /// The image is spoilt.
+    Failed(String),
 }
 
 enum Job {
@@ -49,10 +57,14 @@ pub struct Applier {
 }
 
 impl Applier {
-    /// Starts the thread for an image in `memory`; applied bytes go back to `budget`.
-    pub fn start(memory: GuestRam, budget: Arc<StagingBudget>) -> std::io::Result<Applier> {
+    /// Starts the thread for `image`; applied bytes go back to `budget`. `tell` is called from the thread.
+    pub fn start(
+        image: GuestImage,
+        budget: Arc<StagingBudget>,
+        tell: impl Fn(ApplyNews) + Send + 'static,
+    ) -> std::io::Result<Applier> {
         let (jobs, queue) = unbounded();
-        let image = Image { memory, budget, newest: None, state: Vec::new(), failed: None };
+        let image = Image { image, budget, newest: None, state: Vec::new(), failed: None, tell: Box::new(tell) };
         let thread = std::thread::Builder::new().name("mcd-apply".into()).spawn(move || image.run(&queue))?;
         Ok(Applier { jobs: Some(jobs), thread: Some(thread) })
     }
@@ -92,11 +104,12 @@ impl Drop for Applier {
 }
 
 struct Image {
-    memory: GuestRam,
+    image: GuestImage,
     budget: Arc<StagingBudget>,
     newest: Option<EpochId>,
     state: Vec<u8>,
     failed: Option<ApplyError>,
+    tell: Box<dyn Fn(ApplyNews) + Send>,
 }
 
 impl Image {
@@ -124,29 +137,37 @@ impl Image {
         }
         self.newest = Some(epoch.id);
         self.state = epoch.state;
+        if epoch.completes_resync && self.failed.is_none() {
+            (self.tell)(ApplyNews::Whole(epoch.id));
+        }
         self.budget.give_back(epoch.bytes);
     }
 
     fn note(&mut self, applied: Result<(), ApplyError>) {
         if let Err(error) = applied {
-            tracing::error!(%error, "image");
+            if self.failed.is_none() {
+                tracing::error!(%error, "image");
+                (self.tell)(ApplyNews::Failed(error.to_string()));
+            }
             self.failed.get_or_insert(error);
         }
     }
 
     fn write(&self, payload: &[u8]) -> Result<(), ApplyError> {
         let mut scratch = [0; PAGE_BYTES];
-        for record in PageDecoder::new(payload, self.memory.pages()) {
+        let mut writer = self.image.writer();
+        for record in PageDecoder::new(payload, self.image.pages()) {
             let record = record?;
-            match record.raw() {
-                Some(page) => self.memory.write_page(record.index, page)?,
-                None => {
+            match (record.kind, record.raw()) {
+                (PageKind::Zero, _) => writer.put(record.index, None)?,
+                (_, Some(page)) => writer.put(record.index, Some(page))?,
+                (_, None) => {
                     record.expand(&mut scratch)?;
-                    self.memory.write_page(record.index, &scratch)?;
+                    writer.put(record.index, Some(&scratch))?;
                 }
             }
         }
-        Ok(())
+        Ok(writer.finish()?)
     }
 
     fn finish(&mut self, wanted: EpochId) -> Result<Vec<u8>, ApplyError> {

@@ -4,6 +4,7 @@ use crossbeam::queue::ArrayQueue;
 use std::sync::Arc;
 
 use super::dirt::DirtBook;
+use super::journal::{BlockSet, DiskJournal};
 use crate::machine::{Machine, MachineError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
@@ -27,12 +28,20 @@ pub struct Capture {
     pub pages: Vec<u64>,
     /// The pages' bytes, in the order of `pages`.
     pub bytes: Vec<u8>,
+    /// The blocks of disks, whose indexes follow those of memory.
+    pub blocks: Option<Arc<BlockSet>>,
     /// The machine's saved state.
     pub state: Vec<u8>,
 }
 
 impl Capture {
+    /// How many pages and blocks it holds.
+    pub fn pages_total(&self) -> u64 {
+        (self.pages.len() + self.blocks.as_ref().map_or(0, |blocks| blocks.len())) as u64
+    }
+
     fn clear(&mut self) {
+        self.blocks = None;
         self.pages.clear();
         self.bytes.clear();
         self.state.clear();
@@ -90,24 +99,30 @@ impl CapturePool {
     }
 
     /// Gives a capture back.
-    pub fn put(&self, capture: Box<Capture>) {
+    pub fn put(&self, mut capture: Box<Capture>) {
+        // The journal wants its blocks' room back.
+        capture.blocks = None;
         // More than the pool keeps: the memory goes back to the host.
         let _ = self.free.push(capture);
     }
 }
 
-/// Copies epoch `id` out of the paused machine. If it fails, the dirt it had read is still in the book.
+/// Copies epoch `id` out of the paused machine. If it fails, the dirt it had read is still in the book, and what its disks' journal held is
+/// on its way as far as the journal knows: put both back.
 pub fn capture(
     machine: &mut Machine,
     dirt: &mut DirtBook,
+    journal: &DiskJournal,
     id: EpochId,
     into: &mut Capture,
 ) -> Result<(), MachineError> {
     into.id = id;
+    journal.cut(id);
     // Guest memory stands still since the pause, while the vCPU threads go on reading their own state: copying meanwhile costs nothing,
     // and no part of saving writes guest memory.
     let taken = dirt.take(id, |set| machine.collect_dirt(set))?;
     into.pages.extend(taken.iter());
     machine.memory().copy_pages(taken, &mut into.bytes);
+    into.blocks = Some(journal.taken());
     machine.save(&mut into.state)
 }

@@ -3,7 +3,13 @@
 pub mod apply;
 pub mod capture;
 pub mod dirt;
+pub mod disk;
+#[cfg(test)]
+mod disk_tests;
+pub mod image;
+pub mod journal;
 pub mod output;
 pub mod packing;
 pub mod sender;
 pub mod stage;
+pub mod stamp;

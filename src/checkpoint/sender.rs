@@ -6,10 +6,12 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam::channel::{Sender as Queue, unbounded};
+use thiserror::Error;
 
 use super::capture::{Capture, CapturePool};
+use super::image::{GuestImage, ImagePageError};
+use super::journal::BlockSet;
 use super::packing::{Packer, Packing};
-use crate::machine::memory::GuestRam;
 use crate::protocol::messages::Message;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::ConnId;
@@ -42,6 +44,15 @@ pub enum SenderReport {
     Failed(String),
 }
 
+/// Why a job could not be done.
+#[derive(Debug, Error)]
+enum SendError {
+    #[error("{0}")]
+    Wire(#[from] WireError),
+    #[error("a page for the newcomer cannot be read: {0}")]
+    Read(#[from] ImagePageError),
+}
+
 /// The thread's handle. Dropping it lets what was handed over leave, then ends the connection.
 pub struct Sender {
     conn: ConnId,
@@ -56,7 +67,7 @@ impl Sender {
     pub fn start(
         conn: ConnId,
         (writer, closer): (LinkWriter, LinkCloser),
-        memory: GuestRam,
+        image: GuestImage,
         packing: Packing,
         pool: CapturePool,
         report: impl Fn(SenderReport) + Send + 'static,
@@ -65,7 +76,7 @@ impl Sender {
         let epoch_bytes = Arc::new(AtomicU64::new(0));
         let mut stream = Stream {
             writer,
-            memory,
+            image,
             packer: Packer::new(packing),
             pool,
             batch: FrameBatch::new(),
@@ -135,7 +146,7 @@ impl Drop for Sender {
 
 struct Stream {
     writer: LinkWriter,
-    memory: GuestRam,
+    image: GuestImage,
     packer: Packer,
     pool: CapturePool,
     batch: FrameBatch,
@@ -143,15 +154,16 @@ struct Stream {
 }
 
 impl Stream {
-    fn send(&mut self, job: SenderJob) -> Result<Option<SenderReport>, WireError> {
+    fn send(&mut self, job: SenderJob) -> Result<Option<SenderReport>, SendError> {
         match job {
-            SenderJob::Message(message) => self.writer.write_message(&message).map(|()| None),
+            SenderJob::Message(message) => Ok(self.writer.write_message(&message).map(|()| None)?),
             SenderJob::Epoch(capture) => {
                 let sent = self.epoch(&capture);
                 self.pool.put(capture);
-                sent.map(|()| None)
+                sent?;
+                Ok(None)
             }
-            SenderJob::Nudge => self.writer.write(FrameKind::Nudge, &[]).map(|()| None),
+            SenderJob::Nudge => Ok(self.writer.write(FrameKind::Nudge, &[]).map(|()| None)?),
             SenderJob::Push(pages) => self.push(&pages).map(|bytes| Some(SenderReport::Pushed(bytes))),
         }
     }
@@ -174,12 +186,15 @@ impl Stream {
             })?;
             self.flush_if_large()?;
         }
+        if let Some(blocks) = &capture.blocks {
+            digest = self.blocks(blocks, digest)?;
+        }
         for part in capture.state.chunks(FrameKind::State.bytes_max()) {
             digest = crc32c::crc32c_append(digest, part);
             self.batch.push(FrameKind::State, part)?;
             self.flush_if_large()?;
         }
-        let (pages, state_bytes) = (capture.pages.len() as u64, capture.state.len() as u64);
+        let (pages, state_bytes) = (capture.pages_total(), capture.state.len() as u64);
         self.batch.push_message(&Message::EpochEnd { id, pages, state_bytes, digest })?;
         // Before the last byte leaves, so that it is known when the ack comes.
         let bytes = self.writer.bytes_written() - before + self.batch.as_bytes().len() as u64;
@@ -187,19 +202,37 @@ impl Stream {
         self.flush()
     }
 
-    fn push(&mut self, pages: &[u64]) -> Result<u64, WireError> {
+    /// The blocks of disks in the epoch; the digest with them.
+    fn blocks(&mut self, blocks: &BlockSet, mut digest: u32) -> Result<u32, WireError> {
+        let mut rest = blocks.iter().peekable();
+        while rest.peek().is_some() {
+            let encoder = self.packer.encoder();
+            digest = self.batch.build(FrameKind::Pages, |payload| {
+                let start = payload.len();
+                for (index, content) in rest.by_ref().take(PAGES_PER_FRAME) {
+                    encoder.encode(index, content, payload);
+                }
+                crc32c::crc32c_append(digest, &payload[start..])
+            })?;
+            self.flush_if_large()?;
+        }
+        Ok(digest)
+    }
+
+    fn push(&mut self, pages: &[u64]) -> Result<u64, SendError> {
         let before = self.writer.bytes_written();
         let mut page = [0; PAGE_BYTES];
         for indexes in pages.chunks(PAGES_PER_FRAME) {
-            let (encoder, memory) = (self.packer.encoder(), &self.memory);
-            self.batch.build(FrameKind::Background, |payload| {
+            let (encoder, image) = (self.packer.encoder(), &self.image);
+            let read: Result<(), ImagePageError> = self.batch.build(FrameKind::Background, |payload| {
                 for index in indexes {
-                    // The ledger knows only pages the guest has.
-                    if memory.read_page(*index, &mut page).is_ok() {
-                        encoder.encode(*index, &page, payload);
-                    }
+                    // Without the page the newcomer's image would lack it and nobody would know.
+                    image.read(*index, &mut page)?;
+                    encoder.encode(*index, &page, payload);
                 }
+                Ok(())
             })?;
+            read?;
             self.flush_if_large()?;
         }
         self.flush()?;

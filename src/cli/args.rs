@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Mac, Size};
+use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::protocol::types::GuestName;
 
@@ -81,6 +81,13 @@ pub(super) enum Command {
     )]
     Demo(DemoArgs),
 
+    /// Look after disk images: whether two are equal
+    #[command(
+        long_about = "Looks after the disk images of guests, on this host and while no node uses them.",
+        after_help = DISK_HELP
+    )]
+    Disk(DiskArgs),
+
     /// Ask a running node how it is
     #[command(
         long_about = "Asks a running node how it is, over its control socket (QMP: `mc-query`).",
@@ -129,6 +136,10 @@ Examples:
   mcd demo                              three rounds and a report
   mcd demo --rounds 20 --json out.json  more of it, for a program to read
   mcd demo --stay                       leave the pair up and print a redis-cli line to try";
+
+const DISK_HELP: &str = "\
+Example:
+  mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
 
 const CONSOLE_HELP: &str = "\
 Examples:
@@ -222,6 +233,14 @@ pub(super) struct NodeArgs {
     /// hosts of one maker have in common
     #[arg(long, value_name = "MODEL", value_enum, default_value = "host")]
     pub(super) cpu: CpuFlag,
+
+    /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
+    /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is
+    #[arg(long, value_name = "PATH[,ro][,serial=TEXT]", help_heading = "Disks")]
+    pub(super) disk: Vec<Disk>,
+    /// Take disk images whatever their stamps say. Not allowed in a file
+    #[arg(long, help_heading = "Disks")]
+    pub(super) force_disk: bool,
 
     /// Where a newcomer's data connection is accepted
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7401", value_parser = values::address, help_heading = "Peer")]
@@ -382,6 +401,31 @@ pub(super) struct DemoArgs {
     pub(super) keep_logs: bool,
     #[command(flatten)]
     pub(super) log: LogArgs,
+}
+
+/// `mcd disk`.
+#[derive(Debug, Args)]
+pub(super) struct DiskArgs {
+    #[command(subcommand)]
+    pub(super) what: DiskCommand,
+}
+
+/// What can be done to disk images.
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskCommand {
+    /// Compare two images, byte for byte, and say what their stamps say
+    #[command(
+        long_about = "Compares two images byte for byte, and says what their stamps say and what their checksums \
+        (CRC32C) are. Exit code 0 means that their contents are equal, 1 that they differ: the first difference is named."
+    )]
+    Verify {
+        /// An image
+        #[arg(value_name = "IMAGE")]
+        one: PathBuf,
+        /// The image to compare it with
+        #[arg(value_name = "IMAGE")]
+        other: PathBuf,
+    },
 }
 
 /// `mcd status`.

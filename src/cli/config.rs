@@ -13,7 +13,7 @@ use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::heartbeat::HeartbeatConfig;
-use crate::protocol::messages::MachineShape;
+use crate::protocol::messages::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
 
 /// The built-in guest needs this much to boot and serve.
@@ -45,6 +45,12 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         return Err(Failure::usage(format!(
             "--staging-max {}: too little for an epoch; give at least {STAGING_MIN}",
             args.staging_max
+        )));
+    }
+    if args.disk.len() > DISKS_MAX {
+        return Err(Failure::usage(format!(
+            "--disk is given {} times: a guest has at most {DISKS_MAX} disks",
+            args.disk.len()
         )));
     }
     let control = match &args.control {
@@ -82,6 +88,8 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         output_bytes_max: output_bytes(args.output_max_bytes)?,
         output_packets_max: usize::try_from(args.output_max_packets).unwrap_or(usize::MAX),
         control,
+        disks: args.disk.iter().map(|disk| disk.config()).collect(),
+        force_disk: args.force_disk,
         console,
     })
 }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::machine::{BootError, MachineError};
-use crate::node::NodeError;
+use crate::node::{DiskError, NodeError};
 
 /// The exit codes of `mcd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,6 +40,8 @@ impl ExitStatus {
     /// What a node's error is to a script.
     pub(super) fn of(error: &NodeError) -> ExitStatus {
         match error {
+            NodeError::Disk(DiskError::Refused { .. } | DiskError::OtherGuest { .. }) => ExitStatus::Refused,
+            NodeError::Disk(_) => ExitStatus::Host,
             // The files named by --kernel and --initrd, or their size against --memory.
             NodeError::Machine(MachineError::Boot(BootError::Linux(_))) => ExitStatus::Usage,
             NodeError::Machine(MachineError::Boot(_)) => ExitStatus::Failure,

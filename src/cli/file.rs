@@ -25,13 +25,23 @@ pub(super) fn flags(path: &Path, mcd: &Command, name: &str) -> Result<Vec<OsStri
     let mut flags = Vec::new();
     for (key, value) in &table {
         check_key(mcd, name, key).map_err(fail)?;
-        let value = match value {
-            Value::String(text) => text.clone(),
-            Value::Integer(number) => number.to_string(),
-            Value::Boolean(word) => word.to_string(),
-            _ => return Err(fail(format!("key `{key}`: the value must be a string, a whole number, true or false"))),
+        let values = match value {
+            Value::Array(values) if is_repeated(mcd, name, key) => values.as_slice(),
+            value => std::slice::from_ref(value),
         };
-        flags.push(OsString::from(format!("--{key}={value}")));
+        for value in values {
+            let value = match value {
+                Value::String(text) => text.clone(),
+                Value::Integer(number) => number.to_string(),
+                Value::Boolean(word) => word.to_string(),
+                _ => {
+                    return Err(fail(format!(
+                        "key `{key}`: the value must be a string, a whole number, true or false"
+                    )));
+                }
+            };
+            flags.push(OsString::from(format!("--{key}={value}")));
+        }
     }
     Ok(flags)
 }
@@ -81,5 +91,34 @@ fn check_key(mcd: &Command, name: &str, key: &str) -> Result<(), String> {
 
 /// A file says how a node is, not that someone gave his word, and it names no further file.
 fn in_file(arg: &Arg) -> bool {
-    arg.get_id() != "config" && matches!(arg.get_action(), ArgAction::Set)
+    arg.get_id() != "config" && matches!(arg.get_action(), ArgAction::Set | ArgAction::Append)
+}
+
+/// Whether a flag may be given more than once: in a file its values are a list.
+fn is_repeated(mcd: &Command, name: &str, key: &str) -> bool {
+    let command = mcd.find_subcommand(name);
+    let mut arguments = command.into_iter().flat_map(Command::get_arguments);
+    arguments.any(|arg| arg.get_long() == Some(key) && matches!(arg.get_action(), ArgAction::Append))
+}
+
+/// Takes out of the file's flags those that may be repeated and are given on the command line too: that one wins, it does not add.
+pub(super) fn without_overridden(
+    mut flags: Vec<OsString>,
+    mcd: &Command,
+    name: &str,
+    given: &[OsString],
+) -> Vec<OsString> {
+    let is_key = |flag: &OsString, key: &str| {
+        let text = flag.to_str().and_then(|flag| flag.strip_prefix("--")).and_then(|flag| flag.strip_prefix(key));
+        text.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    };
+    for argument in mcd.find_subcommand(name).into_iter().flat_map(Command::get_arguments) {
+        if let Some(key) = argument.get_long()
+            && matches!(argument.get_action(), ArgAction::Append)
+            && given.iter().any(|flag| is_key(flag, key))
+        {
+            flags.retain(|flag| !is_key(flag, key));
+        }
+    }
+    flags
 }

@@ -4,6 +4,7 @@ mod arbiter;
 mod args;
 mod config;
 mod console;
+mod disk;
 pub mod exit;
 mod file;
 mod log;
@@ -52,6 +53,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::ColdStart(args) => cold_start(&args),
         Command::Secondary(args) => secondary(&args),
         Command::Demo(args) => run_demo(args),
+        Command::Disk(args) => disk::run(&args.what).map(|()| ExitStatus::Ok.into()),
         Command::Status(args) => status::run(&args).map(|()| ExitStatus::Ok.into()),
         Command::Console(args) => console::run(&args).map(|()| ExitStatus::Ok.into()),
     }
@@ -138,6 +140,7 @@ fn parse(arguments: &[OsString]) -> Result<Parsed, Failure> {
     // Once by itself, so that a bad value is blamed on the file and not on a flag nobody typed.
     parse_flags(&[&start[..], &from_file].concat())
         .map_err(|f| Failure { line: format!("config file {}: {}", path.display(), f.line), ..f })?;
+    let from_file = file::without_overridden(from_file, &args::command(), name, flags);
     parse_flags(&[&start[..], &from_file, flags].concat())
 }
 
@@ -146,7 +149,7 @@ fn config_file(command: &Command) -> Option<(&'static str, &Path)> {
         Command::Primary(args) => ("primary", &args.node),
         Command::ColdStart(args) => ("cold-start", &args.node),
         Command::Secondary(args) => ("secondary", &args.node),
-        Command::Demo(_) | Command::Status(_) | Command::Console(_) => return None,
+        Command::Demo(_) | Command::Disk(_) | Command::Status(_) | Command::Console(_) => return None,
     };
     node.config.as_deref().map(|path| (name, path))
 }
@@ -165,7 +168,8 @@ fn parse_flags(arguments: &[OsString]) -> Result<Parsed, Failure> {
 /// What clap says, in one line: the error, its tip, and where to read on.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "which command? primary, secondary, cold-start, demo, status or console; see mcd --help".to_owned();
+        return "which command? primary, secondary, cold-start, demo, disk, status or console; see mcd --help"
+            .to_owned();
     }
     let text = error.render().to_string();
     let trimmed = text.strip_prefix("error: ").unwrap_or(&text);

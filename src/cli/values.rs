@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
+use crate::node::config::DiskConfig;
 use crate::protocol::types::GuestName;
 
 /// Longest name of a network device that Linux takes, in bytes.
@@ -154,6 +155,41 @@ impl FromStr for DirtyLoad {
     }
 }
 
+/// One disk: its image, and how the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Disk {
+    path: PathBuf,
+    read_only: bool,
+    serial: [u8; 20],
+}
+
+impl Disk {
+    pub(super) fn config(&self) -> DiskConfig {
+        DiskConfig { path: self.path.clone(), read_only: self.read_only, serial: self.serial }
+    }
+}
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Disk, String> {
+        let mut parts = text.split(',');
+        let path = parts.next().filter(|path| !path.is_empty()).ok_or("write PATH[,ro][,serial=TEXT]")?;
+        let mut disk = Disk { path: path.into(), read_only: false, serial: [0; 20] };
+        for part in parts {
+            match part.strip_prefix("serial=") {
+                Some(serial) if (1..=20).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic()) => {
+                    disk.serial.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
+                }
+                Some(_) => return Err("a serial number is 1 to 20 characters without spaces".to_owned()),
+                None if part == "ro" => disk.read_only = true,
+                None => return Err(format!("`{part}` is not known: write PATH[,ro][,serial=TEXT]")),
+            }
+        }
+        Ok(disk)
+    }
+}
+
 /// Where the guest's console goes, as it is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum ConsoleFlag {
@@ -267,6 +303,20 @@ mod tests {
         }
         for bad in ["127.0.0.1/8", "224.0.0.1/4", "0.0.0.0/1", "10.0.0.999/24", "fd00::1/64", "10.0.0.2/-1"] {
             assert!(bad.parse::<Cidr>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks() {
+        let disk = |text: &str| text.parse::<Disk>().map(|disk| disk.config());
+        let plain = DiskConfig { path: "/a/b.img".into(), read_only: false, serial: [0; 20] };
+        assert_eq!(disk("/a/b.img"), Ok(plain.clone()));
+        assert_eq!(disk("/a/b.img,ro"), Ok(DiskConfig { read_only: true, ..plain.clone() }));
+        let mut serial = [0; 20];
+        serial[..3].copy_from_slice(b"abc");
+        assert_eq!(disk("/a/b.img,serial=abc"), Ok(DiskConfig { serial, ..plain }));
+        for bad in ["", ",ro", "a,rw", "a,serial=", "a,serial=a b", "a,serial=012345678901234567890", "a,", "a,ro=1"] {
+            assert!(bad.parse::<Disk>().is_err(), "{bad}");
         }
     }
 

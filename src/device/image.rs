@@ -103,6 +103,20 @@ impl RawImage {
         Ok(RawImage { file, bytes, read_only })
     }
 
+    /// Makes an image of `bytes` zeros at `path`, which takes no space yet, and opens and locks it.
+    ///
+    /// # Errors
+    /// As [`ImageError`] says; an image that is there already is not touched.
+    pub fn create(path: &Path, bytes: u64) -> Result<RawImage, ImageError> {
+        let file = OpenOptions::new().write(true).create_new(true).open(path);
+        file.and_then(|file| file.set_len(bytes)).map_err(|reason| match reason.raw_os_error() {
+            // Here it is the directory that is missing.
+            Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Io { path: path.to_path_buf(), reason },
+            _ => explain(path, reason),
+        })?;
+        RawImage::open(path, false)
+    }
+
     /// True if nothing can be written to it.
     pub fn is_read_only(&self) -> bool {
         self.read_only

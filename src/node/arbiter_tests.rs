@@ -39,6 +39,8 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
         output_bytes_max: 1 << 20,
         output_packets_max: 1 << 10,
         control: "/nonexistent".into(),
+        disks: Vec::new(),
+        force_disk: false,
         console: ConsoleTo::None,
     }
 }

@@ -46,6 +46,21 @@ pub struct NodeConfig {
     pub control: PathBuf,
     /// Where the guest's serial console goes while the guest runs here.
     pub console: ConsoleTo,
+    /// The guest's disks, in the order in which it finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Take the disks' images whatever their stamps say.
+    pub force_disk: bool,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Its image: a raw file or a block device.
+    pub path: PathBuf,
+    /// The guest can only read it; it is not replicated then.
+    pub read_only: bool,
+    /// The serial number the guest sees, filled up with zero bytes; a secondary's is the primary's.
+    pub serial: [u8; 20],
 }
 
 /// What only a node that starts as primary needs to know.

@@ -11,6 +11,7 @@ use super::arbiter_thread::{ArbiterThread, Reach};
 use super::board::Board;
 use super::clock;
 use super::config::{Compress, NodeConfig};
+use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
 use crate::arbiter::Arbiter;
@@ -144,15 +145,16 @@ pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<
     Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(ears), clock::monotonic_us))
 }
 
-/// A paused machine behind `gate`, whose events reach the inbox and whose serial port is `console`.
+/// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose serial port is `console`.
 pub fn new_machine(
     shape: &MachineShape,
     cpu: CpuModel,
     gate: Arc<OutputGate>,
+    disks: &NodeDisks,
     console: &Console,
     events: &Sender<NodeEvent>,
 ) -> Result<Machine, NodeError> {
-    let machine = Machine::new(shape, cpu, gate, Vec::new(), console.writer())?;
+    let machine = Machine::new(shape, cpu, gate, disks.gates(), console.writer())?;
     console.plug(machine.console_input());
     let (from, to) = (machine.events(), events.clone());
     std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {

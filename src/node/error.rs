@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use super::disks::DiskError;
 use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
 use crate::control::ControlError;
@@ -67,6 +68,14 @@ pub enum NodeError {
     /// A secondary without a primary to go to.
     #[error("a secondary needs --peer, the address where its primary listens")]
     NoPeer,
+    /// The disks cannot be used.
+    #[error("{0}")]
+    Disk(#[from] DiskError),
+    /// A secondary that cannot hold what it has committed.
+    #[error(
+        "this secondary ends because its image is spoilt: {0}; the primary goes on alone until this node is mended and started again"
+    )]
+    ImageFailed(String),
     /// The parts of the node went away under it.
     #[error("the node's threads ended before it did; this is a bug in mcd, please report it with the log")]
     Gone,

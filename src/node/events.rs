@@ -8,6 +8,7 @@ use crate::machine::MachineEvent;
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::primary::{Command, ConnId};
+use crate::protocol::types::InstanceId;
 use crate::wire::{LinkCloser, LinkWriter};
 
 /// Something that happened.
@@ -78,6 +79,15 @@ pub enum NodeEvent {
     OutputWaiting,
     /// The output buffer is full.
     OutputFull,
+    /// The disks' journal is full.
+    JournalFull,
+    /// The image of the newcomer or secondary of this instance id is spoilt.
+    ImageFailed {
+        /// Whose.
+        instance: InstanceId,
+        /// Why, in words.
+        why: String,
+    },
     /// The arbiter answered.
     Answer {
         /// The question's ticket.

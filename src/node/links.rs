@@ -10,8 +10,8 @@ use crossbeam::channel::Sender;
 use super::events::NodeEvent;
 use super::priority;
 use crate::checkpoint::stage::{Stager, StagingBudget};
+use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Hello, Message, RefuseReason};
-use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::ConnId;
 use crate::wire::link::{Link, LinkError, LinkReader, Listener};
 use crate::wire::{FrameKind, LinkCloser, LinkWriter, WireError};
@@ -239,7 +239,7 @@ impl Receiver<'_> {
             }
             message => {
                 if let Message::Welcome(welcome) = &message {
-                    let pages = welcome.shape.memory_bytes / PAGE_BYTES as u64;
+                    let pages = ImageLayout::of(&welcome.shape).pages();
                     self.stager = Some(Stager::new(self.budget.clone(), pages));
                 }
                 Ok(Some(NodeEvent::Message { conn, message }))

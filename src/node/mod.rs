@@ -17,6 +17,7 @@ pub mod clock;
 pub mod config;
 mod conns;
 mod context;
+mod disks;
 mod error;
 mod events;
 mod keeper;
@@ -31,11 +32,13 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
+pub use disks::DiskError;
 pub use error::NodeError;
 
 use self::board::Board;
 use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, RETRY, Unarbitrated, new_machine, open_gate};
+use self::disks::NodeDisks;
 use self::events::NodeEvent;
 use self::links::Ears;
 use self::primary::{PrimaryEnd, PrimaryNode};
@@ -85,8 +88,12 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let me = new_instance()?;
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
+    let mut shape = start.shape.clone();
+    let (images, disks) = disks::open(&config.disks)?;
+    shape.disks = disks;
+    let disks = NodeDisks::new(&config, &shape, images, &events)?;
     let console = Console::open(&config.console)?;
-    let mut machine = new_machine(&start.shape, config.cpu, gate.clone(), &console, &events)?;
+    let mut machine = new_machine(&shape, config.cpu, gate.clone(), &disks, &console, &events)?;
     machine.memory().prefault().map_err(MachineError::from)?;
     match &start.boot {
         GuestBoot::BuiltIn(GuestAddress { ipv4, prefix_len, gateway }) => {
@@ -99,10 +106,10 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
-    let protocol = Primary::new(context.primary_config(start.shape.clone()), me, record, clock::now());
+    let protocol = Primary::new(context.primary_config(shape), me, record, clock::now());
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
-    let end = PrimaryNode::new(context, machine, gate, protocol).run(None)?;
+    let end = PrimaryNode::new(context, machine, gate, disks, protocol).run(None)?;
     drop(server);
     Ok(end_of(end))
 }
@@ -113,8 +120,9 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
 /// See [`NodeError`].
 pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeEnd, NodeError> {
     let (events, inbox) = unbounded();
-    // An occupied tap is told now, not at the takeover.
+    // An occupied tap or image is told now, not at the takeover.
     drop(open_gate(&config, &events)?);
+    disks::look(&config.disks)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Console::open(&config.console)?;
     let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
@@ -146,9 +154,9 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 
 /// The secondary is the primary now.
 fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
-    let Promoted { machine, gate, record, welcome, report } = promoted;
+    let Promoted { machine, gate, disks, record, welcome, report } = promoted;
     let protocol = Primary::new(context.primary_config(welcome.shape), me, record, clock::now());
-    Ok(end_of(PrimaryNode::new(context, machine, gate, protocol).run(Some(report))?))
+    Ok(end_of(PrimaryNode::new(context, machine, gate, disks, protocol).run(Some(report))?))
 }
 
 fn end_of(end: PrimaryEnd) -> NodeEnd {
@@ -214,6 +222,7 @@ fn claim_guest(
     };
     let stands = arbiter.read()?;
     let new = claim(stands, me, both_nodes_are_dead).map_err(|ClaimRefused::Elsewhere(record)| elsewhere(&record))?;
+    disks::may_start(config, stands.map(|record| record.generation))?;
     match arbiter.swap(stands.as_ref(), &new)? {
         Swap::Won => Ok(new),
         // The answer to an earlier try got lost, not the swap.

@@ -8,14 +8,17 @@ use serde_json::Value;
 use super::config::Compress;
 use super::conns::{Conns, stuck};
 use super::context::Context;
+use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::{announce, clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
+use crate::checkpoint::journal::JournalMode;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
 use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
+use crate::checkpoint::stamp::StampState;
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
@@ -48,6 +51,7 @@ pub struct PrimaryNode {
     context: Context,
     machine: Machine,
     gate: Arc<OutputGate>,
+    disks: NodeDisks,
     protocol: Primary,
     conns: Conns,
     sender: Option<Sender>,
@@ -62,13 +66,20 @@ pub struct PrimaryNode {
 
 impl PrimaryNode {
     /// A driver for a machine that is booted or restored, and still paused.
-    pub fn new(context: Context, machine: Machine, gate: Arc<OutputGate>, protocol: Primary) -> PrimaryNode {
+    pub fn new(
+        context: Context,
+        machine: Machine,
+        gate: Arc<OutputGate>,
+        disks: NodeDisks,
+        protocol: Primary,
+    ) -> PrimaryNode {
         let pages = machine.memory().pages();
         let pool = context.captures.clone();
         PrimaryNode {
             context,
             machine,
             gate,
+            disks,
             protocol,
             conns: Conns::default(),
             sender: None,
@@ -90,6 +101,7 @@ impl PrimaryNode {
         priority::raise();
         let resuming_us = clock::monotonic_us();
         self.gate.pass();
+        self.disks.journal().set_mode(JournalMode::Pass);
         self.machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
         // Not only after a takeover: a guest that is started anew on another host is where the switches do not look for it.
@@ -100,12 +112,14 @@ impl PrimaryNode {
         }
         loop {
             self.act()?;
+            self.disks.runs_in(self.protocol.generation());
             self.publish();
             for reply in self.replies.drain(..) {
                 // The client may have given up waiting.
                 let _ = reply.send(Ok(serde_json::json!({})));
             }
             if let Some(end) = self.end.take() {
+                self.stamp_at_the_end(&end)?;
                 return Ok(end);
             }
             let input = self.next_input()?;
@@ -113,6 +127,16 @@ impl PrimaryNode {
                 self.protocol.handle(clock::now(), input);
             }
         }
+    }
+
+    /// The guest's last word to its disks is in their stamps; a fenced node's are outdated already.
+    fn stamp_at_the_end(&mut self, end: &PrimaryEnd) -> Result<(), NodeError> {
+        if *end == PrimaryEnd::Quit {
+            self.machine.pause()?;
+            let at = EpochId { generation: self.protocol.generation(), ..self.protocol.running_epoch() };
+            self.disks.stamper().stamp(at, StampState::Whole);
+        }
+        Ok(())
     }
 
     fn announce(&self) {
@@ -159,6 +183,7 @@ impl PrimaryNode {
             }
             NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
+            NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => self.machine_event(event)?,
             NodeEvent::Command { command, reply } => {
@@ -168,6 +193,7 @@ impl PrimaryNode {
             // What a secondary hears of; a late one may still be in the channel after a takeover.
             NodeEvent::Connected { .. }
             | NodeEvent::Foreign { .. }
+            | NodeEvent::ImageFailed { .. }
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,
         })
@@ -256,6 +282,8 @@ impl PrimaryNode {
         let Some((writer, closer)) = self.conns.take(conn) else { return Ok(()) };
         self.dirt.forget();
         self.machine.track_dirt(true)?;
+        self.disks.journal().set_mode(JournalMode::Keep);
+        self.machine.kick_disks();
         let events = self.context.events.clone();
         let report = move |report: SenderReport| {
             let event = match report {
@@ -265,14 +293,14 @@ impl PrimaryNode {
             // The driver is gone: nobody needs to know.
             let _ = events.send(event);
         };
-        let memory = self.machine.memory().clone();
+        let image = self.disks.image(self.machine.memory().clone());
         let packing = match self.context.config.compress {
             _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Plain,
             Compress::None => Packing::Plain,
             Compress::Lz4 => Packing::Lz4,
             Compress::Auto => Packing::BySpeed,
         };
-        self.sender = Some(Sender::start(conn, (writer, closer), memory, packing, self.pool.clone(), report)?);
+        self.sender = Some(Sender::start(conn, (writer, closer), image, packing, self.pool.clone(), report)?);
         Ok(())
     }
 
@@ -282,6 +310,8 @@ impl PrimaryNode {
             self.context.board.aborted();
         }
         self.dirt.forget();
+        self.disks.journal().set_mode(JournalMode::Pass);
+        self.machine.kick_disks();
         self.machine.track_dirt(false)?;
         Ok(())
     }
@@ -291,7 +321,7 @@ impl PrimaryNode {
         let was_running = self.machine.is_running();
         let mut buffer = self.pool.get();
         self.machine.pause()?;
-        let taken = capture(&mut self.machine, &mut self.dirt, id, &mut buffer);
+        let taken = capture(&mut self.machine, &mut self.dirt, self.disks.journal(), id, &mut buffer);
         match output {
             OutputCut::Pass => {}
             OutputCut::Hold => self.gate.hold(),
@@ -304,7 +334,8 @@ impl PrimaryNode {
         let input = match taken {
             Ok(()) => {
                 self.protocol.note_dirt(self.dirt.taken());
-                let dirty_pages = buffer.pages.len() as u64;
+                self.protocol.note_blocks(buffer.blocks.iter().flat_map(|blocks| blocks.indexes()));
+                let dirty_pages = buffer.pages_total();
                 buffer.completes_resync = completes_resync;
                 self.on_its_way = Some(OnItsWay { started_us, pause_us, dirty_pages });
                 self.job(SenderJob::Epoch(buffer));
@@ -312,6 +343,7 @@ impl PrimaryNode {
             }
             Err(error) => {
                 self.dirt.put_back();
+                self.disks.journal().put_back();
                 Input::CaptureFailed { why: error.to_string() }
             }
         };
@@ -331,6 +363,10 @@ impl PrimaryNode {
     /// The epoch on its way is committed: its dirt is safe and its figures are complete.
     fn committed(&mut self, id: EpochId) {
         self.dirt.committed(id);
+        self.disks.journal().committed(id);
+        if self.disks.journal().take_was_full() {
+            self.machine.kick_disks();
+        }
         let Some(way) = self.on_its_way.take() else { return };
         let sample = EpochSample {
             index: 0, // the log numbers them
@@ -355,13 +391,14 @@ impl PrimaryNode {
     fn fence(&mut self) -> Result<(), NodeError> {
         self.gate.close();
         self.machine.pause()?;
+        self.disks.journal().set_mode(JournalMode::Closed);
         self.sender = None;
         self.conns.close_all();
         Ok(())
     }
 
     fn publish(&mut self) {
-        let pages = self.machine.memory().pages();
+        let pages = self.disks.layout().pages();
         self.context.board.primary(&self.protocol, self.machine.is_running(), pages, self.gate.figures());
     }
 }

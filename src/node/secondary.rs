@@ -8,13 +8,15 @@ use crossbeam::channel::RecvTimeoutError;
 use super::config::SecondaryStart;
 use super::conns::{Conns, stuck};
 use super::context::{Context, new_machine, open_gate};
+use super::disks::{self, NodeDisks};
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::links;
 use super::{clock, priority};
-use crate::checkpoint::apply::Applier;
+use crate::checkpoint::apply::{Applier, ApplyNews};
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
+use crate::checkpoint::stamp::StampState;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
@@ -40,6 +42,8 @@ pub struct Promoted {
     pub machine: Machine,
     /// Its way out, still closed.
     pub gate: Arc<OutputGate>,
+    /// Its disks, still closed.
+    pub disks: NodeDisks,
     /// The record that won.
     pub record: Record,
     /// The primary's word about the guest (its shape above all).
@@ -52,8 +56,11 @@ pub struct Promoted {
 struct Image {
     machine: Machine,
     gate: Arc<OutputGate>,
+    disks: NodeDisks,
     welcome: Welcome,
     applier: Applier,
+    /// An epoch was committed with which it is whole.
+    is_whole: bool,
 }
 
 /// When the stages of a takeover were reached, on the monotonic clock.
@@ -111,12 +118,25 @@ impl<'a> SecondaryNode<'a> {
             if let Some(end) = self.end.take() {
                 self.conns.close_all();
                 self.budget.close();
+                if matches!(end, SecondaryEnd::Over(_)) {
+                    self.put_away()?;
+                }
                 return Ok((end, self.protocol.last_conn()));
             }
             if let Some(input) = self.next_input()? {
                 self.protocol.handle(clock::now(), input);
             }
         }
+    }
+
+    /// Ends in order: the disks are at the newest committed epoch, and their stamps say so.
+    fn put_away(&mut self) -> Result<(), NodeError> {
+        let (Some(image), Some(committed)) = (&self.image, self.protocol.committed()) else { return Ok(()) };
+        if image.is_whole {
+            image.applier.finish(committed)?;
+            image.disks.stamper().stamp(committed, StampState::Whole);
+        }
+        Ok(())
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
@@ -182,6 +202,9 @@ impl<'a> SecondaryNode<'a> {
                 // Late ones of a connection given up must not spoil the image of the next, and the others have no place to go.
                 _ => Some(Input::Closed { conn, why: "it sent pages out of turn".into() }),
             },
+            NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
+                return Err(NodeError::ImageFailed(why));
+            }
             NodeEvent::Answer { ticket, answer } => {
                 self.stages.decided_us = clock::monotonic_us();
                 Some(Input::Answer { ticket, answer })
@@ -201,7 +224,13 @@ impl<'a> SecondaryNode<'a> {
                 answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
                 None
             }
-            NodeEvent::Machine(_) | NodeEvent::OutputWaiting | NodeEvent::OutputFull | NodeEvent::Pushed { .. } => None,
+            // What a primary hears of, and of an image that is gone already.
+            NodeEvent::Machine(_)
+            | NodeEvent::OutputWaiting
+            | NodeEvent::OutputFull
+            | NodeEvent::JournalFull
+            | NodeEvent::ImageFailed { .. }
+            | NodeEvent::Pushed { .. } => None,
         })
     }
 
@@ -252,23 +281,32 @@ impl<'a> SecondaryNode<'a> {
 
     fn build_image(&self, welcome: Welcome) -> Result<Image, NodeError> {
         let gate = open_gate(&self.context.config, &self.context.events)?;
-        let machine = new_machine(
-            &welcome.shape,
-            self.context.config.cpu,
-            gate.clone(),
-            &self.context.console,
-            &self.context.events,
-        )?;
+        let config = &self.context.config;
+        let images = disks::open_for(config, &welcome.shape)?;
+        let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
+        let machine =
+            new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
         machine.memory().prefault().map_err(MachineError::from)?;
-        let applier = Applier::start(machine.memory().clone(), self.budget.clone())?;
-        Ok(Image { machine, gate, welcome, applier })
+        disks.begin_filling(welcome.generation)?;
+        let image = disks.image(machine.memory().clone());
+        let (stamper, instance, events) = (disks.stamper(), self.protocol.me(), self.context.events.clone());
+        let tell = move |news| match news {
+            ApplyNews::Whole(id) => stamper.stamp(id, StampState::Applying),
+            ApplyNews::Failed(why) => {
+                // A node that is ending does not mind.
+                let _ = events.send(NodeEvent::ImageFailed { instance, why });
+            }
+        };
+        let applier = Applier::start(image, self.budget.clone(), tell)?;
+        Ok(Image { machine, gate, disks, welcome, applier, is_whole: false })
     }
 
     /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end the node instead.
     fn commit(&mut self, id: EpochId) -> Result<(), NodeError> {
-        match (&self.image, self.staged.take_if(|epoch| epoch.id == id)) {
+        match (&mut self.image, self.staged.take_if(|epoch| epoch.id == id)) {
             (Some(image), Some(epoch)) => {
+                image.is_whole |= epoch.completes_resync;
                 image.applier.epoch(epoch);
                 Ok(())
             }
@@ -277,7 +315,7 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn promote(&mut self, record: Record, epoch: EpochId, cause: String) -> Result<(), NodeError> {
-        let Some(Image { mut machine, gate, welcome, applier }) = self.image.take() else {
+        let Some(Image { mut machine, gate, disks, welcome, applier, .. }) = self.image.take() else {
             return Err(NodeError::GuestFailed("there is no image to take over with".into()));
         };
         let state = applier.finish(epoch)?;
@@ -299,7 +337,7 @@ impl<'a> SecondaryNode<'a> {
             started_monotonic_us: suspected_us,
             first_packet_monotonic_us: None,
         };
-        self.end = Some(SecondaryEnd::Promoted(Box::new(Promoted { machine, gate, record, welcome, report })));
+        self.end = Some(SecondaryEnd::Promoted(Box::new(Promoted { machine, gate, disks, record, welcome, report })));
         Ok(())
     }
 }

@@ -55,6 +55,10 @@ pub struct MachineShape {
     pub rng: bool,
 }
 
+/// Most bytes that wait for their commit in the journal of a machine's disks, all of them together; a block counts with what it takes
+/// beside its content. (A single write that is larger is taken when nothing else is there.)
+pub const JOURNAL_BYTES_MAX: u64 = 64 << 20;
+
 /// Most disks a machine may have.
 pub const DISKS_MAX: usize = 6;
 /// Bytes of a disk's sector: a disk's size is a multiple of it.
@@ -84,11 +88,14 @@ impl MachineShape {
         MachineShape { memory_bytes, cpus, mac, disks: Vec::new(), rng: false }
     }
 
-    /// The most bytes one epoch of this machine can take in staging memory: every page raw with its record header, and the machine's state.
+    /// The most bytes one epoch of this machine can take in staging memory: every page raw with its record header, the machine's state, and
+    /// what its disks' journal holds.
     pub fn epoch_bytes_max(&self) -> u64 {
         const STATE_BYTES_MAX: u64 = 1 << 20;
         let headers = self.memory_bytes / 256;
-        self.memory_bytes.saturating_add(headers).saturating_add(STATE_BYTES_MAX * (1 + u64::from(self.cpus)))
+        let journal = if self.disks.iter().all(|disk| disk.read_only) { 0 } else { JOURNAL_BYTES_MAX };
+        let state = STATE_BYTES_MAX * (1 + u64::from(self.cpus));
+        self.memory_bytes.saturating_add(headers).saturating_add(journal).saturating_add(state)
     }
 }
 

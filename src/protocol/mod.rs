@@ -5,6 +5,7 @@ pub mod arbitration;
 pub mod claim;
 pub mod event;
 pub mod heartbeat;
+pub mod layout;
 pub mod messages;
 pub mod mutant;
 pub mod pages;

@@ -72,11 +72,14 @@ impl PageSet {
         self.trim();
     }
 
-    /// Removes every page of `other`.
-    pub fn subtract(&mut self, other: &PageSet) {
+    /// Removes every page of `other`, which may range over fewer pages; how many that were.
+    pub fn subtract(&mut self, other: &PageSet) -> u64 {
+        let mut removed = 0;
         for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            removed += u64::from((*mine & theirs).count_ones());
             *mine &= !theirs;
         }
+        removed
     }
 
     /// Adds the pages whose bits are set in `words`, which start at page `first` (a multiple of 64).
@@ -156,7 +159,7 @@ mod tests {
         b.insert(5);
         a.union_with(&b);
         assert_eq!(a.iter().collect::<Vec<_>>(), vec![0, 5, 63, 64, 199]);
-        a.subtract(&b);
+        assert_eq!(a.subtract(&b), 2);
         assert_eq!(a.iter().collect::<Vec<_>>(), vec![0, 63, 199]);
         assert_eq!(a.count(), 3);
     }

@@ -2,6 +2,7 @@
 //! there ends in one clear line and the right exit code, or in nothing at all; never in a panic.
 
 mod arbiter;
+mod disks;
 #[expect(dead_code, reason = "another test uses the rest")]
 #[path = "../etcd/mod.rs"]
 mod etcd;

@@ -4,10 +4,12 @@ use alloc::alloc::{Layout, alloc, dealloc};
 use core::fmt::Write;
 
 use mcd_guest::dirty::{PAGE_BYTES, Plan, Writer};
+use mcd_guest::disk::{self, Content, DiskError, Run};
 use mcd_guest::server::{Address, DirtyRefusal, DirtyStatus, Host, MemoryUse, PORT, Server};
 use mcd_guest::sum::Checksum;
 
 use super::boot_info::{BootInfo, HOLE_END, HOLE_START};
+use super::disk::Disk;
 use super::net::Net;
 use super::ports::{Event, Serial, WAIT_FOREVER, tell, wait};
 use super::writer::BOARD;
@@ -61,6 +63,9 @@ struct Machine {
     memory_pages: u64,
     /// The memory writer, if it has no vCPU of its own.
     writer: Option<Writer>,
+    disk: Option<Disk>,
+    /// The disk's background writer.
+    run: Run,
     /// The region in use by the newest plan.
     region: Option<Region>,
     /// The region before it, until the writer has taken the newest plan.
@@ -100,15 +105,21 @@ impl Machine {
             cpus: info.cpus,
             memory_pages: info.memory_bytes / PAGE_BYTES,
             writer: (info.cpus < 2).then(Writer::new),
+            disk: Disk::find(),
+            run: Run::default(),
             region: None,
             retired: None,
         }
     }
 
-    /// Lets the memory writer do its share if it has no vCPU of its own; when it wants the next one.
+    /// Lets the disk's writer do its share, and the memory writer if it has no vCPU of its own; when one wants the next.
     fn write_some(&mut self) -> Option<u64> {
         let now_us = self.now_us();
-        self.writer.as_mut()?.step(&BOARD, now_us)
+        let memory_us = self.writer.as_mut().and_then(|writer| writer.step(&BOARD, now_us));
+        let mut run = self.run;
+        let disk_us = run.step(now_us, |block, seed| self.disk_write(block, seed));
+        self.run = run;
+        memory_us.into_iter().chain(disk_us).min()
     }
 
     /// Where page `page` of RAM lies.
@@ -184,6 +195,27 @@ impl Host for Machine {
                 return false;
             }
         }
+    }
+
+    fn disk_blocks(&self) -> u64 {
+        self.disk.as_ref().map_or(0, Disk::blocks)
+    }
+
+    fn disk_write(&mut self, block: u64, seed: u64) -> Result<(), DiskError> {
+        self.disk.as_mut().ok_or(DiskError::None)?.write(block, |content| disk::fill(block, seed, content))
+    }
+
+    fn disk_read(&mut self, block: u64) -> Result<Content, DiskError> {
+        let content = self.disk.as_mut().ok_or(DiskError::None)?.read(block)?;
+        Ok(disk::judge(block, content))
+    }
+
+    fn disk_flush(&mut self) -> Result<(), DiskError> {
+        self.disk.as_mut().ok_or(DiskError::None)?.flush()
+    }
+
+    fn disk_run(&mut self) -> &mut Run {
+        &mut self.run
     }
 
     fn shut_down(&mut self) {

@@ -2,10 +2,12 @@
 
 mod boot_info;
 mod clock;
+mod disk;
 mod entry;
 mod heap;
 mod host;
 mod memory_functions;
+mod mmio;
 mod net;
 mod ports;
 mod virtqueue;

@@ -5,10 +5,9 @@ use alloc::alloc::{Layout, alloc, handle_alloc_error};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 
+use super::mmio::Registers;
 use super::virtqueue::{DESCRIPTOR_WRITE, Virtqueue};
 
-/// Where device 0 answers.
-const DEVICE: u64 = 0xD000_0000;
 /// Receive buffers. Few are enough: what finds none waits in the host's tap, and each one in use is half a page of dirt.
 const RECEIVE_BUFFERS: usize = 64;
 /// Frames that can be on their way out at once.
@@ -25,35 +24,11 @@ const RECEIVE: u32 = 0;
 /// See [`RECEIVE`].
 const TRANSMIT: u32 = 1;
 
-/// Offsets of the registers of virtio-mmio, version 2.
-mod register {
-    pub const MAGIC: u64 = 0x000;
-    pub const VERSION: u64 = 0x004;
-    pub const DEVICE_ID: u64 = 0x008;
-    pub const DEVICE_FEATURES: u64 = 0x010;
-    pub const DEVICE_FEATURES_SELECT: u64 = 0x014;
-    pub const DRIVER_FEATURES: u64 = 0x020;
-    pub const DRIVER_FEATURES_SELECT: u64 = 0x024;
-    pub const QUEUE_SELECT: u64 = 0x030;
-    pub const QUEUE_SIZE_MAX: u64 = 0x034;
-    pub const QUEUE_SIZE: u64 = 0x038;
-    pub const QUEUE_READY: u64 = 0x044;
-    pub const QUEUE_NOTIFY: u64 = 0x050;
-    pub const STATUS: u64 = 0x070;
-    pub const QUEUE_ADDRESSES: [u64; 3] = [0x080, 0x090, 0x0A0];
-}
-
-/// "virt", little-endian.
-const MAGIC: u32 = 0x7472_6976;
 const NETWORK_DEVICE: u32 = 1;
-/// Status bits: acknowledged, driver, features agreed, driver works.
-const ACKNOWLEDGE: u32 = 1;
-const DRIVER: u32 = 2;
-const DRIVER_OK: u32 = 4;
-const FEATURES_OK: u32 = 8;
-/// Feature bits in the lower and upper word: the device's own Ethernet address; the modern interface.
+/// Feature bit: the device's own Ethernet address.
 const FEATURE_MAC: u32 = 1 << 5;
-const FEATURE_VERSION_1: u32 = 1;
+/// Device 0 is the network.
+const REGISTERS: Registers = Registers::of(0);
 
 /// The network device as smoltcp drives it.
 pub struct Net {
@@ -77,18 +52,10 @@ struct Transmitter {
 impl Net {
     /// Takes the device into use.
     pub fn new() -> Result<Net, &'static str> {
-        if read(register::MAGIC) != MAGIC || read(register::VERSION) != 2 || read(register::DEVICE_ID) != NETWORK_DEVICE
-        {
+        if !REGISTERS.is(NETWORK_DEVICE) {
             return Err("device 0 is no modern virtio network device");
         }
-        write(register::STATUS, 0);
-        write(register::STATUS, ACKNOWLEDGE);
-        write(register::STATUS, ACKNOWLEDGE | DRIVER);
-        agree_on_features()?;
-        write(register::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-        if read(register::STATUS) & FEATURES_OK == 0 {
-            return Err("the network device refused the features");
-        }
+        REGISTERS.begin(FEATURE_MAC)?;
         let mut receiver = Receiver { queue: Virtqueue::new(), buffers: buffers(RECEIVE_BUFFERS) };
         let transmitter = Transmitter {
             queue: Virtqueue::new(),
@@ -96,12 +63,12 @@ impl Net {
             free: core::array::from_fn(|i| i as u16),
             free_count: TRANSMIT_BUFFERS,
         };
-        set_up_queue(RECEIVE, RECEIVE_BUFFERS, receiver.queue.addresses())?;
-        set_up_queue(TRANSMIT, TRANSMIT_BUFFERS, transmitter.queue.addresses())?;
+        REGISTERS.set_up_queue(RECEIVE, RECEIVE_BUFFERS, receiver.queue.addresses())?;
+        REGISTERS.set_up_queue(TRANSMIT, TRANSMIT_BUFFERS, transmitter.queue.addresses())?;
         for id in 0..RECEIVE_BUFFERS as u16 {
             receiver.give(id);
         }
-        write(register::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        REGISTERS.start();
         let mut net = Net { receiver, transmitter };
         net.flush();
         Ok(net)
@@ -111,7 +78,7 @@ impl Net {
     pub fn flush(&mut self) {
         self.transmitter.flush();
         if self.receiver.queue.wants_notice() {
-            write(register::QUEUE_NOTIFY, RECEIVE);
+            REGISTERS.notify(RECEIVE);
         }
     }
 }
@@ -127,7 +94,7 @@ impl Receiver {
 impl Transmitter {
     fn flush(&mut self) {
         if self.queue.wants_notice() {
-            write(register::QUEUE_NOTIFY, TRANSMIT);
+            REGISTERS.notify(TRANSMIT);
         }
     }
 
@@ -239,43 +206,4 @@ fn buffers(count: usize) -> *mut u8 {
         start.write_bytes(0, layout.size());
         start
     }
-}
-
-fn agree_on_features() -> Result<(), &'static str> {
-    write(register::DEVICE_FEATURES_SELECT, 1);
-    if read(register::DEVICE_FEATURES) & FEATURE_VERSION_1 == 0 {
-        return Err("the network device is a legacy one");
-    }
-    write(register::DEVICE_FEATURES_SELECT, 0);
-    let low = read(register::DEVICE_FEATURES) & FEATURE_MAC;
-    write(register::DRIVER_FEATURES_SELECT, 0);
-    write(register::DRIVER_FEATURES, low);
-    write(register::DRIVER_FEATURES_SELECT, 1);
-    write(register::DRIVER_FEATURES, FEATURE_VERSION_1);
-    Ok(())
-}
-
-fn set_up_queue(number: u32, size: usize, addresses: [u64; 3]) -> Result<(), &'static str> {
-    write(register::QUEUE_SELECT, number);
-    if (read(register::QUEUE_SIZE_MAX) as usize) < size {
-        return Err("the network device's queues are too short");
-    }
-    write(register::QUEUE_SIZE, size as u32);
-    for (place, address) in register::QUEUE_ADDRESSES.into_iter().zip(addresses) {
-        write(place, address as u32);
-        write(place + 4, (address >> 32) as u32);
-    }
-    write(register::QUEUE_READY, 1);
-    Ok(())
-}
-
-fn read(offset: u64) -> u32 {
-    // SAFETY: a register of device 0; the host maps the window for every vCPU.
-    unsafe { ((DEVICE + offset) as *const u32).read_volatile() }
-}
-
-fn write(offset: u64, value: u32) {
-    // SAFETY: a register of device 0; the host maps the window for every vCPU. Not reordered with the ring writes: those are
-    // volatile or releasing stores.
-    unsafe { ((DEVICE + offset) as *mut u32).write_volatile(value) }
 }

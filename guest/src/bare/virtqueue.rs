@@ -7,6 +7,8 @@ use core::sync::atomic::{AtomicU16, Ordering, fence};
 const AVAILABLE_NO_INTERRUPT: u16 = 1;
 /// In `Used::flags`: the device looks by itself, do not notify.
 const USED_NO_NOTIFY: u16 = 1;
+/// In `Descriptor::flags`: another one follows.
+const DESCRIPTOR_NEXT: u16 = 1;
 /// In `Descriptor::flags`: the device writes the buffer.
 pub const DESCRIPTOR_WRITE: u16 = 2;
 
@@ -101,6 +103,25 @@ impl<const N: usize> Virtqueue<N> {
             descriptor.write_volatile(Descriptor { address, bytes, flags, next: 0 });
             (&raw mut self.rings.available.ring[usize::from(self.published) % N]).write_volatile(id);
         }
+        self.published = self.published.wrapping_add(1);
+        self.rings.available.index.store(self.published, Ordering::Release);
+    }
+
+    /// Gives the device one request of several buffers, each with its address, length and flags, under number 0. Nothing else may be with
+    /// the device, and there must be a descriptor for each.
+    pub fn publish_chain<const M: usize>(&mut self, buffers: [(u64, u32, u16); M]) {
+        const { assert!(M >= 1 && M <= N, "a descriptor for each") };
+        for (index, (address, bytes, flags)) in buffers.into_iter().enumerate() {
+            let next = index as u16 + 1;
+            let flags = if usize::from(next) < M { flags | DESCRIPTOR_NEXT } else { flags };
+            // SAFETY: a descriptor of our own (M is at most N). The device reads it only after the index below says so, hence a volatile
+            // write and a releasing store.
+            unsafe {
+                (&raw mut self.rings.descriptors[index]).write_volatile(Descriptor { address, bytes, flags, next });
+            }
+        }
+        // SAFETY: a place in our own ring, as above.
+        unsafe { (&raw mut self.rings.available.ring[usize::from(self.published) % N]).write_volatile(0) };
         self.published = self.published.wrapping_add(1);
         self.rings.available.index.store(self.published, Ordering::Release);
     }

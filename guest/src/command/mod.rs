@@ -1,6 +1,7 @@
 //! The commands: what they are called, what they take and what they do.
 
 mod client;
+mod disk;
 
 use alloc::vec::Vec;
 
@@ -99,6 +100,7 @@ enum Command {
     Del,
     Digest,
     Dirty,
+    Disk,
     Echo,
     Exists,
     FlushAll,
@@ -154,6 +156,7 @@ const TABLE: &[Spec] = &[
     spec("flushdb", Command::FlushAll, -1, "write", NO_KEYS),
     spec("digest", Command::Digest, 1, "readonly", NO_KEYS),
     spec("dirty", Command::Dirty, -1, "admin", NO_KEYS),
+    spec("disk", Command::Disk, -2, "admin", NO_KEYS),
     spec("sum", Command::Sum, 1, "admin", NO_KEYS),
     spec("info", Command::Info, -1, "fast", NO_KEYS),
     spec("time", Command::Time, 1, "fast", NO_KEYS),
@@ -256,6 +259,7 @@ fn run<H: Host>(
             return Outcome::Close;
         }
         Command::Sum => return Outcome::Sum(Checksum::default()),
+        Command::Disk => disk::disk(arguments, context.host, reply),
         Command::Dirty => return dirty(arguments, context.host, reply),
     }
     Outcome::Done

@@ -95,6 +95,29 @@ fn data_commands_answer_as_redis_does() {
 }
 
 #[test]
+fn disks_are_written_and_read() {
+    let mut client = Client::new();
+    let usage = "-ERR use DISK INFO, DISK WRITE <block> <seed>, DISK READ <block> or DISK RUN <blocks> <per-second>|";
+    client.check(&[
+        ("DISK READ 3", ":0|"),
+        ("DISK WRITE 3 77", "+OK|"),
+        ("disk read 3", ":77|"),
+        ("DISK READ 2", ":0|"),
+        ("DISK WRITE 8 77", "-ERR there is no such block on the disk|"),
+        ("DISK READ 8", "-ERR there is no such block on the disk|"),
+        ("DISK WRITE 3 0", "-ERR value is not an integer or out of range|"),
+        ("DISK WRITE 3", usage),
+        ("DISK READ x", "-ERR value is not an integer or out of range|"),
+        ("DISK WHAT", usage),
+        ("DISK", "-ERR wrong number of arguments for 'disk' command|"),
+        ("DISK RUN 9 5", "-ERR there is no such block on the disk|"),
+        ("DISK RUN 2 5", "+OK|"),
+        ("DISK INFO", "*10|$6|blocks|:8|$10|run_blocks|:2|$14|run_per_second|:5|$11|run_written|:0|$10|run_failed|:0|"),
+    ]);
+    assert_eq!(client.host.unflushed, 0, "a write that was acknowledged was flushed");
+}
+
+#[test]
 fn clients_start_up_cleanly() {
     let mut client = Client::new();
     client.check(&[
@@ -178,7 +201,7 @@ proptest! {
     #[test]
     fn any_arguments_get_one_reply(
         command in 0..TABLE.len(),
-        arguments in prop::collection::vec("[ -~\r\n]{0,8}|EX|NX|XX|GET|AUTH|default|INFO|CHECK|-?[0-9]{1,19}", 0..5),
+        arguments in prop::collection::vec("[ -~\r\n]{0,8}|EX|NX|XX|GET|AUTH|default|INFO|CHECK|READ|WRITE|RUN|-?[0-9]{1,19}", 0..5),
     ) {
         let mut client = Client::new();
         let mut input = format!("*{}\r\n", arguments.len() + 1);

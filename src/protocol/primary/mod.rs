@@ -28,6 +28,7 @@ use self::peer::Peer;
 use super::arbitration::{ArbiterRequest, Arbitration};
 use super::event::Event;
 use super::heartbeat::StallGuard;
+use super::layout::ImageLayout;
 use super::messages::{Channel, Message};
 use super::mutant;
 use super::pages::PageSet;
@@ -170,6 +171,13 @@ impl Primary {
         }
     }
 
+    /// The same for the blocks of disks that travel in it, by their index in the [image's row](crate::protocol::layout).
+    pub fn note_blocks(&mut self, blocks: impl Iterator<Item = u64>) {
+        if let Some(ledger) = &mut self.ledger {
+            blocks.for_each(|block| ledger.settle(block));
+        }
+    }
+
     /// Takes what happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
         self.notice_stall(now);
@@ -184,6 +192,8 @@ impl Primary {
             Input::Closed { conn, why } => self.closed(now, conn, &why),
             Input::OutputWaiting => self.epochs.output_waiting(),
             Input::OutputFull => self.output_full(),
+            // A disk waits, not the guest: nothing has to stop, only the epoch to be cut.
+            Input::JournalFull => self.epochs.press(),
             Input::Captured { id } => self.captured(id),
             Input::CaptureFailed { why } => self.capture_failed(now, &why),
             Input::Pushed => self.pushed(),
@@ -397,7 +407,7 @@ impl Primary {
     fn start_resync(&mut self, now: Instant, conn: ConnId) {
         self.phase = Phase::Resync;
         self.pairing_checked = false;
-        self.ledger = Some(Ledger::new(self.config.shape.memory_bytes / super::pages::PAGE_BYTES as u64));
+        self.ledger = Some(Ledger::new(ImageLayout::of(&self.config.shape).pages()));
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });
         if let Some(newcomer) = self.peer() {

@@ -81,6 +81,8 @@ pub enum Input {
     OutputWaiting,
     /// The output buffer is full.
     OutputFull,
+    /// The disks' journal is full.
+    JournalFull,
     /// The epoch asked for was captured and handed to the link.
     Captured {
         /// The epoch.

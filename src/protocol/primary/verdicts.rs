@@ -47,7 +47,11 @@ impl Primary {
         match (self.phase, verdict) {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
-            (Phase::Stopping, Verdict::Won(_)) => self.end(),
+            (Phase::Stopping, Verdict::Won(record)) => {
+                // What the disks are stamped with: with an older one they would be taken for outdated.
+                self.record = record;
+                self.end();
+            }
             (_, Verdict::Won(record)) if record == self.record => self.confirmed(now),
             (Phase::Stopping, Verdict::Stands(Some(record)))
                 if self.is_ours_since(&record) && !mutant::is("stop-only-from-the-old-record") =>

@@ -1,0 +1,165 @@
+//! The guest's image as one row of pages: its memory and the blocks of its disks, read and written by index.
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use super::disk::read_block;
+use crate::device::block::{BlockBackend, Stored};
+use crate::machine::memory::{GuestRam, MemoryError};
+use crate::protocol::layout::{ImageLayout, Place};
+use crate::protocol::pages::PAGE_BYTES;
+
+/// Most bytes gathered before they are written to a disk.
+const RUN_BYTES_MAX: usize = 1 << 20;
+
+/// Why a page of the image cannot be read or written.
+#[derive(Debug, Error)]
+pub enum ImagePageError {
+    /// It is of memory, and memory says why.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    /// It is of a disk, and its storage says why.
+    #[error("disk {disk}: {reason}: look after its image and the storage under it")]
+    Disk {
+        /// The disk's number.
+        disk: usize,
+        /// What the storage said.
+        reason: io::Error,
+    },
+    /// There is no such page.
+    #[error("page {index} is beyond the image's {pages} pages")]
+    NoSuchPage {
+        /// Its index.
+        index: u64,
+        /// How many there are.
+        pages: u64,
+    },
+}
+
+/// The image. Clones share it.
+#[derive(Clone)]
+pub struct GuestImage {
+    memory: GuestRam,
+    layout: Arc<ImageLayout>,
+    disks: Arc<[Arc<dyn BlockBackend>]>,
+}
+
+impl GuestImage {
+    /// The image in `memory` and `disks`, which are those of `layout`, in the same order.
+    pub fn new(memory: GuestRam, layout: Arc<ImageLayout>, disks: Vec<Arc<dyn BlockBackend>>) -> GuestImage {
+        GuestImage { memory, layout, disks: disks.into() }
+    }
+
+    /// How many pages it has.
+    pub fn pages(&self) -> u64 {
+        self.layout.pages()
+    }
+
+    fn place(&self, index: u64) -> Result<Place, ImagePageError> {
+        self.layout.place(index).ok_or(ImagePageError::NoSuchPage { index, pages: self.layout.pages() })
+    }
+
+    fn disk(&self, disk: usize) -> Result<&dyn BlockBackend, ImagePageError> {
+        let missing = || ImagePageError::Disk { disk, reason: io::Error::other("the machine has no such disk") };
+        self.disks.get(disk).map(|image| &**image).ok_or_else(missing)
+    }
+
+    /// Reads page `index`. While the guest runs the copy may be torn.
+    ///
+    /// # Errors
+    /// [`ImagePageError`].
+    pub fn read(&self, index: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), ImagePageError> {
+        match self.place(index)? {
+            Place::Memory(page) => Ok(self.memory.read_page(page, into)?),
+            Place::Block { disk, block } => {
+                read_block(self.disk(disk)?, block, into).map_err(|reason| ImagePageError::Disk { disk, reason })
+            }
+        }
+    }
+
+    /// A way to write pages; blocks that lie together on a disk are written together.
+    pub fn writer(&self) -> ImageWriter<'_> {
+        ImageWriter { image: self, run: None, bytes: Vec::new() }
+    }
+
+    /// Returns when everything written to the disks before outlives a loss of power.
+    ///
+    /// # Errors
+    /// [`ImagePageError::Disk`].
+    pub fn flush(&self) -> Result<(), ImagePageError> {
+        for (disk, image) in self.disks.iter().enumerate() {
+            image.flush().map_err(|reason| ImagePageError::Disk { disk, reason })?;
+        }
+        Ok(())
+    }
+}
+
+/// Blocks that lie together and are not written yet.
+#[derive(Clone, Copy)]
+struct Run {
+    disk: usize,
+    first_block: u64,
+    blocks: u64,
+    /// All of them are zeros; else their content is in the writer's `bytes`.
+    zeros: bool,
+}
+
+/// Writes pages of an image. What was put is there after [`ImageWriter::finish`].
+pub struct ImageWriter<'a> {
+    image: &'a GuestImage,
+    run: Option<Run>,
+    bytes: Vec<u8>,
+}
+
+impl ImageWriter<'_> {
+    /// Puts page `index`; `None` is zeros.
+    ///
+    /// # Errors
+    /// [`ImagePageError`], also for blocks put before.
+    pub fn put(&mut self, index: u64, content: Option<&[u8; PAGE_BYTES]>) -> Result<(), ImagePageError> {
+        let (disk, block) = match self.image.place(index)? {
+            Place::Memory(page) => {
+                return Ok(self.image.memory.write_page(page, content.unwrap_or(&[0; PAGE_BYTES]))?);
+            }
+            Place::Block { disk, block } => (disk, block),
+        };
+        let zeros = content.is_none();
+        let goes_on = self.run.is_some_and(|run| {
+            (run.disk, run.zeros, run.first_block + run.blocks) == (disk, zeros, block)
+                && self.bytes.len() < RUN_BYTES_MAX
+        });
+        if !goes_on {
+            self.finish()?;
+        }
+        self.run.get_or_insert(Run { disk, first_block: block, blocks: 0, zeros }).blocks += 1;
+        self.bytes.extend_from_slice(content.map_or(&[], |content| &content[..]));
+        Ok(())
+    }
+
+    /// Writes what was put and is not written yet.
+    ///
+    /// # Errors
+    /// [`ImagePageError`].
+    pub fn finish(&mut self) -> Result<(), ImagePageError> {
+        let Some(run) = self.run.take() else { return Ok(()) };
+        let image = self.image.disk(run.disk)?;
+        let offset = run.first_block.saturating_mul(PAGE_BYTES as u64);
+        // The last block of a disk may be longer than what is left of the disk.
+        let length = (run.blocks * PAGE_BYTES as u64).min(image.bytes().saturating_sub(offset));
+        let written = if run.zeros {
+            image.discard(offset, length)
+        } else {
+            let length = usize::try_from(length).unwrap_or(usize::MAX).min(self.bytes.len());
+            image.write(offset, self.bytes.get(..length).unwrap_or_default())
+        };
+        self.bytes.clear();
+        let reason = match written {
+            Ok(Stored::Accepted) => return Ok(()),
+            Ok(Stored::Full) => io::Error::other("its storage takes nothing now"),
+            Err(reason) => reason,
+        };
+        Err(ImagePageError::Disk { disk: run.disk, reason })
+    }
+}

@@ -1,0 +1,242 @@
+//! What the guest wrote to its disks in the open epoch, and in the one on its way: the disks' part of I5.
+//!
+//! The journal keeps whole blocks as they are after each write, so an epoch holds each block once, with its content at the capture.
+//! What the journal holds is bounded: a write that finds no room waits, and the epoch is cut at once to make some.
+
+use std::collections::BTreeMap;
+use std::mem;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::types::EpochId;
+
+/// The content of a block.
+pub type Block = [u8; PAGE_BYTES];
+
+/// Bytes a block costs in the journal: its content and what it takes to find it.
+pub const BLOCK_COST_BYTES: u64 = PAGE_BYTES as u64 + ZERO_COST_BYTES;
+/// Bytes a block of zeros costs.
+pub const ZERO_COST_BYTES: u64 = 64;
+
+/// What the journal tells the driver; called from a disk's thread, so it must not block.
+pub trait JournalListener: Send + Sync {
+    /// A write found the journal full.
+    fn journal_full(&self);
+}
+
+/// Blocks by their index in the image's row, each with its content.
+#[derive(Clone, Debug, Default)]
+pub struct BlockSet {
+    /// Where in `bytes` a block is; `None` if it is all zeros.
+    slots: BTreeMap<u64, Option<usize>>,
+    bytes: Vec<u8>,
+}
+
+impl BlockSet {
+    /// How many blocks there are.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// True if there is none.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// The blocks' indexes, rising.
+    pub fn indexes(&self) -> impl Iterator<Item = u64> + '_ {
+        self.slots.keys().copied()
+    }
+
+    /// The blocks, by rising index.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Block)> {
+        self.slots.iter().map(|(index, slot)| (*index, self.content(*slot)))
+    }
+
+    fn content(&self, slot: Option<usize>) -> &Block {
+        const ZEROS: Block = [0; PAGE_BYTES];
+        slot.and_then(|at| self.bytes.get(at..)).and_then(|rest| rest.first_chunk()).unwrap_or(&ZEROS)
+    }
+
+    /// Sets a block's content; `None` is zeros.
+    fn put(&mut self, index: u64, content: Option<&Block>) {
+        let slot = self.slots.entry(index).or_default();
+        match (content, *slot) {
+            // Its old room is lost until the epoch is cut; a block is seldom written and then discarded in one epoch.
+            (None, _) => *slot = None,
+            (Some(content), Some(at)) => {
+                if let Some(room) = self.bytes.get_mut(at..at + PAGE_BYTES) {
+                    room.copy_from_slice(content);
+                }
+            }
+            (Some(content), None) => {
+                *slot = Some(self.bytes.len());
+                self.bytes.extend_from_slice(content);
+            }
+        }
+    }
+
+    fn cost_bytes(&self) -> u64 {
+        self.bytes.len() as u64 + self.slots.len() as u64 * ZERO_COST_BYTES
+    }
+
+    fn clear(&mut self) {
+        self.slots.clear();
+        self.bytes.clear();
+    }
+}
+
+/// What becomes of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JournalMode {
+    /// Nothing is written: this node does not run the guest.
+    Closed,
+    /// It goes to the image and nowhere else.
+    Pass,
+    /// It goes to the image, and its blocks travel in the open epoch.
+    Keep,
+}
+
+#[derive(Default)]
+struct Kept {
+    open: Arc<BlockSet>,
+    taken: Option<(EpochId, Arc<BlockSet>)>,
+    /// An empty set whose memory was used before: memory touched for the first time costs the host more than the copy.
+    spare: Option<Arc<BlockSet>>,
+    /// Room promised to writes under way.
+    promised_bytes: u64,
+    told_full: bool,
+    was_full: bool,
+}
+
+impl Kept {
+    fn used_bytes(&self) -> u64 {
+        let taken = self.taken.as_ref().map_or(0, |(_, blocks)| blocks.cost_bytes());
+        self.open.cost_bytes() + taken + self.promised_bytes
+    }
+
+    /// The epoch on its way will not arrive: its blocks belong to the open one, unless they were written again.
+    fn put_back(&mut self) {
+        let Some((_, taken)) = self.taken.take() else { return };
+        let open = Arc::make_mut(&mut self.open);
+        for (index, slot) in &taken.slots {
+            if !open.slots.contains_key(index) {
+                open.put(*index, slot.map(|_| taken.content(*slot)));
+            }
+        }
+    }
+
+    fn forget(&mut self) {
+        let was_full = self.was_full;
+        *self = Kept { promised_bytes: self.promised_bytes, was_full, ..Kept::default() };
+    }
+}
+
+/// The journal of all disks of one machine.
+pub struct DiskJournal {
+    bytes_max: u64,
+    listener: Box<dyn JournalListener>,
+    /// Held for reading as long as a write takes, so that a change of mode finds none half done.
+    mode: RwLock<JournalMode>,
+    kept: Mutex<Kept>,
+}
+
+/// Room in the journal for a write that is under way. Dropping it gives back what was not used.
+pub struct Promise<'a> {
+    journal: &'a DiskJournal,
+    bytes: u64,
+}
+
+impl Promise<'_> {
+    /// Keeps the content of block `index` after the write; `None` is zeros.
+    pub fn keep(&self, index: u64, content: Option<&Block>) {
+        Arc::make_mut(&mut self.journal.kept.lock().open).put(index, content);
+    }
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        self.journal.kept.lock().promised_bytes -= self.bytes;
+    }
+}
+
+impl DiskJournal {
+    /// A closed journal of at most `bytes_max` bytes.
+    pub fn new(bytes_max: u64, listener: Box<dyn JournalListener>) -> Arc<DiskJournal> {
+        let mode = RwLock::new(JournalMode::Closed);
+        Arc::new(DiskJournal { bytes_max, listener, mode, kept: Mutex::default() })
+    }
+
+    /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for writes under way.
+    pub fn set_mode(&self, mode: JournalMode) {
+        let mut now = self.mode.write();
+        *now = mode;
+        self.kept.lock().forget();
+    }
+
+    /// The mode, which stays as it is while the guard lives.
+    pub fn mode(&self) -> RwLockReadGuard<'_, JournalMode> {
+        self.mode.read()
+    }
+
+    /// Room for a write of `bytes` bytes of cost; `None` if there is not so much. A journal that is empty takes any.
+    pub fn promise(&self, bytes: u64) -> Option<Promise<'_>> {
+        let mut kept = self.kept.lock();
+        let used = kept.used_bytes();
+        if used == 0 || used.saturating_add(bytes) <= self.bytes_max {
+            kept.promised_bytes += bytes;
+            return Some(Promise { journal: self, bytes });
+        }
+        kept.was_full = true;
+        let tell = !mem::replace(&mut kept.told_full, true);
+        drop(kept);
+        if tell {
+            self.listener.journal_full();
+        }
+        None
+    }
+
+    /// Epoch `id` ends here; what is written from now on belongs to the next. Call it while the machine is paused; nothing is allocated or
+    /// copied, unless an epoch before it did not arrive.
+    pub fn cut(&self, id: EpochId) {
+        let mut kept = self.kept.lock();
+        kept.put_back();
+        let next = kept.spare.take().unwrap_or_default();
+        let blocks = mem::replace(&mut kept.open, next);
+        kept.taken = Some((id, blocks));
+        kept.told_full = false;
+    }
+
+    /// The blocks of the epoch on its way.
+    pub fn taken(&self) -> Arc<BlockSet> {
+        self.kept.lock().taken.as_ref().map(|(_, blocks)| Arc::clone(blocks)).unwrap_or_default()
+    }
+
+    /// Epoch `id` is committed: its blocks are safe elsewhere.
+    pub fn committed(&self, id: EpochId) {
+        let mut kept = self.kept.lock();
+        if let Some((_, mut blocks)) = kept.taken.take_if(|(taken, _)| *taken == id)
+            && let Some(set) = Arc::get_mut(&mut blocks)
+        {
+            set.clear();
+            kept.spare = Some(blocks);
+        }
+    }
+
+    /// The epoch on its way will not arrive.
+    pub fn put_back(&self) {
+        self.kept.lock().put_back();
+    }
+
+    /// True once after a write found no room.
+    pub fn take_was_full(&self) -> bool {
+        mem::take(&mut self.kept.lock().was_full)
+    }
+
+    /// Bytes of the open epoch and of the one on its way.
+    pub fn used_bytes(&self) -> u64 {
+        self.kept.lock().used_bytes()
+    }
+}

@@ -1,0 +1,351 @@
+//! A node's disk images: opened, checked against their stamps, and stamped as the node's part in the guest changes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Sender, unbounded};
+use thiserror::Error;
+
+use super::config::{DiskConfig, NodeConfig};
+use super::events::NodeEvent;
+use crate::checkpoint::disk::DiskGate;
+use crate::checkpoint::image::GuestImage;
+use crate::checkpoint::journal::{DiskJournal, JournalListener};
+use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
+use crate::device::block::BlockBackend;
+use crate::device::image::{ImageError, RawImage};
+use crate::machine::GuestRam;
+use crate::protocol::layout::ImageLayout;
+use crate::protocol::messages::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
+use crate::protocol::types::{EpochId, Generation, GuestName};
+
+/// Why a node cannot use its disks.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// An image cannot be opened or made.
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    /// A stamp cannot be read or written.
+    #[error("{0}")]
+    Stamp(#[from] StampError),
+    /// The guest must not start from this image.
+    #[error(
+        "disk image {} is not started from: {why}; start the guest where its newest image is, or insist with --force-disk and lose what is missing here", path.display()
+    )]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        why: StampRefusal,
+    },
+    /// A newcomer would write over another guest's image.
+    #[error("disk image {} belongs to guest '{guest}': it would be overwritten; name another, or insist with --force-disk", path.display())]
+    OtherGuest {
+        /// The image.
+        path: PathBuf,
+        /// Its guest.
+        guest: GuestName,
+    },
+    /// The nodes disagree on how many there are.
+    #[error(
+        "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, in the primary's order"
+    )]
+    Count {
+        /// What the primary says.
+        wanted: usize,
+        /// What is given here.
+        given: usize,
+    },
+    /// The nodes disagree on what one is.
+    #[error("disk image {} has {given} bytes, the guest's disk {wanted}: remove it to have it made anew, or resize it (truncate -s {wanted})", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// The primary's size.
+        wanted: u64,
+        /// This one's.
+        given: u64,
+    },
+    /// One node says read-only and the other does not.
+    #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, or neither", path.display())]
+    ReadOnly {
+        /// The image.
+        path: PathBuf,
+        /// How it is here.
+        here: &'static str,
+        /// How it is there.
+        there: &'static str,
+    },
+    /// The thread cannot be started.
+    #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
+    Thread(#[from] std::io::Error),
+}
+
+/// Opens the images of a guest that starts here; the shapes of its disks.
+///
+/// # Errors
+/// [`DiskError::Image`].
+pub fn open(configs: &[DiskConfig]) -> Result<(Vec<Arc<RawImage>>, Vec<DiskShape>), DiskError> {
+    let mut images = Vec::new();
+    let mut shapes = Vec::new();
+    for disk in configs {
+        let image = RawImage::open(&disk.path, disk.read_only)?;
+        shapes.push(DiskShape { bytes: image.bytes(), read_only: disk.read_only, serial: disk.serial });
+        images.push(Arc::new(image));
+    }
+    Ok((images, shapes))
+}
+
+/// Checks at once what a newcomer will need later: that the images which are there can be opened.
+///
+/// # Errors
+/// [`DiskError::Image`].
+pub fn look(configs: &[DiskConfig]) -> Result<(), DiskError> {
+    for disk in configs {
+        match RawImage::open(&disk.path, disk.read_only) {
+            Err(ImageError::Missing { .. }) if !disk.read_only => {}
+            opened => drop(opened?),
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a guest may start from its images, and that they can be stamped; `newest` is the newest generation on record.
+///
+/// # Errors
+/// [`DiskError::Refused`], [`DiskError::Stamp`].
+pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), DiskError> {
+    for disk in config.disks.iter().filter(|disk| !disk.read_only) {
+        let path = disk.path.clone();
+        // A stamp nobody can read is no reason not to insist.
+        let old = match Stamp::read(&path) {
+            Err(error @ StampError::Malformed { .. }) if config.force_disk => {
+                tracing::warn!("--force-disk: {error}");
+                None
+            }
+            old => old?,
+        };
+        match old.as_ref().map(|stamp| stamp.may_start(&config.guest, newest)) {
+            Some(Err(why)) if config.force_disk => {
+                tracing::warn!(image = %path.display(), "--force-disk: the guest starts from an image although {why}");
+            }
+            Some(Err(why)) => return Err(DiskError::Refused { path, why }),
+            Some(Ok(())) | None => {
+                let at = old.as_ref().map(|stamp| stamp.at.to_string()).unwrap_or_else(|| "no stamp yet".into());
+                tracing::info!(image = %path.display(), at, "disk");
+            }
+        }
+        // What cannot be written now could not be after the claim either, and then the guest would be on record as ours.
+        if old.is_none() {
+            let at = EpochId { generation: newest.unwrap_or_default(), epoch: 0 };
+            Stamp::now(&config.guest, at, StampState::Whole).write(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking.
+///
+/// # Errors
+/// [`DiskError`] if they are not those of the shape, or belong to another guest.
+pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<Arc<RawImage>>, DiskError> {
+    let (wanted, given) = (shape.disks.len(), config.disks.len());
+    if wanted != given {
+        return Err(DiskError::Count { wanted, given });
+    }
+    let mut images = Vec::new();
+    for (disk, wanted) in config.disks.iter().zip(&shape.disks) {
+        let path = || disk.path.clone();
+        if disk.read_only != wanted.read_only {
+            let word = |read_only| if read_only { "read-only" } else { "writable" };
+            let (here, there) = (word(disk.read_only), word(wanted.read_only));
+            return Err(DiskError::ReadOnly { path: path(), here, there });
+        }
+        if !disk.read_only
+            && !config.force_disk
+            && let Some(stamp) = Stamp::read(&disk.path)?
+            && stamp.guest != config.guest
+        {
+            return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
+        }
+        let image = match RawImage::open(&disk.path, disk.read_only) {
+            Err(ImageError::Missing { .. }) if !disk.read_only => RawImage::create(&disk.path, wanted.bytes)?,
+            opened => opened?,
+        };
+        if image.bytes() != wanted.bytes {
+            return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: image.bytes() });
+        }
+        images.push(Arc::new(image));
+    }
+    Ok(images)
+}
+
+/// The disks of one machine.
+pub struct NodeDisks {
+    layout: Arc<ImageLayout>,
+    journal: Arc<DiskJournal>,
+    images: Vec<Arc<dyn BlockBackend>>,
+    gates: Vec<Arc<dyn BlockBackend>>,
+    stamps: StampKeeper,
+    stamped: Option<Generation>,
+}
+
+impl NodeDisks {
+    /// The disks of a machine of `shape`, in `images`. The gates are closed.
+    ///
+    /// # Errors
+    /// [`DiskError::Thread`].
+    pub fn new(
+        config: &NodeConfig,
+        shape: &MachineShape,
+        images: Vec<Arc<RawImage>>,
+        events: &Sender<NodeEvent>,
+    ) -> Result<NodeDisks, DiskError> {
+        let layout = Arc::new(ImageLayout::of(shape));
+        let journal = DiskJournal::new(JOURNAL_BYTES_MAX, Box::new(Ears { events: events.clone() }));
+        let images: Vec<Arc<dyn BlockBackend>> =
+            images.into_iter().map(|image| image as Arc<dyn BlockBackend>).collect();
+        let gate = |(disk, image): (usize, &Arc<dyn BlockBackend>)| {
+            let gate = DiskGate::new(Arc::clone(image), Arc::clone(&journal), layout.blocks_of(disk));
+            Arc::new(gate) as Arc<dyn BlockBackend>
+        };
+        let gates = images.iter().enumerate().map(gate).collect();
+        let stamped = config.disks.iter().zip(&images).filter(|(disk, _)| !disk.read_only);
+        let stamped = stamped.map(|(disk, image)| (disk.path.clone(), Arc::clone(image))).collect();
+        let stamps = StampKeeper::start(config.guest.clone(), stamped)?;
+        Ok(NodeDisks { layout, journal, images, gates, stamps, stamped: None })
+    }
+
+    /// The image's row of pages.
+    pub fn layout(&self) -> &ImageLayout {
+        &self.layout
+    }
+
+    /// The journal.
+    pub fn journal(&self) -> &DiskJournal {
+        &self.journal
+    }
+
+    /// What the machine's disks keep their bytes in.
+    pub fn gates(&self) -> Vec<Arc<dyn BlockBackend>> {
+        self.gates.clone()
+    }
+
+    /// The whole image, with this memory.
+    pub fn image(&self, memory: GuestRam) -> GuestImage {
+        GuestImage::new(memory, Arc::clone(&self.layout), self.images.clone())
+    }
+
+    /// Stamps the images as a newcomer's, before the first block is written over; returns when that is durable.
+    ///
+    /// # Errors
+    /// [`DiskError::Stamp`].
+    pub fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
+        let at = EpochId { generation, epoch: 0 };
+        Ok(stamp(&self.stamps.guest, &self.stamps.images, at, StampState::Filling)?)
+    }
+
+    /// What stamps the images from a thread of its own.
+    pub fn stamper(&self) -> Stamper {
+        Stamper { jobs: self.stamps.jobs.clone() }
+    }
+
+    /// The guest runs here in this generation: stamps the images if that is news.
+    pub fn runs_in(&mut self, generation: Generation) {
+        if self.stamped.replace(generation) != Some(generation) {
+            self.stamper().stamp(EpochId { generation, epoch: 0 }, StampState::Whole);
+        }
+    }
+}
+
+/// A way to ask for stamps without waiting.
+#[derive(Clone)]
+pub struct Stamper {
+    jobs: Option<Sender<Job>>,
+}
+
+impl Stamper {
+    /// Once everything written so far is durable, the images are stamped so.
+    pub fn stamp(&self, at: EpochId, state: StampState) {
+        if let Some(jobs) = &self.jobs {
+            // The thread lives as long as the disks; who stamps after that has none.
+            let _ = jobs.send(Job::Stamp(at, state));
+        }
+    }
+}
+
+enum Job {
+    Stamp(EpochId, StampState),
+    End,
+}
+
+/// The stamping thread: neither a takeover nor a commit waits for a disk. Dropping it waits for the last stamp.
+struct StampKeeper {
+    guest: GuestName,
+    images: Vec<(PathBuf, Arc<dyn BlockBackend>)>,
+    /// None if there is nothing to stamp.
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StampKeeper {
+    fn start(guest: GuestName, images: Vec<(PathBuf, Arc<dyn BlockBackend>)>) -> std::io::Result<StampKeeper> {
+        if images.is_empty() {
+            return Ok(StampKeeper { guest, images, jobs: None, thread: None });
+        }
+        let (jobs, queue) = unbounded();
+        let (of, all) = (guest.clone(), images.clone());
+        let thread = std::thread::Builder::new().name("mcd-stamp".into()).spawn(move || {
+            for job in queue {
+                let Job::Stamp(at, state) = job else { return };
+                let flushed = all.iter().try_for_each(|(path, image)| {
+                    image.flush().map_err(|reason| StampError::Io {
+                        doing: "flush the image of",
+                        path: path.clone(),
+                        reason,
+                    })
+                });
+                // An older stamp refuses a start that would have been right, and never allows a wrong one.
+                if let Err(error) = flushed.and_then(|()| stamp(&of, &all, at, state)) {
+                    tracing::warn!(%error, %at, "disk images keep their old stamp");
+                }
+            }
+        })?;
+        Ok(StampKeeper { guest, images, jobs: Some(jobs), thread: Some(thread) })
+    }
+}
+
+impl Drop for StampKeeper {
+    fn drop(&mut self) {
+        if let Some(jobs) = self.jobs.take() {
+            // If the thread is gone there is nothing to wait for. (Not by closing the queue: a stamper elsewhere may hold it open.)
+            let _ = jobs.send(Job::End);
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn stamp(
+    guest: &GuestName,
+    images: &[(PathBuf, Arc<dyn BlockBackend>)],
+    at: EpochId,
+    state: StampState,
+) -> Result<(), StampError> {
+    let stamp = Stamp::now(guest, at, state);
+    images.iter().try_for_each(|(path, _)| stamp.write(path))
+}
+
+/// Turns the journal's calls (from disks' threads) into events.
+struct Ears {
+    events: Sender<NodeEvent>,
+}
+
+impl JournalListener for Ears {
+    fn journal_full(&self) {
+        // A node that is ending does not mind.
+        let _ = self.events.send(NodeEvent::JournalFull);
+    }
+}

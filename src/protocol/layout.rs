@@ -1,0 +1,101 @@
+//! Where everything of a guest's image is in one row of pages: its memory, then the blocks of each disk it can write.
+//!
+//! ```text
+//!  index  0 ……………… memory_pages │ blocks of the first such disk │ blocks of the next …
+//! ```
+//!
+//! So a disk is more pages to whoever counts, sends, stages or checks them. A block has the size of a page; the last one of a disk
+//! whose size is no multiple of it is filled up with zeros. A disk the guest can only read takes no room: it never differs.
+
+use std::ops::Range;
+
+use super::messages::MachineShape;
+use super::pages::PAGE_BYTES;
+
+/// What is behind a page index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A page of guest memory: its index there.
+    Memory(u64),
+    /// A block of a disk.
+    Block {
+        /// The disk's number in the machine's shape.
+        disk: usize,
+        /// The block's number on the disk.
+        block: u64,
+    },
+}
+
+/// The pages of one machine's image. Indexes are dense from 0.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ImageLayout {
+    memory_pages: u64,
+    /// For each disk of the shape the indexes of its blocks, rising; empty if it has none.
+    disks: Vec<Range<u64>>,
+    pages: u64,
+}
+
+impl ImageLayout {
+    /// The layout of a machine of `shape`.
+    pub fn of(shape: &MachineShape) -> ImageLayout {
+        let memory_pages = shape.memory_bytes / PAGE_BYTES as u64;
+        let mut pages = memory_pages;
+        let disks = shape.disks.iter().map(|disk| {
+            let first = pages;
+            let blocks = if disk.read_only { 0 } else { disk.bytes.div_ceil(PAGE_BYTES as u64) };
+            // Seven disks of any size do not reach the end of a u64: a block is 4096 bytes.
+            pages = pages.saturating_add(blocks);
+            first..pages
+        });
+        let disks = disks.collect();
+        ImageLayout { memory_pages, disks, pages }
+    }
+
+    /// Pages of the whole image.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Pages of guest memory.
+    pub fn memory_pages(&self) -> u64 {
+        self.memory_pages
+    }
+
+    /// The indexes of the blocks of disk number `disk`, rising; none if it has none.
+    pub fn blocks_of(&self, disk: usize) -> Range<u64> {
+        self.disks.get(disk).cloned().unwrap_or(self.pages..self.pages)
+    }
+
+    /// What is behind `index`; `None` beyond the image's end.
+    pub fn place(&self, index: u64) -> Option<Place> {
+        if index < self.memory_pages {
+            return Some(Place::Memory(index));
+        }
+        let (disk, blocks) = self.disks.iter().enumerate().find(|(_, blocks)| blocks.contains(&index))?;
+        Some(Place::Block { disk, block: index - blocks.start })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::messages::DiskShape;
+
+    #[test]
+    fn every_index_has_one_place_and_read_only_disks_have_none() {
+        let disk = |bytes, read_only| DiskShape { bytes, read_only, serial: [0; 20] };
+        let mut shape = MachineShape::bare(8192, 1, [2, 0, 0, 0, 0, 1]);
+        shape.disks = vec![disk(4096 + 512, false), disk(1 << 30, true), disk(8192, false)];
+        let layout = ImageLayout::of(&shape);
+        assert_eq!((layout.memory_pages(), layout.pages()), (2, 6));
+        let block = |disk, block| Some(Place::Block { disk, block });
+        let places =
+            [Some(Place::Memory(0)), Some(Place::Memory(1)), block(0, 0), block(0, 1), block(2, 0), block(2, 1)];
+        for (index, place) in (0..).zip(places) {
+            assert_eq!(layout.place(index), place);
+        }
+        assert_eq!((layout.place(6), layout.place(u64::MAX)), (None, None));
+        assert_eq!((layout.blocks_of(0), layout.blocks_of(2)), (2..4, 4..6));
+        assert!(layout.blocks_of(1).is_empty() && layout.blocks_of(9).is_empty());
+    }
+}
