@@ -257,10 +257,10 @@ fn endpoints_are_tried_in_turn() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let mute = format!("http://{}", silent.local_addr().unwrap());
     let (stranger, _web) = web_server("<html>hello</html>");
-    let mut arbiter = EtcdArbiter::new(config(&[&dead, &mute, &stranger, &etcd.url], 4_000), &guest()).unwrap();
+    let mut arbiter = EtcdArbiter::new(config(&[&dead, &mute, &stranger, &etcd.url], 8_000), &guest()).unwrap();
     assert_eq!(settle(&mut arbiter, None, &Record::first(P)), Ok(()));
     assert_eq!(etcd.arbiter(LONG_MS).read().unwrap(), Some(Record::first(P)));
-    let mut hopeless = EtcdArbiter::new(config(&[&dead, &mute, &stranger], 600), &guest()).unwrap();
+    let mut hopeless = EtcdArbiter::new(config(&[&dead, &mute, &stranger], 6_000), &guest()).unwrap();
     let said = unreachable(hopeless.read());
     for part in [&dead, &mute, &stranger, "refused", "timeout", "no etcd"] {
         assert!(said.contains(part), "{part} in {said}");
