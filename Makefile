@@ -4,17 +4,21 @@ CARGO  ?= cargo
 ROUNDS ?= 3
 SEEDS  ?= 100000
 SEED   ?=
+SCENARIOS ?=
 MCD    := target/release/mcd
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint bench soak sim sim-mutants
+.PHONY: help setup setup-lab build demo test lint bench lab soak sim sim-mutants
 
 help: ## say what there is
 	@echo 'usage: make <door>'
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: ## install the Debian packages that are lacking (told before; without root: named only)
 	@scripts/setup
+
+setup-lab: setup ## the same for make lab; two of Debian's kernels go into target/lab
+	@scripts/setup-lab
 
 build: setup ## build target/release/mcd
 	@$(CARGO) build --release --locked
@@ -30,6 +34,10 @@ lint: setup ## the quick half of test: formatting, lints, documentation
 
 bench: build ## measure takeover, pauses and latency on this machine; results in target/bench/
 	@scripts/bench $(MCD)
+
+lab: build setup-lab ## two virtual hosts with ordinary KVM, power cuts (SCENARIOS= only some); report in target/lab/
+	@$(CARGO) build --release --locked --package mcd-lab
+	@target/release/mcd-lab --mcd $(MCD) --dir target/lab $(SCENARIOS)
 
 sim: ## run the protocol simulator over SEEDS seeds
 	@SIM_SEEDS=$(SEEDS) $(CARGO) test --release --locked --test sim seeds -- --nocapture

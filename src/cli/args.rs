@@ -390,6 +390,9 @@ pub(super) struct DemoArgs {
     /// The longest an epoch may last
     #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub(super) interval_ms: u64,
+    /// Time between two heartbeats of the nodes; they suspect each other after three times that. More on a slow host
+    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub(super) heartbeat_interval_ms: u64,
     /// Let the guest write memory as well: so many pages, so often per second
     #[arg(long, value_name = "PAGES,PER-SECOND")]
     pub(super) dirty: Option<DirtyLoad>,

@@ -114,6 +114,7 @@ fn run_demo(args: DemoArgs) -> Result<ExitCode, Failure> {
         memory_mib,
         cpus: args.cpus,
         interval_ms: args.interval_ms,
+        heartbeat_interval_ms: args.heartbeat_interval_ms,
         dirty: args.dirty.map(|load| (load.pages, load.per_second)),
         keep_logs: args.keep_logs,
     });

@@ -65,6 +65,8 @@ pub struct DemoOptions {
     pub cpus: u8,
     /// The longest an epoch may last, in ms.
     pub interval_ms: u64,
+    /// Time between two heartbeats of the nodes, in ms; the time-out is three times that.
+    pub heartbeat_interval_ms: u64,
     /// Pages the guest writes, and page writes per second.
     pub dirty: Option<(u32, u32)>,
     /// Keep the nodes' logs.
@@ -164,7 +166,8 @@ impl<'a> Demo<'a> {
         dir: &'a RunDir,
     ) -> Result<Demo<'a>, DemoError> {
         let &DemoOptions { memory_mib, cpus, interval_ms, .. } = options;
-        let settings = NodeSettings { memory_mib, cpus, interval_ms, ..NodeSettings::default() };
+        let flags = vec!["--heartbeat-interval-ms".to_owned(), options.heartbeat_interval_ms.to_string()];
+        let settings = NodeSettings { memory_mib, cpus, interval_ms, flags, ..NodeSettings::default() };
         let screen = Screen::new();
         screen.say(format_args!(
             "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"

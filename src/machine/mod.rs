@@ -39,6 +39,7 @@ mod vcpu;
 pub mod wait;
 
 use std::io::Write;
+use std::iter::repeat_with;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,7 @@ use self::host::HostCaps;
 use self::memory::GuestMmap;
 use self::state::chips::ChipState;
 use self::state::sections::{self, Kind, Sections};
+use self::state::tsc::ClockInstant;
 use self::vcpu::gate::{Order, Patience};
 use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
@@ -216,17 +218,10 @@ impl Machine {
     /// [`MachineError::Running`], or what KVM refuses.
     pub fn start_vcpus(&mut self, vcpus: Vec<InitialVcpu>) -> Result<(), MachineError> {
         self.need_paused("start its vCPUs")?;
-        let count = vcpus.len();
-        for (vcpu, initial) in self.vcpus.iter_mut().zip(vcpus) {
+        for vcpu in &self.vcpus {
             vcpu.wait_settled("stop")?;
-            vcpu.slot().task = Task::Start(Box::new(initial));
-            vcpu.order(Order::Apply);
         }
-        for vcpu in self.vcpus.iter().take(count) {
-            vcpu.wait_settled("start the guest")?;
-            vcpu.check()?;
-        }
-        Ok(())
+        self.apply(vcpus.into_iter().map(|initial| Task::Start(Box::new(initial))))
     }
 
     /// Runs the guest.
@@ -295,9 +290,12 @@ impl Machine {
         });
         for vcpu in &self.vcpus {
             vcpu.check()?;
-            vcpu.slot().state.encode(vcpu.number(), out);
         }
-        ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?.encode(out);
+        let chips = ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?;
+        for vcpu in &self.vcpus {
+            vcpu.slot().state.encode(vcpu.number(), chips.instant, out);
+        }
+        chips.state.encode(out);
         for device in self.bus.devices() {
             let kind = kind_of(device.kind);
             sections::write(out, kind, device.kind.version(), device.instance, |o| self.bus.save(*device, o));
@@ -318,20 +316,29 @@ impl Machine {
         }
         self.half_restored = true;
         let chips = self.decode(state)?;
-        for vcpu in &mut self.vcpus {
-            vcpu.slot().task = Task::Restore;
-            vcpu.order(Order::Apply);
-        }
-        for vcpu in &self.vcpus {
-            vcpu.wait_settled("take over its state")?;
-            vcpu.check()?;
-        }
+        self.apply(repeat_with(|| Task::Restore))?;
         chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
+        let instant = ClockInstant::now(&self.vm).map_err(state_error("clock"))?;
+        self.apply(repeat_with(|| Task::Align(instant)))?;
         for (device, bytes) in chips.devices {
             let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device.kind).bad(e.what));
             restored.map_err(state_error("devices"))?;
         }
         self.half_restored = false;
+        Ok(())
+    }
+
+    /// Gives each vCPU its task, as long as there are any, and waits until all are done.
+    fn apply(&mut self, tasks: impl Iterator<Item = Task>) -> Result<(), MachineError> {
+        let mut given = 0;
+        for (vcpu, task) in self.vcpus.iter_mut().zip(tasks) {
+            (vcpu.slot().task, given) = (task, given + 1);
+            vcpu.order(Order::Apply);
+        }
+        for vcpu in self.vcpus.iter().take(given) {
+            vcpu.wait_settled("take its state")?;
+            vcpu.check()?;
+        }
         Ok(())
     }
 

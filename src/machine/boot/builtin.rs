@@ -28,6 +28,10 @@ const MSR_KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
 const KVM_SYSTEM_TIME_ENABLED: u64 = 1;
 /// Bit 1 of RFLAGS is always set. Interrupts stay off: the guest polls.
 const RFLAGS_RESERVED: u64 = 2;
+/// In RFLAGS: ring 3 may use all ports. The I/O bitmap of the TSS says the same of the guest's ports, and is what counts where
+/// KVM drops this. QEMU's software processor, on the other hand, ignores the bitmap of a TSS that is marked busy, as one in use
+/// must be.
+const RFLAGS_IOPL_3: u64 = 3 << 12;
 /// The boot info page's first word and the layout the guest knows.
 const BOOT_INFO_MAGIC: u64 = 0x6d63_645f_626f_6f74;
 const BOOT_INFO_VERSION: u32 = 1;
@@ -79,7 +83,7 @@ fn start(cpu: u8, entry: u64) -> InitialVcpu {
         rsp: tables::stack_top(cpu),
         rdi: cpu.into(),
         rsi: tables::BOOT_INFO,
-        rflags: RFLAGS_RESERVED,
+        rflags: RFLAGS_RESERVED | RFLAGS_IOPL_3,
         ..kvm_regs::default()
     };
     let clock_page = tables::KVMCLOCK + u64::from(cpu) * tables::KVMCLOCK_STRIDE;

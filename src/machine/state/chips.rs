@@ -10,6 +10,7 @@ use kvm_ioctls::VmFd;
 
 use super::plain::{self, bytes_of};
 use super::sections::{self, FormatError, Kind, Sections};
+use super::tsc::ClockInstant;
 use crate::machine::error::{StateError, kvm};
 
 const VERSION: u16 = 1;
@@ -22,9 +23,17 @@ pub(in crate::machine) struct ChipState {
     clock: kvm_clock_data,
 }
 
+/// A harvest, and the instant of its clock.
+pub(in crate::machine) struct Harvest {
+    /// The state.
+    pub(in crate::machine) state: ChipState,
+    /// When its clock was read.
+    pub(in crate::machine) instant: ClockInstant,
+}
+
 impl ChipState {
     /// Takes the state from `vm`.
-    pub(in crate::machine) fn harvest(vm: &VmFd) -> Result<ChipState, StateError> {
+    pub(in crate::machine) fn harvest(vm: &VmFd) -> Result<Harvest, StateError> {
         let pit = vm.get_pit2().map_err(kvm("KVM_GET_PIT2"))?;
         let mut chips = [kvm_irqchip::default(); 3];
         for (chip, id) in chips.iter_mut().zip(CHIPS) {
@@ -32,7 +41,8 @@ impl ChipState {
             vm.get_irqchip(chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
         }
         let clock = vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
-        Ok(ChipState { pit, chips, clock })
+        let instant = ClockInstant::of(&clock);
+        Ok(Harvest { state: ChipState { pit, chips, clock }, instant })
     }
 
     /// Puts the state into `vm`.

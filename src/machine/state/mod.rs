@@ -3,6 +3,7 @@
 pub(super) mod chips;
 pub(super) mod plain;
 pub(super) mod sections;
+pub(super) mod tsc;
 pub(super) mod vcpu;
 
 pub use sections::FormatError;

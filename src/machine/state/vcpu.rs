@@ -7,7 +7,8 @@
 //!
 //! Restoring: TSC frequency, MP_STATE, then sregs before the LAPIC (they carry the APIC base and with it the mode the LAPIC's
 //! registers are read in), the LAPIC before the MSRs (the TSC deadline is dropped unless the LAPIC's timer is in deadline mode),
-//! IA32_TSC before the deadline (which is compared with it), events last (setting registers clears pending exceptions).
+//! IA32_TSC before the deadline (which is compared with it), events last (setting registers clears pending exceptions). After the clock,
+//! the TSC is aligned with it (see `tsc`).
 
 use kvm_bindings::{
     Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
@@ -17,11 +18,17 @@ use kvm_ioctls::VcpuFd;
 
 use super::plain::{self, Plain, bytes_of, bytes_of_words};
 use super::sections::{self, FormatError, Kind, Sections};
+use super::tsc::{ClockInstant, Tsc};
 use crate::machine::error::{StateError, kvm};
 use crate::machine::host::HostCaps;
 
-/// The version of every vCPU section this build writes.
+/// The version of every other vCPU section this build writes.
 const VERSION: u16 = 1;
+/// The version of the section that says how the vCPU runs.
+const RUN_VERSION: u16 = 2;
+/// IA32_TSC and IA32_TSC_ADJUST.
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_ADJUST: u32 = 0x3b;
 /// IA32_TSC_DEADLINE.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Words of the legacy XSAVE region that `kvm_xsave` itself holds; what is beyond comes behind it.
@@ -36,6 +43,9 @@ pub(in crate::machine) struct VcpuState {
     /// The guest ended this vCPU (shut down, panicked, failed): it is never entered again.
     pub(in crate::machine) ended: bool,
     tsc_khz: u32,
+    /// This host's own frequency.
+    host_tsc_khz: u32,
+    tsc: Tsc,
     mp_state: u32,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -58,6 +68,8 @@ impl VcpuState {
         Ok(VcpuState {
             ended: false,
             tsc_khz,
+            host_tsc_khz: tsc_khz,
+            tsc: Tsc::default(),
             mp_state: 0,
             regs: kvm_regs::default(),
             sregs: kvm_sregs::default(),
@@ -95,12 +107,15 @@ impl VcpuState {
         if let Some(stuck) = self.msrs.as_slice().get(read) {
             return Err(StateError::Msr { call: "read", index: stuck.index });
         }
+        let msr = |index| self.msrs.as_slice().iter().find(|entry| entry.index == index).map_or(0, |entry| entry.data);
+        self.tsc.observe(vcpu, msr(MSR_TSC), msr(MSR_TSC_ADJUST), self.tsc_khz);
         self.events = if moved { vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))? } else { synced.events };
         Ok(())
     }
 
     /// Puts the state into `vcpu`.
-    pub(in crate::machine) fn apply(&self, vcpu: &VcpuFd, caps: &HostCaps) -> Result<(), StateError> {
+    pub(in crate::machine) fn apply(&mut self, vcpu: &VcpuFd, caps: &HostCaps) -> Result<(), StateError> {
+        self.tsc.forget();
         self.apply_tsc_frequency(vcpu, caps)?;
         vcpu.set_mp_state(kvm_mp_state { mp_state: self.mp_state }).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
@@ -113,6 +128,20 @@ impl VcpuState {
         self.apply_msrs(vcpu)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))?;
         Ok(())
+    }
+
+    /// Makes the TSC fit kvmclock, which stood thus at `instant`, as it did when it was saved. A TSC that is scaled stays as its MSR was
+    /// written, some µs off.
+    pub(in crate::machine) fn align(&mut self, vcpu: &VcpuFd, instant: ClockInstant) {
+        if !self.is_scaled() {
+            self.tsc.align(vcpu, instant, self.tsc_khz);
+        }
+    }
+
+    /// Whether the guest's TSC has another speed than the host's, as far as [`TSC_TOLERANCE_PPM`] tells.
+    fn is_scaled(&self) -> bool {
+        let off_khz = u64::from(self.host_tsc_khz.abs_diff(self.tsc_khz));
+        off_khz * 1_000_000 > u64::from(self.tsc_khz) * TSC_TOLERANCE_PPM
     }
 
     /// Runs the guest's TSC at the saved frequency where the host can, and refuses where it cannot and would be off.
@@ -143,12 +172,17 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Appends the state's sections.
-    pub(in crate::machine) fn encode(&self, cpu: u16, out: &mut Vec<u8>) {
-        sections::write(out, Kind::VcpuRun, VERSION, cpu, |o| {
+    /// Appends the state's sections, as of the `instant` at which kvmclock was read.
+    pub(in crate::machine) fn encode(&mut self, cpu: u16, instant: ClockInstant, out: &mut Vec<u8>) {
+        if self.is_scaled() {
+            self.tsc.forget();
+        }
+        self.tsc.note(instant);
+        sections::write(out, Kind::VcpuRun, RUN_VERSION, cpu, |o| {
             o.extend_from_slice(&self.mp_state.to_le_bytes());
             o.extend_from_slice(&self.tsc_khz.to_le_bytes());
             o.push(u8::from(self.ended));
+            self.tsc.words().iter().for_each(|word| o.extend_from_slice(&word.to_le_bytes()));
         });
         sections::write(out, Kind::Regs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.regs)));
         sections::write(out, Kind::Sregs, VERSION, cpu, |o| o.extend_from_slice(bytes_of(&self.sregs)));
@@ -173,10 +207,11 @@ impl VcpuState {
     ///
     /// The MSRs must be the ones this host has, in its order: a state with others cannot be restored whole here.
     pub(in crate::machine) fn decode(&mut self, cpu: u16, from: &mut Sections<'_>) -> Result<(), FormatError> {
-        let mut run = from.take(Kind::VcpuRun, VERSION, cpu)?;
+        let mut run = from.take(Kind::VcpuRun, RUN_VERSION, cpu)?;
         self.mp_state = run.u32()?;
         self.tsc_khz = run.u32()?;
         self.ended = run.u8()? != 0;
+        self.tsc = Tsc::from_words([run.u64()?, run.u64()?, run.u64()?]);
         run.end()?;
         self.regs = take_plain(from, Kind::Regs, cpu)?;
         self.sregs = take_plain(from, Kind::Sregs, cpu)?;

@@ -23,6 +23,7 @@ use super::error::{KvmError, MachineError, StateError, kvm};
 use super::host::{self, HostCaps};
 use super::initial::InitialVcpu;
 use super::memory::GuestMmap;
+use super::state::tsc::ClockInstant;
 use super::state::vcpu::VcpuState;
 use super::wait::Doorbell;
 use crate::device::Bus;
@@ -37,6 +38,8 @@ pub(super) enum Task {
     None,
     /// Put the slot's state into the vCPU.
     Restore,
+    /// Make the vCPU's TSC fit kvmclock again, which stood thus at this instant.
+    Align(ClockInstant),
     /// Put a guest's first state into the vCPU.
     Start(Box<InitialVcpu>),
 }

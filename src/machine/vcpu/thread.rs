@@ -146,6 +146,10 @@ impl VcpuThread {
             let applied = match std::mem::replace(&mut slot.task, Task::None) {
                 Task::None => Ok(()),
                 Task::Restore => slot.state.apply(&self.fd, &self.caps),
+                Task::Align(instant) => {
+                    slot.state.align(&self.fd, instant);
+                    Ok(())
+                }
                 Task::Start(initial) => initial::apply(&initial, &self.fd),
             };
             progress.ended = slot.state.ended;

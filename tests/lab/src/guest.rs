@@ -1,0 +1,101 @@
+//! Which guest is protected, and what its nodes are told about it.
+
+use std::time::Duration;
+
+use mcd::demo::fabric::{GUEST_IPV4, GUEST_PREFIX_LEN};
+
+use crate::image::{GUEST_INITRD, GUEST_KERNEL};
+
+/// A guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guest {
+    /// mcd's own.
+    BuiltIn,
+    /// Debian's unmodified cloud kernel with a redis-server.
+    Linux {
+        /// Its processors.
+        cpus: u8,
+        /// A loop on each of them that never rests, and one that writes files.
+        stress: bool,
+    },
+}
+
+impl Guest {
+    /// The flags that describe its machine to the node that boots it.
+    pub fn boot_flags(self) -> String {
+        match self {
+            Guest::BuiltIn => "--memory 64M".to_owned(),
+            Guest::Linux { cpus, stress } => {
+                let stress = if stress { " lab.stress" } else { "" };
+                let append =
+                    format!("console=ttyS0 panic=-1 mitigations=off lab.ip={GUEST_IPV4}/{GUEST_PREFIX_LEN}{stress}");
+                format!(
+                    "--memory 192M --cpus {cpus} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD} --append \"{append}\""
+                )
+            }
+        }
+    }
+
+    /// The flags that both of its nodes are given.
+    pub fn node_flags(self) -> String {
+        format!("--guest-ip {GUEST_IPV4}/{GUEST_PREFIX_LEN}")
+    }
+
+    /// How long it may take to boot and serve.
+    pub fn boot_limit(self) -> Duration {
+        match self {
+            Guest::BuiltIn => Duration::from_secs(60),
+            Guest::Linux { .. } => Duration::from_secs(240),
+        }
+    }
+
+    /// How many requests of each kind a redis-benchmark sends it: more than it serves before the next fault.
+    pub fn benchmark_requests(self) -> u32 {
+        if matches!(self, Guest::Linux { stress: true, .. }) { 150 } else { 1000 }
+    }
+
+    /// Whether it is a Linux, which has a kernel log.
+    pub fn is_linux(self) -> bool {
+        matches!(self, Guest::Linux { .. })
+    }
+}
+
+/// What a kernel logs when its machine has not gone on as machines do: parts of lines, in small letters.
+const COMPLAINTS: [&str; 12] = [
+    "lockup",
+    "rcu: info",
+    "self-detected stall",
+    "switched to clocksource",
+    "clocksource: timekeeping",
+    "marking tsc unstable",
+    "i/o error",
+    "blocked for more than",
+    "call trace",
+    "bug:",
+    "nobody cared",
+    "transmit timed out",
+];
+
+/// The lines of a kernel's log that were not there `before` and that are complaints.
+pub fn complaints(before: &[String], now: &[String]) -> Vec<String> {
+    let is_bad = |line: &String| {
+        let line = line.to_lowercase();
+        COMPLAINTS.iter().any(|part| line.contains(part))
+    };
+    now.iter().filter(|line| !before.contains(line) && is_bad(line)).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_new_complaints_count() {
+        let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+        let before = lines(&["[1] clocksource: Switched to clocksource kvm-clock", "[2] eth0 up"]);
+        let mut now = before.clone();
+        now.extend(lines(&["[8] EXT4-fs mounted", "[9] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!"]));
+        assert_eq!(complaints(&before, &now), now[3..]);
+        assert!(complaints(&now, &now).is_empty());
+    }
+}

@@ -1,0 +1,160 @@
+//! `mcd-lab`: two virtual hosts with ordinary KVM, a guest, and power cuts.
+//!
+//! QEMU's software processor has SVM, so KVM inside it is what users have on their hosts, even where this machine has none that
+//! is like it. `docs/testing.md` has a picture.
+
+mod attach;
+mod benchmark;
+mod channel;
+mod console;
+mod cpio;
+mod error;
+mod etcd;
+mod guest;
+mod host;
+mod image;
+mod kernel;
+mod net;
+mod report;
+mod scenarios;
+mod world;
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
+
+use clap::Parser;
+use mcd::demo::fabric;
+use mcd::demo::nodes::RunDir;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use error::LabError;
+use host::{HostSettings, Site};
+use image::Images;
+use report::Report;
+use scenarios::{Options, SCENARIOS, Scenario};
+
+/// Two virtual hosts with ordinary KVM, a guest, and power cuts.
+#[derive(Debug, Parser)]
+#[command(name = "mcd-lab", version)]
+struct Args {
+    /// What to try, by name [default: all]
+    #[arg(value_parser = scenario)]
+    scenarios: Vec<&'static Scenario>,
+    /// Say what there is to try, and nothing else
+    #[arg(long)]
+    list: bool,
+    /// Connect this terminal to the shell of a host that runs (see --stay)
+    #[arg(long, value_name = "SOCKET")]
+    attach: Option<PathBuf>,
+    /// How often the primary's host loses its power in a row [default: 5 for linux, else 2]
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Connections of the load
+    #[arg(long, default_value_t = 4)]
+    connections: usize,
+    /// The memory of each host, in MiB
+    #[arg(long, default_value_t = 1536)]
+    memory: u32,
+    /// The processors of each host
+    #[arg(long, default_value_t = 2)]
+    host_cpus: u32,
+    /// Leave everything up at the end of a scenario and say how to look around; Ctrl-C ends it
+    #[arg(long)]
+    stay: bool,
+    /// The mcd to try
+    #[arg(long, default_value = "target/release/mcd")]
+    mcd: PathBuf,
+    /// Where `make setup-lab` has put the kernels, and where images, logs and report.json go
+    #[arg(long, default_value = "target/lab")]
+    dir: PathBuf,
+}
+
+fn scenario(text: &str) -> Result<&'static Scenario, String> {
+    let names = || SCENARIOS.map(|scenario| scenario.name).join(", ");
+    SCENARIOS.iter().find(|scenario| scenario.name == text).ok_or_else(|| format!("there are: {}", names()))
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.list {
+        SCENARIOS.iter().for_each(|scenario| println!("{:<14} {}", scenario.name, scenario.shows));
+        return ExitCode::SUCCESS;
+    }
+    let result = match &args.attach {
+        Some(path) => attach::attach(path).map(|()| true).map_err(LabError::io(format!("talk to {}", path.display()))),
+        None => run(&args),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("mcd-lab: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<bool, LabError> {
+    let started = Instant::now();
+    let stop = catch_signals().map_err(LabError::io("watch for signals"))?;
+    fabric::gain_rights()?;
+    let images = Images::build(&args.dir, &args.mcd)?;
+    let sockets = RunDir::new().map_err(LabError::io("make a directory for the run"))?;
+    let logs = args.dir.join("log");
+    fs::create_dir_all(&logs).map_err(LabError::io(format!("make {}", logs.display())))?;
+    let mut site = Site {
+        settings: HostSettings { memory_mib: args.memory, cpus: args.host_cpus, tsc_khz: host::tsc_khz() },
+        images,
+        network: Arc::new(net::new()?),
+        sockets: sockets.path().to_owned(),
+        logs: PathBuf::new(),
+    };
+    let options = Options { rounds: args.rounds, connections: args.connections, stay: args.stay };
+    let all: Vec<&Scenario> =
+        if args.scenarios.is_empty() { SCENARIOS.iter().collect() } else { args.scenarios.clone() };
+    let mut outcomes = Vec::new();
+    for (number, scenario) in (1..).zip(all) {
+        println!("{}: {}", scenario.name, scenario.shows);
+        // Of its own, because a socket's name can be used once only.
+        site.sockets = sockets.path().join(format!("{number}"));
+        site.logs = logs.join(scenario.name);
+        for directory in [&site.sockets, &site.logs] {
+            fs::create_dir_all(directory).map_err(LabError::io(format!("make {}", directory.display())))?;
+        }
+        let shared = Arc::new(site);
+        let outcome = scenarios::run(scenario, &options, &shared, &stop);
+        println!("{outcome}\n");
+        if let Some(wrong) = &outcome.wrong {
+            println!("{wrong}\nthe hosts' consoles are in {}\n", shared.logs.display());
+        }
+        outcomes.push(outcome);
+        site = Arc::into_inner(shared).ok_or_else(|| LabError::Wrong("a scenario did not end".to_owned()))?;
+        if stop.load(Relaxed) && !args.stay {
+            return Err(LabError::Interrupted);
+        }
+    }
+    let ok = outcomes.iter().all(|outcome| outcome.ok);
+    let report = Report { ok, took_s: started.elapsed().as_secs_f64(), scenarios: outcomes };
+    report.scenarios.iter().for_each(|outcome| println!("{outcome}"));
+    let path = args.dir.join("report.json");
+    let text = serde_json::to_string_pretty(&report).map_err(|error| LabError::io("write the report")(error.into()))?;
+    fs::write(&path, text + "\n").map_err(LabError::io(format!("write {}", path.display())))?;
+    println!("{:.0} s; report: {}", report.took_s, path.display());
+    Ok(ok)
+}
+
+/// The first signal asks for an orderly end, a second one ends at once; the hosts lose their power either way.
+fn catch_signals() -> io::Result<Arc<AtomicBool>> {
+    const KILLED_BY_SIGINT: i32 = 130;
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register_conditional_shutdown(signal, KILLED_BY_SIGINT, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    Ok(stop)
+}

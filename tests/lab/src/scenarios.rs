@@ -1,0 +1,251 @@
+//! What the lab tries.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use mcd::demo::fabric::HostName;
+
+use crate::error::LabError;
+use crate::guest::{Guest, complaints};
+use crate::host::Site;
+use crate::report::{Clients, Outcome, Step};
+use crate::world::{DECISION_LIMIT, World};
+
+/// How long `mcd demo` may take in a host.
+const DEMO_LIMIT: Duration = Duration::from_secs(400);
+
+/// Something the lab can try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scenario {
+    /// Its name.
+    pub name: &'static str,
+    /// What it shows.
+    pub shows: &'static str,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Demo,
+    Faults(Guest),
+}
+
+/// All of them, in the order in which they are tried.
+pub const SCENARIOS: [Scenario; 4] = [
+    Scenario { name: "demo", shows: "`mcd demo` passes on a host with ordinary KVM", kind: Kind::Demo },
+    Scenario {
+        name: "builtin",
+        shows: "the built-in guest outlives power cuts of either host and a cut link",
+        kind: Kind::Faults(Guest::BuiltIn),
+    },
+    Scenario {
+        name: "linux",
+        shows: "the same with Debian's unmodified cloud kernel and a real redis-server",
+        kind: Kind::Faults(Guest::Linux { cpus: 1, stress: false }),
+    },
+    Scenario {
+        name: "linux-smp",
+        shows: "the same with two vCPUs, both of them busy, and files being written",
+        kind: Kind::Faults(Guest::Linux { cpus: 2, stress: true }),
+    },
+];
+
+/// What a scenario is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How often the primary's host loses its power, if it was said.
+    pub rounds: Option<u32>,
+    /// Connections of the load.
+    pub connections: usize,
+    /// Stay at the end until a signal comes.
+    pub stay: bool,
+}
+
+/// Tries one scenario. What it does is told as it goes.
+pub fn run(scenario: &Scenario, options: &Options, site: &Arc<Site>, stop: &Arc<AtomicBool>) -> Outcome {
+    let mut play = Play { started: Instant::now(), steps: Vec::new(), clients: None };
+    let result = match scenario.kind {
+        Kind::Demo => play.demo(site, stop),
+        Kind::Faults(guest) => play.faults(guest, options, site, stop),
+    };
+    let wrong = result.err().map(|error| error.to_string());
+    let took_s = play.started.elapsed().as_secs_f64();
+    Outcome {
+        name: scenario.name.to_owned(),
+        ok: wrong.is_none(),
+        took_s,
+        steps: play.steps,
+        clients: play.clients,
+        wrong,
+    }
+}
+
+struct Play {
+    started: Instant,
+    steps: Vec<Step>,
+    clients: Option<Clients>,
+}
+
+impl Play {
+    /// Notes a step that began at `since`, and tells it.
+    fn note(&mut self, what: impl Into<String>, since: Instant, silence_ms: Option<u64>) {
+        let (what, took_s) = (what.into(), since.elapsed().as_secs_f64());
+        let silence = silence_ms.map_or_else(String::new, |ms| format!("; longest silence a client saw {ms} ms"));
+        println!("{:7.1} s  {what}: {took_s:.1} s{silence}", self.started.elapsed().as_secs_f64());
+        self.steps.push(Step { what, took_s, silence_ms });
+    }
+
+    fn demo(&mut self, site: &Arc<Site>, stop: &Arc<AtomicBool>) -> Result<(), LabError> {
+        let mut world = World::new(Guest::BuiltIn, 0, site.clone(), stop.clone())?;
+        let since = Instant::now();
+        world.power_on(&[HostName::A])?;
+        self.note("host a boots", since, None);
+        let since = Instant::now();
+        let command = "mcd demo --rounds 2 --memory 64M --connections 4 --heartbeat-interval-ms 1000";
+        let text = world.host(HostName::A)?.run(command, DEMO_LIMIT)?;
+        self.note("mcd demo --rounds 2", since, None);
+        println!("{}", text.lines().skip_while(|line| !line.starts_with("takeover ")).collect::<Vec<_>>().join("\n"));
+        Ok(())
+    }
+
+    fn faults(
+        &mut self,
+        guest: Guest,
+        options: &Options,
+        site: &Arc<Site>,
+        stop: &Arc<AtomicBool>,
+    ) -> Result<(), LabError> {
+        let mut world = World::new(guest, options.connections, site.clone(), stop.clone())?;
+        let since = Instant::now();
+        world.power_on(&[HostName::A, HostName::B])?;
+        self.note("both hosts boot", since, None);
+        let since = Instant::now();
+        world.start_guest(HostName::A)?;
+        self.note("the guest boots on host a and serves", since, None);
+        let log = if guest.is_linux() { world.guest_log()? } else { Vec::new() };
+        self.protect(&mut world)?;
+        let rounds = options.rounds.unwrap_or(if guest == (Guest::Linux { cpus: 1, stress: false }) { 5 } else { 2 });
+        for round in 1..=rounds {
+            self.lose_primary(&mut world, round, rounds)?;
+        }
+        self.lose_secondary(&mut world)?;
+        self.cut_link(&mut world)?;
+        let since = Instant::now();
+        let tally = world.verify()?;
+        self.clients = Some(Clients::of(&tally));
+        self.note("every key is read back", since, None);
+        if guest.is_linux() {
+            let since = Instant::now();
+            let bad = complaints(&log, &world.guest_log()?);
+            if !bad.is_empty() {
+                return Err(LabError::Wrong(format!("the guest's kernel noticed:\n  {}", bad.join("\n  "))));
+            }
+            self.note("the guest's kernel has noticed nothing", since, None);
+        }
+        if options.stay {
+            println!("{}Ctrl-C ends it", world.doors());
+            let forever = Duration::from_secs(u64::from(u32::MAX));
+            match world.wait("a signal", forever, |_| Ok(None::<()>)) {
+                Err(LabError::Interrupted) => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Protects the guest by a secondary on the other host, which is switched on if need be.
+    fn protect(&mut self, world: &mut World) -> Result<(), LabError> {
+        let other = world.runner.other();
+        let since = Instant::now();
+        world.power_on(&[other])?;
+        let marks = world.marks();
+        world.start_secondary()?;
+        world.wait_protected(marks)?;
+        self.note(format!("host {other} protects the guest"), since, None);
+        world.check_clients()
+    }
+
+    /// Cuts the power of the host that runs the guest; the other one must go on with it.
+    fn lose_primary(&mut self, world: &mut World, round: u32, rounds: u32) -> Result<(), LabError> {
+        // The last time an unmodified client is in the middle of something too.
+        let mut benchmark = if round == rounds { Some(world.start_benchmark()?) } else { None };
+        world.wait_served()?;
+        if let Some(benchmark) = &mut benchmark
+            && benchmark.is_over()?
+        {
+            return Err(LabError::Wrong("redis-benchmark was over before the power cut".to_owned()));
+        }
+        let (old, heir) = (world.runner, world.runner.other());
+        let marks = world.marks();
+        let (since, since_us) = (Instant::now(), world.begin());
+        world.cut_power(old)?;
+        world.wait("the other host to take over", DECISION_LIMIT, |world| {
+            Ok(world.told(marks, heir, "MC_TAKEOVER").map(drop))
+        })?;
+        world.runner = heir;
+        let silence_ms = world.wait_answers(since_us)?;
+        self.note(
+            format!("power cut {round} of {rounds}: host {old} is lost, host {heir} goes on"),
+            since,
+            Some(silence_ms),
+        );
+        world.check_clients()?;
+        world.expect_one_runner()?;
+        self.protect(world)?;
+        if let Some(benchmark) = benchmark {
+            let since = Instant::now();
+            world.finish_benchmark(benchmark)?;
+            self.note("redis-benchmark, which ran meanwhile, ends well; redis-cli finds every INCR", since, None);
+        }
+        Ok(())
+    }
+
+    /// Cuts the power of the host that protects the guest; the guest must go on where it is.
+    fn lose_secondary(&mut self, world: &mut World) -> Result<(), LabError> {
+        world.wait_served()?;
+        let (runner, lost) = (world.runner, world.runner.other());
+        let marks = world.marks();
+        let (since, since_us) = (Instant::now(), world.begin());
+        world.cut_power(lost)?;
+        world.wait("the primary to go on alone", DECISION_LIMIT, |world| {
+            Ok(world.told(marks, runner, "MC_UNPROTECTED").map(drop))
+        })?;
+        let silence_ms = world.wait_answers(since_us)?;
+        self.note(format!("the secondary's power is cut: host {lost} is lost"), since, Some(silence_ms));
+        world.check_clients()?;
+        world.expect_one_runner()?;
+        self.protect(world)
+    }
+
+    /// Cuts the link between the hosts; exactly one of them must go on with the guest.
+    fn cut_link(&mut self, world: &mut World) -> Result<(), LabError> {
+        world.wait_served()?;
+        let (old, other) = (world.runner, world.runner.other());
+        let marks = world.marks();
+        let (since, since_us) = (Instant::now(), world.begin());
+        world.host(old)?.plug_wire(false)?;
+        let heir = world.wait("a node to be given the guest", DECISION_LIMIT, |world| {
+            let takeover =
+                world.told(marks, other, "MC_TAKEOVER").filter(|_| world.told(marks, old, "MC_FENCED").is_some());
+            let alone = world.told(marks, old, "MC_UNPROTECTED");
+            Ok(takeover.map(|_| other).or(alone.map(|_| old)))
+        })?;
+        world.runner = heir;
+        let silence_ms = world.wait_answers(since_us)?;
+        self.note(format!("the link is cut: host {heir} goes on"), since, Some(silence_ms));
+        world.check_clients()?;
+        world.expect_one_runner()?;
+        let since = Instant::now();
+        let marks = world.marks();
+        world.host(old)?.plug_wire(true)?;
+        if heir == other {
+            world.end_node(old)?;
+            world.start_secondary()?;
+        }
+        // A secondary that lost joins again by itself.
+        world.wait_protected(marks)?;
+        self.note(format!("the link is back: host {} protects the guest", heir.other()), since, None);
+        world.check_clients()
+    }
+}

@@ -1,0 +1,369 @@
+//! The world of a scenario: the hosts, their nodes, the arbiter, and the clients who must not notice anything.
+
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use mcd::control::status::{NodeStatus, Role};
+use mcd::demo::ask::answers_ping;
+use mcd::demo::client::{Dial, Gauge, Tally, connect, monotonic_us};
+use mcd::demo::fabric::{CLIENT_IPV4, GUEST_IPV4, HostName};
+use mcd::demo::load::{Load, LoadOptions, Phase};
+
+use crate::benchmark::Benchmark;
+use crate::error::LabError;
+use crate::etcd::{self, Etcd};
+use crate::guest::Guest;
+use crate::host::{COMMAND_LIMIT, Host, Site};
+
+/// The guest's port.
+const GUEST_PORT: u16 = 6379;
+/// The port on which the Linux guest tells its kernel log.
+const GUEST_LOG_PORT: u16 = 7000;
+/// Most of it that is read.
+const GUEST_LOG_BYTES_MAX: u64 = 4 << 20;
+/// The nodes' port on the link.
+const NODE_PORT: u16 = 7401;
+/// How often a wait looks.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long a host may take from its power on until it is up.
+const HOST_BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long a node may take to come to a decision.
+pub const DECISION_LIMIT: Duration = Duration::from_secs(60);
+/// How long it may take until a guest is protected.
+const RESYNC_LIMIT: Duration = Duration::from_secs(240);
+/// How long a connection may take to be answered again: clients wait longer and longer before they try again.
+const ANSWER_LIMIT: Duration = Duration::from_secs(90);
+/// How long a redis-benchmark may take.
+const BENCHMARK_LIMIT: Duration = Duration::from_secs(300);
+/// How long the guest serves untroubled before the next fault: so many replies.
+const REPLIES_BETWEEN_FAULTS: u64 = 200;
+/// What a host's console says when its node ends; its exit status follows.
+const NODE_ENDED: &str = "lab: the node ended with";
+/// An emulated host with two cores between all of them stands still now and then; suspicion must allow for that.
+const NODE_FLAGS: &str = "--heartbeat-interval-ms 1000 --heartbeat-timeout-ms 4000 --arbiter-timeout-ms 5000 \
+                          --interval-ms 50 --staging-max 256M";
+
+/// The clients of a guest's life.
+struct Session {
+    tally: Arc<Tally>,
+    load: Load,
+}
+
+/// Everything there is.
+pub struct World {
+    guest: Guest,
+    connections: usize,
+    site: Arc<Site>,
+    _arbiter: Etcd,
+    stop: Arc<AtomicBool>,
+    session: Option<Session>,
+    hosts: [Option<Host>; 2],
+    lives: [u32; 2],
+    /// From which line of each host's console on its node must not end.
+    nodes_since: [Option<usize>; 2],
+    /// The host that runs the guest.
+    pub runner: HostName,
+}
+
+fn index(host: HostName) -> usize {
+    match host {
+        HostName::A => 0,
+        HostName::B => 1,
+    }
+}
+
+/// Whether a console's line tells this event of a node.
+fn tells(line: &str, event: &str) -> bool {
+    line.contains(&format!("event=\"{event}\""))
+}
+
+impl World {
+    /// A world with an arbiter, in which no host has power.
+    pub fn new(guest: Guest, connections: usize, site: Arc<Site>, stop: Arc<AtomicBool>) -> Result<World, LabError> {
+        let arbiter = Etcd::start(&site.network, &site.sockets)?;
+        Ok(World {
+            guest,
+            connections,
+            site,
+            _arbiter: arbiter,
+            stop,
+            session: None,
+            hosts: [None, None],
+            lives: [0; 2],
+            nodes_since: [None; 2],
+            runner: HostName::A,
+        })
+    }
+
+    /// Waits until `check` gives something.
+    pub fn wait<T>(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut check: impl FnMut(&mut World) -> Result<Option<T>, LabError>,
+    ) -> Result<T, LabError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(found) = check(self)? {
+                return Ok(found);
+            }
+            if self.stop.load(Relaxed) {
+                return Err(LabError::Interrupted);
+            }
+            for host in self.hosts.iter_mut().flatten() {
+                host.check_power()?;
+            }
+            if let Some(line) = self.node_that_ended() {
+                return Err(LabError::Wrong(format!("waited for {what}, but {line}{}", self.tails())));
+            }
+            if Instant::now() >= deadline {
+                let (what, last) = (what.to_owned(), self.tails());
+                return Err(LabError::TooLate { what, limit_s: limit.as_secs(), last });
+            }
+            std::thread::park_timeout(LOOK);
+        }
+    }
+
+    fn tails(&self) -> String {
+        self.hosts.iter().flatten().map(|host| format!("\nhost {}:{}", host.name(), host.console().tail())).collect()
+    }
+
+    /// What the console says of a node that has ended although nobody ended it.
+    fn node_that_ended(&self) -> Option<String> {
+        self.hosts.iter().zip(self.nodes_since).find_map(|(host, since)| {
+            let line = host.as_ref()?.console().find(since?, |line| line.starts_with(NODE_ENDED))?;
+            Some(format!("on host {}: {line}", host.as_ref()?.name()))
+        })
+    }
+
+    /// A host that has power.
+    pub fn host(&mut self, name: HostName) -> Result<&mut Host, LabError> {
+        let missing = || LabError::Wrong(format!("host {name} has no power"));
+        self.hosts.get_mut(index(name)).and_then(Option::as_mut).ok_or_else(missing)
+    }
+
+    /// A place in the consoles from which [`World::told`] looks.
+    pub fn marks(&self) -> [usize; 2] {
+        self.hosts.each_ref().map(|host| host.as_ref().map_or(0, |host| host.console().mark()))
+    }
+
+    /// The line in which the node on this host told `event` since `marks`.
+    pub fn told(&self, marks: [usize; 2], name: HostName, event: &str) -> Option<String> {
+        let console = self.hosts.get(index(name))?.as_ref()?.console();
+        console.find(*marks.get(index(name))?, |line| tells(line, event))
+    }
+
+    /// Switches hosts on that have no power, all at once, and waits until they are up.
+    pub fn power_on(&mut self, names: &[HostName]) -> Result<(), LabError> {
+        let has_none = |name: &HostName| self.hosts.get(index(*name)).is_some_and(Option::is_none);
+        let fresh: Vec<HostName> = names.iter().copied().filter(has_none).collect();
+        for &name in &fresh {
+            self.lives[index(name)] += 1;
+            self.hosts[index(name)] = Some(Host::power_on(name, self.lives[index(name)], &self.site)?);
+        }
+        for name in fresh {
+            self.wait("a host to boot", HOST_BOOT_LIMIT, |world| Ok(world.host(name)?.is_up().then_some(())))?;
+            self.host(name)?.wait_shell()?;
+        }
+        Ok(())
+    }
+
+    /// Cuts a host's power.
+    pub fn cut_power(&mut self, name: HostName) -> Result<(), LabError> {
+        self.nodes_since[index(name)] = None;
+        let host = self.hosts.get_mut(index(name)).and_then(Option::take);
+        host.map_or(Ok(()), Host::cut_power)
+    }
+
+    /// Starts a node on a host; its log is on the host's console.
+    fn start_node(&mut self, name: HostName, role: &str) -> Result<(), LabError> {
+        let (arbiter, listen) = (etcd::flag(), SocketAddr::from((name.link_ipv4(), NODE_PORT)));
+        let flags = format!("--guest lab --tap mcd0 --listen {listen} --arbiter {arbiter} {NODE_FLAGS}");
+        let guest = self.guest.node_flags();
+        let node = format!("mcd {role} {flags} {guest}");
+        // Through a pipe: the node must not wait for the console.
+        let command = format!("({node}; echo \"{NODE_ENDED} $?\") </dev/null 2>&1 | cat >/dev/ttyS0 2>/dev/null &");
+        let mark = self.marks()[index(name)];
+        self.host(name)?.run(&command, COMMAND_LIMIT)?;
+        self.nodes_since[index(name)] = Some(mark);
+        Ok(())
+    }
+
+    /// Boots the guest on a host and lets the clients in.
+    pub fn start_guest(&mut self, name: HostName) -> Result<(), LabError> {
+        self.start_node(name, &format!("primary {}", self.guest.boot_flags()))?;
+        self.runner = name;
+        let dial = self.dial();
+        self.wait("the guest to boot and serve", self.guest.boot_limit(), |_| Ok(answers_ping(&dial).then_some(())))?;
+        let tally = Arc::new(Tally::default());
+        let options = LoadOptions {
+            connections: self.connections,
+            pipeline_max: 8,
+            think_us_max: 50_000,
+            ..LoadOptions::default()
+        };
+        let load = Load::open(&options, &dial, &tally).map_err(LabError::io("connect to the guest"))?;
+        load.ask(Phase::Run);
+        self.session = Some(Session { tally, load });
+        Ok(())
+    }
+
+    fn dial(&self) -> Dial {
+        const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+        let network = self.site.network.clone();
+        let address = SocketAddr::from((GUEST_IPV4, GUEST_PORT));
+        Arc::new(move || -> io::Result<TcpStream> {
+            network.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
+        })
+    }
+
+    /// Starts a redis-benchmark.
+    pub fn start_benchmark(&self) -> Result<Benchmark, LabError> {
+        Benchmark::start(&self.site.network, &self.site.logs, self.guest.benchmark_requests())
+    }
+
+    /// Waits until a redis-benchmark has ended well, and checks what it counted.
+    pub fn finish_benchmark(&mut self, mut benchmark: Benchmark) -> Result<(), LabError> {
+        self.wait("redis-benchmark to end", BENCHMARK_LIMIT, |_| Ok(benchmark.is_over()?.then_some(())))?;
+        benchmark.check_counter(&self.site.network)
+    }
+
+    /// Starts a secondary on the host that does not run the guest.
+    pub fn start_secondary(&mut self) -> Result<(), LabError> {
+        let (host, peer) = (self.runner.other(), SocketAddr::from((self.runner.link_ipv4(), NODE_PORT)));
+        self.start_node(host, &format!("secondary --peer {peer}"))
+    }
+
+    /// Waits until both nodes say that the guest is protected.
+    pub fn wait_protected(&mut self, marks: [usize; 2]) -> Result<(), LabError> {
+        for name in [self.runner, self.runner.other()] {
+            self.wait("the guest to be protected", RESYNC_LIMIT, |world| {
+                Ok(world.told(marks, name, "MC_PROTECTED").map(drop))
+            })?;
+        }
+        let status = self.status(self.runner)?;
+        let is_so = status.protected && status.running;
+        if is_so {
+            Ok(())
+        } else {
+            Err(LabError::Wrong(format!("host {}'s node does not say so:\n{status}", self.runner)))
+        }
+    }
+
+    /// What the node on a host says of itself.
+    pub fn status(&mut self, name: HostName) -> Result<NodeStatus, LabError> {
+        let text = self.host(name)?.run("mcd status --json", COMMAND_LIMIT)?;
+        let garbled =
+            |error| LabError::Garbled { host: name.to_string(), what: format!("mcd status: {error}: {text}") };
+        serde_json::from_str(&text).map_err(garbled)
+    }
+
+    /// Makes sure that exactly the node of `runner` runs the guest.
+    pub fn expect_one_runner(&mut self) -> Result<(), LabError> {
+        for name in [HostName::A, HostName::B] {
+            if self.hosts.get(index(name)).is_none_or(Option::is_none) {
+                continue;
+            }
+            let status = self.status(name)?;
+            if status.running != (name == self.runner) || (status.role == Role::Primary) != (name == self.runner) {
+                return Err(LabError::Wrong(format!(
+                    "host {} should run the guest, but host {name} says:\n{status}",
+                    self.runner
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the node of a host whose guest is not there, and waits for its end.
+    pub fn end_node(&mut self, name: HostName) -> Result<(), LabError> {
+        let marks = self.marks();
+        self.nodes_since[index(name)] = None;
+        self.host(name)?.run("kill $(pidof mcd)", COMMAND_LIMIT)?;
+        self.wait("a node to end", DECISION_LIMIT, |world| {
+            let host = world.host(name)?;
+            Ok(host.console().find(marks[index(name)], |line| line.starts_with(NODE_ENDED)).map(drop))
+        })
+    }
+
+    fn gauges(&self) -> impl Iterator<Item = &Arc<Gauge>> {
+        self.session.iter().flat_map(|session| session.load.gauges())
+    }
+
+    /// Forgets how long clients have waited, and tells the time.
+    pub fn begin(&mut self) -> u64 {
+        self.gauges().for_each(|gauge| gauge.reset());
+        monotonic_us()
+    }
+
+    /// Waits until every client has been answered after `since_us`. Returns the longest silence any of them saw, in ms.
+    pub fn wait_answers(&mut self, since_us: u64) -> Result<u64, LabError> {
+        self.wait("every client to be answered", ANSWER_LIMIT, |world| {
+            Ok((world.has_trouble() || world.gauges().all(|gauge| gauge.last_reply_us() > since_us)).then_some(()))
+        })?;
+        Ok(self.gauges().map(|gauge| gauge.silence_us()).max().unwrap_or(0) / 1000)
+    }
+
+    /// Waits until the guest has served a while.
+    pub fn wait_served(&mut self) -> Result<(), LabError> {
+        let replies = |world: &World| world.session.as_ref().map_or(0, |session| session.tally.replies.load(Relaxed));
+        let wanted = replies(self) + REPLIES_BETWEEN_FAULTS;
+        self.wait("the guest to serve its clients", ANSWER_LIMIT, |world| {
+            Ok((world.has_trouble() || replies(world) >= wanted).then_some(()))
+        })
+    }
+
+    /// Whether a client has noticed anything: then there is nothing more to wait for.
+    fn has_trouble(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| !session.tally.is_clean())
+    }
+
+    /// An error with the clients' complaints, if there are any.
+    pub fn check_clients(&self) -> Result<(), LabError> {
+        let Some(session) = self.session.as_ref().filter(|_| self.has_trouble()) else { return Ok(()) };
+        Err(LabError::Wrong(format!("clients noticed:\n  {}", session.tally.complaints.lock().join("\n  "))))
+    }
+
+    /// Stops the load and reads every key back. Returns what the clients saw, and sends them home.
+    pub fn verify(&mut self) -> Result<Arc<Tally>, LabError> {
+        for phase in [Phase::Hold, Phase::Verify] {
+            if let Some(session) = &self.session {
+                session.load.ask(phase);
+            }
+            self.wait("every client to come to rest", ANSWER_LIMIT, |world| {
+                Ok(world.session.as_ref().is_none_or(|session| session.load.has_reached(phase)).then_some(()))
+            })?;
+        }
+        self.check_clients()?;
+        let session = self.session.take();
+        session.map(|session| session.tally.clone()).ok_or_else(|| LabError::Wrong("there are no clients".to_owned()))
+    }
+
+    /// The Linux guest's kernel log, as it tells it to whoever connects.
+    pub fn guest_log(&mut self) -> Result<Vec<String>, LabError> {
+        let address = SocketAddr::from((GUEST_IPV4, GUEST_LOG_PORT));
+        let network = self.site.network.clone();
+        let read = move || -> io::Result<String> {
+            let stream = connect(address, COMMAND_LIMIT)?;
+            stream.set_read_timeout(Some(COMMAND_LIMIT))?;
+            let mut bytes = Vec::new();
+            stream.take(GUEST_LOG_BYTES_MAX).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let text = network.run(read)?.map_err(LabError::io("read the guest's kernel log"))?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// What a person needs to look around.
+    pub fn doors(&self) -> String {
+        let mut doors = format!("clients' network: nsenter --net={}\n", self.site.network.path().display());
+        doors.push_str(&format!("the guest: redis-cli -h {GUEST_IPV4}; the arbiter: etcd at {CLIENT_IPV4}\n"));
+        for host in self.hosts.iter().flatten() {
+            doors.push_str(&format!("host {}: mcd-lab --attach {}\n", host.name(), host.shell_path().display()));
+        }
+        doors
+    }
+}
