@@ -53,7 +53,7 @@ guest_code!(
     "mov dx, 0x3fb",
     "mov al, 0x13",
     "out dx, al",
-    "mov qword ptr [0x200000], 1",
+    "lock inc qword ptr [0x200000]",
     "5: inc rbx",
     "jmp 5b",
 );
@@ -164,7 +164,7 @@ fn rich_machine(cpus: u8) -> (Machine, Vec<u8>) {
     machine.start_vcpus(initial).expect("start");
     machine.resume().expect("resume");
     let ram = machine.memory().clone();
-    until("the guest to set everything up", || word(&ram, RESULTS) == 1);
+    until("every vCPU to set everything up", || word(&ram, RESULTS) == u64::from(cpus));
     machine.pause().expect("pause");
     let mut state = Vec::new();
     machine.save(&mut state).expect("save");
