@@ -193,6 +193,15 @@ impl OutputGate {
         }
     }
 
+    /// Sends a frame of the node's own if frames pass; not if they are held, for this node may not be the one any more then.
+    pub fn send_if_passing(&self, frame: &[u8]) {
+        let mut held = self.held.lock();
+        let held = &mut *held;
+        if held.mode == Mode::Pass {
+            self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
+        }
+    }
+
     /// Throws away what the network sent while nobody ran the guest here.
     pub fn drain_input(&self) {
         let mut scratch = [0; 2048];

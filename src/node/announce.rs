@@ -1,14 +1,53 @@
 //! Telling the network where the guest is now: RARP for the switches, gratuitous ARP for hosts when the address is known.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use crate::protocol::types::Instant;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_RARP: u16 = 0x8035;
 const FRAME_BYTES_MIN: usize = 60;
 
-/// The frames that announce a guest, in the order to send them.
-pub fn frames(mac: [u8; 6], ip: Option<Ipv4Addr>) -> Vec<Vec<u8>> {
+/// When the frames are sent again, in ms after the first time: the first can be lost, or overtaken by a late frame of the host that died,
+/// which turns the switches back.
+const REPEATS_MS: [u64; 5] = [50, 150, 400, 1_000, 3_000];
+
+/// What is announced, and when it is once more.
+pub struct Announcer {
+    frames: Vec<Vec<u8>>,
+    began: Instant,
+    repeats: &'static [u64],
+}
+
+impl Announcer {
+    /// The announcement of a guest whose first is sent now.
+    pub fn new(mac: [u8; 6], ip: Option<Ipv4Addr>, now: Instant) -> Announcer {
+        Announcer { frames: frames(mac, ip), began: now, repeats: &REPEATS_MS }
+    }
+
+    /// The frames, in the order to send them.
+    pub fn frames(&self) -> &[Vec<u8>] {
+        &self.frames
+    }
+
+    /// When they are to be sent again, if ever.
+    pub fn due(&self) -> Option<Instant> {
+        self.repeats.first().map(|ms| self.began + Duration::from_millis(*ms))
+    }
+
+    /// Whether they are to be sent again now; true once for each time.
+    pub fn take_due(&mut self, now: Instant) -> bool {
+        let is_due = self.due().is_some_and(|due| due <= now);
+        if is_due {
+            self.repeats = self.repeats.get(1..).unwrap_or_default();
+        }
+        is_due
+    }
+}
+
+fn frames(mac: [u8; 6], ip: Option<Ipv4Addr>) -> Vec<Vec<u8>> {
     // RFC 903, request reverse (3): "who am I", as QEMU and others announce a moved guest.
     let mut frames = vec![arp(ETHERTYPE_RARP, 3, mac, Ipv4Addr::UNSPECIFIED, mac, Ipv4Addr::UNSPECIFIED)];
     if let Some(ip) = ip {
@@ -45,6 +84,19 @@ fn arp(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_is_said_again_a_few_times() {
+        let at = |ms: u64| Instant::from_us(ms * 1000);
+        let mut announcer = Announcer::new([2; 6], None, at(1_000));
+        let mut said = Vec::new();
+        for ms in 1_000..10_000 {
+            if announcer.take_due(at(ms)) {
+                said.push(ms - 1_000);
+            }
+        }
+        assert_eq!((said.as_slice(), announcer.due()), (REPEATS_MS.as_slice(), None));
+    }
 
     #[test]
     fn announcements_have_the_form_of_the_rfcs() {

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
 
+use super::announce::Announcer;
 use super::config::Compress;
 use super::conns::{Conns, stuck};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
-use super::{announce, clock, priority};
+use super::{clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
 use crate::checkpoint::journal::JournalMode;
@@ -58,6 +59,7 @@ pub struct PrimaryNode {
     pool: CapturePool,
     dirt: DirtBook,
     on_its_way: Option<OnItsWay>,
+    announcer: Announcer,
     replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
     /// The guest asked for a reset.
     restart: bool,
@@ -75,6 +77,7 @@ impl PrimaryNode {
     ) -> PrimaryNode {
         let pages = machine.memory().pages();
         let pool = context.captures.clone();
+        let announcer = Announcer::new(protocol.mac(), context.guest_ip, clock::now());
         PrimaryNode {
             context,
             machine,
@@ -86,6 +89,7 @@ impl PrimaryNode {
             pool,
             dirt: DirtBook::new(pages),
             on_its_way: None,
+            announcer,
             replies: Vec::new(),
             restart: false,
             end: None,
@@ -105,7 +109,7 @@ impl PrimaryNode {
         self.machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
         // Not only after a takeover: a guest that is started anew on another host is where the switches do not look for it.
-        self.announce();
+        self.announcer.frames().iter().for_each(|frame| self.gate.send_now(frame));
         if let Some(mut report) = takeover {
             report.resume_ms = resume_us as f64 / 1000.0;
             self.context.board.takeover(report);
@@ -121,6 +125,9 @@ impl PrimaryNode {
             if let Some(end) = self.end.take() {
                 self.stamp_at_the_end(&end)?;
                 return Ok(end);
+            }
+            if self.announcer.take_due(clock::now()) {
+                self.announcer.frames().iter().for_each(|frame| self.gate.send_if_passing(frame));
             }
             let input = self.next_input()?;
             if let Some(input) = input {
@@ -139,12 +146,6 @@ impl PrimaryNode {
         Ok(())
     }
 
-    fn announce(&self) {
-        for frame in announce::frames(self.protocol.mac(), self.context.guest_ip) {
-            self.gate.send_now(&frame);
-        }
-    }
-
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
         let sender = self.sender.as_ref();
         let nudge = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::nudge);
@@ -152,7 +153,7 @@ impl PrimaryNode {
             self.conns.close(conn);
             return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
         }
-        let event = match self.protocol.poll_timeout() {
+        let event = match self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
             Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
                 Ok(event) => event,
