@@ -144,7 +144,6 @@ fn every_kind_of_frame() {
         (FrameKind::Pages, "0200"),
         (FrameKind::Background, "0300"),
         (FrameKind::State, "0400"),
-        (FrameKind::Nudge, "0500"),
     ];
     for (kind, number) in expected {
         let mut batch = FrameBatch::new();
@@ -155,7 +154,12 @@ fn every_kind_of_frame() {
         let frame = reader.read().unwrap();
         assert_eq!((frame.kind, frame.payload), (kind, b"123456789".as_slice()));
     }
-    assert_eq!(expected.map(|(kind, _)| kind), FrameKind::ALL);
+    let mut nudge = FrameBatch::new();
+    nudge.push(FrameKind::Nudge, &[]).unwrap();
+    assert_eq!(hex(nudge.as_bytes()), "4d434431010005000000000000000000".to_owned() + "00000000");
+    assert!(nudge.push(FrameKind::Nudge, b"1").is_err());
+    let kinds = expected.map(|(kind, _)| kind).into_iter().chain([FrameKind::Nudge]);
+    assert!(kinds.eq(FrameKind::ALL));
     let mut batch = FrameBatch::new();
     batch.push(FrameKind::State, &[]).unwrap();
     assert_eq!(hex(batch.as_bytes()), "4d434431010004000000000000000000".to_owned() + "00000000");
