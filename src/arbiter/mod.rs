@@ -15,6 +15,7 @@ use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
 
+pub use crate::protocol::record::Swap;
 pub use spec::{ArbiterSpec, SpecError};
 
 /// Keeps the record of one guest. Every call may take as long as the arbiter's patience allows, so callers give it a thread.
@@ -43,15 +44,6 @@ pub trait Arbiter: Send {
 
 /// Ends the question in hand (see [`Arbiter::canceller`]).
 pub type Canceller = Box<dyn Fn() + Send>;
-
-/// What became of a swap that was answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Swap {
-    /// The new record stands.
-    Won,
-    /// Another record stands (or none), and nothing was changed.
-    Lost(Option<Record>),
-}
 
 /// Why an arbiter did not answer. Each message is one line that says what to do.
 #[derive(Debug, Error)]

@@ -8,6 +8,7 @@ pub mod heartbeat;
 pub mod layout;
 pub mod messages;
 pub mod mutant;
+pub mod notebook;
 pub mod pages;
 pub mod primary;
 pub mod record;

@@ -26,6 +26,15 @@ pub struct Record {
     pub peer: Option<InstanceId>,
 }
 
+/// What became of a swap that was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Swap {
+    /// The new record stands.
+    Won,
+    /// Another record stands (or none), and nothing was changed.
+    Lost(Option<Record>),
+}
+
 impl Record {
     /// The record of a guest that `owner` runs alone, in the generation after `self`.
     pub fn next_solo(&self, owner: InstanceId) -> Record {

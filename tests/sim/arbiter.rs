@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use mcd::arbiter::Swap;
-use mcd::arbiter::command::{Notebook, Step};
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
-use mcd::protocol::record::Record;
+use mcd::protocol::notebook::{Notebook, Step};
+use mcd::protocol::record::{Record, Swap};
 use mcd::protocol::types::{Generation, InstanceId};
 
 #[derive(Debug, Default)]

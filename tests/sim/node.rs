@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use mcd::arbiter::command::Notebook;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use mcd::protocol::notebook::Notebook;
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};

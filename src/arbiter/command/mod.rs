@@ -16,12 +16,10 @@
 //!
 //! `docs/arbiters.md` is the contract for people who write scripts.
 
-mod notebook;
 mod script;
 
-pub use notebook::{Notebook, Question, Step};
-
 use super::{Arbiter, ArbiterError, Canceller, Swap};
+use crate::protocol::notebook::{Notebook, Question, Step};
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{GuestName, InstanceId};
 use script::{End, Script};

@@ -1,10 +1,9 @@
 //! What a node whose arbiter keeps no record writes down itself, and when that is not enough and the script must be asked. Pure, so that
 //! the simulator drives the same rules.
 
-use crate::arbiter::Swap;
-use crate::protocol::mutant;
-use crate::protocol::record::{Record, RecordState};
-use crate::protocol::types::InstanceId;
+use super::mutant;
+use super::record::{Record, RecordState, Swap};
+use super::types::InstanceId;
 
 /// What the script is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
