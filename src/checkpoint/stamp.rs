@@ -10,41 +10,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
+use crate::protocol::claim::may_start_from;
+pub use crate::protocol::claim::{StampRefusal, StampState};
 use crate::protocol::types::{EpochId, Generation, GuestName};
 
 /// The first line: what this is, and the version of its form.
 const TITLE: &str = "mcd disk stamp 1";
 /// No stamp is longer.
 const TEXT_BYTES_MAX: u64 = 1024;
-
-/// What an image is good for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StampState {
-    /// A disk as a guest left it: in the order in which it wrote, as after a loss of power at worst.
-    Whole,
-    /// A secondary's: whole, but if its node did not end in order, an epoch may be in it by half.
-    Applying,
-    /// A newcomer's: parts are missing.
-    Filling,
-}
-
-impl StampState {
-    const ALL: [StampState; 3] = [StampState::Whole, StampState::Applying, StampState::Filling];
-
-    fn word(self) -> &'static str {
-        match self {
-            StampState::Whole => "whole",
-            StampState::Applying => "applying",
-            StampState::Filling => "filling",
-        }
-    }
-}
-
-impl fmt::Display for StampState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
 
 /// What is known of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,28 +52,6 @@ pub enum StampError {
         path: PathBuf,
         /// What is wrong.
         what: &'static str,
-    },
-}
-
-/// Why a guest must not start from an image.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum StampRefusal {
-    /// It is another guest's.
-    #[error("it belongs to guest '{0}'")]
-    OtherGuest(GuestName),
-    /// It is not whole.
-    #[error("it was being filled by a resync at {0} and is not whole")]
-    Filling(EpochId),
-    /// It may not be consistent.
-    #[error("it is a secondary's, at {0}, which did not end in order, so an epoch may be in it by half")]
-    Applying(EpochId),
-    /// There is a newer one.
-    #[error("it is of {at}, and the arbiter knows of {newest}: the newest image is on the other host")]
-    Old {
-        /// What the stamp says.
-        at: EpochId,
-        /// The newest generation on record.
-        newest: Generation,
     },
 }
 
@@ -178,15 +129,9 @@ impl Stamp {
     /// Whether `guest` may start from the image, when `newest` is the newest generation on record, if there is a record.
     ///
     /// # Errors
-    /// [`StampRefusal`].
+    /// [`StampRefusal`]: see [`may_start_from`].
     pub fn may_start(&self, guest: &GuestName, newest: Option<Generation>) -> Result<(), StampRefusal> {
-        match (self.state, newest) {
-            _ if self.guest != *guest => Err(StampRefusal::OtherGuest(self.guest.clone())),
-            (StampState::Filling, _) => Err(StampRefusal::Filling(self.at)),
-            (_, Some(newest)) if self.at.generation < newest => Err(StampRefusal::Old { at: self.at, newest }),
-            (StampState::Applying, _) => Err(StampRefusal::Applying(self.at)),
-            (StampState::Whole, _) => Ok(()),
-        }
+        may_start_from((&self.guest, self.at, self.state), guest, newest)
     }
 }
 
