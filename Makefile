@@ -33,7 +33,7 @@ lint: setup ## the quick half of test: formatting, lints, documentation
 	@scripts/lint
 
 bench: build ## measure takeover, pauses and latency on this machine; results in target/bench/
-	@scripts/bench $(MCD)
+	@bench/run $(MCD)
 
 lab: build setup-lab ## two virtual hosts with ordinary KVM, power cuts (SCENARIOS= only some); report in target/lab/
 	@$(CARGO) build --release --locked --package mcd-lab
