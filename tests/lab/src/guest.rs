@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use mcd::demo::fabric::{GUEST_IPV4, GUEST_PREFIX_LEN};
 
+use crate::disk::GUEST_IMAGE_PATH;
 use crate::image::{GUEST_INITRD, GUEST_KERNEL};
 
 /// A guest.
@@ -38,7 +39,8 @@ impl Guest {
 
     /// The flags that both of its nodes are given.
     pub fn node_flags(self) -> String {
-        format!("--guest-ip {GUEST_IPV4}/{GUEST_PREFIX_LEN}")
+        let disk = if self.is_linux() { format!(" --disk {GUEST_IMAGE_PATH},serial=lab") } else { String::new() };
+        format!("--guest-ip {GUEST_IPV4}/{GUEST_PREFIX_LEN}{disk}")
     }
 
     /// How long it may take to boot and serve.

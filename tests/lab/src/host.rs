@@ -49,6 +49,8 @@ pub struct Site {
     pub network: Arc<Namespace>,
     /// Where their sockets are: a short path.
     pub sockets: PathBuf,
+    /// Where their disks are.
+    pub disks: PathBuf,
     /// Where the text of their consoles goes.
     pub logs: PathBuf,
 }
@@ -64,9 +66,9 @@ pub struct Host {
 }
 
 impl Host {
-    /// Switches it on. `number` tells its lives apart.
-    pub fn power_on(name: HostName, number: u32, site: &Site) -> Result<Host, LabError> {
-        let Site { settings, images, network, sockets: directory, logs } = site;
+    /// Switches it on with its `disk`. `number` tells its lives apart.
+    pub fn power_on(name: HostName, number: u32, site: &Site, disk: &Path) -> Result<Host, LabError> {
+        let Site { settings, images, network, sockets: directory, logs, .. } = site;
         let file = |what: &str| directory.join(format!("{name}-{number}.{what}"));
         let lines = ["console", "channel"].map(file);
         let listeners = lines.each_ref().map(|path| listen(path));
@@ -94,6 +96,9 @@ impl Host {
             command.args(["-device", &format!("{device},romfile=")]);
         }
         command.args(["-device", "virtio-rng-pci"]);
+        // What the host has flushed is on this machine's disk; what it has not even written is lost with its power.
+        command.args(["-drive", &format!("if=none,id=disk,format=raw,cache=writeback,file={}", disk.display())]);
+        command.args(["-device", "virtio-blk-pci,drive=disk"]);
         let output = File::create(file("qemu.log")).map_err(LabError::io("make a log for QEMU"))?;
         let copy = output.try_clone().map_err(LabError::io("make a log for QEMU"))?;
         command.stdin(Stdio::null()).stdout(copy).stderr(output);
@@ -112,6 +117,11 @@ impl Host {
     /// Whether it has said that it is up.
     pub fn is_up(&self) -> bool {
         self.console.find(0, |line| line.starts_with("lab: host")).is_some()
+    }
+
+    /// What it says if it cannot come up.
+    pub fn fault(&self) -> Option<String> {
+        self.console.find(0, |line| line.starts_with("lab: fault:"))
     }
 
     /// Waits until it takes commands; ask [`Host::is_up`] first.

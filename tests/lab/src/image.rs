@@ -10,10 +10,22 @@ use crate::cpio::Archive;
 use crate::error::LabError;
 use crate::kernel::Kernel;
 
-/// What a host's kernel must load: KVM, the devices QEMU gives it, and what guests' networks are made of.
-const HOST_MODULES: [&str; 7] = ["kvm-amd", "virtio_pci", "virtio_net", "virtio-rng", "tun", "bridge", "veth"];
+/// What a host's kernel must load: KVM, the devices QEMU gives it, what guests' networks are made of, and its disk's file system
+/// (with the checksum that ext4 asks for by name).
+const HOST_MODULES: [&str; 10] = [
+    "kvm-amd",
+    "virtio_pci",
+    "virtio_net",
+    "virtio-rng",
+    "virtio_blk",
+    "tun",
+    "bridge",
+    "veth",
+    "crc32c_generic",
+    "ext4",
+];
 /// What the guest's kernel must load for the devices mcd gives it.
-const GUEST_MODULES: [&str; 4] = ["virtio_mmio", "virtio_net", "virtio_blk", "virtio-rng"];
+const GUEST_MODULES: [&str; 6] = ["virtio_mmio", "virtio_net", "virtio_blk", "virtio-rng", "crc32c_generic", "ext4"];
 
 /// Where the hosts have the guest's kernel.
 pub const GUEST_KERNEL: &str = "/guest/vmlinuz";

@@ -8,6 +8,7 @@ mod benchmark;
 mod channel;
 mod console;
 mod cpio;
+mod disk;
 mod error;
 mod etcd;
 mod guest;
@@ -112,6 +113,7 @@ fn run(args: &Args) -> Result<bool, LabError> {
         images,
         network: Arc::new(net::new()?),
         sockets: sockets.path().to_owned(),
+        disks: PathBuf::new(),
         logs: PathBuf::new(),
     };
     let options = Options { rounds: args.rounds, connections: args.connections, stay: args.stay };
@@ -122,6 +124,7 @@ fn run(args: &Args) -> Result<bool, LabError> {
         println!("{}: {}", scenario.name, scenario.shows);
         // Of its own, because a socket's name can be used once only.
         site.sockets = sockets.path().join(format!("{number}"));
+        site.disks = args.dir.join("disk").join(scenario.name);
         site.logs = logs.join(scenario.name);
         for directory in [&site.sockets, &site.logs] {
             fs::create_dir_all(directory).map_err(LabError::io(format!("make {}", directory.display())))?;

@@ -13,6 +13,7 @@ use mcd::demo::fabric::{CLIENT_IPV4, GUEST_IPV4, HostName};
 use mcd::demo::load::{Load, LoadOptions, Phase};
 
 use crate::benchmark::Benchmark;
+use crate::disk::Disks;
 use crate::error::LabError;
 use crate::etcd::{self, Etcd};
 use crate::guest::Guest;
@@ -44,7 +45,7 @@ const REPLIES_BETWEEN_FAULTS: u64 = 200;
 const NODE_ENDED: &str = "lab: the node ended with";
 /// An emulated host with two cores between all of them stands still now and then; suspicion must allow for that.
 const NODE_FLAGS: &str = "--heartbeat-interval-ms 1000 --heartbeat-timeout-ms 4000 --arbiter-timeout-ms 5000 \
-                          --interval-ms 50 --staging-max 256M";
+                          --interval-ms 50 --staging-max 320M";
 
 /// The clients of a guest's life.
 struct Session {
@@ -57,6 +58,7 @@ pub struct World {
     guest: Guest,
     connections: usize,
     site: Arc<Site>,
+    disks: Disks,
     _arbiter: Etcd,
     stop: Arc<AtomicBool>,
     session: Option<Session>,
@@ -84,10 +86,12 @@ impl World {
     /// A world with an arbiter, in which no host has power.
     pub fn new(guest: Guest, connections: usize, site: Arc<Site>, stop: Arc<AtomicBool>) -> Result<World, LabError> {
         let arbiter = Etcd::start(&site.network, &site.sockets)?;
+        let disks = Disks::make(&site.disks, HostName::A)?;
         Ok(World {
             guest,
             connections,
             site,
+            disks,
             _arbiter: arbiter,
             stop,
             session: None,
@@ -162,10 +166,15 @@ impl World {
         let fresh: Vec<HostName> = names.iter().copied().filter(has_none).collect();
         for &name in &fresh {
             self.lives[index(name)] += 1;
-            self.hosts[index(name)] = Some(Host::power_on(name, self.lives[index(name)], &self.site)?);
+            self.hosts[index(name)] =
+                Some(Host::power_on(name, self.lives[index(name)], &self.site, &self.disks.of(name))?);
         }
         for name in fresh {
-            self.wait("a host to boot", HOST_BOOT_LIMIT, |world| Ok(world.host(name)?.is_up().then_some(())))?;
+            self.wait("a host to boot", HOST_BOOT_LIMIT, |world| {
+                let host = world.host(name)?;
+                let fault = |line| LabError::Wrong(format!("host {name}: {line}{}", host.console().tail()));
+                host.fault().map_or(Ok(host.is_up().then_some(())), |line| Err(fault(line)))
+            })?;
             self.host(name)?.wait_shell()?;
         }
         Ok(())
