@@ -209,8 +209,11 @@ pub(super) fn default_control(guest: &GuestName) -> Result<PathBuf, Failure> {
             "--control PATH is missing: you are not root and XDG_RUNTIME_DIR is not set, so there is no default",
         )
     };
-    control_directory().map(|directory| directory.join(format!("{guest}.sock"))).ok_or_else(missing)
+    control_directory().map(|directory| directory.join(format!("{guest}.{CONTROL_EXTENSION}"))).ok_or_else(missing)
 }
+
+/// What the name of a control socket ends with.
+pub(super) const CONTROL_EXTENSION: &str = "sock";
 
 /// Where the console's socket is if nobody says otherwise: beside the control socket.
 pub(super) fn console_beside(control: &Path) -> PathBuf {

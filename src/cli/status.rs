@@ -44,20 +44,43 @@ fn only_socket() -> Result<PathBuf, Failure> {
     let ask = "give --guest NAME or --control PATH";
     let directory = config::control_directory()
         .ok_or_else(|| Failure::usage(format!("which node? {ask} (XDG_RUNTIME_DIR is not set)")))?;
-    let mut sockets: Vec<PathBuf> = fs::read_dir(&directory)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
-        .map(|entry| entry.path())
-        .collect();
-    sockets.sort();
-    match sockets.as_slice() {
+    match control_sockets(&directory).as_slice() {
         [] => Err(Failure::run(format!("no node has its control socket in {}; {ask}", directory.display()))),
         [path] => Ok(path.clone()),
         several => {
             let names: Vec<_> = several.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
             Err(Failure::usage(format!("which of {}? {ask}", names.join(", "))))
         }
+    }
+}
+
+/// The control sockets in a directory, where consoles' sockets may lie beside them.
+fn control_sockets(directory: &Path) -> Vec<PathBuf> {
+    let mut sockets: Vec<PathBuf> = fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == config::CONTROL_EXTENSION))
+        .collect();
+    sockets.sort();
+    sockets
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_console_beside_it_is_no_node() {
+        let directory = tempfile::tempdir().expect("directory");
+        let control = directory.path().join("web.sock");
+        let sockets = [control.clone(), config::console_beside(&control)];
+        let _listeners = sockets.map(|path| UnixListener::bind(path).expect("listen"));
+        fs::write(directory.path().join("old.sock"), "no socket").expect("write");
+        assert_eq!(control_sockets(directory.path()), [control]);
     }
 }
