@@ -72,6 +72,12 @@ impl Tally {
             .all(|count| count.load(Relaxed) == 0)
     }
 
+    /// Counts a connection that cannot be opened where a server should be.
+    pub(super) fn no_server(&self, number: usize, why: &io::Error) -> Broken {
+        self.complain(&self.resets, format!("connection {number} cannot be opened: {why}"));
+        Broken
+    }
+
     fn complain(&self, count: &AtomicU64, what: String) {
         count.fetch_add(1, Relaxed);
         let mut complaints = self.complaints.lock();

@@ -39,6 +39,8 @@ pub enum Phase {
     Run,
     /// Every key has been read back; then as [`Phase::Hold`].
     Verify,
+    /// The same over new connections, the old ones having been closed: the server itself was started anew.
+    VerifyAnew,
     /// Over.
     End,
 }
@@ -132,6 +134,7 @@ impl Worker {
             let done = match wanted {
                 Phase::Run => self.one_go(),
                 Phase::Verify if phase != Phase::Verify => self.verify(),
+                Phase::VerifyAnew if phase != Phase::VerifyAnew => self.verify_anew(),
                 _ => Ok(()),
             };
             if done.is_err() {
@@ -154,6 +157,14 @@ impl Worker {
         let depth = if self.rng.chance(50) { 1 } else { 1 + self.rng.below(self.options.pipeline_max) };
         let commands = (0..depth).map(|_| self.model.draw(&mut self.rng)).collect();
         connection.exchange(&mut self.model, commands)
+    }
+
+    fn verify_anew(&mut self) -> Result<(), Broken> {
+        self.connection = None;
+        let name = format!("connection {} (opened anew)", self.number);
+        let opened = Connection::open(name, &self.dial, self.tally.clone(), self.gauge.clone());
+        let connection = opened.map_err(|error| self.tally.no_server(self.number, &error))?;
+        self.connection.insert(connection).verify(&mut self.model)
     }
 
     fn verify(&mut self) -> Result<(), Broken> {
@@ -234,6 +245,28 @@ mod tests {
                 _ => assert!(wrong > 0, "{fault:?}: {complaints:?}"),
             }
             assert_eq!(silent, 0);
+        }
+    }
+
+    #[test]
+    fn a_server_started_anew_must_have_every_key() {
+        for fault in [None, Some(Fault::LoseWrites)] {
+            let server = TestServer::start(fault, 300);
+            let tally = Arc::new(Tally::default());
+            let options = LoadOptions { connections: 2, seed: 7, think_us_max: 0, ..LoadOptions::default() };
+            let load = Load::open(&options, &server.dial(), &tally).unwrap();
+            load.ask(Phase::Run);
+            until("the load ran", || tally.requests.load(Relaxed) > 1000);
+            assert!(load.bring_to(Phase::Hold, PATIENCE));
+            let before = tally.replies.load(Relaxed);
+            assert!(load.bring_to(Phase::VerifyAnew, PATIENCE));
+            assert!(tally.replies.load(Relaxed) > before || fault.is_some());
+            assert_eq!(tally.is_clean(), fault.is_none(), "{:?}", tally.complaints.lock());
+            if fault.is_none() {
+                drop(server);
+                assert!(load.bring_to(Phase::Hold, PATIENCE) && load.bring_to(Phase::VerifyAnew, PATIENCE));
+                assert_eq!(tally.resets.load(Relaxed), 2, "{:?}", tally.complaints.lock());
+            }
         }
     }
 

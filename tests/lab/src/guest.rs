@@ -51,9 +51,18 @@ impl Guest {
         }
     }
 
+    /// How often the host that runs it loses its power in a row, if nobody says so.
+    pub fn power_cuts(self) -> u32 {
+        if self.is_linux() { 5 } else { 2 }
+    }
+
     /// How many requests of each kind a redis-benchmark sends it: more than it serves before the next fault.
     pub fn benchmark_requests(self) -> u32 {
-        if matches!(self, Guest::Linux { stress: true, .. }) { 150 } else { 1000 }
+        match self {
+            Guest::BuiltIn => 1000,
+            Guest::Linux { stress: false, .. } => 300,
+            Guest::Linux { stress: true, .. } => 150,
+        }
     }
 
     /// Whether it is a Linux, which has a kernel log.

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mcd::control::Client;
 use mcd::demo::fabric::{HostName, Namespace, find_tool};
@@ -128,6 +128,12 @@ impl Host {
     pub fn wait_shell(&mut self) -> Result<(), LabError> {
         let ready = self.channel.wait_ready(COMMAND_LIMIT);
         ready.map_err(|error| LabError::Garbled { host: self.name.to_string(), what: format!("no shell: {error}") })
+    }
+
+    /// Sets its wall clock to this machine's, as a host's time service would. How far it is off afterwards: the time the command takes.
+    pub fn set_clock(&mut self) -> Result<(), LabError> {
+        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        self.run(&format!("mcd-lab-guest set-clock {now_ns}"), COMMAND_LIMIT).map(drop)
     }
 
     /// An error if its QEMU has ended.

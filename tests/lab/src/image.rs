@@ -44,17 +44,25 @@ pub struct Images {
 impl Images {
     /// Builds what is missing or older than what it is made of, in `directory`, with the node's program `mcd`.
     pub fn build(directory: &Path, mcd: &Path) -> Result<Images, LabError> {
+        let eyes = eyes()?;
         let host = Kernel::open(&directory.join("host-kernel"))?;
         let guest = Kernel::open(&directory.join("guest-kernel"))?;
         let guest_initrd = directory.join("guest.cpio");
-        write(&guest_archive(&guest)?, &guest_initrd)?;
+        write(&guest_archive(&guest, &eyes)?, &guest_initrd)?;
         let images = Images { host_kernel: host.image.clone(), host_initrd: directory.join("host.cpio") };
-        let mut archive = host_archive(&host, mcd)?;
+        let mut archive = host_archive(&host, mcd, &eyes)?;
         archive.file(GUEST_KERNEL, &guest.image, 0o644);
         archive.file(GUEST_INITRD, &guest_initrd, 0o644);
         write(&archive, &images.host_initrd)?;
         Ok(images)
     }
+}
+
+/// The lab's own program for guests, which is built beside this one.
+fn eyes() -> Result<PathBuf, LabError> {
+    let this = std::env::current_exe().map_err(LabError::io("find the lab's own program"))?;
+    let eyes = this.with_file_name("mcd-lab-guest");
+    if eyes.exists() { Ok(eyes) } else { Err(LabError::Missing(format!("{} (cargo build)", eyes.display()))) }
 }
 
 fn write(archive: &Archive, path: &Path) -> Result<(), LabError> {
@@ -80,17 +88,21 @@ fn base(init: &str) -> Result<Archive, LabError> {
     Ok(archive)
 }
 
-fn host_archive(kernel: &Kernel, mcd: &Path) -> Result<Archive, LabError> {
+fn host_archive(kernel: &Kernel, mcd: &Path, eyes: &Path) -> Result<Archive, LabError> {
     let mut archive = base(include_str!("../init/host"))?;
     add_modules(&mut archive, kernel, &HOST_MODULES)?;
     add_program(&mut archive, "bin/mcd", mcd)?;
     // mcd demo speaks to the real `ip`; busybox's lacks its batches.
     let ip = find_tool("ip").ok_or_else(|| LabError::Missing("ip (iproute2)".to_owned()))?;
     add_program(&mut archive, "sbin/ip", &ip)?;
+    let e2fsck = find_tool("e2fsck").ok_or_else(|| LabError::Missing("e2fsck (e2fsprogs)".to_owned()))?;
+    add_program(&mut archive, "sbin/e2fsck", &e2fsck)?;
+    add_program(&mut archive, "bin/mcd-lab-guest", eyes)?;
+    archive.text("bin/ask-console", include_str!("../init/ask-console"), 0o755);
     Ok(archive)
 }
 
-fn guest_archive(kernel: &Kernel) -> Result<Archive, LabError> {
+fn guest_archive(kernel: &Kernel, eyes: &Path) -> Result<Archive, LabError> {
     let mut archive = base(include_str!("../init/guest"))?;
     add_modules(&mut archive, kernel, &GUEST_MODULES)?;
     // Debian's redis-tools hold the server's program too: it is a server when it is called by that name.
@@ -98,6 +110,9 @@ fn guest_archive(kernel: &Kernel) -> Result<Archive, LabError> {
     let redis = redis.ok_or_else(|| LabError::Missing("redis-server (redis-tools)".to_owned()))?;
     let redis = fs::canonicalize(&redis).map_err(LabError::io(format!("find {}", redis.display())))?;
     add_program(&mut archive, "bin/redis-server", &redis)?;
+    add_program(&mut archive, "bin/mcd-lab-guest", eyes)?;
+    archive.text("bin/redis", include_str!("../init/redis"), 0o755);
+    archive.text("bin/redis-anew", include_str!("../init/redis-anew"), 0o755);
     Ok(archive)
 }
 

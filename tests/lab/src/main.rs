@@ -18,6 +18,8 @@ mod kernel;
 mod net;
 mod report;
 mod scenarios;
+mod talk;
+mod told;
 mod world;
 
 use std::fs;

@@ -3,8 +3,11 @@
 use std::fmt;
 use std::sync::atomic::Ordering::Relaxed;
 
+use mcd::control::metrics::Quantiles;
 use mcd::demo::client::Tally;
 use serde::Serialize;
+
+use crate::told::{Clocks, DiskSpeed};
 
 /// Something a scenario did.
 #[derive(Clone, Debug, Serialize)]
@@ -61,8 +64,60 @@ pub struct Outcome {
     pub steps: Vec<Step>,
     /// What its clients saw, if it had any and came to its end.
     pub clients: Option<Clients>,
+    /// What was measured in a Linux guest.
+    pub figures: Figures,
     /// Why it is not ok.
     pub wrong: Option<String>,
+}
+
+/// What was measured in a Linux guest.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Figures {
+    /// Its clocks, after each step that matters.
+    pub clocks: Vec<ClockFigures>,
+    /// Its disk.
+    pub disk: Vec<DiskFigures>,
+    /// What its node said of itself, before each power cut.
+    pub nodes: Vec<NodeFigures>,
+}
+
+/// The guest's clocks at some time.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClockFigures {
+    /// After which step.
+    pub after: String,
+    /// The guest's wall clock less the clients', in ms.
+    pub wall_off_ms: f64,
+    /// It may be off by so much more or less, in ms.
+    pub wall_unsure_ms: f64,
+    /// What the clocks did since the guest's boot.
+    pub clocks: Clocks,
+}
+
+/// How fast the guest's disk was.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskFigures {
+    /// Whether the guest was protected.
+    pub protected: bool,
+    /// How fast.
+    pub speed: DiskSpeed,
+}
+
+/// What a node said of itself at some time.
+#[derive(Clone, Debug, Serialize)]
+pub struct NodeFigures {
+    /// When.
+    pub when: String,
+    /// How long captures stopped the guest, in µs.
+    pub pause_us: Quantiles,
+    /// From the start of the pause to the ack, in µs.
+    pub commit_us: Quantiles,
+    /// How long output was held, in µs.
+    pub hold_us: Quantiles,
+    /// Dirty pages in an epoch.
+    pub dirty_pages: Quantiles,
+    /// Epochs committed.
+    pub committed: u64,
 }
 
 impl fmt::Display for Outcome {

@@ -1,19 +1,28 @@
 //! What the lab tries.
 
+mod linux;
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use mcd::control::status::NodeStatus;
 use mcd::demo::fabric::HostName;
+use mcd::demo::load::Phase;
 
 use crate::error::LabError;
-use crate::guest::{Guest, complaints};
+use crate::guest::Guest;
 use crate::host::Site;
-use crate::report::{Clients, Outcome, Step};
+use crate::report::{Clients, Figures, NodeFigures, Outcome, Step};
 use crate::world::{DECISION_LIMIT, World};
 
 /// How long `mcd demo` may take in a host.
 const DEMO_LIMIT: Duration = Duration::from_secs(400);
+
+/// How long the guest serves untroubled before the next fault: so many replies.
+const REPLIES_BETWEEN_FAULTS: u64 = 200;
+/// How long a redis-benchmark has been at work when the fault comes.
+const REPLIES_WHILE_BENCHMARK_STARTS: u64 = 50;
 
 /// Something the lab can try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +73,7 @@ pub struct Options {
 
 /// Tries one scenario. What it does is told as it goes.
 pub fn run(scenario: &Scenario, options: &Options, site: &Arc<Site>, stop: &Arc<AtomicBool>) -> Outcome {
-    let mut play = Play { started: Instant::now(), steps: Vec::new(), clients: None };
+    let mut play = Play { started: Instant::now(), steps: Vec::new(), clients: None, figures: Figures::default() };
     let result = match scenario.kind {
         Kind::Demo => play.demo(site, stop),
         Kind::Faults(guest) => play.faults(guest, options, site, stop),
@@ -77,6 +86,7 @@ pub fn run(scenario: &Scenario, options: &Options, site: &Arc<Site>, stop: &Arc<
         took_s,
         steps: play.steps,
         clients: play.clients,
+        figures: play.figures,
         wrong,
     }
 }
@@ -85,6 +95,7 @@ struct Play {
     started: Instant,
     steps: Vec<Step>,
     clients: Option<Clients>,
+    figures: Figures,
 }
 
 impl Play {
@@ -123,25 +134,23 @@ impl Play {
         let since = Instant::now();
         world.start_guest(HostName::A)?;
         self.note("the guest boots on host a and serves", since, None);
-        let log = if guest.is_linux() { world.guest_log()? } else { Vec::new() };
+        let before = if guest.is_linux() { Some(self.meet(&mut world)?) } else { None };
         self.protect(&mut world)?;
-        let rounds = options.rounds.unwrap_or(if guest == (Guest::Linux { cpus: 1, stress: false }) { 5 } else { 2 });
+        if guest.is_linux() {
+            self.measure_disk(&mut world, true)?;
+        }
+        let rounds = options.rounds.unwrap_or(guest.power_cuts());
         for round in 1..=rounds {
             self.lose_primary(&mut world, round, rounds)?;
         }
         self.lose_secondary(&mut world)?;
         self.cut_link(&mut world)?;
         let since = Instant::now();
-        let tally = world.verify()?;
-        self.clients = Some(Clients::of(&tally));
-        self.note("every key is read back", since, None);
-        if guest.is_linux() {
-            let since = Instant::now();
-            let bad = complaints(&log, &world.guest_log()?);
-            if !bad.is_empty() {
-                return Err(LabError::Wrong(format!("the guest's kernel noticed:\n  {}", bad.join("\n  "))));
-            }
-            self.note("the guest's kernel has noticed nothing", since, None);
+        let keys = world.read_back()?;
+        self.clients = world.clients();
+        self.note(format!("{keys} keys are read back for the last time"), since, None);
+        if let Some(before) = before {
+            self.question(&mut world, &before)?;
         }
         if options.stay {
             println!("{}Ctrl-C ends it", world.doors());
@@ -151,6 +160,28 @@ impl Play {
                 other => other?,
             }
         }
+        if guest.is_linux() {
+            self.start_server_anew(&mut world)?;
+            self.compare_images(&mut world)?;
+            self.lose_both(&mut world)?;
+        }
+        Ok(())
+    }
+
+    /// After a fault: every acknowledged write is there, read over the connections that lived through it, and the clocks went on.
+    fn read_back(&mut self, world: &mut World, after: &str) -> Result<(), LabError> {
+        let since = Instant::now();
+        let keys = world.read_back()?;
+        world.bring_clients_to(Phase::Run)?;
+        self.note(format!("{keys} keys are read back over the same connections"), since, None);
+        if world.guest().is_linux() { self.check_clocks(world, after).map(drop) } else { Ok(()) }
+    }
+
+    /// Keeps what the node that runs the guest says of itself.
+    fn note_node(&mut self, world: &mut World, when: String) -> Result<(), LabError> {
+        let NodeStatus { pause_us, commit_us, hold_us, dirty_pages, epochs, .. } = world.status(world.runner)?;
+        let committed = epochs.committed;
+        self.figures.nodes.push(NodeFigures { when, pause_us, commit_us, hold_us, dirty_pages, committed });
         Ok(())
     }
 
@@ -168,9 +199,11 @@ impl Play {
 
     /// Cuts the power of the host that runs the guest; the other one must go on with it.
     fn lose_primary(&mut self, world: &mut World, round: u32, rounds: u32) -> Result<(), LabError> {
+        world.wait_served(REPLIES_BETWEEN_FAULTS)?;
+        self.note_node(world, format!("before power cut {round}"))?;
         // The last time an unmodified client is in the middle of something too.
         let mut benchmark = if round == rounds { Some(world.start_benchmark()?) } else { None };
-        world.wait_served()?;
+        world.wait_served(REPLIES_WHILE_BENCHMARK_STARTS)?;
         if let Some(benchmark) = &mut benchmark
             && benchmark.is_over()?
         {
@@ -192,6 +225,7 @@ impl Play {
         );
         world.check_clients()?;
         world.expect_one_runner()?;
+        self.read_back(world, &format!("power cut {round}"))?;
         self.protect(world)?;
         if let Some(benchmark) = benchmark {
             let since = Instant::now();
@@ -203,7 +237,7 @@ impl Play {
 
     /// Cuts the power of the host that protects the guest; the guest must go on where it is.
     fn lose_secondary(&mut self, world: &mut World) -> Result<(), LabError> {
-        world.wait_served()?;
+        world.wait_served(REPLIES_BETWEEN_FAULTS)?;
         let (runner, lost) = (world.runner, world.runner.other());
         let marks = world.marks();
         let (since, since_us) = (Instant::now(), world.begin());
@@ -215,12 +249,13 @@ impl Play {
         self.note(format!("the secondary's power is cut: host {lost} is lost"), since, Some(silence_ms));
         world.check_clients()?;
         world.expect_one_runner()?;
+        self.read_back(world, "the secondary's power cut")?;
         self.protect(world)
     }
 
     /// Cuts the link between the hosts; exactly one of them must go on with the guest.
     fn cut_link(&mut self, world: &mut World) -> Result<(), LabError> {
-        world.wait_served()?;
+        world.wait_served(REPLIES_BETWEEN_FAULTS)?;
         let (old, other) = (world.runner, world.runner.other());
         let marks = world.marks();
         let (since, since_us) = (Instant::now(), world.begin());
@@ -236,6 +271,7 @@ impl Play {
         self.note(format!("the link is cut: host {heir} goes on"), since, Some(silence_ms));
         world.check_clients()?;
         world.expect_one_runner()?;
+        self.read_back(world, "the cut link")?;
         let since = Instant::now();
         let marks = world.marks();
         world.host(old)?.plug_wire(true)?;

@@ -1,6 +1,6 @@
 //! The world of a scenario: the hosts, their nodes, the arbiter, and the clients who must not notice anything.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -9,22 +9,20 @@ use std::time::{Duration, Instant};
 use mcd::control::status::{NodeStatus, Role};
 use mcd::demo::ask::answers_ping;
 use mcd::demo::client::{Dial, Gauge, Tally, connect, monotonic_us};
-use mcd::demo::fabric::{CLIENT_IPV4, GUEST_IPV4, HostName};
+use mcd::demo::fabric::{CLIENT_IPV4, GUEST_IPV4, HostName, Namespace};
 use mcd::demo::load::{Load, LoadOptions, Phase};
 
 use crate::benchmark::Benchmark;
+use crate::channel::Output;
 use crate::disk::Disks;
 use crate::error::LabError;
 use crate::etcd::{self, Etcd};
 use crate::guest::Guest;
 use crate::host::{COMMAND_LIMIT, Host, Site};
+use crate::report::Clients;
 
 /// The guest's port.
 const GUEST_PORT: u16 = 6379;
-/// The port on which the Linux guest tells its kernel log.
-const GUEST_LOG_PORT: u16 = 7000;
-/// Most of it that is read.
-const GUEST_LOG_BYTES_MAX: u64 = 4 << 20;
 /// The nodes' port on the link.
 const NODE_PORT: u16 = 7401;
 /// How often a wait looks.
@@ -39,8 +37,6 @@ const RESYNC_LIMIT: Duration = Duration::from_secs(240);
 const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 /// How long a redis-benchmark may take.
 const BENCHMARK_LIMIT: Duration = Duration::from_secs(300);
-/// How long the guest serves untroubled before the next fault: so many replies.
-const REPLIES_BETWEEN_FAULTS: u64 = 200;
 /// What a host's console says when its node ends; its exit status follows.
 const NODE_ENDED: &str = "lab: the node ended with";
 /// An emulated host with two cores between all of them stands still now and then; suspicion must allow for that.
@@ -175,7 +171,9 @@ impl World {
                 let fault = |line| LabError::Wrong(format!("host {name}: {line}{}", host.console().tail()));
                 host.fault().map_or(Ok(host.is_up().then_some(())), |line| Err(fault(line)))
             })?;
-            self.host(name)?.wait_shell()?;
+            let host = self.host(name)?;
+            host.wait_shell()?;
+            host.set_clock()?;
         }
         Ok(())
     }
@@ -187,14 +185,33 @@ impl World {
         host.map_or(Ok(()), Host::cut_power)
     }
 
-    /// Starts a node on a host; its log is on the host's console.
-    fn start_node(&mut self, name: HostName, role: &str) -> Result<(), LabError> {
+    fn node_command(&self, name: HostName, role: &str) -> String {
         let (arbiter, listen) = (etcd::flag(), SocketAddr::from((name.link_ipv4(), NODE_PORT)));
         let flags = format!("--guest lab --tap mcd0 --listen {listen} --arbiter {arbiter} {NODE_FLAGS}");
-        let guest = self.guest.node_flags();
-        let node = format!("mcd {role} {flags} {guest}");
+        format!("mcd {role} {flags} {} --console socket", self.guest.node_flags())
+    }
+
+    /// Makes sure that a node started by the command `role` on a host ends at once because of its disk; what it says.
+    pub fn refused_start(&mut self, name: HostName, role: &str) -> Result<String, LabError> {
+        let command = self.node_command(name, &format!("{role} {}", self.guest.boot_flags()));
+        let Output { code, text } = self.host(name)?.try_run(&command, COMMAND_LIMIT)?;
+        match text.lines().find(|line| line.starts_with("mcd: disk image")) {
+            Some(line) if code != 0 => Ok(line.to_owned()),
+            _ => Err(LabError::Wrong(format!(
+                "host {name} should have refused its image, but ended with {code}: {text}"
+            ))),
+        }
+    }
+
+    /// Starts a node on a host; its log is on the host's console.
+    fn start_node(&mut self, name: HostName, role: &str) -> Result<(), LabError> {
+        let node = self.node_command(name, role);
         // Through a pipe: the node must not wait for the console.
-        let command = format!("({node}; echo \"{NODE_ENDED} $?\") </dev/null 2>&1 | cat >/dev/ttyS0 2>/dev/null &");
+        let node =
+            format!("({node}; printf '\\n{NODE_ENDED} %s\\n' $?) </dev/null 2>&1 | cat >/dev/ttyS0 2>/dev/null &");
+        // What the guest says is of use to whoever reads the log.
+        let guest = "(for look in $(seq 100); do sleep 0.1; mcd console --guest lab && break; done) </dev/null >/dev/ttyS0 2>/dev/null &";
+        let command = format!("{node} {guest}");
         let mark = self.marks()[index(name)];
         self.host(name)?.run(&command, COMMAND_LIMIT)?;
         self.nodes_since[index(name)] = Some(mark);
@@ -203,10 +220,8 @@ impl World {
 
     /// Boots the guest on a host and lets the clients in.
     pub fn start_guest(&mut self, name: HostName) -> Result<(), LabError> {
-        self.start_node(name, &format!("primary {}", self.guest.boot_flags()))?;
-        self.runner = name;
+        self.boot_guest(name, "primary")?;
         let dial = self.dial();
-        self.wait("the guest to boot and serve", self.guest.boot_limit(), |_| Ok(answers_ping(&dial).then_some(())))?;
         let tally = Arc::new(Tally::default());
         let options = LoadOptions {
             connections: self.connections,
@@ -218,6 +233,29 @@ impl World {
         load.ask(Phase::Run);
         self.session = Some(Session { tally, load });
         Ok(())
+    }
+
+    /// Boots the guest on a host by the command `role`, and waits until it serves.
+    pub fn boot_guest(&mut self, name: HostName, role: &str) -> Result<(), LabError> {
+        self.start_node(name, &format!("{role} {}", self.guest.boot_flags()))?;
+        self.runner = name;
+        self.wait_guest_answers()
+    }
+
+    /// Waits until the guest's server answers.
+    pub fn wait_guest_answers(&mut self) -> Result<(), LabError> {
+        let dial = self.dial();
+        self.wait("the guest to boot and serve", self.guest.boot_limit(), |_| Ok(answers_ping(&dial).then_some(())))
+    }
+
+    /// Which guest it is about.
+    pub fn guest(&self) -> Guest {
+        self.guest
+    }
+
+    /// What the clients are in, and the guest with them.
+    pub fn network(&self) -> Arc<Namespace> {
+        self.site.network.clone()
     }
 
     fn dial(&self) -> Dial {
@@ -292,10 +330,7 @@ impl World {
         let marks = self.marks();
         self.nodes_since[index(name)] = None;
         self.host(name)?.run("kill $(pidof mcd)", COMMAND_LIMIT)?;
-        self.wait("a node to end", DECISION_LIMIT, |world| {
-            let host = world.host(name)?;
-            Ok(host.console().find(marks[index(name)], |line| line.starts_with(NODE_ENDED)).map(drop))
-        })
+        self.wait_node_end(marks, name).map(drop)
     }
 
     fn gauges(&self) -> impl Iterator<Item = &Arc<Gauge>> {
@@ -316,12 +351,11 @@ impl World {
         Ok(self.gauges().map(|gauge| gauge.silence_us()).max().unwrap_or(0) / 1000)
     }
 
-    /// Waits until the guest has served a while.
-    pub fn wait_served(&mut self) -> Result<(), LabError> {
-        let replies = |world: &World| world.session.as_ref().map_or(0, |session| session.tally.replies.load(Relaxed));
-        let wanted = replies(self) + REPLIES_BETWEEN_FAULTS;
+    /// Waits until the guest has served a while: so many replies.
+    pub fn wait_served(&mut self, replies: u64) -> Result<(), LabError> {
+        let wanted = self.replies() + replies;
         self.wait("the guest to serve its clients", ANSWER_LIMIT, |world| {
-            Ok((world.has_trouble() || replies(world) >= wanted).then_some(()))
+            Ok((world.has_trouble() || world.replies() >= wanted).then_some(()))
         })
     }
 
@@ -332,38 +366,77 @@ impl World {
 
     /// An error with the clients' complaints, if there are any.
     pub fn check_clients(&self) -> Result<(), LabError> {
-        let Some(session) = self.session.as_ref().filter(|_| self.has_trouble()) else { return Ok(()) };
-        Err(LabError::Wrong(format!("clients noticed:\n  {}", session.tally.complaints.lock().join("\n  "))))
+        if self.has_trouble() { Err(self.complaints()) } else { Ok(()) }
     }
 
-    /// Stops the load and reads every key back. Returns what the clients saw, and sends them home.
-    pub fn verify(&mut self) -> Result<Arc<Tally>, LabError> {
-        for phase in [Phase::Hold, Phase::Verify] {
-            if let Some(session) = &self.session {
-                session.load.ask(phase);
-            }
-            self.wait("every client to come to rest", ANSWER_LIMIT, |world| {
-                Ok(world.session.as_ref().is_none_or(|session| session.load.has_reached(phase)).then_some(()))
-            })?;
+    fn complaints(&self) -> LabError {
+        let lines = self.session.as_ref().map(|session| session.tally.complaints.lock().join("\n  "));
+        LabError::Wrong(format!("clients noticed:\n  {}", lines.unwrap_or_default()))
+    }
+
+    /// Brings the clients to `phase`.
+    pub fn bring_clients_to(&mut self, phase: Phase) -> Result<(), LabError> {
+        if let Some(session) = &self.session {
+            session.load.ask(phase);
         }
-        self.check_clients()?;
-        let session = self.session.take();
-        session.map(|session| session.tally.clone()).ok_or_else(|| LabError::Wrong("there are no clients".to_owned()))
+        self.wait("every client to come to rest", ANSWER_LIMIT, |world| {
+            Ok(world.session.as_ref().is_none_or(|session| session.load.has_reached(phase)).then_some(()))
+        })
     }
 
-    /// The Linux guest's kernel log, as it tells it to whoever connects.
-    pub fn guest_log(&mut self) -> Result<Vec<String>, LabError> {
-        let address = SocketAddr::from((GUEST_IPV4, GUEST_LOG_PORT));
-        let network = self.site.network.clone();
-        let read = move || -> io::Result<String> {
-            let stream = connect(address, COMMAND_LIMIT)?;
-            stream.set_read_timeout(Some(COMMAND_LIMIT))?;
-            let mut bytes = Vec::new();
-            stream.take(GUEST_LOG_BYTES_MAX).read_to_end(&mut bytes)?;
-            Ok(String::from_utf8_lossy(&bytes).into_owned())
+    /// Lets the clients read every key back over the connections they have, and then leaves them at rest. Returns how many replies that were.
+    pub fn read_back(&mut self) -> Result<u64, LabError> {
+        self.bring_clients_to(Phase::Hold)?;
+        let before = self.replies();
+        self.bring_clients_to(Phase::Verify)?;
+        self.check_clients()?;
+        self.some_replies_since(before)
+    }
+
+    /// The same over new connections, for a server that was started anew. What happened to the old connections does not matter, nor to
+    /// writes that were on their way.
+    pub fn read_back_anew(&mut self) -> Result<u64, LabError> {
+        let seen = |world: &World| {
+            let tally = world.session.as_ref().map(|session| Clients::of(&session.tally));
+            tally.map_or((0, 0), |seen| (seen.lost_writes, seen.wrong_replies))
         };
-        let text = network.run(read)?.map_err(LabError::io("read the guest's kernel log"))?;
-        Ok(text.lines().map(str::to_owned).collect())
+        self.bring_clients_to(Phase::Hold)?;
+        let before = self.replies();
+        self.bring_clients_to(Phase::VerifyAnew)?;
+        if seen(self) != (0, 0) {
+            return Err(self.complaints());
+        }
+        self.some_replies_since(before)
+    }
+
+    fn some_replies_since(&self, before: u64) -> Result<u64, LabError> {
+        match self.replies() - before {
+            0 => Err(LabError::Wrong("no key was read back: there is nothing to compare with".to_owned())),
+            replies => Ok(replies),
+        }
+    }
+
+    fn replies(&self) -> u64 {
+        self.session.as_ref().map_or(0, |session| session.tally.replies.load(Relaxed))
+    }
+
+    /// What the clients saw so far.
+    pub fn clients(&self) -> Option<Clients> {
+        self.session.as_ref().map(|session| Clients::of(&session.tally))
+    }
+
+    /// From now on nodes may end.
+    pub fn let_nodes_end(&mut self) -> [usize; 2] {
+        self.nodes_since = [None; 2];
+        self.marks()
+    }
+
+    /// Waits until the node of a host has ended since `marks`; its exit status.
+    pub fn wait_node_end(&mut self, marks: [usize; 2], name: HostName) -> Result<String, LabError> {
+        self.wait("a node to end", DECISION_LIMIT, |world| {
+            let line = world.host(name)?.console().find(marks[index(name)], |line| line.starts_with(NODE_ENDED));
+            Ok(line.map(|line| line.trim_start_matches(NODE_ENDED).trim().to_owned()))
+        })
     }
 
     /// What a person needs to look around.

@@ -1,0 +1,171 @@
+//! What is tried and checked in a Linux guest only: its console, kernel, clocks and disk.
+
+use std::time::{Duration, Instant};
+
+use super::Play;
+use crate::disk::GUEST_IMAGE_PATH;
+use crate::error::LabError;
+use crate::guest::complaints;
+use crate::report::{ClockFigures, DiskFigures};
+use crate::talk::Times;
+use crate::told::{Clocks, CpuClocks, DiskSpeed};
+use crate::world::World;
+use mcd::demo::fabric::HostName;
+use mcd::demo::load::Phase;
+
+/// How long two images may take to be read, and a guest to end.
+const REST_LIMIT: Duration = Duration::from_secs(120);
+
+/// What a guest was like before anything happened to it.
+pub(super) struct Before {
+    log: Vec<String>,
+    clocksource: String,
+}
+
+impl Play {
+    /// Makes sure that a person could use the guest, and keeps what it is like.
+    pub(super) fn meet(&mut self, world: &mut World) -> Result<Before, LabError> {
+        let since = Instant::now();
+        // The answer is not in the question, which the console shows too.
+        world.ask_console("echo lab-$((6 * 7)) on $(uname -r)", "lab-42 on .*cloud")?;
+        self.note("the shell on its console answers", since, None);
+        let log = world.guest_log()?;
+        let clocksource = self.check_clocks(world, "the boot")?.clocksource;
+        self.measure_disk(world, false)?;
+        Ok(Before { log, clocksource })
+    }
+
+    /// Measures the guest's disk while its clients rest.
+    pub(super) fn measure_disk(&mut self, world: &mut World, protected: bool) -> Result<(), LabError> {
+        let since = Instant::now();
+        world.bring_clients_to(Phase::Hold)?;
+        let speed = world.guest_disk_speed()?;
+        world.bring_clients_to(Phase::Run)?;
+        let DiskSpeed { write_mib_s, read_mib_s, sync_write, random_read } = &speed;
+        let what = if protected { "protected" } else { "solo" };
+        self.note(
+            format!(
+                "its disk, {what}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 {} us, read p50 {} us",
+                sync_write.p50_us, random_read.p50_us
+            ),
+            since,
+            None,
+        );
+        self.figures.disk.push(DiskFigures { protected, speed });
+        Ok(())
+    }
+
+    /// Makes sure that no clock of the guest went back on any vCPU, and keeps what they did.
+    pub(super) fn check_clocks(&mut self, world: &mut World, after: &str) -> Result<Clocks, LabError> {
+        let Times { clocks, wall_off_ms, wall_unsure_ms } = world.guest_times()?;
+        let kept = ClockFigures { after: after.to_owned(), wall_off_ms, wall_unsure_ms, clocks: clocks.clone() };
+        self.figures.clocks.push(kept);
+        let went_back = |CpuClocks { monotonic, boottime, realtime, .. }: &CpuClocks| {
+            [monotonic, boottime, realtime].iter().any(|steps| steps.back > 0)
+        };
+        if clocks.cpus.is_empty() || clocks.cpus.iter().any(|cpu| went_back(cpu) || cpu.reads == 0) {
+            return Err(LabError::Wrong(format!("after {after} a clock of the guest had gone back: {clocks:?}")));
+        }
+        Ok(clocks)
+    }
+
+    /// Asks the guest's kernel what it noticed: it must be nothing.
+    pub(super) fn question(&mut self, world: &mut World, before: &Before) -> Result<(), LabError> {
+        let since = Instant::now();
+        let clocksource = self.check_clocks(world, "all of it")?.clocksource;
+        if clocksource != before.clocksource {
+            let was = &before.clocksource;
+            return Err(LabError::Wrong(format!("the guest reads the time from {clocksource}, no more from {was}")));
+        }
+        let bad = complaints(&before.log, &world.guest_log()?);
+        if !bad.is_empty() {
+            return Err(LabError::Wrong(format!("the guest's kernel noticed:\n  {}", bad.join("\n  "))));
+        }
+        world.ask_console("echo lab-$((7 * 7))", "lab-49")?;
+        self.note(
+            format!("its kernel has noticed nothing, its clock is {clocksource} still, its console answers"),
+            since,
+            None,
+        );
+        Ok(())
+    }
+
+    /// The server is killed and has nothing but its disk: every acknowledged write must be there.
+    pub(super) fn start_server_anew(&mut self, world: &mut World) -> Result<(), LabError> {
+        let since = Instant::now();
+        world.guest_run("redis-anew", REST_LIMIT)?;
+        world.wait_guest_answers()?;
+        let keys = world.read_back_anew()?;
+        self.note(
+            format!("the server is killed, its disk mounted anew: {keys} keys are there, from its append-only file"),
+            since,
+            None,
+        );
+        Ok(())
+    }
+
+    /// The guest ends in order: both hosts' images must be equal then, and the file system in them whole.
+    pub(super) fn compare_images(&mut self, world: &mut World) -> Result<(), LabError> {
+        let since = Instant::now();
+        let log = world.guest_log()?;
+        if let Some(bad) = complaints(&[], &log).iter().find(|line| line.to_lowercase().contains("ext4")) {
+            return Err(LabError::Wrong(format!("the guest's file system has an error: {bad}")));
+        }
+        let marks = world.let_nodes_end();
+        let end = "kill $(pidof redis-server); until umount /data; do sleep 0.1; done 2>/dev/null; (sleep 2; poweroff -f) >/dev/null 2>&1 </dev/null &";
+        world.guest_run(end, REST_LIMIT)?;
+        let mut sums = Vec::new();
+        for name in [world.runner, world.runner.other()] {
+            let status = world.wait_node_end(marks, name)?;
+            if status != "0" {
+                return Err(LabError::Wrong(format!(
+                    "the guest switched itself off, and host {name}'s node ended with {status}"
+                )));
+            }
+            let host = world.host(name)?;
+            host.run(&format!("e2fsck -fn {GUEST_IMAGE_PATH}"), REST_LIMIT)?;
+            // An image with itself: for its sum.
+            let text = host.run(&format!("mcd disk verify {GUEST_IMAGE_PATH} {GUEST_IMAGE_PATH}"), REST_LIMIT)?;
+            let line = text.lines().next().unwrap_or_default().to_owned();
+            let sum = line.split(", ").find(|part| part.starts_with("crc32c")).map(str::to_owned);
+            sums.push((sum.ok_or_else(|| LabError::Wrong(format!("no sum in: {text}")))?, line));
+        }
+        let lines: Vec<&str> = sums.iter().map(|(_, line)| line.as_str()).collect();
+        if sums.iter().any(|(sum, _)| *sum != sums[0].0) {
+            return Err(LabError::Wrong(format!("the images of both hosts differ:\n  {}", lines.join("\n  "))));
+        }
+        self.note(
+            format!("the guest ends; both hosts' images are equal ({}), e2fsck finds nothing", sums[0].0),
+            since,
+            None,
+        );
+        self.start_anew(world, "primary", "the guest starts again where it ended")
+    }
+
+    /// The guest starts from the newest image with every acknowledged write, and from no other.
+    fn start_anew(&mut self, world: &mut World, role: &str, what: &str) -> Result<(), LabError> {
+        let since = Instant::now();
+        let (newest, other) = (world.runner, world.runner.other());
+        let said = world.refused_start(other, role)?;
+        world.boot_guest(newest, role)?;
+        let keys = world.read_back_anew()?;
+        println!("           host {other}: {said}");
+        self.note(format!("{what}, and nowhere else: {keys} keys are there"), since, None);
+        Ok(())
+    }
+
+    /// Both hosts lose their power at once, while the clients write.
+    pub(super) fn lose_both(&mut self, world: &mut World) -> Result<(), LabError> {
+        self.protect(world)?;
+        world.bring_clients_to(Phase::Run)?;
+        world.wait_served(super::REPLIES_BETWEEN_FAULTS)?;
+        let since = Instant::now();
+        world.let_nodes_end();
+        for name in [HostName::A, HostName::B] {
+            world.cut_power(name)?;
+        }
+        world.power_on(&[HostName::A, HostName::B])?;
+        self.note("both hosts lose their power at once, and boot", since, None);
+        self.start_anew(world, "cold-start --i-know-both-nodes-are-dead", "the guest starts from the newest image")
+    }
+}
