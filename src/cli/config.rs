@@ -114,8 +114,9 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
         )));
     }
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
+    let rng = machine.rng.unwrap_or(machine.kernel.is_some());
     Ok(PrimaryStart {
-        shape: MachineShape::bare(memory.bytes, machine.cpus, mac),
+        shape: MachineShape { rng, ..MachineShape::bare(memory.bytes, machine.cpus, mac) },
         boot: boot(node, machine)?,
         guest_ip: node.guest_ip.map(|cidr| cidr.ipv4),
         both_nodes_are_dead: cold,

@@ -28,6 +28,9 @@ pub(in crate::cli) struct MachineArgs {
     /// The guest's vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub(in crate::cli) cpus: u8,
+    /// Give the guest a source of random bytes, virtio-rng [default: true if it has a kernel]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set)]
+    pub(in crate::cli) rng: Option<bool>,
     /// The guest's Ethernet address [default: made from the guest's name]
     #[arg(long, value_name = "MAC")]
     pub(in crate::cli) mac: Option<Mac>,
