@@ -3,7 +3,9 @@
 
 pub mod arbitration;
 pub mod claim;
+pub mod echo;
 pub mod event;
+pub mod guest_clock;
 pub mod heartbeat;
 pub mod layout;
 pub mod messages;
