@@ -6,6 +6,7 @@ use mcd::demo::fabric::{GUEST_IPV4, GUEST_PREFIX_LEN};
 
 use crate::disk::GUEST_IMAGE_PATH;
 use crate::image::{GUEST_INITRD, GUEST_KERNEL};
+use crate::time_server;
 
 /// A guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +29,8 @@ impl Guest {
             Guest::BuiltIn => "--memory 64M".to_owned(),
             Guest::Linux { cpus, stress } => {
                 let stress = if stress { " lab.stress" } else { "" };
-                let append =
-                    format!("console=ttyS0 panic=-1 mitigations=off lab.ip={GUEST_IPV4}/{GUEST_PREFIX_LEN}{stress}");
+                let lab = format!("lab.ip={GUEST_IPV4}/{GUEST_PREFIX_LEN} lab.time={}{stress}", time_server::address());
+                let append = format!("console=ttyS0 panic=-1 mitigations=off {lab}");
                 format!(
                     "--memory 192M --cpus {cpus} --kernel {GUEST_KERNEL} --initrd {GUEST_INITRD} --append \"{append}\""
                 )
@@ -72,7 +73,7 @@ impl Guest {
 }
 
 /// What a kernel logs when its machine has not gone on as machines do: parts of lines, in small letters.
-const COMPLAINTS: [&str; 12] = [
+const COMPLAINTS: [&str; 15] = [
     "lockup",
     "rcu: info",
     "self-detected stall",
@@ -80,6 +81,9 @@ const COMPLAINTS: [&str; 12] = [
     "clocksource: timekeeping",
     "marking tsc unstable",
     "i/o error",
+    "ext4-fs error",
+    "ext4-fs warning",
+    "remounting filesystem read-only",
     "blocked for more than",
     "call trace",
     "bug:",
@@ -105,7 +109,11 @@ mod tests {
         let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
         let before = lines(&["[1] clocksource: Switched to clocksource kvm-clock", "[2] eth0 up"]);
         let mut now = before.clone();
-        now.extend(lines(&["[8] EXT4-fs mounted", "[9] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!"]));
+        now.extend(lines(&[
+            "[8] EXT4-fs mounted",
+            "[9] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
+            "[9] EXT4-fs error (device vda): no",
+        ]));
         assert_eq!(complaints(&before, &now), now[3..]);
         assert!(complaints(&now, &now).is_empty());
     }

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use mcd::control::Client;
 use mcd::demo::fabric::{HostName, Namespace, find_tool};
@@ -19,6 +19,7 @@ use crate::console::Console;
 use crate::error::LabError;
 use crate::image::Images;
 use crate::net;
+use crate::time_server;
 
 /// How long QEMU may take to open its side of the serial lines.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -130,10 +131,9 @@ impl Host {
         ready.map_err(|error| LabError::Garbled { host: self.name.to_string(), what: format!("no shell: {error}") })
     }
 
-    /// Sets its wall clock to this machine's, as a host's time service would. How far it is off afterwards: the time the command takes.
+    /// Sets its wall clock by the lab's time server, as hosts do.
     pub fn set_clock(&mut self) -> Result<(), LabError> {
-        let now_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
-        self.run(&format!("mcd-lab-guest set-clock {now_ns}"), COMMAND_LIMIT).map(drop)
+        self.run(&format!("mcd-lab-guest set-clock {}", time_server::address()), COMMAND_LIMIT).map(drop)
     }
 
     /// An error if its QEMU has ended.

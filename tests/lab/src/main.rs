@@ -19,6 +19,7 @@ mod net;
 mod report;
 mod scenarios;
 mod talk;
+mod time_server;
 mod told;
 mod world;
 

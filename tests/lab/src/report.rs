@@ -7,7 +7,7 @@ use mcd::control::metrics::Quantiles;
 use mcd::demo::client::Tally;
 use serde::Serialize;
 
-use crate::told::{Clocks, DiskSpeed};
+use crate::told::{Clocks, CpuClocks, DiskSpeed};
 
 /// Something a scenario did.
 #[derive(Clone, Debug, Serialize)]
@@ -81,6 +81,53 @@ pub struct Figures {
     pub nodes: Vec<NodeFigures>,
 }
 
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(last) = self.clocks.last() {
+            let off =
+                |pick: fn(f64, f64) -> f64| self.clocks.iter().map(|at| at.wall_off_ms).reduce(pick).unwrap_or(0.0);
+            let sum = |of: fn(&CpuClocks) -> u64| last.clocks.cpus.iter().map(of).sum::<u64>();
+            let back = |clocks: &CpuClocks| clocks.monotonic.back + clocks.boottime.back + clocks.realtime.back;
+            let jump_ns = last.clocks.cpus.iter().map(|cpu| cpu.monotonic.forward_ns_max).max().unwrap_or(0);
+            write!(
+                f,
+                "\n        clocks ({}): {} steps back in {} reads on {} vCPUs; largest jump {} ms; wall clock {:.0} to {:.0} ms off",
+                last.clocks.clocksource,
+                sum(back),
+                sum(|cpu| cpu.reads),
+                last.clocks.cpus.len(),
+                jump_ns / 1_000_000,
+                off(f64::min),
+                off(f64::max)
+            )?;
+        }
+        for DiskFigures { protected, speed } in &self.disk {
+            let DiskSpeed { write_mib_s, read_mib_s, sync_write, random_read } = speed;
+            write!(
+                f,
+                "\n        disk, {}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 {:.1} ms, p99 {:.1} ms; \
+                 4 KiB read p50 {:.1} ms, p99 {:.1} ms",
+                if *protected { "protected" } else { "solo" },
+                sync_write.p50_us as f64 / 1e3,
+                sync_write.p99_us as f64 / 1e3,
+                random_read.p50_us as f64 / 1e3,
+                random_read.p99_us as f64 / 1e3
+            )?;
+        }
+        for NodeFigures { when, pause_us, commit_us, hold_us, dirty_pages, committed } in &self.nodes {
+            write!(
+                f,
+                "\n        {when}: {committed} epochs of {} pages, pause {:.1} ms, commit {:.1} ms, hold {:.1} ms (p50)",
+                dirty_pages.p50,
+                pause_us.p50 as f64 / 1e3,
+                commit_us.p50 as f64 / 1e3,
+                hold_us.p50 as f64 / 1e3
+            )?;
+        }
+        Ok(())
+    }
+}
+
 /// The guest's clocks at some time.
 #[derive(Clone, Debug, Serialize)]
 pub struct ClockFigures {
@@ -134,10 +181,10 @@ impl fmt::Display for Outcome {
                  {resets} resets"
             )?;
         }
-        match self.wrong.as_ref().and_then(|wrong| wrong.lines().next()) {
-            Some(wrong) => write!(f, ": {wrong}"),
-            None => Ok(()),
+        if let Some(wrong) = self.wrong.as_ref().and_then(|wrong| wrong.lines().next()) {
+            write!(f, ": {wrong}")?;
         }
+        self.figures.fmt(f)
     }
 }
 

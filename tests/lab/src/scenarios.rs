@@ -149,8 +149,8 @@ impl Play {
         let keys = world.read_back()?;
         self.clients = world.clients();
         self.note(format!("{keys} keys are read back for the last time"), since, None);
-        if let Some(before) = before {
-            self.question(&mut world, &before)?;
+        if let Some(before) = &before {
+            self.question(&mut world, before)?;
         }
         if options.stay {
             println!("{}Ctrl-C ends it", world.doors());
@@ -160,9 +160,9 @@ impl Play {
                 other => other?,
             }
         }
-        if guest.is_linux() {
+        if let Some(before) = &before {
             self.start_server_anew(&mut world)?;
-            self.compare_images(&mut world)?;
+            self.compare_images(&mut world, before)?;
             self.lose_both(&mut world)?;
         }
         Ok(())

@@ -20,6 +20,7 @@ use crate::etcd::{self, Etcd};
 use crate::guest::Guest;
 use crate::host::{COMMAND_LIMIT, Host, Site};
 use crate::report::Clients;
+use crate::time_server::TimeServer;
 
 /// The guest's port.
 const GUEST_PORT: u16 = 6379;
@@ -56,6 +57,7 @@ pub struct World {
     site: Arc<Site>,
     disks: Disks,
     _arbiter: Etcd,
+    _time: TimeServer,
     stop: Arc<AtomicBool>,
     session: Option<Session>,
     hosts: [Option<Host>; 2],
@@ -82,6 +84,7 @@ impl World {
     /// A world with an arbiter, in which no host has power.
     pub fn new(guest: Guest, connections: usize, site: Arc<Site>, stop: Arc<AtomicBool>) -> Result<World, LabError> {
         let arbiter = Etcd::start(&site.network, &site.sockets)?;
+        let time = TimeServer::start(&site.network)?;
         let disks = Disks::make(&site.disks, HostName::A)?;
         Ok(World {
             guest,
@@ -89,6 +92,7 @@ impl World {
             site,
             disks,
             _arbiter: arbiter,
+            _time: time,
             stop,
             session: None,
             hosts: [None, None],

@@ -77,10 +77,7 @@ impl Play {
             let was = &before.clocksource;
             return Err(LabError::Wrong(format!("the guest reads the time from {clocksource}, no more from {was}")));
         }
-        let bad = complaints(&before.log, &world.guest_log()?);
-        if !bad.is_empty() {
-            return Err(LabError::Wrong(format!("the guest's kernel noticed:\n  {}", bad.join("\n  "))));
-        }
+        expect_no_complaint(world, before)?;
         world.ask_console("echo lab-$((7 * 7))", "lab-49")?;
         self.note(
             format!("its kernel has noticed nothing, its clock is {clocksource} still, its console answers"),
@@ -105,12 +102,9 @@ impl Play {
     }
 
     /// The guest ends in order: both hosts' images must be equal then, and the file system in them whole.
-    pub(super) fn compare_images(&mut self, world: &mut World) -> Result<(), LabError> {
+    pub(super) fn compare_images(&mut self, world: &mut World, before: &Before) -> Result<(), LabError> {
         let since = Instant::now();
-        let log = world.guest_log()?;
-        if let Some(bad) = complaints(&[], &log).iter().find(|line| line.to_lowercase().contains("ext4")) {
-            return Err(LabError::Wrong(format!("the guest's file system has an error: {bad}")));
-        }
+        expect_no_complaint(world, before)?;
         let marks = world.let_nodes_end();
         let end = "kill $(pidof redis-server); until umount /data; do sleep 0.1; done 2>/dev/null; (sleep 2; poweroff -f) >/dev/null 2>&1 </dev/null &";
         world.guest_run(end, REST_LIMIT)?;
@@ -168,4 +162,12 @@ impl Play {
         self.note("both hosts lose their power at once, and boot", since, None);
         self.start_anew(world, "cold-start --i-know-both-nodes-are-dead", "the guest starts from the newest image")
     }
+}
+
+fn expect_no_complaint(world: &mut World, before: &Before) -> Result<(), LabError> {
+    let bad = complaints(&before.log, &world.guest_log()?);
+    if bad.is_empty() {
+        return Ok(());
+    }
+    Err(LabError::Wrong(format!("the guest's kernel noticed:\n  {}", bad.join("\n  "))))
 }

@@ -5,9 +5,11 @@ mod disk;
 #[path = "../../told.rs"]
 mod told;
 
-use std::io;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use nix::sys::time::TimeSpec;
@@ -34,10 +36,10 @@ enum Command {
         #[arg(default_value_t = 200)]
         operations: u32,
     },
-    /// Set the wall clock to so many ns since 1970
+    /// Set the wall clock by the one that is told there
     SetClock {
-        /// The time
-        realtime_ns: i64,
+        /// Where
+        server: SocketAddr,
     },
 }
 
@@ -45,7 +47,7 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Clocks { busy } => clocks::serve(busy),
         Command::Disk { directory, mib, operations } => disk::measure(&directory, mib, operations),
-        Command::SetClock { realtime_ns } => set_clock(realtime_ns),
+        Command::SetClock { server } => set_clock(server),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,8 +58,25 @@ fn main() -> ExitCode {
     }
 }
 
-fn set_clock(realtime_ns: i64) -> io::Result<()> {
-    const NS_PER_S: i64 = 1_000_000_000;
-    let time = TimeSpec::new(realtime_ns / NS_PER_S, realtime_ns % NS_PER_S);
-    Ok(clock_settime(ClockId::CLOCK_REALTIME, time)?)
+/// Asks several times, because the quickest answer is the most exact one, and says how exact it was.
+fn set_clock(server: SocketAddr) -> io::Result<()> {
+    const QUESTIONS: u32 = 10;
+    let mut stream = TcpStream::connect(server)?;
+    stream.set_nodelay(true)?;
+    let mut best: Option<(Duration, Instant, i64)> = None;
+    for _ in 0..QUESTIONS {
+        let asked = Instant::now();
+        stream.write_all(b"?")?;
+        let mut answer = [0; 8];
+        stream.read_exact(&mut answer)?;
+        let took = asked.elapsed();
+        if best.is_none_or(|(quickest, ..)| took < quickest) {
+            best = Some((took, asked + took / 2, i64::from_le_bytes(answer)));
+        }
+    }
+    let (took, told_at, told_ns) = best.ok_or(io::ErrorKind::UnexpectedEof)?;
+    let now = Duration::from_nanos(u64::try_from(told_ns).unwrap_or(0)) + told_at.elapsed();
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(now))?;
+    println!("set to within {} us", took.as_micros() / 2);
+    Ok(())
 }
