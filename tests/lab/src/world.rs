@@ -121,6 +121,7 @@ impl World {
                 host.check_power()?;
             }
             if let Some(line) = self.node_that_ended() {
+                self.hear_last_words();
                 return Err(LabError::Wrong(format!("waited for {what}, but {line}{}", self.tails())));
             }
             if Instant::now() >= deadline {
@@ -141,6 +142,21 @@ impl World {
             let line = host.as_ref()?.console().find(since?, |line| line.starts_with(NODE_ENDED))?;
             Some(format!("on host {}: {line}", host.as_ref()?.name()))
         })
+    }
+
+    /// Waits until no host says anything any more: what a guest said last comes through slow lines.
+    fn hear_last_words(&self) {
+        const QUIET: Duration = Duration::from_secs(1);
+        const LIMIT: Duration = Duration::from_secs(15);
+        let began = Instant::now();
+        let (mut heard, mut since) = (self.marks(), began);
+        while since.elapsed() < QUIET && began.elapsed() < LIMIT {
+            std::thread::park_timeout(LOOK);
+            let now = self.marks();
+            if now != heard {
+                (heard, since) = (now, Instant::now());
+            }
+        }
     }
 
     /// A host that has power.
