@@ -209,7 +209,14 @@ impl VcpuThread {
                 Exit::Served
             }
             Ok(VcpuExit::Intr) => Exit::Interrupted,
-            Ok(VcpuExit::Shutdown) => Exit::Ended(MachineEvent::Reset, false),
+            Ok(VcpuExit::Shutdown) => {
+                // The guest did not ask for this one, and could not say so.
+                tracing::warn!(
+                    cpu = self.cpu,
+                    "a fault in the handling of a fault in the handling of a fault resets the guest"
+                );
+                Exit::Ended(MachineEvent::Reset, false)
+            }
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => Exit::Ended(MachineEvent::Shutdown, false),
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => Exit::Ended(MachineEvent::Reset, false),
             Ok(VcpuExit::SystemEvent(..)) => Exit::Ended(MachineEvent::GuestPanic, false),
