@@ -50,7 +50,7 @@ use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
 use crate::control::console::Console;
 use crate::control::status::Role;
-use crate::machine::{GuestNet, MachineError, cpu_digest};
+use crate::machine::{GuestNet, MachineError, host_cpu};
 use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::primary::Primary;
 use crate::protocol::record::Record;
@@ -106,7 +106,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
-    let protocol = Primary::new(context.primary_config(shape), me, record, clock::now());
+    let protocol = Primary::new(context.primary_config(shape, machine.tsc_khz()), me, record, clock::now());
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
     let end = PrimaryNode::new(context, machine, gate, disks, protocol).run(None)?;
@@ -133,7 +133,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
         let me = new_instance()?;
         let config = SecondaryConfig {
             guest: context.config.guest.clone(),
-            cpu_digest: context.cpu_digest,
+            cpu: context.cpu,
             features: context.features(),
             staging_bytes_max: context.config.staging_bytes_max,
             retry: RETRY,
@@ -155,7 +155,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 /// The secondary is the primary now.
 fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
     let Promoted { machine, gate, disks, record, welcome, report } = promoted;
-    let protocol = Primary::new(context.primary_config(welcome.shape), me, record, clock::now());
+    let protocol = Primary::new(context.primary_config(welcome.shape, machine.tsc_khz()), me, record, clock::now());
     Ok(end_of(PrimaryNode::new(context, machine, gate, disks, protocol).run(Some(report))?))
 }
 
@@ -245,11 +245,11 @@ fn open_doors(
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
 ) -> Result<(Server, Unarbitrated), NodeError> {
-    let cpu_digest = cpu_digest(config.cpu)?;
+    let cpu = host_cpu(config.cpu)?;
     Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
     let board = Board::new(&config, role, events.clone());
     let server = Server::bind(&config.control, board.clone())?;
     signals::listen(events.clone())?;
     let sink = server.events();
-    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu_digest }))
+    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu }))
 }

@@ -284,8 +284,10 @@ impl<'a> SecondaryNode<'a> {
         let config = &self.context.config;
         let images = disks::open_for(config, &welcome.shape)?;
         let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
-        let machine =
+        let mut machine =
             new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
+        // A host that cannot restore such a machine must say so before anybody counts on it.
+        machine.rehearse(welcome.tsc_khz)?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
         machine.memory().prefault().map_err(MachineError::from)?;
         disks.begin_filling(welcome.generation)?;

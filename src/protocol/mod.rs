@@ -3,6 +3,7 @@
 
 pub mod arbitration;
 pub mod claim;
+pub mod cpu;
 pub mod event;
 pub mod heartbeat;
 pub mod layout;

@@ -4,6 +4,7 @@ mod builtin;
 mod dirt;
 mod disk;
 mod events;
+mod fit;
 mod pause;
 mod state;
 mod support;

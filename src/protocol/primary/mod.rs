@@ -410,8 +410,8 @@ impl Primary {
         self.ledger = Some(Ledger::new(ImageLayout::of(&self.config.shape).pages()));
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });
-        if let Some(newcomer) = self.peer() {
-            self.tell(Event::ResyncStarted { newcomer });
+        if let Some(peer) = &self.peer {
+            self.tell(Event::ResyncStarted { newcomer: peer.instance, scales_tsc: peer.scales_tsc });
         }
     }
 

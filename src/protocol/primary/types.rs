@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{Hello, MachineShape, Message};
@@ -18,8 +19,8 @@ pub struct PrimaryConfig {
     pub guest: GuestName,
     /// The guest's machine, told to newcomers.
     pub shape: MachineShape,
-    /// Digest of the CPU features the guest sees; a newcomer must have the same.
-    pub cpu_digest: u64,
+    /// The CPU the guest sees.
+    pub cpu: GuestCpu,
     /// Features this build offers.
     pub features: u64,
     /// The longest an epoch may last.
