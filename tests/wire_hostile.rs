@@ -3,7 +3,8 @@
 
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{
-    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, RefuseReason, SECTOR_BYTES, Welcome,
+    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason,
+    SECTOR_BYTES, Welcome,
 };
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::record::{Record, RecordState};
@@ -381,17 +382,17 @@ fn each_failure_has_its_own_name_and_one_line() {
     assert!(matches!(not_mcd, WireError::NotMcd { .. }) && not_mcd.to_string().contains("does not speak mcd"));
     let other = drain(&header(9, 1, 0));
     assert!(matches!(other, WireError::OtherVersion { theirs: 9, ours: 2 }));
-    assert!(other.to_string().contains('9') && other.to_string().contains('1'));
-    assert!(matches!(drain(&header(1, 99, 0)), WireError::UnknownKind(99)));
+    assert!(other.to_string().contains('9') && other.to_string().contains('2'));
+    assert!(matches!(drain(&header(PROTOCOL_VERSION, 99, 0)), WireError::UnknownKind(99)));
     for kind in FrameKind::ALL {
         let announced = kind.bytes_max() as u32;
-        let error = drain(&header(1, kind as u16, announced + 1));
+        let error = drain(&header(PROTOCOL_VERSION, kind as u16, announced + 1));
         assert!(matches!(error, WireError::TooLarge { .. }), "{error}");
-        let whole = drain(&header(1, kind as u16, announced));
+        let whole = drain(&header(PROTOCOL_VERSION, kind as u16, announced));
         assert!(matches!(whole, WireError::ClosedMidFrame { .. }) || kind == FrameKind::Nudge, "{whole}");
     }
-    assert!(matches!(drain(&header(1, 1, u32::MAX)), WireError::TooLarge { .. }));
-    let mut damaged = header(1, 4, 3);
+    assert!(matches!(drain(&header(PROTOCOL_VERSION, 1, u32::MAX)), WireError::TooLarge { .. }));
+    let mut damaged = header(PROTOCOL_VERSION, 4, 3);
     damaged.extend_from_slice(b"abc");
     assert!(matches!(drain(&damaged), WireError::Damaged { .. }));
     for error in [not_mcd, other, drain(&damaged)] {

@@ -1,5 +1,6 @@
 //! The commands and flags, and the words `--help` teaches them with.
 
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -8,6 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use super::exit;
 use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
+use crate::machine::CpuModel;
 use crate::protocol::types::GuestName;
 
 /// The whole command line.
@@ -88,6 +90,14 @@ pub(super) enum Command {
     )]
     Disk(DiskArgs),
 
+    /// Save a guest to a file, look at such a file, or start a guest from one
+    #[command(
+        long_about = "Saves the memory and the machine of a guest to a file, from which it can be started again. Disks are not in it: a guest \
+            that writes to disks is stopped with its snapshot, and its images are kept as they are at that moment.",
+        after_help = SNAPSHOT_HELP
+    )]
+    Snapshot(SnapshotArgs),
+
     /// Ask a running node how it is
     #[command(
         long_about = "Asks a running node how it is, over its control socket (QMP: `mc-query`).",
@@ -141,6 +151,13 @@ const DISK_HELP: &str = "\
 Example:
   mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
 
+const SNAPSHOT_HELP: &str = "\
+Examples:
+  mcd snapshot save /var/lib/mcd/web.snap --guest web          the guest goes on
+  mcd snapshot save /var/lib/mcd/web.snap --guest web --stop   the guest ends
+  mcd snapshot info /var/lib/mcd/web.snap
+  mcd snapshot restore /var/lib/mcd/web.snap --tap tap0 --arbiter file:/srv/mcd";
+
 const CONSOLE_HELP: &str = "\
 Examples:
   mcd console --guest web
@@ -192,18 +209,21 @@ pub(super) struct MachineArgs {
     /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the built-in guest]
     #[arg(long, value_name = "FILE")]
     pub(super) kernel: Option<PathBuf>,
+    /// Go on from this snapshot file (see `mcd snapshot`) in place of starting a guest: the machine is the file's
+    #[arg(long, value_name = "FILE")]
+    pub(super) restore: Option<PathBuf>,
     /// The kernel's first file system
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(super) initrd: Option<PathBuf>,
     /// The kernel's command line [default: console=ttyS0]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub(super) append: Option<String>,
-    /// The guest's memory; a distribution's kernel needs 128M or more
-    #[arg(long, value_name = "SIZE", default_value = "128M")]
-    pub(super) memory: Size,
-    /// The guest's vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
-    pub(super) cpus: u8,
+    /// The guest's memory; a distribution's kernel needs 128M or more [default: 128M]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) memory: Option<Size>,
+    /// The guest's vCPUs [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub(super) cpus: Option<u8>,
     /// The guest's Ethernet address [default: made from the guest's name]
     #[arg(long, value_name = "MAC")]
     pub(super) mac: Option<Mac>,
@@ -230,9 +250,9 @@ pub(super) struct NodeArgs {
     pub(super) guest_ip: Option<Cidr>,
 
     /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal hosts), or `baseline`, x86-64-v2, which
-    /// hosts of one maker have in common
-    #[arg(long, value_name = "MODEL", value_enum, default_value = "host")]
-    pub(super) cpu: CpuFlag,
+    /// hosts of one maker have in common [default: host]
+    #[arg(long, value_name = "MODEL", value_enum)]
+    pub(super) cpu: Option<CpuFlag>,
 
     /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
     /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is
@@ -356,6 +376,16 @@ pub(super) enum CpuFlag {
     Baseline,
 }
 
+impl CpuFlag {
+    /// The model it names.
+    pub(super) fn model(self) -> CpuModel {
+        match self {
+            CpuFlag::Host => CpuModel::Host,
+            CpuFlag::Baseline => CpuModel::Baseline,
+        }
+    }
+}
+
 /// `--on-peer-loss`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum OnPeerLossFlag {
@@ -426,6 +456,73 @@ pub(super) enum DiskCommand {
         #[arg(value_name = "IMAGE")]
         other: PathBuf,
     },
+}
+
+/// `mcd snapshot`.
+#[derive(Debug, Args)]
+pub(super) struct SnapshotArgs {
+    #[command(subcommand)]
+    pub(super) what: SnapshotCommand,
+}
+
+/// What can be done with snapshots.
+#[derive(Debug, Subcommand)]
+pub(super) enum SnapshotCommand {
+    /// Have the node that runs a guest write its snapshot
+    #[command(
+        long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is written, and then goes on \
+            (with --stop it is shut down); its node, its secondary and its output go on meanwhile. The file appears when it is whole and durable."
+    )]
+    Save(SnapshotSaveArgs),
+    /// Say what a snapshot file holds, and whether it is whole
+    Info(SnapshotInfoArgs),
+    /// Start a guest from a snapshot: the same as `mcd primary FLAGS --restore FILE`
+    #[command(
+        long_about = "Starts a guest from a snapshot; the same as `mcd primary FLAGS --restore FILE`, whose flags it takes but for those that \
+            describe the machine. It is a new life: the arbiter must not know the guest as running."
+    )]
+    Restore {
+        /// The snapshot
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Flags of `mcd primary`: --tap, --arbiter, --listen, --disk …
+        #[arg(value_name = "FLAGS", trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<OsString>,
+    },
+}
+
+/// `mcd snapshot save`.
+#[derive(Debug, Args)]
+pub(super) struct SnapshotSaveArgs {
+    /// The file, on the node's host; what is there is replaced in the end
+    #[arg(value_name = "FILE")]
+    pub(super) file: PathBuf,
+    /// The node's control socket
+    #[arg(long, value_name = "PATH", conflicts_with = "guest")]
+    pub(super) control: Option<PathBuf>,
+    /// The guest whose node on this host is meant, if its control socket is where it is by default
+    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
+    pub(super) guest: Option<GuestName>,
+    /// Shut the guest down with its snapshot; the only way for a guest that writes to disks
+    #[arg(long)]
+    pub(super) stop: bool,
+    /// Print what was written as JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    /// How long to wait until it is written
+    #[arg(long, value_name = "MS", default_value_t = 600_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub(super) timeout_ms: u64,
+}
+
+/// `mcd snapshot info`.
+#[derive(Debug, Args)]
+pub(super) struct SnapshotInfoArgs {
+    /// The snapshot
+    #[arg(value_name = "FILE")]
+    pub(super) file: PathBuf,
+    /// Print it as JSON
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// `mcd status`.

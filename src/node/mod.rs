@@ -24,6 +24,7 @@ mod keeper;
 mod links;
 mod primary;
 mod priority;
+mod restore;
 mod secondary;
 mod signals;
 
@@ -89,8 +90,15 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
     let mut shape = start.shape.clone();
+    let mut snapshot = match &start.boot {
+        GuestBoot::Snapshot(path) => Some(restore::open(path, &config, &shape)?),
+        GuestBoot::BuiltIn(_) | GuestBoot::Linux(_) => None,
+    };
     let (images, disks) = disks::open(&config.disks)?;
-    shape.disks = disks;
+    shape.disks = match &snapshot {
+        Some(snapshot) => disks::of_snapshot(&config.disks, &disks, &snapshot.head)?,
+        None => disks,
+    };
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
     let console = Console::open(&config.console)?;
     let mut machine = new_machine(&shape, config.cpu, gate.clone(), &disks, &console, &events)?;
@@ -100,6 +108,12 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
             machine.boot_builtin(&GuestNet { ipv4: *ipv4, prefix_len: *prefix_len, gateway: *gateway })?;
         }
         GuestBoot::Linux(guest) => machine.boot_linux(guest)?,
+        GuestBoot::Snapshot(path) => {
+            if let Some(snapshot) = snapshot.take() {
+                tracing::info!(at = %snapshot.head.at, "the guest goes on from its snapshot");
+                snapshot.load(path, &mut machine, &gate)?;
+            }
+        }
     }
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
     let (server, context) = open_doors(config, Role::Primary, start.guest_ip, console, events, inbox)?;

@@ -224,11 +224,16 @@ impl<'a> SecondaryNode<'a> {
                 answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
                 None
             }
+            NodeEvent::Snapshot { reply, .. } => {
+                answer(Some(reply), Err("this node is a secondary: it does not run the guest; ask the primary".into()));
+                None
+            }
             // What a primary hears of, and of an image that is gone already.
             NodeEvent::Machine(_)
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
+            | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
             | NodeEvent::Pushed { .. } => None,
         })

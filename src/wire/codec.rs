@@ -107,6 +107,21 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
     if from.rest.is_empty() { Ok(message) } else { malformed("message: bytes after its end") }
 }
 
+/// Appends the byte form of a machine's shape, as a welcome has it.
+pub fn encode_shape(shape: &MachineShape, out: &mut Vec<u8>) {
+    Encoder { out }.shape(shape);
+}
+
+/// Reads a shape from the front of `bytes`; also what is behind it.
+///
+/// # Errors
+/// [`WireError::Malformed`] if no machine has this shape.
+pub fn decode_shape(bytes: &[u8]) -> Result<(MachineShape, &[u8]), WireError> {
+    let mut from = Decoder { rest: bytes };
+    let shape = from.shape()?;
+    Ok((shape, from.rest))
+}
+
 fn malformed<T>(what: &'static str) -> Result<T, WireError> {
     Err(WireError::Malformed { what })
 }

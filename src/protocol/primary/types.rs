@@ -109,6 +109,13 @@ pub enum Input {
     Command(Command),
     /// The guest shut itself down.
     GuestShutdown,
+    /// An operator wants a snapshot of the guest.
+    Snapshot,
+    /// The snapshot is written, or failed.
+    SnapshotEnded {
+        /// The guest is to stop for good.
+        stop: bool,
+    },
 }
 
 /// What a capture does with the guest's output, while the guest is paused.
@@ -174,6 +181,13 @@ pub enum Action {
     ReleaseAll,
     /// Let the guest run (or not).
     Run(bool),
+    /// The guest stands still: save it to the snapshot's file while it does, then say `SnapshotEnded`.
+    Snapshot,
+    /// There is no snapshot to be taken now.
+    NoSnapshot {
+        /// Why, in words.
+        why: &'static str,
+    },
     /// Ask the arbiter.
     Ask(ArbiterCall),
     /// Stop the guest for good, throw held output away, close all connections. Only the control socket stays.
