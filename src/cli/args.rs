@@ -1,13 +1,14 @@
 //! The commands and flags, and the words `--help` teaches them with.
 
-use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use super::args_demo::{self as demo, DemoArgs};
+use super::args_snapshot::{self as snapshot, SnapshotArgs};
 use super::exit;
-use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Disk, Mac, Size};
+use super::values::{self, Cidr, ConsoleFlag, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::machine::CpuModel;
 use crate::protocol::types::GuestName;
@@ -78,7 +79,7 @@ pub(super) enum Command {
             guest, kills the primary with SIGKILL at a random moment, lets the secondary take over, starts a new \
             secondary, and so on. Exit code 0 means: no acknowledged write was lost, no reply was wrong or came twice, \
             no connection was reset. Nothing is left behind.",
-        after_help = DEMO_HELP,
+        after_help = demo::HELP,
         args_override_self = true
     )]
     Demo(DemoArgs),
@@ -94,7 +95,7 @@ pub(super) enum Command {
     #[command(
         long_about = "Saves the memory and the machine of a guest to a file, from which it can be started again. Disks are not in it: a guest \
             that writes to disks is stopped with its snapshot, and its images are kept as they are at that moment.",
-        after_help = SNAPSHOT_HELP
+        after_help = snapshot::HELP
     )]
     Snapshot(SnapshotArgs),
 
@@ -141,22 +142,9 @@ Example:
   mcd cold-start --i-know-both-nodes-are-dead --guest web --tap tap0 \\
       --guest-ip 10.0.0.2/24 --arbiter file:/srv/mcd";
 
-const DEMO_HELP: &str = "\
-Examples:
-  mcd demo                              three rounds and a report
-  mcd demo --rounds 20 --json out.json  more of it, for a program to read
-  mcd demo --stay                       leave the pair up and print a redis-cli line to try";
-
 const DISK_HELP: &str = "\
 Example:
   mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
-
-const SNAPSHOT_HELP: &str = "\
-Examples:
-  mcd snapshot save /var/lib/mcd/web.snap --guest web          the guest goes on
-  mcd snapshot save /var/lib/mcd/web.snap --guest web --stop   the guest ends
-  mcd snapshot info /var/lib/mcd/web.snap
-  mcd snapshot restore /var/lib/mcd/web.snap --tap tap0 --arbiter file:/srv/mcd";
 
 const CONSOLE_HELP: &str = "\
 Examples:
@@ -393,46 +381,6 @@ pub(super) enum OnPeerLossFlag {
     Continue,
 }
 
-/// `mcd demo`.
-#[derive(Debug, Args)]
-pub(super) struct DemoArgs {
-    /// How often the primary is killed
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    pub(super) rounds: u32,
-    /// Write the report to a file as JSON too
-    #[arg(long, value_name = "FILE")]
-    pub(super) json: Option<PathBuf>,
-    /// Leave the pair up at the end and print the redis-cli line to try; Ctrl-C ends it
-    #[arg(long)]
-    pub(super) stay: bool,
-    /// The seed of the random moments and keys [default: another each time, printed]
-    #[arg(long, value_name = "N")]
-    pub(super) seed: Option<u64>,
-    /// TCP connections of the load
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(super) connections: u32,
-    /// The guest's memory, in whole MiB
-    #[arg(long, value_name = "SIZE", default_value = "128M")]
-    pub(super) memory: Size,
-    /// The guest's vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
-    pub(super) cpus: u8,
-    /// The longest an epoch may last
-    #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
-    pub(super) interval_ms: u64,
-    /// Time between two heartbeats of the nodes; they suspect each other after three times that. More on a slow host
-    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=10_000))]
-    pub(super) heartbeat_interval_ms: u64,
-    /// Let the guest write memory as well: so many pages, so often per second
-    #[arg(long, value_name = "PAGES,PER-SECOND")]
-    pub(super) dirty: Option<DirtyLoad>,
-    /// Keep the nodes' logs and say where they are
-    #[arg(long)]
-    pub(super) keep_logs: bool,
-    #[command(flatten)]
-    pub(super) log: LogArgs,
-}
-
 /// `mcd disk`.
 #[derive(Debug, Args)]
 pub(super) struct DiskArgs {
@@ -456,73 +404,6 @@ pub(super) enum DiskCommand {
         #[arg(value_name = "IMAGE")]
         other: PathBuf,
     },
-}
-
-/// `mcd snapshot`.
-#[derive(Debug, Args)]
-pub(super) struct SnapshotArgs {
-    #[command(subcommand)]
-    pub(super) what: SnapshotCommand,
-}
-
-/// What can be done with snapshots.
-#[derive(Debug, Subcommand)]
-pub(super) enum SnapshotCommand {
-    /// Have the node that runs a guest write its snapshot
-    #[command(
-        long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is written, and then goes on \
-            (with --stop it is shut down); its node, its secondary and its output go on meanwhile. The file appears when it is whole and durable."
-    )]
-    Save(SnapshotSaveArgs),
-    /// Say what a snapshot file holds, and whether it is whole
-    Info(SnapshotInfoArgs),
-    /// Start a guest from a snapshot: the same as `mcd primary FLAGS --restore FILE`
-    #[command(
-        long_about = "Starts a guest from a snapshot; the same as `mcd primary FLAGS --restore FILE`, whose flags it takes but for those that \
-            describe the machine. It is a new life: the arbiter must not know the guest as running."
-    )]
-    Restore {
-        /// The snapshot
-        #[arg(value_name = "FILE")]
-        file: PathBuf,
-        /// Flags of `mcd primary`: --tap, --arbiter, --listen, --disk …
-        #[arg(value_name = "FLAGS", trailing_var_arg = true, allow_hyphen_values = true)]
-        flags: Vec<OsString>,
-    },
-}
-
-/// `mcd snapshot save`.
-#[derive(Debug, Args)]
-pub(super) struct SnapshotSaveArgs {
-    /// The file, on the node's host; what is there is replaced in the end
-    #[arg(value_name = "FILE")]
-    pub(super) file: PathBuf,
-    /// The node's control socket
-    #[arg(long, value_name = "PATH", conflicts_with = "guest")]
-    pub(super) control: Option<PathBuf>,
-    /// The guest whose node on this host is meant, if its control socket is where it is by default
-    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
-    pub(super) guest: Option<GuestName>,
-    /// Shut the guest down with its snapshot; the only way for a guest that writes to disks
-    #[arg(long)]
-    pub(super) stop: bool,
-    /// Print what was written as JSON
-    #[arg(long)]
-    pub(super) json: bool,
-    /// How long to wait until it is written
-    #[arg(long, value_name = "MS", default_value_t = 600_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
-    pub(super) timeout_ms: u64,
-}
-
-/// `mcd snapshot info`.
-#[derive(Debug, Args)]
-pub(super) struct SnapshotInfoArgs {
-    /// The snapshot
-    #[arg(value_name = "FILE")]
-    pub(super) file: PathBuf,
-    /// Print it as JSON
-    #[arg(long)]
-    pub(super) json: bool,
 }
 
 /// `mcd status`.

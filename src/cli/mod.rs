@@ -2,6 +2,8 @@
 
 mod arbiter;
 mod args;
+mod args_demo;
+mod args_snapshot;
 mod config;
 mod console;
 mod disk;
@@ -22,7 +24,9 @@ use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use tracing::Level;
 
-use args::{Cli, ColdStartArgs, Command, DemoArgs, MachineArgs, NodeArgs, SecondaryArgs, SnapshotCommand};
+use args::{Cli, ColdStartArgs, Command, MachineArgs, NodeArgs, SecondaryArgs};
+use args_demo::DemoArgs;
+use args_snapshot::SnapshotCommand;
 pub use exit::ExitStatus;
 use exit::Failure;
 
