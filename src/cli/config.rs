@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::arbiter;
-use super::args::{CompressFlag, CpuFlag, MachineArgs, NodeArgs, SecondaryArgs};
+use super::args::{CompressFlag, CpuFlag, GuestClockFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
 use super::values::{Cidr, ConsoleFlag, Mac, Size};
 use crate::arbiter::ArbiterSpec;
@@ -13,6 +13,7 @@ use crate::checkpoint::snapshot::SnapshotHead;
 use crate::control::console::ConsoleTo;
 use crate::machine::LinuxGuest;
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
+use crate::protocol::guest_clock::ClockPolicy;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
@@ -73,6 +74,10 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         guest,
         tap,
         cpu: args.cpu.map(CpuFlag::model).unwrap_or_default(),
+        guest_clock: match args.guest_clock {
+            GuestClockFlag::Correct => ClockPolicy::Correct,
+            GuestClockFlag::Continue => ClockPolicy::Continue,
+        },
         listen: args.listen,
         heartbeat_listen,
         arbiter: arbiter::config(&args.who)?,
@@ -120,8 +125,9 @@ pub(super) fn primary(
         )));
     }
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
+    let rng = machine.rng.unwrap_or(machine.kernel.is_some());
     Ok(PrimaryStart {
-        shape: MachineShape::bare(memory.bytes, machine.cpus.unwrap_or(1), mac),
+        shape: MachineShape { rng, ..MachineShape::bare(memory.bytes, machine.cpus.unwrap_or(1), mac) },
         boot: boot(node, machine)?,
         guest_ip,
         both_nodes_are_dead: cold,

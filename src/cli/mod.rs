@@ -2,8 +2,6 @@
 
 mod arbiter;
 mod args;
-mod args_demo;
-mod args_snapshot;
 mod config;
 mod console;
 mod disk;
@@ -24,9 +22,7 @@ use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use tracing::Level;
 
-use args::{Cli, ColdStartArgs, Command, MachineArgs, NodeArgs, SecondaryArgs};
-use args_demo::DemoArgs;
-use args_snapshot::SnapshotCommand;
+use args::{Cli, ColdStartArgs, Command, DemoArgs, MachineArgs, NodeArgs, SecondaryArgs, SnapshotCommand};
 pub use exit::ExitStatus;
 use exit::Failure;
 

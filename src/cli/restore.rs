@@ -39,6 +39,10 @@ pub(super) fn adopt(path: &Path, node: &mut NodeArgs, machine: &MachineArgs) -> 
     if let Some(cpus) = machine.cpus.filter(|cpus| *cpus != shape.cpus) {
         return says(format!("--cpus {cpus}"), format!("a machine with {} vCPUs", shape.cpus));
     }
+    if let Some(rng) = machine.rng.filter(|rng| *rng != shape.rng) {
+        let how = if shape.rng { "with" } else { "without" };
+        return says(format!("--rng {rng}"), format!("a machine {how} a source of random bytes"));
+    }
     if machine.mac.is_some_and(|Mac(mac)| mac != shape.mac) {
         return says("--mac".to_owned(), format!("a machine with the address {}", mac_text(shape.mac)));
     }

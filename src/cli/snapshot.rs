@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::args_snapshot::{SnapshotInfoArgs, SnapshotSaveArgs};
+use super::args::{SnapshotInfoArgs, SnapshotSaveArgs};
 use super::config;
 use super::exit::Failure;
 use super::restore::{failure, mac_text};

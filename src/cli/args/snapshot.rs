@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::values;
+use crate::cli::values;
 use crate::protocol::types::GuestName;
 
-pub(super) const HELP: &str = "\
+pub(super) const SNAPSHOT_HELP: &str = "\
 Examples:
   mcd snapshot save /var/lib/mcd/web.snap --guest web          the guest goes on
   mcd snapshot save /var/lib/mcd/web.snap --guest web --stop   the guest ends
@@ -17,14 +17,14 @@ Examples:
 
 /// `mcd snapshot`.
 #[derive(Debug, Args)]
-pub(super) struct SnapshotArgs {
+pub(in crate::cli) struct SnapshotArgs {
     #[command(subcommand)]
-    pub(super) what: SnapshotCommand,
+    pub(in crate::cli) what: SnapshotCommand,
 }
 
 /// What can be done with snapshots.
 #[derive(Debug, Subcommand)]
-pub(super) enum SnapshotCommand {
+pub(in crate::cli) enum SnapshotCommand {
     /// Have the node that runs a guest write its snapshot
     #[command(
         long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is written, and then goes on \
@@ -50,34 +50,34 @@ pub(super) enum SnapshotCommand {
 
 /// `mcd snapshot save`.
 #[derive(Debug, Args)]
-pub(super) struct SnapshotSaveArgs {
+pub(in crate::cli) struct SnapshotSaveArgs {
     /// The file, on the node's host; what is there is replaced in the end
     #[arg(value_name = "FILE")]
-    pub(super) file: PathBuf,
+    pub(in crate::cli) file: PathBuf,
     /// The node's control socket
     #[arg(long, value_name = "PATH", conflicts_with = "guest")]
-    pub(super) control: Option<PathBuf>,
+    pub(in crate::cli) control: Option<PathBuf>,
     /// The guest whose node on this host is meant, if its control socket is where it is by default
     #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
-    pub(super) guest: Option<GuestName>,
+    pub(in crate::cli) guest: Option<GuestName>,
     /// Shut the guest down with its snapshot; the only way for a guest that writes to disks
     #[arg(long)]
-    pub(super) stop: bool,
+    pub(in crate::cli) stop: bool,
     /// Print what was written as JSON
     #[arg(long)]
-    pub(super) json: bool,
+    pub(in crate::cli) json: bool,
     /// How long to wait until it is written
     #[arg(long, value_name = "MS", default_value_t = 600_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
-    pub(super) timeout_ms: u64,
+    pub(in crate::cli) timeout_ms: u64,
 }
 
 /// `mcd snapshot info`.
 #[derive(Debug, Args)]
-pub(super) struct SnapshotInfoArgs {
+pub(in crate::cli) struct SnapshotInfoArgs {
     /// The snapshot
     #[arg(value_name = "FILE")]
-    pub(super) file: PathBuf,
+    pub(in crate::cli) file: PathBuf,
     /// Print it as JSON
     #[arg(long)]
-    pub(super) json: bool,
+    pub(in crate::cli) json: bool,
 }
