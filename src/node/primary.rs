@@ -10,7 +10,7 @@ use serde_json::Value;
 use self::snapshot::Saving;
 use super::announce::Announcer;
 use super::config::Compress;
-use super::conns::{Conns, stuck};
+use super::conns::{Conns, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
@@ -28,7 +28,6 @@ use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
-use crate::wire::LinkNews;
 
 /// How a primary's life ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -154,9 +153,8 @@ impl PrimaryNode {
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
         let sender = self.sender.as_ref();
         let nudge = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::nudge);
-        if let Some((conn, LinkNews::Stuck(silence_us))) = self.conns.news(clock::monotonic_us(), nudge) {
-            self.conns.close(conn);
-            return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
+        if let Some((conn, LinkNews::Stuck(why))) = self.conns.news(clock::now(), nudge) {
+            return Ok(Some(Input::Closed { conn, why }));
         }
         let event = match self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crossbeam::channel::RecvTimeoutError;
 
 use super::config::SecondaryStart;
-use super::conns::{Conns, stuck};
+use super::conns::{Conns, LinkNews};
 use super::context::{Context, new_machine, open_gate};
 use super::disks::{self, NodeDisks};
 use super::error::NodeError;
@@ -25,7 +25,6 @@ use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::{EpochId, Instant};
-use crate::wire::LinkNews;
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
@@ -157,12 +156,9 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn link_news(&mut self) -> Option<Input> {
-        Some(match self.conns.news(clock::monotonic_us(), |_| {})? {
-            (conn, LinkNews::Stuck(silence_us)) => {
-                self.conns.close(conn);
-                Input::Closed { conn, why: stuck(silence_us) }
-            }
-            (conn, LinkNews::Received(ago_us)) => Input::Moved { conn, ago: Duration::from_micros(ago_us) },
+        Some(match self.conns.news(clock::now(), |_| {})? {
+            (conn, LinkNews::Stuck(why)) => Input::Closed { conn, why },
+            (conn, LinkNews::Received(ago)) => Input::Moved { conn, ago },
         })
     }
 

@@ -111,8 +111,6 @@ pub struct Proc {
     /// The guest does nothing until then.
     pub paused_until: u64,
     pub wake_at: u64,
-    /// When the driver last asked the kernel what had arrived.
-    pub looked_at: u64,
     /// When the machine was last fed anything, and when it last heard a heartbeat (or slept, which counts as one).
     pub fed_at: u64,
     pub heard_at: u64,
@@ -161,7 +159,6 @@ impl Proc {
             idle_until: 0,
             paused_until: 0,
             wake_at: u64::MAX,
-            looked_at: 0,
             fed_at: 0,
             heard_at: 0,
             epochs_unheard: 0,
