@@ -11,5 +11,6 @@ pub mod journal;
 pub mod output;
 pub mod packing;
 pub mod sender;
+pub mod snapshot;
 pub mod stage;
 pub mod stamp;

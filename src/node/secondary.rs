@@ -221,11 +221,16 @@ impl<'a> SecondaryNode<'a> {
                 answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
                 None
             }
+            NodeEvent::Snapshot { reply, .. } => {
+                answer(Some(reply), Err("this node is a secondary: it does not run the guest; ask the primary".into()));
+                None
+            }
             // What a primary hears of, and of an image that is gone already.
             NodeEvent::Machine(_)
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
+            | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
             | NodeEvent::Pushed { .. } => None,
         })
@@ -281,8 +286,10 @@ impl<'a> SecondaryNode<'a> {
         let config = &self.context.config;
         let images = disks::open_for(config, &welcome.shape)?;
         let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
-        let machine =
+        let mut machine =
             new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
+        // A host that cannot restore such a machine must say so before anybody counts on it.
+        machine.rehearse(welcome.tsc_khz)?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
         machine.memory().prefault().map_err(MachineError::from)?;
         disks.begin_filling(welcome.generation)?;

@@ -3,6 +3,7 @@
 
 pub mod arbitration;
 pub mod claim;
+pub mod cpu;
 pub mod echo;
 pub mod event;
 pub mod guest_clock;

@@ -217,7 +217,7 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
-            Action::Committed { .. } | Action::Tell(_) => {}
+            Action::Committed { .. } | Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();

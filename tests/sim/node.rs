@@ -125,6 +125,8 @@ pub struct Proc {
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
+    /// A snapshot of its guest is being written: the guest must not run.
+    pub saving: bool,
     /// What it wrote down where the arbiter keeps no record.
     pub notebook: Notebook,
     pub conns: Vec<(ConnId, usize)>,
@@ -165,6 +167,7 @@ impl Proc {
             capture_fails: false,
             quits: 0,
             may_exit: false,
+            saving: false,
             notebook: Notebook::default(),
             conns: Vec::new(),
             conns_made: 1 << 32,
