@@ -62,6 +62,7 @@ pub struct Host {
     name: HostName,
     child: Child,
     monitor: PathBuf,
+    log: PathBuf,
     console: Console,
     channel: Channel,
 }
@@ -112,7 +113,7 @@ impl Host {
         let console = Console::listen(console, &logs.join(format!("{name}-{number}.log")))
             .map_err(LabError::io("follow a console"))?;
         let channel = Channel::new(channel);
-        Ok(Host { name, child, monitor: file("monitor"), console, channel })
+        Ok(Host { name, child, monitor: file("monitor"), log: file("qemu.log"), console, channel })
     }
 
     /// Whether it has said that it is up.
@@ -138,10 +139,15 @@ impl Host {
 
     /// An error if its QEMU has ended.
     pub fn check_power(&mut self) -> Result<(), LabError> {
-        match self.child.try_wait() {
-            Ok(None) => Ok(()),
-            _ => Err(LabError::HostGone { host: self.name.to_string(), last: self.console.tail() }),
-        }
+        let how = match self.child.try_wait() {
+            Ok(None) => return Ok(()),
+            Ok(Some(status)) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
+        // A host that restarts ends its QEMU well: nobody asked it to, so it had a triple fault or a panic.
+        let last = format!(" ({how}; it said \"{}\"){}", said.trim(), self.console.tail());
+        Err(LabError::HostGone { host: self.name.to_string(), last })
     }
 
     /// Its name.

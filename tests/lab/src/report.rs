@@ -68,6 +68,11 @@ pub struct Outcome {
     pub figures: Figures,
     /// Why it is not ok.
     pub wrong: Option<String>,
+    /// Whether that is because a host ended by itself.
+    #[serde(skip)]
+    pub host_gone: bool,
+    /// Why it was tried a second time, if it was.
+    pub repeated: Option<String>,
 }
 
 /// What was measured in a Linux guest.
@@ -183,6 +188,9 @@ impl fmt::Display for Outcome {
         }
         if let Some(wrong) = self.wrong.as_ref().and_then(|wrong| wrong.lines().next()) {
             write!(f, ": {wrong}")?;
+        }
+        if let Some(why) = &self.repeated {
+            write!(f, "\n        tried a second time: {why}")?;
         }
         self.figures.fmt(f)
     }

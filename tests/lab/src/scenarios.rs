@@ -78,6 +78,7 @@ pub fn run(scenario: &Scenario, options: &Options, site: &Arc<Site>, stop: &Arc<
         Kind::Demo => play.demo(site, stop),
         Kind::Faults(guest) => play.faults(guest, options, site, stop),
     };
+    let host_gone = matches!(result, Err(LabError::HostGone { .. }));
     let wrong = result.err().map(|error| error.to_string());
     let took_s = play.started.elapsed().as_secs_f64();
     Outcome {
@@ -87,6 +88,8 @@ pub fn run(scenario: &Scenario, options: &Options, site: &Arc<Site>, stop: &Arc<
         steps: play.steps,
         clients: play.clients,
         figures: play.figures,
+        host_gone,
+        repeated: None,
         wrong,
     }
 }
