@@ -59,8 +59,8 @@ fn hello_and_welcome() {
                 cpus: 2,
                 mac: [2, 0, 0, 0, 0, 9],
                 disks: vec![
-                    DiskShape { bytes: 0x8000_0000, read_only: false, serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0" },
-                    DiskShape { bytes: 512, read_only: true, serial: [0xff; 20] },
+                    DiskShape { bytes: 0x8000_0000, read_only: false, shared: false, serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0" },
+                    DiskShape { bytes: 512, read_only: true, shared: false, serial: [0xff; 20] },
                 ],
                 rng: true,
             },
@@ -200,7 +200,7 @@ fn every_kind_of_page() {
 fn disks_nobody_has_are_refused() {
     let good = MachineShape { rng: true, ..MachineShape::bare(4096, 1, [0; 6]) };
     let refused = |bytes: u64, count: usize| {
-        let disk = DiskShape { bytes, read_only: false, serial: [0; 20] };
+        let disk = DiskShape { bytes, read_only: false, shared: false, serial: [0; 20] };
         let welcome = Welcome {
             instance: InstanceId(1),
             generation: Generation(1),

@@ -11,5 +11,7 @@ pub mod journal;
 pub mod output;
 pub mod packing;
 pub mod sender;
+pub mod shared;
+pub mod shared_writer;
 pub mod stage;
 pub mod stamp;

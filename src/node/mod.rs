@@ -25,6 +25,7 @@ mod links;
 mod primary;
 mod priority;
 mod secondary;
+mod shared;
 mod signals;
 
 use std::net::Ipv4Addr;
@@ -89,7 +90,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
     let mut shape = start.shape.clone();
-    let (images, disks) = disks::open(&config.disks)?;
+    let (images, disks) = disks::open(&config)?;
     shape.disks = disks;
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
     let console = Console::open(&config.console)?;
@@ -122,7 +123,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     let (events, inbox) = unbounded();
     // An occupied tap or image is told now, not at the takeover.
     drop(open_gate(&config, &events)?);
-    disks::look(&config.disks)?;
+    disks::look(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Console::open(&config.console)?;
     let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, console, events, inbox)?;

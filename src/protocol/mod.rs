@@ -14,4 +14,5 @@ pub mod primary;
 pub mod record;
 pub mod resync;
 pub mod secondary;
+pub mod shared;
 pub mod types;

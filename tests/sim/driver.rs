@@ -241,7 +241,7 @@ impl World {
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
             // The model keeps every epoch's dirt until the primary forgets the peer.
-            Action::Committed { .. } => {}
+            Action::Committed { .. } | Action::WriteThrough { .. } => {}
             Action::Release { through, before } => self.release(proc, through, before),
             Action::ReleaseAll => {
                 if let Some(output) = &self.procs[proc].output {
@@ -411,6 +411,7 @@ impl World {
                 node.urgent.push_back(In::Secondary(secondary::Input::MachineReady));
             }
             Action::Commit { id } => self.commit(proc, id),
+            Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Promote { record, epoch, cause } => {
                 self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
