@@ -147,7 +147,9 @@ impl World {
     /// The seed in block `block` of the image as any host sees it now.
     fn seed_in_image(&self, block: u64) -> u64 {
         let mut word = [0; 8];
-        File::open(image(&self.dir)).and_then(|file| file.read_exact_at(&mut word, block * 4096 + 16)).expect("an image");
+        File::open(image(&self.dir))
+            .and_then(|file| file.read_exact_at(&mut word, block * 4096 + 16))
+            .expect("an image");
         u64::from_le_bytes(word)
     }
 

@@ -59,7 +59,12 @@ fn hello_and_welcome() {
                 cpus: 2,
                 mac: [2, 0, 0, 0, 0, 9],
                 disks: vec![
-                    DiskShape { bytes: 0x8000_0000, read_only: false, shared: false, serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0" },
+                    DiskShape {
+                        bytes: 0x8000_0000,
+                        read_only: false,
+                        shared: false,
+                        serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+                    },
                     DiskShape { bytes: 512, read_only: true, shared: false, serial: [0xff; 20] },
                 ],
                 rng: true,

@@ -191,7 +191,8 @@ impl<'a> DiskWriter<'a> {
     /// [`ImagePageError::Disk`].
     pub fn finish(&mut self) -> Result<(), ImagePageError> {
         let Some(run) = self.run.take() else { return Ok(()) };
-        let missing = || ImagePageError::Disk { disk: run.disk, reason: io::Error::other("the machine has no such disk") };
+        let missing =
+            || ImagePageError::Disk { disk: run.disk, reason: io::Error::other("the machine has no such disk") };
         let image = self.disks.get(run.disk).ok_or_else(missing)?;
         let offset = run.first_block.saturating_mul(PAGE_BYTES as u64);
         // The last block of a disk may be longer than what is left of the disk.

@@ -12,6 +12,8 @@ pub mod output;
 pub mod packing;
 pub mod sender;
 pub mod shared;
+#[cfg(test)]
+mod shared_tests;
 pub mod shared_writer;
 pub mod stage;
 pub mod stamp;

@@ -179,7 +179,10 @@ impl SharedJournal {
     pub fn drain(&self, patience: Duration) -> bool {
         let deadline = std::time::Instant::now() + patience;
         let mut held = self.held.lock();
-        while held.writes.due().next().is_some() && !held.closed && !self.done.wait_until(&mut held, deadline).timed_out() {}
+        while held.writes.due().next().is_some()
+            && !held.closed
+            && !self.done.wait_until(&mut held, deadline).timed_out()
+        {}
         held.writes.is_empty()
     }
 
@@ -275,7 +278,9 @@ impl SharedGate {
         for number in offset.div_ceil(BLOCK_BYTES)..end / BLOCK_BYTES {
             let content = match change {
                 Change::Zeros => None,
-                Change::Write(bytes) => bytes.get(index_of(number * BLOCK_BYTES - offset)..).and_then(<[u8]>::first_chunk),
+                Change::Write(bytes) => {
+                    bytes.get(index_of(number * BLOCK_BYTES - offset)..).and_then(<[u8]>::first_chunk)
+                }
             };
             open.put(self.first_index + number, content);
         }

@@ -16,7 +16,7 @@ use crate::protocol::primary::ConnId;
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What is to be done at once.
-struct Batch {
+pub(super) struct Batch {
     /// Oldest first.
     layers: Vec<Arc<BlockSet>>,
     /// The newest layer's number, if there is one.
@@ -58,11 +58,11 @@ impl Drop for SharedWriter {
     }
 }
 
-struct Work {
-    journal: Arc<SharedJournal>,
-    layout: Arc<ImageLayout>,
-    disks: Vec<Arc<dyn BlockBackend>>,
-    images: Vec<Arc<SharedImage>>,
+pub(super) struct Work {
+    pub(super) journal: Arc<SharedJournal>,
+    pub(super) layout: Arc<ImageLayout>,
+    pub(super) disks: Vec<Arc<dyn BlockBackend>>,
+    pub(super) images: Vec<Arc<SharedImage>>,
 }
 
 impl Work {
@@ -93,7 +93,7 @@ impl Work {
     }
 
     /// What is to be done next; `None` if it is over.
-    fn next(&self) -> Option<Batch> {
+    pub(super) fn next(&self) -> Option<Batch> {
         let mut held = self.journal.held.lock();
         loop {
             if held.closed {
@@ -109,7 +109,7 @@ impl Work {
         }
     }
 
-    fn write(&self, batch: &Batch) -> Result<(), ImagePageError> {
+    pub(super) fn write(&self, batch: &Batch) -> Result<(), ImagePageError> {
         let mut writer = DiskWriter::new(&self.disks);
         for layer in &batch.layers {
             for (index, content) in layer.slots() {
@@ -127,7 +127,7 @@ impl Work {
         self.layout.shared().contains(&self.layout.blocks_of(disk))
     }
 
-    fn done(&self, batch: &Batch) {
+    pub(super) fn done(&self, batch: &Batch) {
         let mut held = self.journal.held.lock();
         let forgotten = batch.through.and_then(|through| held.writes.written(through));
         let was_full = held.take_was_full();

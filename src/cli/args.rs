@@ -237,14 +237,11 @@ pub(super) struct NodeArgs {
     /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
     /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is. With PATH,mode=shared both
     /// nodes name the same storage instead
-    #[arg(long, value_name = "PATH[,ro|,mode=shared][,serial=TEXT]", help_heading = "Disks")]
+    #[arg(long, value_name = "PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]", help_heading = "Disks")]
     pub(super) disk: Vec<Disk>,
     /// Take disk images whatever their stamps say. Not allowed in a file
     #[arg(long, help_heading = "Disks")]
     pub(super) force_disk: bool,
-    /// A host that lost the guest cannot write a shared block device: storage or switches see to it
-    #[arg(long, help_heading = "Disks")]
-    pub(super) storage_fenced: bool,
 
     /// Where a newcomer's data connection is accepted
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7401", value_parser = values::address, help_heading = "Peer")]

@@ -90,7 +90,6 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         control,
         disks: args.disk.iter().map(|disk| disk.config()).collect(),
         force_disk: args.force_disk,
-        storage_fenced: args.storage_fenced,
         console,
     })
 }

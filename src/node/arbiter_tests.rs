@@ -41,7 +41,6 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
         control: "/nonexistent".into(),
         disks: Vec::new(),
         force_disk: false,
-        storage_fenced: false,
         console: ConsoleTo::None,
     }
 }

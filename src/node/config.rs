@@ -50,8 +50,6 @@ pub struct NodeConfig {
     pub disks: Vec<DiskConfig>,
     /// Take the disks' images whatever their stamps say.
     pub force_disk: bool,
-    /// The operator's word that a host which lost the guest cannot write a shared block device: something else than mcd sees to it.
-    pub storage_fenced: bool,
 }
 
 /// One disk.
@@ -63,6 +61,8 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Both nodes use this very image, on storage they share; never with `read_only`.
     pub shared: bool,
+    /// The operator's word that a host which lost the guest cannot write this shared block device: something else than mcd sees to it.
+    pub fenced: bool,
     /// The serial number the guest sees, filled up with zero bytes; a secondary's is the primary's.
     pub serial: [u8; 20],
 }

@@ -93,7 +93,7 @@ pub enum DiskError {
         there: &'static str,
     },
     /// Locks on a block device do not reach the other host.
-    #[error("shared disk {} is a block device, and its lock keeps only programs of this host out: use --arbiter command:SCRIPT, whose script fences the other host, or say with --storage-fenced that something else does", path.display())]
+    #[error("shared disk {} is a block device, and its lock keeps only programs of this host out: use --arbiter command:SCRIPT, whose script fences the other host, or add `,fenced` if something else does", path.display())]
     Unfenced {
         /// The device.
         path: PathBuf,
@@ -415,12 +415,7 @@ impl StampKeeper {
     }
 }
 
-fn stamp(
-    guest: &GuestName,
-    images: &[(PathBuf, NodeImage)],
-    at: EpochId,
-    state: StampState,
-) -> Result<(), StampError> {
+fn stamp(guest: &GuestName, images: &[(PathBuf, NodeImage)], at: EpochId, state: StampState) -> Result<(), StampError> {
     let stamp = Stamp::now(guest, at, state);
     // The stamp of a shared image is its holder's.
     images.iter().try_for_each(|(path, image)| image.while_ours(|| stamp.write(path)).unwrap_or(Ok(())))

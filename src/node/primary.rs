@@ -145,11 +145,16 @@ impl PrimaryNode {
 
     /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to write for.
     fn write_at_the_end(&mut self) -> Result<(), NodeError> {
-        let Some(shared) = self.disks.shared().filter(|_| self.protocol.phase() == Phase::Stopping) else { return Ok(()) };
+        let Some(shared) = self.disks.shared().filter(|_| self.protocol.phase() == Phase::Stopping) else {
+            return Ok(());
+        };
         self.machine.pause()?;
         if !shared.drain(DRAIN_TIMEOUT) {
             let bytes = shared.used_bytes();
-            tracing::error!(bytes, "shared storage did not take the guest's last writes; they are lost as in a loss of power");
+            tracing::error!(
+                bytes,
+                "shared storage did not take the guest's last writes; they are lost as in a loss of power"
+            );
         }
         Ok(())
     }

@@ -9,9 +9,9 @@ use super::config::{ArbiterConfig, NodeConfig};
 use super::disks::DiskError;
 use super::events::NodeEvent;
 use crate::checkpoint::shared::SharedListener;
+use crate::device::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
 use crate::device::shared::{SharedImage, is_block_device};
-use crate::device::BlockBackend;
 use crate::protocol::primary::ConnId;
 use crate::protocol::secondary::StorageTrouble;
 use crate::protocol::types::EpochId;
@@ -62,10 +62,10 @@ impl NodeImage {
 /// [`DiskError::Unfenced`].
 pub fn check_fencing(config: &NodeConfig) -> Result<(), DiskError> {
     // A script that says "the peer is down" made sure of it.
-    if config.storage_fenced || matches!(config.arbiter, ArbiterConfig::Command { .. }) {
+    if matches!(config.arbiter, ArbiterConfig::Command { .. }) {
         return Ok(());
     }
-    match config.disks.iter().find(|disk| disk.shared && is_block_device(&disk.path)) {
+    match config.disks.iter().find(|disk| disk.shared && !disk.fenced && is_block_device(&disk.path)) {
         Some(disk) => Err(DiskError::Unfenced { path: disk.path.clone() }),
         None => Ok(()),
     }
@@ -88,7 +88,10 @@ pub fn take(images: &[NodeImage]) -> Result<(), StorageTrouble> {
 }
 
 fn locked(path: &Path) -> String {
-    format!("another node has shared image {} locked; it gives it up when it hears that it lost the guest, or ends", path.display())
+    format!(
+        "another node has shared image {} locked; it gives it up when it hears that it lost the guest, or ends",
+        path.display()
+    )
 }
 
 /// Turns the calls of shared images' threads into events.

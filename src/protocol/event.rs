@@ -141,7 +141,9 @@ impl fmt::Display for Event {
             Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
             Event::ArbiterBack => write!(f, "arbiter answers again"),
             Event::NoPrimary { why } => write!(f, "no primary to join yet: {why}; trying again"),
-            Event::DiskLocked { why } => write!(f, "takeover waits for the disk: {why}; the guest goes on when it is free"),
+            Event::DiskLocked { why } => {
+                write!(f, "takeover waits for the disk: {why}; the guest goes on when it is free")
+            }
             Event::DiskFailing { why } => write!(f, "takeover waits for the disk: {why}; it is tried again"),
             Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
         }

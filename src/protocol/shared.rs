@@ -191,7 +191,8 @@ impl<T> KeptWrites<T> {
     /// The storage has every epoch up to `through` for good: what was kept of them.
     pub fn forget(&mut self, through: EpochId) -> impl Iterator<Item = T> {
         let early = mutant::is("kept-writes-forgotten-early");
-        std::iter::from_fn(move || self.epochs.pop_front_if(|(id, _)| *id <= through || early)).map(|(_, writes)| writes)
+        std::iter::from_fn(move || self.epochs.pop_front_if(|(id, _)| *id <= through || early))
+            .map(|(_, writes)| writes)
     }
 
     /// What an heir writes before its guest runs, newest first: of each block only the first it meets, so that nothing it writes is older
