@@ -227,7 +227,7 @@ fn the_documented_example_is_right_in_every_line() {
     let dir = tempfile::tempdir().unwrap();
     for (command, not_here) in [
         ("primary", ["peer", "peer-heartbeat", "guest-gateway"].as_slice()),
-        ("secondary", &["memory", "cpus", "mac", "guest-gateway", "kernel", "initrd", "append"]),
+        ("secondary", &["memory", "cpus", "rng", "mac", "guest-gateway", "kernel", "initrd", "append"]),
     ] {
         // All that is commented out as well, but for the second answer to a question answered before.
         let keys: String = text

@@ -101,6 +101,7 @@ fn message() -> impl Strategy<Value = Message> {
             }
         ),
         text().prop_map(|reason| Message::Bye { reason }),
+        epoch().prop_map(|through| Message::Written { through }),
     ]
 }
 

@@ -413,7 +413,7 @@ impl World {
             Action::Commit { id } => self.commit(proc, id),
             Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask_arbiter(proc, call),
-            Action::Promote { record, epoch, cause } => {
+            Action::Promote { record, epoch, received: _, cause } => {
                 self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
                 let node = &mut self.procs[proc];
                 let (counter, _) = node.image_state;

@@ -74,6 +74,8 @@ pub struct Secondary {
     generation: Generation,
     expected: Option<EpochId>,
     committed: Option<EpochId>,
+    /// When the newest committed epoch was received.
+    received: Instant,
     record: Option<Record>,
     inheritance: Option<Inheritance>,
     arbitration: Arbitration,
@@ -102,6 +104,7 @@ impl Secondary {
             generation: Generation(0),
             expected: None,
             committed: None,
+            received: start,
             record: None,
             inheritance: None,
             arbitration: Arbitration::new(config.retry),
@@ -289,6 +292,7 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
+        self.received = now;
         if let Some((_, judge)) = &mut self.life {
             judge.overtaken();
         }
@@ -433,7 +437,7 @@ impl Secondary {
         }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
-        self.actions.push_back(Action::Promote { record, epoch, cause: self.cause.clone() });
+        self.actions.push_back(Action::Promote { record, epoch, received: self.received, cause: self.cause.clone() });
     }
 
     fn tell(&mut self, event: Event) {
