@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crossbeam::channel::Sender;
 
-use super::config::{ArbiterConfig, NodeConfig};
+use super::config::{ArbiterConfig, DiskConfig, NodeConfig};
 use super::disks::DiskError;
 use super::events::NodeEvent;
 use crate::checkpoint::shared::SharedListener;
@@ -61,11 +61,15 @@ impl NodeImage {
 /// # Errors
 /// [`DiskError::Unfenced`].
 pub fn check_fencing(config: &NodeConfig) -> Result<(), DiskError> {
+    unfenced(&config.disks, &config.arbiter, is_block_device)
+}
+
+fn unfenced(disks: &[DiskConfig], arbiter: &ArbiterConfig, is_device: impl Fn(&Path) -> bool) -> Result<(), DiskError> {
     // A script that says "the peer is down" made sure of it.
-    if matches!(config.arbiter, ArbiterConfig::Command { .. }) {
+    if matches!(arbiter, ArbiterConfig::Command { .. }) {
         return Ok(());
     }
-    match config.disks.iter().find(|disk| disk.shared && !disk.fenced && is_block_device(&disk.path)) {
+    match disks.iter().find(|disk| disk.shared && !disk.fenced && is_device(&disk.path)) {
         Some(disk) => Err(DiskError::Unfenced { path: disk.path.clone() }),
         None => Ok(()),
     }
@@ -124,5 +128,30 @@ impl SharedListener for SharedEars {
             None => tracing::info!("shared storage works again"),
         }
         let _ = self.events.send(NodeEvent::StorageTrouble(why));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::node::config::OnPeerLoss;
+
+    #[test]
+    fn a_shared_block_device_needs_something_that_fences() {
+        let disk =
+            |shared, fenced| DiskConfig { path: "/dev/san".into(), read_only: false, shared, fenced, serial: [0; 20] };
+        let none = ArbiterConfig::None { on_peer_loss: OnPeerLoss::Continue };
+        let script = ArbiterConfig::Command { script: "/etc/fence".into(), timeout: Duration::from_secs(1) };
+        let check = |shared, fenced, arbiter: &ArbiterConfig, device| {
+            unfenced(&[disk(shared, fenced)], arbiter, |_| device).map_err(|error| error.to_string())
+        };
+        let error = check(true, false, &none, true).expect_err("nothing fences");
+        assert!(error.contains("/dev/san is a block device") && error.contains("command:SCRIPT"), "{error}");
+        assert_eq!(check(true, false, &script, true), Ok(()));
+        assert_eq!(check(true, true, &none, true), Ok(()));
+        assert_eq!(check(false, false, &none, true), Ok(()));
+        assert_eq!(check(true, false, &none, false), Ok(()));
     }
 }
