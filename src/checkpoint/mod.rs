@@ -15,5 +15,6 @@ pub mod shared;
 #[cfg(test)]
 mod shared_tests;
 pub mod shared_writer;
+pub mod snapshot;
 pub mod stage;
 pub mod stamp;

@@ -3,6 +3,7 @@
 //! Neither waits for the other. A driver that took a lock which a client's thread holds would stand still whenever that thread is not
 //! scheduled, and a node that stands still is suspected: so the driver only pushes into queues, and readers put the notes together.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 
 use super::config::{ArbiterConfig, NodeConfig};
-use super::events::NodeEvent;
+use super::events::{NodeEvent, SnapshotRequest};
 use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
@@ -27,8 +28,19 @@ const SAMPLES_MAX: usize = 16_384;
 const NOTES_MAX: usize = 16_384;
 /// How long a command may take to take effect before its client is told that it did not.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
-const COMMANDS: &[&str] =
-    &["query-status", "query-name", "mc-query", "mc-query-epochs", "mc-checkpoint", "stop", "cont", "quit"];
+/// The same for a snapshot, which has to be written: an hour is enough for a terabyte.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
+const COMMANDS: &[&str] = &[
+    "query-status",
+    "query-name",
+    "mc-query",
+    "mc-query-epochs",
+    "mc-checkpoint",
+    "mc-snapshot",
+    "stop",
+    "cont",
+    "quit",
+];
 
 /// The figures that change all the time; cheap to copy.
 #[derive(Clone, Debug)]
@@ -328,6 +340,25 @@ impl Board {
     }
 }
 
+impl Board {
+    /// Has a snapshot written, which may take a while.
+    fn snapshot(&self, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+        let path = arguments.get("path").and_then(Value::as_str).map(PathBuf::from).filter(|path| path.is_absolute());
+        let path = path.ok_or_else(|| QmpError::generic("'path' must be a path that begins at the root"))?;
+        let stop = arguments.get("stop").map_or(Some(false), Value::as_bool);
+        let stop = stop.ok_or_else(|| QmpError::generic("'stop' must be true or false"))?;
+        let (reply, result) = bounded(1);
+        let gone = || QmpError::generic("this node is ending");
+        let request = SnapshotRequest { path, stop };
+        self.events.send(NodeEvent::Snapshot { request, reply }).map_err(|_| gone())?;
+        match result.recv_timeout(SNAPSHOT_TIMEOUT) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(why)) => Err(QmpError::generic(why)),
+            Err(_) => Err(QmpError::generic("the snapshot was not written in time; see mc-query for the state")),
+        }
+    }
+}
+
 /// What it means for a node in this state that the arbiter does not answer.
 fn without_arbiter(state: State) -> &'static str {
     match state {
@@ -355,7 +386,9 @@ impl Handler for Board {
     }
 
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
-        if arguments.keys().any(|key| (command, key.as_str()) != ("mc-query-epochs", "since")) {
+        const PARAMETERS: [(&str, &str); 3] =
+            [("mc-query-epochs", "since"), ("mc-snapshot", "path"), ("mc-snapshot", "stop")];
+        if arguments.keys().any(|key| !PARAMETERS.contains(&(command, key))) {
             return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
         }
         match command {
@@ -368,6 +401,7 @@ impl Handler for Board {
                 to_value(&self.shown().log.since(since))
             }
             "mc-checkpoint" => self.command(Command::Checkpoint),
+            "mc-snapshot" => self.snapshot(arguments),
             "stop" => self.command(Command::Stop),
             "cont" => self.command(Command::Cont),
             "quit" => self.command(Command::Quit),

@@ -9,16 +9,16 @@ use thiserror::Error;
 
 use super::config::{DiskConfig, NodeConfig};
 use super::events::NodeEvent;
-use super::shared::{self, NodeImage, SharedEars};
+use super::shared::{self, NodeImage, SharedEars, SharedError};
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::{DiskJournal, JournalListener};
 use crate::checkpoint::shared::{SharedGate, SharedJournal};
 use crate::checkpoint::shared_writer::SharedWriter;
+use crate::checkpoint::snapshot::{SnapshotHead, SnapshotId};
 use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
 use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
-use crate::device::shared::SharedImage;
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
@@ -82,25 +82,38 @@ pub enum DiskError {
         /// How it is there.
         there: &'static str,
     },
-    /// One node shares its storage and the other does not.
-    #[error("disk image {} is {here} here and {there} at the primary: give both nodes mode=shared and the same storage, or neither", path.display())]
-    Mode {
+    /// Something is wrong with shared storage.
+    #[error("{0}")]
+    Shared(#[from] SharedError),
+    /// A snapshot's disk is read-only and the image is not, or the other way round.
+    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, or without", path.display())]
+    ReadOnlySnapshot {
         /// The image.
         path: PathBuf,
         /// How it is here.
         here: &'static str,
-        /// How it is there.
+        /// How it is in the snapshot.
         there: &'static str,
     },
-    /// Locks on a block device do not reach the other host.
-    #[error("shared disk {} is a block device, and its lock keeps only programs of this host out: use --arbiter command:SCRIPT, whose script fences the other host, or add `,fenced` if something else does", path.display())]
-    Unfenced {
-        /// The device.
+    /// A snapshot's disk has another serial number.
+    #[error("disk image {} is given another serial than the snapshot's disk has: leave it out", path.display())]
+    Serial {
+        /// The image.
         path: PathBuf,
     },
-    /// A shared image cannot be had.
-    #[error("{0}")]
-    NotOurs(String),
+    /// The image is not of the snapshot's moment.
+    #[error(
+        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its stamp as `mcd snapshot save \
+         --stop` left them; with any other the guest would find its files changed under it", path.display()
+    )]
+    NotOfSnapshot {
+        /// The image.
+        path: PathBuf,
+        /// What its stamp says.
+        is: String,
+        /// The snapshot's epoch.
+        at: EpochId,
+    },
     /// The thread cannot be started.
     #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
     Thread(#[from] std::io::Error),
@@ -115,22 +128,15 @@ pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), Dis
     let mut images = Vec::new();
     let mut shapes = Vec::new();
     for disk in &config.disks {
-        let image = open_image(disk)?;
+        let image = shared::open_image(disk)?;
         let DiskConfig { read_only, shared, serial, .. } = *disk;
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
         images.push(image);
     }
     shared::take(&images).map_err(|trouble| match trouble {
-        StorageTrouble::Locked(why) | StorageTrouble::Failing(why) => DiskError::NotOurs(why),
+        StorageTrouble::Locked(why) | StorageTrouble::Failing(why) => SharedError::NotOurs(why),
     })?;
     Ok((images, shapes))
-}
-
-fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
-    Ok(match disk.shared {
-        true => NodeImage::Shared(Arc::new(SharedImage::open(&disk.path)?)),
-        false => NodeImage::Own(Arc::new(RawImage::open(&disk.path, disk.read_only)?)),
-    })
 }
 
 /// Checks at once what a newcomer will need later: that the images which are there can be opened.
@@ -140,7 +146,7 @@ fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
 pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
     shared::check_fencing(config)?;
     for disk in &config.disks {
-        match open_image(disk) {
+        match shared::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
             opened => drop(opened?),
         }
@@ -184,6 +190,45 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
     Ok(())
 }
 
+/// Checks that images are those of a snapshot's disks: as many, as large, and of the snapshot's very moment. Gives the disks' shapes.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn of_snapshot(
+    configs: &[DiskConfig],
+    given: &[DiskShape],
+    head: &SnapshotHead,
+) -> Result<Vec<DiskShape>, DiskError> {
+    let wanted = &head.shape.disks;
+    if wanted.len() != given.len() {
+        return Err(DiskError::Count { wanted: wanted.len(), given: given.len() });
+    }
+    for ((disk, given), wanted) in configs.iter().zip(given).zip(wanted) {
+        let path = || disk.path.clone();
+        if given.read_only != wanted.read_only {
+            let word = |read_only| if read_only { "read-only" } else { "writable" };
+            let (here, there) = (word(given.read_only), word(wanted.read_only));
+            return Err(DiskError::ReadOnlySnapshot { path: path(), here, there });
+        }
+        if given.bytes != wanted.bytes {
+            return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: given.bytes });
+        }
+        if given.serial != [0; 20] && given.serial != wanted.serial {
+            return Err(DiskError::Serial { path: path() });
+        }
+        if !disk.read_only {
+            let is = match Stamp::read(&disk.path)? {
+                Some(stamp) if stamp.snapshot == Some(head.id) => continue,
+                Some(stamp) => format!("is of {} of guest '{}'", stamp.at, stamp.guest),
+                None => "has no stamp".to_owned(),
+            };
+            return Err(DiskError::NotOfSnapshot { path: path(), is, at: head.at });
+        }
+    }
+    // Whether both nodes use one image is said here, whatever it was when the snapshot was taken.
+    Ok(wanted.iter().zip(given).map(|(of, here)| DiskShape { shared: here.shared, ..of.clone() }).collect())
+}
+
 /// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking.
 ///
 /// # Errors
@@ -203,7 +248,7 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<NodeIma
         }
         if disk.shared != wanted.shared {
             let word = |shared| if shared { "shared" } else { "replicated" };
-            return Err(DiskError::Mode { path: path(), here: word(disk.shared), there: word(wanted.shared) });
+            return Err(SharedError::Mode { path: path(), here: word(disk.shared), there: word(wanted.shared) }.into());
         }
         if !disk.read_only
             && !config.force_disk
@@ -212,7 +257,7 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<NodeIma
         {
             return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
         }
-        let image = match open_image(disk) {
+        let image = match shared::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
                 NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?))
             }
@@ -277,6 +322,11 @@ impl NodeDisks {
         Ok(NodeDisks { layout, journal, images, backends, gates, stamps, stamped: None, shared })
     }
 
+    /// Whether the guest can write to any.
+    pub fn is_written(&self) -> bool {
+        !self.stamps.images.is_empty()
+    }
+
     /// The image's row of pages.
     pub fn layout(&self) -> &ImageLayout {
         &self.layout
@@ -317,7 +367,7 @@ impl NodeDisks {
     pub fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
         let at = EpochId { generation, epoch: 0 };
         let own: Vec<_> = self.stamps.images.iter().filter(|(_, image)| image.shared().is_none()).cloned().collect();
-        Ok(stamp(&self.stamps.guest, &own, at, StampState::Filling)?)
+        Ok(stamp(&self.stamps.guest, &own, (at, StampState::Filling, None))?)
     }
 
     /// What stamps the images from a thread of its own.
@@ -348,15 +398,24 @@ pub struct Stamper {
 impl Stamper {
     /// Once everything written so far is durable, the images are stamped so.
     pub fn stamp(&self, at: EpochId, state: StampState) {
+        self.submit(at, state, None);
+    }
+
+    /// The same when the guest stopped for good, with this snapshot of its last moment if there is one.
+    pub fn stamp_last(&self, at: EpochId, snapshot: Option<SnapshotId>) {
+        self.submit(at, StampState::Whole, snapshot);
+    }
+
+    fn submit(&self, at: EpochId, state: StampState, snapshot: Option<SnapshotId>) {
         if let Some(jobs) = &self.jobs {
             // The thread lives as long as the disks; who stamps after that has none.
-            let _ = jobs.send(Job::Stamp(at, state));
+            let _ = jobs.send(Job::Stamp(at, state, snapshot));
         }
     }
 }
 
 enum Job {
-    Stamp(EpochId, StampState),
+    Stamp(EpochId, StampState, Option<SnapshotId>),
     End,
 }
 
@@ -378,7 +437,7 @@ impl StampKeeper {
         let (of, all) = (guest.clone(), images.clone());
         let thread = std::thread::Builder::new().name("mcd-stamp".into()).spawn(move || {
             for job in queue {
-                let Job::Stamp(at, state) = job else { return };
+                let Job::Stamp(at, state, snapshot) = job else { return };
                 let flushed = all.iter().try_for_each(|(path, image)| {
                     image.backend().flush().map_err(|reason| StampError::Io {
                         doing: "flush the image of",
@@ -387,7 +446,7 @@ impl StampKeeper {
                     })
                 });
                 // An older stamp refuses a start that would have been right, and never allows a wrong one.
-                if let Err(error) = flushed.and_then(|()| stamp(&of, &all, at, state)) {
+                if let Err(error) = flushed.and_then(|()| stamp(&of, &all, (at, state, snapshot))) {
                     tracing::warn!(%error, %at, "disk images keep their old stamp");
                 }
             }
@@ -415,8 +474,12 @@ impl StampKeeper {
     }
 }
 
-fn stamp(guest: &GuestName, images: &[(PathBuf, NodeImage)], at: EpochId, state: StampState) -> Result<(), StampError> {
-    let stamp = Stamp::now(guest, at, state);
+fn stamp(
+    guest: &GuestName,
+    images: &[(PathBuf, NodeImage)],
+    (at, state, snapshot): (EpochId, StampState, Option<SnapshotId>),
+) -> Result<(), StampError> {
+    let stamp = Stamp { snapshot, ..Stamp::now(guest, at, state) };
     // The stamp of a shared image is its holder's.
     images.iter().try_for_each(|(path, image)| image.while_ours(|| stamp.write(path)).unwrap_or(Ok(())))
 }

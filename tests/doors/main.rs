@@ -12,4 +12,5 @@ mod joining;
 mod place;
 mod primaries;
 mod process;
+mod snapshots;
 mod strangers;

@@ -255,10 +255,15 @@ impl World {
             }
             Action::Run(run) => {
                 self.note(proc, || format!("run {run}"));
+                if run && self.procs[proc].saving {
+                    self.violate(format!("n{} lets a guest run whose snapshot is written", self.procs[proc].slot));
+                }
                 if let Some(guest) = &mut self.procs[proc].guest {
                     guest.runs = run;
                 }
             }
+            Action::Snapshot => self.write_snapshot(proc),
+            Action::NoSnapshot { why } => self.note(proc, || format!("no snapshot: {why}")),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit => {
@@ -478,14 +483,8 @@ impl World {
             self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
             return;
         };
-        let (memory, blocks): (Vec<_>, Vec<_>) =
-            staged.pages.into_iter().partition(|(page, _)| *page < self.plan.pages);
-        for (page, version) in memory {
+        for (page, version) in node.disk.keep(id, staged.pages, self.plan.pages) {
             node.image[page as usize] = version;
-        }
-        if !blocks.is_empty() {
-            let blocks = blocks.into_iter().map(|(page, version)| (page - self.plan.pages, version)).collect();
-            node.disk.kept.keep(id, blocks);
         }
         node.image_state = (staged.counter, staged.life);
         let check = self.model.committed(me, id, staged.completes);

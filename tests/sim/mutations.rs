@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 41] = [
+const MUTANTS: [(&str, &str); 43] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -66,6 +66,11 @@ const MUTANTS: [(&str, &str); 41] = [
         "a flush is answered when its writes are committed, not when they are in the storage",
     ),
     ("newest-kept-writes-only", "an heir writes what it kept of the newest epoch, and forgets those before it"),
+    ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
+    (
+        "stopped-snapshot-goes-on",
+        "a guest that is to stop with its snapshot runs on while the arbiter is asked about its peer",
+    ),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
 ];
 

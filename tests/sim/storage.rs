@@ -90,6 +90,16 @@ impl Disk {
         self.held.cut(id).0.iter().map(|(block, version)| (*block, *version)).collect()
     }
 
+    /// A secondary's: keeps the blocks of a committed epoch, and gives back its pages of memory.
+    pub fn keep(&mut self, id: EpochId, pages: Vec<(u64, u64)>, memory_pages: u64) -> Vec<(u64, u64)> {
+        let (memory, blocks): (Vec<_>, Vec<_>) = pages.into_iter().partition(|(page, _)| *page < memory_pages);
+        if !blocks.is_empty() {
+            let blocks = blocks.into_iter().map(|(page, version)| (page - memory_pages, version)).collect();
+            self.kept.keep(id, blocks);
+        }
+        memory
+    }
+
     pub fn put_back(&mut self) {
         self.held.put_back();
     }
