@@ -110,7 +110,7 @@ fn images_a_snapshot_does_not_fit() {
     run("snapshots::images_a_snapshot_does_not_fit", |place| {
         let mut with_disk = head();
         with_disk.stopped = true;
-        with_disk.shape.disks = vec![DiskShape { bytes: 1 << 20, read_only: false, serial: [b'a'; 20] }];
+        with_disk.shape.disks = vec![DiskShape { bytes: 1 << 20, read_only: false, shared: false, serial: [b'a'; 20] }];
         let path = file(place, &with_disk);
         let image = place.path("p.img");
         let flag = |rest: &str| format!("--disk={}{rest}", image.display());

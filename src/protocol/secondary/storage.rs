@@ -1,0 +1,108 @@
+//! What an heir does about [shared storage](crate::protocol::shared) before its guest runs.
+//!
+//! ```text
+//!  the guest is ours ─▶ take the lock ─▶ had to wait? ask whether it still is ours ─▶ write what was kept, sync ─▶ run
+//!                        ▲     │ held by another node, or the storage fails                 │
+//!                        └─────┴──── wait, say so ◀────────────────────────────────────────┘
+//! ```
+//!
+//! Whoever may still write the storage holds its lock: an old primary that stands still, or one that is cut off. Nothing is lost meanwhile:
+//! what was committed is kept here, and nobody was told of more.
+
+use super::{Action, Phase, Secondary};
+use crate::protocol::arbitration::ArbiterRequest;
+use crate::protocol::event::Event;
+use crate::protocol::mutant;
+use crate::protocol::record::Record;
+use crate::protocol::types::Instant;
+
+/// Why shared storage cannot be had yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum StorageTrouble {
+    /// Another node has its lock.
+    Locked(String),
+    /// It does not take what this node kept.
+    Failing(String),
+}
+
+/// An heir on its way to shared storage.
+#[derive(Clone, Debug)]
+pub(super) struct Inheritance {
+    /// The record that won.
+    record: Record,
+    /// The lock was not there at once, so the arbiter has to be asked again: somebody may have decided otherwise meanwhile.
+    waited: bool,
+    /// Why it waits, while it does.
+    pub(super) trouble: Option<StorageTrouble>,
+}
+
+impl Inheritance {
+    /// What a checker needs to know of it.
+    pub(super) fn digest(&self) -> (Record, bool, bool) {
+        (self.record, self.waited, self.trouble.is_some())
+    }
+}
+
+impl Secondary {
+    /// Why shared storage cannot be had, while the takeover waits for it.
+    pub fn storage_trouble(&self) -> Option<&StorageTrouble> {
+        self.inheritance.as_ref().and_then(|inheritance| inheritance.trouble.as_ref())
+    }
+
+    /// The arbiter gave this node the guest.
+    pub(super) fn inherit(&mut self, record: Record) {
+        let shares = self.welcome.as_ref().is_some_and(|welcome| welcome.shape.shares_storage());
+        if !shares {
+            return self.promote(record);
+        }
+        self.phase = Phase::Locking;
+        self.inheritance = Some(Inheritance { record, waited: false, trouble: None });
+        if mutant::is("takeover-without-the-lock") {
+            return self.actions.push_back(Action::WriteKept);
+        }
+        self.actions.push_back(Action::TakeStorage);
+    }
+
+    /// The lock is ours.
+    pub(super) fn storage_locked(&mut self) {
+        match &self.inheritance {
+            Some(inheritance) if self.phase == Phase::Locking && inheritance.waited => self.ask(ArbiterRequest::Read),
+            Some(_) if self.phase == Phase::Locking => self.actions.push_back(Action::WriteKept),
+            _ => {}
+        }
+    }
+
+    /// The arbiter says what stands, after a wait.
+    pub(super) fn still_ours(&mut self, stands: Option<Record>) {
+        match &mut self.inheritance {
+            Some(inheritance) if stands == Some(inheritance.record) => self.actions.push_back(Action::WriteKept),
+            _ => self.rejoin("the guest was given to another node while this one waited for its disk"),
+        }
+    }
+
+    /// The storage has what was kept.
+    pub(super) fn kept_written(&mut self) {
+        if self.phase == Phase::Locking
+            && let Some(inheritance) = self.inheritance.take()
+        {
+            self.promote(inheritance.record);
+        }
+    }
+
+    /// The lock is another node's, or the storage fails: it is tried again.
+    pub(super) fn storage_refused(&mut self, now: Instant, trouble: StorageTrouble) {
+        let Some(inheritance) = self.inheritance.as_mut().filter(|_| self.phase == Phase::Locking) else { return };
+        self.step_at = Some(now + self.config.retry);
+        inheritance.waited = true;
+        let kind = std::mem::discriminant(&trouble);
+        // Told once, not with every try.
+        let is_news = inheritance.trouble.as_ref().map(std::mem::discriminant) != Some(kind);
+        inheritance.trouble = Some(trouble.clone());
+        if is_news {
+            self.tell(match trouble {
+                StorageTrouble::Locked(why) => Event::DiskLocked { why },
+                StorageTrouble::Failing(why) => Event::DiskFailing { why },
+            });
+        }
+    }
+}
