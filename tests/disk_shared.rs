@@ -252,6 +252,17 @@ fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
         wait_for(&mut world.primary, "run the guest", |status| status.running);
         let mut guest = Guest::connect(&world.fabric);
         world.check(&mut guest);
+        drop(guest);
+        // After both hosts died, too, but only if an operator says so.
+        world.primary.kill().expect("a process to kill");
+        wait_ended(&mut world.primary);
+        let mut refused = world.node(StartAs::Primary, host.other(), ",mode=shared");
+        wait_ended(&mut refused);
+        assert!(refused.log_tail(3).contains("use `mcd cold-start`"), "{}", refused.log_tail(3));
+        world.primary = world.node(StartAs::ColdStart, host.other(), ",mode=shared");
+        wait_for(&mut world.primary, "run the guest", |status| status.running);
+        let mut guest = Guest::connect(&world.fabric);
+        world.check(&mut guest);
     });
 }
 
@@ -304,11 +315,11 @@ fn an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more() {
         let status = wait_for(&mut world.secondary, "take over", |status| status.running);
         assert!(!locked(&status));
         world.check(&mut guest);
+        let before = std::fs::read(image(&world.dir)).expect("an image");
+        quit(&mut world.primary);
+        assert!(std::fs::read(image(&world.dir)).expect("an image") == before, "the old primary wrote");
         // Dead, it has no lock either.
-        let newcomer = {
-            quit(&mut world.primary);
-            world.node(StartAs::Secondary, world.primary.host(), ",mode=shared")
-        };
+        let newcomer = { world.node(StartAs::Secondary, world.primary.host(), ",mode=shared") };
         world.primary = std::mem::replace(&mut world.secondary, newcomer);
         wait_for(&mut world.primary, "be protected", |status| status.protected);
         world.primary.signal(Signal::SIGSTOP).expect("it lives");

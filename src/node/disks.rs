@@ -5,26 +5,119 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Sender, unbounded};
+use thiserror::Error;
 
 use super::config::{DiskConfig, NodeConfig};
-use super::disk_error::DiskError;
 use super::events::NodeEvent;
-use super::shared::{self, NodeImage, SharedEars};
+use super::shared::{self, NodeImage, SharedEars, SharedError};
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::{DiskJournal, JournalListener};
 use crate::checkpoint::shared::{SharedGate, SharedJournal};
 use crate::checkpoint::shared_writer::SharedWriter;
 use crate::checkpoint::snapshot::{SnapshotHead, SnapshotId};
-use crate::checkpoint::stamp::{Stamp, StampError, StampState};
+use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
 use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
-use crate::device::shared::SharedImage;
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
 use crate::protocol::secondary::StorageTrouble;
 use crate::protocol::types::{EpochId, Generation, GuestName};
+
+/// Why a node cannot use its disks.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// An image cannot be opened or made.
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    /// A stamp cannot be read or written.
+    #[error("{0}")]
+    Stamp(#[from] StampError),
+    /// The guest must not start from this image.
+    #[error(
+        "disk image {} is not started from: {why}; start the guest where its newest image is, or insist with --force-disk and lose what is missing here", path.display()
+    )]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        why: StampRefusal,
+    },
+    /// A newcomer would write over another guest's image.
+    #[error("disk image {} belongs to guest '{guest}': it would be overwritten; name another, or insist with --force-disk", path.display())]
+    OtherGuest {
+        /// The image.
+        path: PathBuf,
+        /// Its guest.
+        guest: GuestName,
+    },
+    /// The nodes disagree on how many there are.
+    #[error(
+        "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, in the primary's order"
+    )]
+    Count {
+        /// What the primary says.
+        wanted: usize,
+        /// What is given here.
+        given: usize,
+    },
+    /// The nodes disagree on what one is.
+    #[error("disk image {} has {given} bytes, the guest's disk {wanted}: remove it to have it made anew, or resize it (truncate -s {wanted})", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// The primary's size.
+        wanted: u64,
+        /// This one's.
+        given: u64,
+    },
+    /// One node says read-only and the other does not.
+    #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, or neither", path.display())]
+    ReadOnly {
+        /// The image.
+        path: PathBuf,
+        /// How it is here.
+        here: &'static str,
+        /// How it is there.
+        there: &'static str,
+    },
+    /// Something is wrong with shared storage.
+    #[error("{0}")]
+    Shared(#[from] SharedError),
+    /// A snapshot's disk is read-only and the image is not, or the other way round.
+    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, or without", path.display())]
+    ReadOnlySnapshot {
+        /// The image.
+        path: PathBuf,
+        /// How it is here.
+        here: &'static str,
+        /// How it is in the snapshot.
+        there: &'static str,
+    },
+    /// A snapshot's disk has another serial number.
+    #[error("disk image {} is given another serial than the snapshot's disk has: leave it out", path.display())]
+    Serial {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image is not of the snapshot's moment.
+    #[error(
+        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its stamp as `mcd snapshot save \
+         --stop` left them; with any other the guest would find its files changed under it", path.display()
+    )]
+    NotOfSnapshot {
+        /// The image.
+        path: PathBuf,
+        /// What its stamp says.
+        is: String,
+        /// The snapshot's epoch.
+        at: EpochId,
+    },
+    /// The thread cannot be started.
+    #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
+    Thread(#[from] std::io::Error),
+}
 
 /// Opens the images of a guest that starts here; the shapes of its disks.
 ///
@@ -35,22 +128,15 @@ pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), Dis
     let mut images = Vec::new();
     let mut shapes = Vec::new();
     for disk in &config.disks {
-        let image = open_image(disk)?;
+        let image = shared::open_image(disk)?;
         let DiskConfig { read_only, shared, serial, .. } = *disk;
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
         images.push(image);
     }
     shared::take(&images).map_err(|trouble| match trouble {
-        StorageTrouble::Locked(why) | StorageTrouble::Failing(why) => DiskError::NotOurs(why),
+        StorageTrouble::Locked(why) | StorageTrouble::Failing(why) => SharedError::NotOurs(why),
     })?;
     Ok((images, shapes))
-}
-
-fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
-    Ok(match disk.shared {
-        true => NodeImage::Shared(Arc::new(SharedImage::open(&disk.path)?)),
-        false => NodeImage::Own(Arc::new(RawImage::open(&disk.path, disk.read_only)?)),
-    })
 }
 
 /// Checks at once what a newcomer will need later: that the images which are there can be opened.
@@ -60,7 +146,7 @@ fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
 pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
     shared::check_fencing(config)?;
     for disk in &config.disks {
-        match open_image(disk) {
+        match shared::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
             opened => drop(opened?),
         }
@@ -139,7 +225,8 @@ pub fn of_snapshot(
             return Err(DiskError::NotOfSnapshot { path: path(), is, at: head.at });
         }
     }
-    Ok(wanted.clone())
+    // Whether both nodes use one image is said here, whatever it was when the snapshot was taken.
+    Ok(wanted.iter().zip(given).map(|(of, here)| DiskShape { shared: here.shared, ..of.clone() }).collect())
 }
 
 /// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking.
@@ -161,7 +248,7 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<NodeIma
         }
         if disk.shared != wanted.shared {
             let word = |shared| if shared { "shared" } else { "replicated" };
-            return Err(DiskError::Mode { path: path(), here: word(disk.shared), there: word(wanted.shared) });
+            return Err(SharedError::Mode { path: path(), here: word(disk.shared), there: word(wanted.shared) }.into());
         }
         if !disk.read_only
             && !config.force_disk
@@ -170,7 +257,7 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<NodeIma
         {
             return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
         }
-        let image = match open_image(disk) {
+        let image = match shared::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
                 NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?))
             }

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::disk_error::DiskError;
+use super::disks::DiskError;
 use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
 use crate::checkpoint::snapshot::SnapshotError;

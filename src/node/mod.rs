@@ -17,7 +17,6 @@ pub mod clock;
 pub mod config;
 mod conns;
 mod context;
-mod disk_error;
 mod disks;
 mod error;
 mod events;
@@ -35,7 +34,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
-pub use disk_error::DiskError;
+pub use disks::DiskError;
 pub use error::NodeError;
 
 use self::board::Board;

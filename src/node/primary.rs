@@ -132,7 +132,10 @@ impl PrimaryNode {
                 let _ = reply.send(Ok(serde_json::json!({})));
             }
             if let Some(end) = self.end.take() {
-                self.write_at_the_end()?;
+                if !self.write_at_the_end()? {
+                    // The images are not what it says of them.
+                    self.cancel_snapshot();
+                }
                 self.stamp_at_the_end(&end)?;
                 return Ok(end);
             }
@@ -146,20 +149,21 @@ impl PrimaryNode {
         }
     }
 
-    /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to write for.
-    fn write_at_the_end(&mut self) -> Result<(), NodeError> {
+    /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to write for. False if its last writes are lost.
+    fn write_at_the_end(&mut self) -> Result<bool, NodeError> {
         let Some(shared) = self.disks.shared().filter(|_| self.protocol.phase() == Phase::Stopping) else {
-            return Ok(());
+            return Ok(true);
         };
         self.machine.pause()?;
-        if !shared.drain(DRAIN_TIMEOUT) {
+        let drained = shared.drain(DRAIN_TIMEOUT);
+        if !drained {
             let bytes = shared.used_bytes();
             tracing::error!(
                 bytes,
                 "shared storage did not take the guest's last writes; they are lost as in a loss of power"
             );
         }
-        Ok(())
+        Ok(drained)
     }
 
     /// The guest's last word to its disks is in their stamps; a fenced node's are outdated already.

@@ -230,11 +230,11 @@ impl<'a> SecondaryNode<'a> {
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
-            | NodeEvent::SnapshotWritten(_)
             | NodeEvent::Written { .. }
             | NodeEvent::StorageSynced { .. }
             | NodeEvent::StorageTrouble(_)
             | NodeEvent::DisksHaveRoom
+            | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
             | NodeEvent::Pushed { .. } => None,
         })

@@ -1,12 +1,12 @@
 //! A node's disks on storage that it shares with its peer: who may use it, and what its threads tell the driver.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crossbeam::channel::Sender;
+use thiserror::Error;
 
-use super::config::{ArbiterConfig, NodeConfig};
-use super::disk_error::DiskError;
+use super::config::{ArbiterConfig, DiskConfig, NodeConfig};
 use super::events::NodeEvent;
 use crate::checkpoint::shared::SharedListener;
 use crate::device::BlockBackend;
@@ -15,6 +15,30 @@ use crate::device::shared::{SharedImage, is_block_device};
 use crate::protocol::primary::ConnId;
 use crate::protocol::secondary::StorageTrouble;
 use crate::protocol::types::EpochId;
+
+/// Why a node cannot use shared storage.
+#[derive(Debug, Error)]
+pub enum SharedError {
+    /// One node shares its storage and the other does not.
+    #[error("disk image {} is {here} here and {there} at the primary: give both nodes mode=shared and the same storage, or neither", path.display())]
+    Mode {
+        /// The image.
+        path: PathBuf,
+        /// How it is here.
+        here: &'static str,
+        /// How it is there.
+        there: &'static str,
+    },
+    /// Locks on a block device do not reach the other host.
+    #[error("shared disk {} is a block device, and its lock keeps only programs of this host out: use --arbiter command:SCRIPT, whose script fences the other host, or add `,fenced` if something else does", path.display())]
+    Unfenced {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A shared image cannot be had.
+    #[error("{0}")]
+    NotOurs(String),
+}
 
 /// An open image.
 #[derive(Clone)]
@@ -56,17 +80,36 @@ impl NodeImage {
     }
 }
 
+/// Opens an image; of a shared one the lock is left alone.
+///
+/// # Errors
+/// [`ImageError`].
+pub fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
+    Ok(match disk.shared {
+        true => NodeImage::Shared(Arc::new(SharedImage::open(&disk.path)?)),
+        false => NodeImage::Own(Arc::new(RawImage::open(&disk.path, disk.read_only)?)),
+    })
+}
+
 /// Refuses a shared block device that nothing keeps the other host from writing late.
 ///
 /// # Errors
-/// [`DiskError::Unfenced`].
-pub fn check_fencing(config: &NodeConfig) -> Result<(), DiskError> {
+/// [`SharedError::Unfenced`].
+pub fn check_fencing(config: &NodeConfig) -> Result<(), SharedError> {
+    unfenced(&config.disks, &config.arbiter, is_block_device)
+}
+
+fn unfenced(
+    disks: &[DiskConfig],
+    arbiter: &ArbiterConfig,
+    is_device: impl Fn(&Path) -> bool,
+) -> Result<(), SharedError> {
     // A script that says "the peer is down" made sure of it.
-    if matches!(config.arbiter, ArbiterConfig::Command { .. }) {
+    if matches!(arbiter, ArbiterConfig::Command { .. }) {
         return Ok(());
     }
-    match config.disks.iter().find(|disk| disk.shared && !disk.fenced && is_block_device(&disk.path)) {
-        Some(disk) => Err(DiskError::Unfenced { path: disk.path.clone() }),
+    match disks.iter().find(|disk| disk.shared && !disk.fenced && is_device(&disk.path)) {
+        Some(disk) => Err(SharedError::Unfenced { path: disk.path.clone() }),
         None => Ok(()),
     }
 }
@@ -124,5 +167,30 @@ impl SharedListener for SharedEars {
             None => tracing::info!("shared storage works again"),
         }
         let _ = self.events.send(NodeEvent::StorageTrouble(why));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::node::config::OnPeerLoss;
+
+    #[test]
+    fn a_shared_block_device_needs_something_that_fences() {
+        let disk =
+            |shared, fenced| DiskConfig { path: "/dev/san".into(), read_only: false, shared, fenced, serial: [0; 20] };
+        let none = ArbiterConfig::None { on_peer_loss: OnPeerLoss::Continue };
+        let script = ArbiterConfig::Command { script: "/etc/fence".into(), timeout: Duration::from_secs(1) };
+        let check = |shared, fenced, arbiter: &ArbiterConfig, device| {
+            unfenced(&[disk(shared, fenced)], arbiter, |_| device).map_err(|error| error.to_string())
+        };
+        let error = check(true, false, &none, true).expect_err("nothing fences");
+        assert!(error.contains("/dev/san is a block device") && error.contains("command:SCRIPT"), "{error}");
+        assert_eq!(check(true, false, &script, true), Ok(()));
+        assert_eq!(check(true, true, &none, true), Ok(()));
+        assert_eq!(check(false, false, &none, true), Ok(()));
+        assert_eq!(check(true, false, &none, false), Ok(()));
     }
 }

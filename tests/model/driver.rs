@@ -218,8 +218,8 @@ impl World {
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
             // No disk here is on shared storage.
-            Action::Committed { .. } | Action::WriteThrough { .. } | Action::Tell(_) => {}
-            Action::Snapshot | Action::NoSnapshot { .. } => {}
+            Action::Committed { .. } | Action::WriteThrough { .. } => {}
+            Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();

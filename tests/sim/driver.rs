@@ -483,14 +483,8 @@ impl World {
             self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
             return;
         };
-        let (memory, blocks): (Vec<_>, Vec<_>) =
-            staged.pages.into_iter().partition(|(page, _)| *page < self.plan.pages);
-        for (page, version) in memory {
+        for (page, version) in node.disk.keep(id, staged.pages, self.plan.pages) {
             node.image[page as usize] = version;
-        }
-        if !blocks.is_empty() {
-            let blocks = blocks.into_iter().map(|(page, version)| (page - self.plan.pages, version)).collect();
-            node.disk.kept.keep(id, blocks);
         }
         node.image_state = (staged.counter, staged.life);
         let check = self.model.committed(me, id, staged.completes);

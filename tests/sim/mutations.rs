@@ -51,11 +51,6 @@ const MUTANTS: [(&str, &str); 43] = [
     ("first-epoch-taken-for-the-last", "staging calls an image whole with its first epoch"),
     ("quit-at-once", "an operator's quit ends a node that alone has the guest"),
     ("shutdown-not-told", "the secondary hears of a shutdown before the arbiter does"),
-    ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
-    (
-        "stopped-snapshot-goes-on",
-        "a guest that is to stop with its snapshot runs on while the arbiter is asked about its peer",
-    ),
     ("shared-written-before-the-commit", "writes reach shared storage when their epoch is sent"),
     (
         "kept-writes-forgotten-early",
@@ -71,6 +66,11 @@ const MUTANTS: [(&str, &str); 43] = [
         "a flush is answered when its writes are committed, not when they are in the storage",
     ),
     ("newest-kept-writes-only", "an heir writes what it kept of the newest epoch, and forgets those before it"),
+    ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
+    (
+        "stopped-snapshot-goes-on",
+        "a guest that is to stop with its snapshot runs on while the arbiter is asked about its peer",
+    ),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
 ];
 

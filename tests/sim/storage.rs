@@ -56,6 +56,16 @@ enum Mode {
     Hold,
 }
 
+/// What the writing thread does at once.
+#[derive(Debug)]
+struct Batch {
+    blocks: Vec<(u64, u64)>,
+    /// Its newest layer, if it has any.
+    through: Option<u64>,
+    /// Who waits for the sync.
+    sync_for: Option<ConnId>,
+}
+
 /// A node's side of it.
 #[derive(Debug, Default)]
 pub struct Disk {
@@ -64,8 +74,8 @@ pub struct Disk {
     /// Written through while alone, and not synced yet.
     cache: Blocks,
     sync_for: Option<ConnId>,
-    /// The batch under way: its blocks, its newest layer, and who waits for the sync.
-    writing: Option<(Vec<(u64, u64)>, Option<u64>, Option<ConnId>)>,
+    /// The batch under way.
+    writing: Option<Batch>,
     /// A flush the guest waits for, and what it vouches for.
     flush: Option<(FlushTarget, Vec<u64>)>,
     pub kept: KeptWrites<Vec<(u64, u64)>>,
@@ -78,6 +88,16 @@ impl Disk {
 
     pub fn cut(&mut self, id: EpochId) -> Vec<(u64, u64)> {
         self.held.cut(id).0.iter().map(|(block, version)| (*block, *version)).collect()
+    }
+
+    /// A secondary's: keeps the blocks of a committed epoch, and gives back its pages of memory.
+    pub fn keep(&mut self, id: EpochId, pages: Vec<(u64, u64)>, memory_pages: u64) -> Vec<(u64, u64)> {
+        let (memory, blocks): (Vec<_>, Vec<_>) = pages.into_iter().partition(|(page, _)| *page < memory_pages);
+        if !blocks.is_empty() {
+            let blocks = blocks.into_iter().map(|(page, version)| (page - memory_pages, version)).collect();
+            self.kept.keep(id, blocks);
+        }
+        memory
     }
 
     pub fn put_back(&mut self) {
@@ -211,7 +231,7 @@ impl World {
         if through.is_none() && disk.sync_for.is_none() {
             return;
         }
-        disk.writing = Some((disk.due(), through, disk.sync_for));
+        disk.writing = Some(Batch { blocks: disk.due(), through, sync_for: disk.sync_for });
         let us = self.takes(self.plan.storage_us);
         self.after(us, Event::DiskWritten(proc));
     }
@@ -226,7 +246,7 @@ impl World {
             // It stands still too, in the middle of it.
             return self.at(node.paused_until, Event::DiskWritten(proc));
         }
-        let Some((blocks, through, sync_for)) = self.procs[proc].disk.writing.take() else { return };
+        let Some(Batch { blocks, through, sync_for }) = self.procs[proc].disk.writing.take() else { return };
         self.sync(proc);
         for (block, version) in blocks {
             self.store(proc, block, version);
@@ -304,7 +324,7 @@ impl World {
     /// what its host has cached is written, if the host lives.
     pub fn drop_disk(&mut self, proc: ProcId, host_lives: bool) {
         let stopping = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Stopping);
-        let under_way = self.procs[proc].disk.writing.take().map(|(blocks, ..)| blocks).unwrap_or_default();
+        let under_way = self.procs[proc].disk.writing.take().map(|batch| batch.blocks).unwrap_or_default();
         let holds_lock = self.storage.lock == Some(proc);
         if holds_lock && host_lives {
             self.sync(proc);

@@ -16,6 +16,11 @@ use crate::protocol::mutant;
 use crate::protocol::record::Record;
 use crate::protocol::types::Instant;
 
+/// The wait between two tries doubles so often.
+const DOUBLINGS_MAX: u32 = 6;
+/// After so many tries in vain people are told.
+const TRIES_UNTOLD: u32 = 2;
+
 /// Why shared storage cannot be had yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum StorageTrouble {
@@ -30,16 +35,16 @@ pub enum StorageTrouble {
 pub(super) struct Inheritance {
     /// The record that won.
     record: Record,
-    /// The lock was not there at once, so the arbiter has to be asked again: somebody may have decided otherwise meanwhile.
-    waited: bool,
+    /// How often the storage could not be had. If it ever was, the arbiter has to be asked again: somebody may have decided otherwise meanwhile.
+    tries: u32,
     /// Why it waits, while it does.
     pub(super) trouble: Option<StorageTrouble>,
 }
 
 impl Inheritance {
     /// What a checker needs to know of it.
-    pub(super) fn digest(&self) -> (Record, bool, bool) {
-        (self.record, self.waited, self.trouble.is_some())
+    pub(super) fn digest(&self) -> (Record, u32, bool) {
+        (self.record, self.tries.min(DOUBLINGS_MAX), self.trouble.is_some())
     }
 }
 
@@ -56,7 +61,7 @@ impl Secondary {
             return self.promote(record);
         }
         self.phase = Phase::Locking;
-        self.inheritance = Some(Inheritance { record, waited: false, trouble: None });
+        self.inheritance = Some(Inheritance { record, tries: 0, trouble: None });
         if mutant::is("takeover-without-the-lock") {
             return self.actions.push_back(Action::WriteKept);
         }
@@ -66,7 +71,9 @@ impl Secondary {
     /// The lock is ours.
     pub(super) fn storage_locked(&mut self) {
         match &self.inheritance {
-            Some(inheritance) if self.phase == Phase::Locking && inheritance.waited => self.ask(ArbiterRequest::Read),
+            Some(inheritance) if self.phase == Phase::Locking && inheritance.tries > 0 => {
+                self.ask(ArbiterRequest::Read)
+            }
             Some(_) if self.phase == Phase::Locking => self.actions.push_back(Action::WriteKept),
             _ => {}
         }
@@ -92,13 +99,15 @@ impl Secondary {
     /// The lock is another node's, or the storage fails: it is tried again.
     pub(super) fn storage_refused(&mut self, now: Instant, trouble: StorageTrouble) {
         let Some(inheritance) = self.inheritance.as_mut().filter(|_| self.phase == Phase::Locking) else { return };
-        self.step_at = Some(now + self.config.retry);
-        inheritance.waited = true;
+        // An old primary that was just killed may have closed its sockets and not yet its files.
+        let doublings = inheritance.tries.min(DOUBLINGS_MAX);
+        self.step_at = Some(now + self.config.retry / (1 << (DOUBLINGS_MAX - doublings)));
+        inheritance.tries = inheritance.tries.saturating_add(1);
         let kind = std::mem::discriminant(&trouble);
         // Told once, not with every try.
         let is_news = inheritance.trouble.as_ref().map(std::mem::discriminant) != Some(kind);
-        inheritance.trouble = Some(trouble.clone());
-        if is_news {
+        if is_news && inheritance.tries > TRIES_UNTOLD {
+            inheritance.trouble = Some(trouble.clone());
             self.tell(match trouble {
                 StorageTrouble::Locked(why) => Event::DiskLocked { why },
                 StorageTrouble::Failing(why) => Event::DiskFailing { why },
