@@ -127,6 +127,31 @@ fn images_a_snapshot_does_not_fit() {
     });
 }
 
+#[test]
+fn a_disk_that_is_only_read_needs_no_stop() {
+    run("snapshots::a_disk_that_is_only_read_needs_no_stop", |place| {
+        let image = place.path("ro.img");
+        fs::write(&image, vec![1; 1 << 20]).expect("an image");
+        let flag = |rest: &str| format!("--disk={},ro{rest}", image.display());
+        let mut node = Node::start(place.primary_command(&[&flag(",serial=abc")]));
+        node.wait_guest();
+        let path = place.path("web.snap");
+        let (file, control) = (path.display().to_string(), place.path("p.sock").display().to_string());
+        let (code, _, said) = mcd(&["snapshot", "save", &file, "--control", &control]);
+        assert_eq!(code, Some(0), "{said}");
+        node.kill();
+        // It was never stopped: only a person's word that it is dead lets it go on.
+        restore(place, &path, &[&flag("")]).fails(REFUSED, &["on record as running elsewhere", "mcd cold-start"]);
+        let (mut command, control) = place.cold_start_command();
+        command.args([format!("--restore={}", path.display()), flag("")]);
+        let mut node = Node::start((command, control));
+        node.wait_guest();
+        node.assert_serves_alone();
+        node.quit();
+        node.ends_well();
+    });
+}
+
 fn mcd(words: &[&str]) -> (Option<i32>, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_mcd")).args(words).output().expect("mcd runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
