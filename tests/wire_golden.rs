@@ -70,8 +70,14 @@ fn hello_and_welcome() {
                 cpus: 2,
                 mac: [2, 0, 0, 0, 0, 9],
                 disks: vec![
-                    DiskShape { bytes: 0x8000_0000, read_only: false, serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0" },
-                    DiskShape { bytes: 512, read_only: true, serial: [0xff; 20] },
+                    DiskShape {
+                        bytes: 0x8000_0000,
+                        read_only: false,
+                        shared: false,
+                        serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+                    },
+                    DiskShape { bytes: 512, read_only: true, shared: false, serial: [0xff; 20] },
+                    DiskShape { bytes: 1024, read_only: false, shared: true, serial: [0; 20] },
                 ],
                 rng: true,
             },
@@ -89,13 +95,16 @@ fn hello_and_welcome() {
             "02",
             "020000000009",
             "01",
-            "02",
+            "03",
             "0000008000000000",
             "00",
             "646174612d310000000000000000000000000000",
             "0002000000000000",
             "01",
             "ffffffffffffffffffffffffffffffffffffffff",
+            "0004000000000000",
+            "02",
+            "0000000000000000000000000000000000000000",
             "200b2000",
             "0100000000000000",
             "1027000000000000",
@@ -131,6 +140,7 @@ fn epochs_and_acks() {
         Message::EpochEnd { id, pages: 1000, state_bytes: 12_345, digest: 0xdead_beef },
         &["05", &id_hex, "e803000000000000", "3930000000000000", "efbeadde"],
     );
+    message_is(Message::Written { through: id }, &["0a", &id_hex]);
     message_is(Message::Ack { id, staged_bytes: 4096 }, &["06", &id_hex, "0010000000000000"]);
 }
 
@@ -213,7 +223,7 @@ fn every_kind_of_page() {
 fn disks_nobody_has_are_refused() {
     let good = MachineShape { rng: true, ..MachineShape::bare(4096, 1, [0; 6]) };
     let refused = |bytes: u64, count: usize| {
-        let disk = DiskShape { bytes, read_only: false, serial: [0; 20] };
+        let disk = DiskShape { bytes, read_only: false, shared: false, serial: [0; 20] };
         let welcome = Welcome {
             instance: InstanceId(1),
             generation: Generation(1),

@@ -165,6 +165,9 @@ pub struct NodeStatus {
     pub held_packets: u64,
     /// Bytes held now.
     pub held_bytes: u64,
+    /// Bytes of writes to shared disks that are held until their epoch is committed and written.
+    #[serde(default)]
+    pub held_disk_bytes: u64,
     /// How far a resync is, while there is one.
     pub resync: Option<ResyncProgress>,
     /// How this node became primary, if by takeover.
@@ -220,6 +223,9 @@ impl fmt::Display for NodeStatus {
             }
         }
         writeln!(f, "held output {} packets, {}", self.held_packets, bytes_text(self.held_bytes))?;
+        if self.held_disk_bytes > 0 {
+            writeln!(f, "held writes {} to shared disks", bytes_text(self.held_disk_bytes))?;
+        }
         if let Some(resync) = self.resync {
             let done = resync.pages_total.saturating_sub(resync.pages_left);
             let percent = done.saturating_mul(100).checked_div(resync.pages_total).unwrap_or(100);
@@ -293,6 +299,7 @@ mod tests {
             wire_bytes: 5 << 20,
             held_packets: 2,
             held_bytes: 128,
+            held_disk_bytes: 4096,
             resync: Some(ResyncProgress { pages_total: 200, pages_left: 50 }),
             takeover: Some(TakeoverReport {
                 cause: "closed".into(),

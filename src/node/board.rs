@@ -19,7 +19,7 @@ use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
 use crate::control::{Handler, QmpError};
 use crate::protocol::primary::{self, Command, Primary};
-use crate::protocol::secondary::{self, Secondary};
+use crate::protocol::secondary::{self, Secondary, StorageTrouble};
 use crate::protocol::types::{EpochId, InstanceId};
 
 /// Samples of epochs kept for `mc-query-epochs`.
@@ -46,6 +46,7 @@ const COMMANDS: &[&str] = &[
 #[derive(Clone, Debug)]
 struct Vitals {
     held: HeldFigures,
+    held_disk_bytes: u64,
     role: Role,
     state: State,
     protected: bool,
@@ -57,6 +58,7 @@ struct Vitals {
     pages_total: u64,
     arbiter_lost: Option<String>,
     no_primary: Option<String>,
+    storage: Option<StorageTrouble>,
 }
 
 struct Fixed {
@@ -73,6 +75,8 @@ struct Shown {
     log: EpochLog,
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
+    /// Why shared storage does not take writes.
+    storage: Option<String>,
     /// Why the arbiter did not answer when it was last looked at.
     arbiter_lost: Option<String>,
 }
@@ -85,6 +89,7 @@ enum Note {
     Takeover(Box<TakeoverReport>),
     GuestAlarm(String),
     Arbiter(Option<String>),
+    Storage(Option<String>),
 }
 
 /// The board of one node, over all its roles.
@@ -115,6 +120,7 @@ impl Board {
         };
         let vitals = Vitals {
             held: HeldFigures::default(),
+            held_disk_bytes: 0,
             role,
             state: if role == Role::Primary { State::Starting } else { State::Connecting },
             protected: false,
@@ -126,6 +132,7 @@ impl Board {
             pages_total: 0,
             arbiter_lost: None,
             no_primary: None,
+            storage: None,
         };
         Arc::new(Board {
             fixed,
@@ -134,6 +141,7 @@ impl Board {
                 log: EpochLog::new(SAMPLES_MAX),
                 takeover: None,
                 guest_alarm: None,
+                storage: None,
                 arbiter_lost: None,
             }),
             latest: ArrayQueue::new(1),
@@ -164,6 +172,7 @@ impl Board {
                 Note::Takeover(report) => shown.takeover = Some(*report),
                 Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
                 Note::Arbiter(lost) => shown.arbiter_lost = lost,
+                Note::Storage(trouble) => shown.storage = trouble,
             }
         }
     }
@@ -175,7 +184,7 @@ impl Board {
     }
 
     /// Writes down how a primary is.
-    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64, held: HeldFigures) {
+    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64, held: HeldFigures, held_disk_bytes: u64) {
         use primary::Phase;
         let (role, state) = match node.phase() {
             Phase::Solo | Phase::Stopping => (Role::Primary, State::Solo),
@@ -186,6 +195,7 @@ impl Board {
         };
         self.latest.force_push(Vitals {
             held,
+            held_disk_bytes,
             role,
             state,
             protected: node.phase() == Phase::Protected,
@@ -197,6 +207,7 @@ impl Board {
             pages_total,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
+            storage: None,
         });
     }
 
@@ -208,11 +219,12 @@ impl Board {
             Phase::Building | Phase::Joining | Phase::Syncing => State::Resync,
             Phase::Standby | Phase::Paired => State::Standby,
             Phase::Deciding => State::Suspecting,
-            Phase::Promoted => State::Takeover,
+            Phase::Locking | Phase::Promoted => State::Takeover,
         };
         let at = node.committed().unwrap_or(EpochId { generation: node.generation(), epoch: 0 });
         self.latest.force_push(Vitals {
             held: HeldFigures::default(),
+            held_disk_bytes: 0,
             role: Role::Secondary,
             state,
             protected: node.phase() == Phase::Paired,
@@ -224,6 +236,7 @@ impl Board {
             pages_total: 0,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
+            storage: node.storage_trouble().cloned(),
         });
     }
 
@@ -257,10 +270,15 @@ impl Board {
         self.note(Note::Arbiter(lost));
     }
 
+    /// Shared storage was found to take writes, or not to.
+    pub fn storage_noticed(&self, trouble: Option<String>) {
+        self.note(Note::Storage(trouble));
+    }
+
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { vitals, log, takeover, guest_alarm, arbiter_lost } = &*shown;
+        let Shown { vitals, log, takeover, guest_alarm, storage, arbiter_lost } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
         let arbiter_lost = vitals.arbiter_lost.as_ref().or(arbiter_lost.as_ref());
         if let Some(why) = arbiter_lost {
@@ -268,6 +286,14 @@ impl Board {
         }
         if let Some(why) = &vitals.no_primary {
             alarms.push(format!("no primary to join: {why}"));
+        }
+        if let Some(why) = storage {
+            alarms.push(format!("shared storage fails, so the guest's flushes wait: {why}"));
+        }
+        match &vitals.storage {
+            Some(StorageTrouble::Locked(why)) => alarms.push(format!("MC_DISK_LOCKED: the takeover waits: {why}")),
+            Some(StorageTrouble::Failing(why)) => alarms.push(format!("MC_DISK_FAILING: the takeover waits: {why}")),
+            None => {}
         }
         NodeStatus {
             role: vitals.role,
@@ -294,6 +320,7 @@ impl Board {
             wire_bytes: log.wire_bytes(),
             held_packets: vitals.held.packets,
             held_bytes: vitals.held.bytes,
+            held_disk_bytes: vitals.held_disk_bytes,
             resync: vitals.pages_left.map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
             takeover: takeover.clone().map(|report| with_first_packet(report, vitals.held.first_out_us)),
             alarms,

@@ -17,4 +17,5 @@ pub mod primary;
 pub mod record;
 pub mod resync;
 pub mod secondary;
+pub mod shared;
 pub mod types;

@@ -59,6 +59,11 @@ impl Ledger {
         }
     }
 
+    /// The newcomer has these pages already.
+    pub fn has(&mut self, pages: std::ops::Range<u64>) {
+        self.left_count -= self.left.remove_range(pages);
+    }
+
     /// True when an epoch captured now makes the image whole.
     pub fn is_done(&self) -> bool {
         (!self.pushing || mutant::is("done-while-pushing")) && self.left_count == 0

@@ -217,7 +217,9 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
-            Action::Committed { .. } | Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
+            // No disk here is on shared storage.
+            Action::Committed { .. } | Action::WriteThrough { .. } => {}
+            Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();
@@ -336,6 +338,7 @@ impl World {
             Action::Close { conn } => self.close(n, conn),
             Action::BuildMachine(_) => self.built(n),
             Action::Commit { id } => self.commit(n, id),
+            Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask(n, call),
             Action::Promote { record, epoch, .. } => self.promote(n, record, epoch),
             Action::Rejoin { .. } => self.end(n),

@@ -16,6 +16,7 @@ mod commands;
 mod digest;
 mod epochs;
 mod peer;
+mod storage;
 mod types;
 mod verdicts;
 
@@ -28,7 +29,6 @@ use self::peer::Peer;
 use super::arbitration::{ArbiterRequest, Arbitration};
 use super::event::Event;
 use super::heartbeat::StallGuard;
-use super::layout::ImageLayout;
 use super::messages::{Channel, Message};
 use super::mutant;
 use super::pages::PageSet;
@@ -76,6 +76,8 @@ pub struct Primary {
     proven: bool,
     /// The arbiter confirmed the record since this resync became complete.
     pairing_checked: bool,
+    /// Shared storage may lack what was written before this resync began.
+    storage_behind: bool,
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
@@ -101,6 +103,7 @@ impl Primary {
             guard: StallGuard::new(config.heartbeat.timeout, now),
             proven: true,
             pairing_checked: false,
+            storage_behind: false,
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
@@ -200,6 +203,8 @@ impl Primary {
             Input::Captured { id } => self.captured(id),
             Input::CaptureFailed { why } => self.capture_failed(now, &why),
             Input::Pushed => self.pushed(),
+            Input::StorageSynced { conn } => self.storage_synced(conn),
+            Input::Written { through } => self.written(through),
             Input::ReleaseExpired => self.prove_again(),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
@@ -258,7 +263,7 @@ impl Primary {
         let Some(ledger) = &mut self.ledger else { return };
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
-        } else if ledger.is_done() && !self.pairing_checked && !self.arbitration.is_asking() {
+        } else if ledger.is_done() && !self.storage_behind && !self.pairing_checked && !self.arbitration.is_asking() {
             // Holding begins with the completing capture and ends with the arbiter's word that the pair is on record: begin only if that
             // word can be had. The record in its own place changes nothing, but an arbiter that cannot write says so.
             self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
@@ -276,7 +281,8 @@ impl Primary {
     }
 
     fn completes(&self) -> bool {
-        self.phase == Phase::Resync && self.pairing_checked && self.ledger.as_ref().is_some_and(Ledger::is_done)
+        let ready = self.phase == Phase::Resync && self.pairing_checked && !self.storage_behind;
+        ready && self.ledger.as_ref().is_some_and(Ledger::is_done)
     }
 
     fn consider_capture(&mut self, now: Instant) {
@@ -331,6 +337,7 @@ impl Primary {
             return;
         }
         self.actions.push_back(Action::Committed { id });
+        self.write_through_unreleased(id);
         match self.phase {
             Phase::Completing if mutant::is("pair-without-the-arbiter") => {
                 let peer = self.peer().unwrap_or(self.me);
@@ -360,6 +367,7 @@ impl Primary {
             slack = std::time::Duration::MAX;
         }
         self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
+        self.write_through(committed);
     }
 
     // ---- the peer ----
@@ -412,7 +420,7 @@ impl Primary {
     fn start_resync(&mut self, now: Instant, conn: ConnId) {
         self.phase = Phase::Resync;
         self.pairing_checked = false;
-        self.ledger = Some(Ledger::new(ImageLayout::of(&self.config.shape).pages()));
+        self.begin_ledger();
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });
         if let Some(peer) = &self.peer {
