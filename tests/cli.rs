@@ -76,7 +76,7 @@ fn disks_in_flags_and_in_files() {
     bad_primary(&["--disk="], &["--disk"]);
     bad_primary(&["--disk=/a"; 7], &["--disk is given 7 times", "at most 6"]);
     refused(&["disk", "verify", "/nonexistent/a"], USAGE, &["<IMAGE>"]);
-    refused(&["disk", "verify", "/nonexistent/a", "/nonexistent/b"], HOST, &["there is no disk image /nonexistent/a"]);
+    refused(&["disk", "verify", "/nonexistent/a", "/nonexistent/b"], USAGE, &["there is no disk image /nonexistent/a"]);
     bad_file("primary", b"disk = 3.5\n", &["`disk`", "must be a string"]);
     bad_file("primary", b"disk = [\"/a\", \"/b,what\"]\n", &["`what` is not known"]);
     bad_file("primary", b"force-disk = true\n", &["`force-disk`", "only taken on the command line"]);

@@ -2,8 +2,10 @@
 
 mod rights;
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -161,6 +163,44 @@ impl World {
         wait_for(&mut self.primary, "be protected", |status| status.protected);
     }
 
+    /// The nodes compare their images: equal, and then not, because somebody wrote to the secondary's behind its back.
+    fn verify_while_the_guest_writes(&mut self) {
+        let blocks = DISK_BYTES.div_ceil(4096);
+        let verified = verify_online(&self.primary, &[]);
+        assert_eq!(verified.status.code(), Some(0), "{verified:?}");
+        assert!(says(&verified, &format!("disk 0: {blocks} of {blocks} blocks")), "{verified:?}");
+        assert!(says(&verified, "\nequal\n"), "{verified:?}");
+        // Blocks that the guest does not write; the last one is not whole.
+        let spoilt = File::options().write(true).open(image(&self.dir, self.secondary.host())).expect("an image");
+        for offset in [4096 * 3001, 4096 * 3002 + 4095, DISK_BYTES - 1] {
+            spoilt.write_all_at(&[0xff], offset).expect("a byte");
+        }
+        let verified = verify_online(&self.primary, &["--disk=0"]);
+        assert_eq!(verified.status.code(), Some(1), "{verified:?}");
+        for part in ["3 differ", "  blocks 3001 to 3002\n", &format!("  block {}\n", blocks - 1), "\nDIFFERENT\n"] {
+            assert!(says(&verified, part), "{part} in {verified:?}");
+        }
+        let json = verify_online(&self.primary, &["--json"]);
+        let json: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+        assert_eq!((&json["state"], &json["disks"][0]["different"]), (&Value::from("different"), &Value::from(3)));
+        for flag in ["--disk=1", "--disk=no-such-serial"] {
+            let refused = verify_online(&self.primary, &[flag]);
+            assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+            assert!(says(&refused, "no such disk"), "{refused:?}");
+        }
+        let refused = verify_online(&self.secondary, &[]);
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(says(&refused, "ask the primary"), "{refused:?}");
+        // As the runbook says: the secondary is ended, and gets what its image lacks when it comes back.
+        quit(&mut self.secondary);
+        wait_for(&mut self.primary, "go on alone", |status| status.state == State::Solo);
+        assert!(says(&verify_online(&self.primary, &[]), "not protected"));
+        self.secondary = self.node(StartAs::Secondary, self.secondary.host());
+        wait_for(&mut self.primary, "be protected", |status| status.protected);
+        let verified = verify_online(&self.primary, &[]);
+        assert_eq!(verified.status.code(), Some(0), "{verified:?}");
+    }
+
     fn verify(&self) -> Output {
         verify(&image(&self.dir, HostName::A), &image(&self.dir, HostName::B))
     }
@@ -180,6 +220,12 @@ impl Drop for World {
 
 fn verify(one: &Path, other: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mcd")).args(["disk", "verify"]).args([one, other]).output().expect("mcd runs")
+}
+
+fn verify_online(node: &Node, flags: &[&str]) -> Output {
+    let control = format!("--control={}", node.control().display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
+    command.args(["disk", "verify", &control]).args(flags).output().expect("mcd runs")
 }
 
 fn quit(node: &mut Node) {
@@ -235,6 +281,7 @@ fn acknowledged_writes_outlive_hosts_and_the_images_are_equal() {
         }
         // A node that runs keeps its image for itself.
         assert!(says(&world.verify(), "is in use"));
+        world.verify_while_the_guest_writes();
         assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
         // Whatever was answered is committed, so the secondary has every write; and there are no more.
         quit(&mut world.secondary);

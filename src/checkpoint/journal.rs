@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
+use super::freeze::Freezer;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 
@@ -141,6 +142,7 @@ pub struct DiskJournal {
     /// Held for reading as long as a write takes, so that a change of mode finds none half done.
     mode: RwLock<JournalMode>,
     kept: Mutex<Kept>,
+    freezer: Freezer,
 }
 
 /// Room in the journal for a write that is under way. Dropping it gives back what was not used.
@@ -166,13 +168,14 @@ impl DiskJournal {
     /// A closed journal of at most `bytes_max` bytes.
     pub fn new(bytes_max: u64, listener: Box<dyn JournalListener>) -> Arc<DiskJournal> {
         let mode = RwLock::new(JournalMode::Closed);
-        Arc::new(DiskJournal { bytes_max, listener, mode, kept: Mutex::default() })
+        Arc::new(DiskJournal { bytes_max, listener, mode, kept: Mutex::default(), freezer: Freezer::default() })
     }
 
     /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for writes under way.
     pub fn set_mode(&self, mode: JournalMode) {
         let mut now = self.mode.write();
         *now = mode;
+        self.freezer.thaw();
         self.kept.lock().forget();
     }
 
@@ -207,6 +210,12 @@ impl DiskJournal {
         let blocks = mem::replace(&mut kept.open, next);
         kept.taken = Some((id, blocks));
         kept.told_full = false;
+        self.freezer.cut(id);
+    }
+
+    /// What freezes blocks at a cut.
+    pub fn freezer(&self) -> &Freezer {
+        &self.freezer
     }
 
     /// The blocks of the epoch on its way.

@@ -6,6 +6,7 @@ pub mod dirt;
 pub mod disk;
 #[cfg(test)]
 mod disk_tests;
+pub mod freeze;
 pub mod image;
 pub mod journal;
 pub mod output;
@@ -13,3 +14,4 @@ pub mod packing;
 pub mod sender;
 pub mod stage;
 pub mod stamp;
+pub mod sums;

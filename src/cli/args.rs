@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use super::disk::DiskArgs;
 use super::exit;
 use super::values::{self, Cidr, ConsoleFlag, DirtyLoad, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
@@ -81,10 +82,10 @@ pub(super) enum Command {
     )]
     Demo(DemoArgs),
 
-    /// Look after disk images: whether two are equal
+    /// Look after disks: whether two images of one are equal, also while the guest runs
     #[command(
-        long_about = "Looks after the disk images of guests, on this host and while no node uses them.",
-        after_help = DISK_HELP
+        long_about = "Looks after the disks of guests: compares the images of a guest that runs, or two that no node uses.",
+        after_help = super::disk::HELP
     )]
     Disk(DiskArgs),
 
@@ -136,10 +137,6 @@ Examples:
   mcd demo                              three rounds and a report
   mcd demo --rounds 20 --json out.json  more of it, for a program to read
   mcd demo --stay                       leave the pair up and print a redis-cli line to try";
-
-const DISK_HELP: &str = "\
-Example:
-  mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
 
 const CONSOLE_HELP: &str = "\
 Examples:
@@ -401,31 +398,6 @@ pub(super) struct DemoArgs {
     pub(super) keep_logs: bool,
     #[command(flatten)]
     pub(super) log: LogArgs,
-}
-
-/// `mcd disk`.
-#[derive(Debug, Args)]
-pub(super) struct DiskArgs {
-    #[command(subcommand)]
-    pub(super) what: DiskCommand,
-}
-
-/// What can be done to disk images.
-#[derive(Debug, Subcommand)]
-pub(super) enum DiskCommand {
-    /// Compare two images, byte for byte, and say what their stamps say
-    #[command(
-        long_about = "Compares two images byte for byte, and says what their stamps say and what their checksums \
-        (CRC32C) are. Exit code 0 means that their contents are equal, 1 that they differ: the first difference is named."
-    )]
-    Verify {
-        /// An image
-        #[arg(value_name = "IMAGE")]
-        one: PathBuf,
-        /// The image to compare it with
-        #[arg(value_name = "IMAGE")]
-        other: PathBuf,
-    },
 }
 
 /// `mcd status`.

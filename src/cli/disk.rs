@@ -1,35 +1,163 @@
-//! `mcd disk`: what can be done to disk images while no node uses them.
+//! `mcd disk`: whether two images of a disk are equal, while a guest runs on them or while no node uses them.
 
 use std::fmt::Write as _;
-use std::io::{self, Write};
-use std::path::Path;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::args::DiskCommand;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::config;
 use super::exit::{ExitStatus, Failure};
+use super::values;
 use crate::checkpoint::stamp::Stamp;
+use crate::control::verify::{VerifyReport, VerifyState};
+use crate::control::{Client, ClientError};
 use crate::device::BlockBackend;
 use crate::device::image::RawImage;
 use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::types::GuestName;
 
 /// Bytes read of each image at a time.
 const PIECE_BYTES: usize = 1 << 20;
+/// The images could not be compared: the number that `cmp` and `diff` have for it.
+const TROUBLE: ExitStatus = ExitStatus::Usage;
+/// Time between two questions how far a verify is.
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What `mcd disk --help` ends with.
+pub(super) const HELP: &str = "\
+Examples:
+  mcd disk verify --guest web              the primary's images against the secondary's, while the guest runs
+  mcd disk verify --guest web --disk 1     its second disk only
+  mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img
+
+Exit codes of verify:
+  0  equal
+  1  different
+  2  they could not be compared";
+
+/// `mcd disk`.
+#[derive(Debug, Args)]
+pub(super) struct DiskArgs {
+    #[command(subcommand)]
+    pub(super) what: DiskCommand,
+}
+
+/// What can be done to disks.
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskCommand {
+    /// Compare a guest's disks on its two nodes while it runs, or two images that no node uses
+    #[command(
+        long_about = "With --guest or --control: has the primary and its secondary compare their images of the guest's disks while it \
+            runs, each block as of one committed epoch, and tells the blocks that differ. With two images: compares them byte for byte, and \
+            says what their stamps and checksums (CRC32C) are.",
+        after_help = HELP
+    )]
+    Verify(VerifyArgs),
+}
+
+/// `mcd disk verify`.
+#[derive(Debug, Args)]
+pub(super) struct VerifyArgs {
+    /// Two images, which no node uses
+    #[arg(value_name = "IMAGE", num_args = 2, required_unless_present_any = ["guest", "control"], conflicts_with_all = ["guest", "control"])]
+    images: Vec<PathBuf>,
+    /// The guest whose primary on this host is asked, if its control socket is where it is by default
+    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
+    guest: Option<GuestName>,
+    /// The control socket of the primary
+    #[arg(long, alias = "socket", value_name = "PATH", conflicts_with = "guest")]
+    control: Option<PathBuf>,
+    /// Only this disk: its number, counted from 0 in the order of --disk, or its serial number [default: all that the guest can write]
+    #[arg(long, value_name = "NUMBER|SERIAL", conflicts_with = "images")]
+    disk: Option<String>,
+    /// Print the result as JSON
+    #[arg(long, conflicts_with = "images")]
+    json: bool,
+    /// How long to wait for an answer of the node (the verify itself takes as long as it takes)
+    #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    timeout_ms: u64,
+}
 
 /// Does what is asked.
 pub(super) fn run(command: &DiskCommand) -> Result<(), Failure> {
-    match command {
-        DiskCommand::Verify { one, other } => verify(one, other),
+    let DiskCommand::Verify(args) = command;
+    match (&args.control, &args.guest, &args.images[..]) {
+        (Some(control), ..) => verify_running(control, args),
+        (None, Some(guest), _) => verify_running(&config::default_control(guest)?, args),
+        (None, None, [one, other]) => verify(one, other),
+        (None, None, _) => Err(Failure::usage("give --guest NAME, --control PATH or two images")),
+    }
+}
+
+fn trouble(error: impl ToString) -> Failure {
+    Failure { status: TROUBLE, line: error.to_string() }
+}
+
+/// Has the nodes compare, and waits for it.
+fn verify_running(control: &Path, args: &VerifyArgs) -> Result<(), Failure> {
+    let report = ask_for_verify(control, args).map_err(trouble)?;
+    let text = match args.json {
+        true => format!("{:#}\n", serde_json::to_value(&report).map_err(trouble)?),
+        false => report.to_string(),
+    };
+    print(&text)?;
+    match report.state {
+        VerifyState::Equal => Ok(()),
+        VerifyState::Different => {
+            Err(Failure::run("the images of the guest's disks differ on its two nodes: see docs/operations.md"))
+        }
+        VerifyState::Running | VerifyState::Failed => {
+            Err(trouble(format!("the disks were not compared to the end: {}", report.why.unwrap_or_default())))
+        }
+    }
+}
+
+fn ask_for_verify(control: &Path, args: &VerifyArgs) -> Result<VerifyReport, ClientError> {
+    let timeout = Duration::from_millis(args.timeout_ms);
+    let mut client = Client::connect(control, timeout)?;
+    let choice = args.disk.as_ref().map(|disk| match disk.parse::<u64>() {
+        Ok(number) => json!({ "disk": number }),
+        Err(_) => json!({ "disk": disk }),
+    });
+    client.execute("mc-disk-verify", choice.unwrap_or(Value::Null), timeout)?;
+    let mut told_percent = None;
+    loop {
+        let report: VerifyReport = client.execute_as("mc-query-disk-verify", Value::Null, timeout)?;
+        if report.state != VerifyState::Running {
+            return Ok(report);
+        }
+        let (done, all) = report.progress();
+        let percent = done.saturating_mul(100).checked_div(all);
+        if io::stderr().is_terminal() && told_percent != percent {
+            // Nobody is left to tell if this fails.
+            let _ = writeln!(io::stderr(), "{} % of {} MiB", percent.unwrap_or(0), (all * report.block_bytes) >> 20);
+            told_percent = percent;
+        }
+        std::thread::park_timeout(ASK_INTERVAL);
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(trouble(format!("the result could not be printed: {error}")))
+        }
+        _ => Ok(()),
     }
 }
 
 fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
-    let host = |error: String| Failure { status: ExitStatus::Host, line: error };
-    let open = |path: &Path| RawImage::open(path, true).map_err(|error| host(error.to_string()));
+    let open = |path: &Path| RawImage::open(path, true).map_err(trouble);
     let (a, b) = (open(one)?, open(other)?);
-    let compared =
-        compare(&a, &b).map_err(|error| host(format!("an image cannot be read ({error}): look after its storage")))?;
+    let compared = compare(&a, &b)
+        .map_err(|error| trouble(format!("an image cannot be read ({error}): look after its storage")))?;
     let mut text = String::new();
     for (path, image, sum) in [(one, &a, compared.sums[0]), (other, &b, compared.sums[1])] {
-        let stamp = match Stamp::read(path).map_err(|error| host(error.to_string()))? {
+        let stamp = match Stamp::read(path).map_err(trouble)? {
             Some(stamp) => format!("guest {}, {}, {}", stamp.guest, stamp.at, stamp.state),
             None => "no stamp".to_owned(),
         };
@@ -44,13 +172,7 @@ fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
     if differs.is_none() {
         text.push_str("equal\n");
     }
-    match io::stdout().write_all(text.as_bytes()) {
-        // The reader has seen enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            return Err(Failure::run(format!("the result could not be printed: {error}")));
-        }
-        _ => {}
-    }
+    print(&text)?;
     differs.map_or(Ok(()), |how| Err(Failure::run(format!("the images differ: {how}"))))
 }
 

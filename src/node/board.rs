@@ -16,8 +16,9 @@ use super::events::NodeEvent;
 use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
+use crate::control::verify::VerifyReport;
 use crate::control::{Handler, QmpError};
-use crate::protocol::primary::{self, Command, Primary};
+use crate::protocol::primary::{self, Command, DiskChoice, Primary};
 use crate::protocol::secondary::{self, Secondary};
 use crate::protocol::types::{EpochId, InstanceId};
 
@@ -27,8 +28,20 @@ const SAMPLES_MAX: usize = 16_384;
 const NOTES_MAX: usize = 16_384;
 /// How long a command may take to take effect before its client is told that it did not.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
-const COMMANDS: &[&str] =
-    &["query-status", "query-name", "mc-query", "mc-query-epochs", "mc-checkpoint", "stop", "cont", "quit"];
+const COMMANDS: &[&str] = &[
+    "query-status",
+    "query-name",
+    "mc-query",
+    "mc-query-epochs",
+    "mc-checkpoint",
+    "mc-disk-verify",
+    "mc-query-disk-verify",
+    "stop",
+    "cont",
+    "quit",
+];
+/// The parameters that commands have.
+const PARAMETERS: &[(&str, &str)] = &[("mc-query-epochs", "since"), ("mc-disk-verify", "disk")];
 
 /// The figures that change all the time; cheap to copy.
 #[derive(Clone, Debug)]
@@ -61,6 +74,7 @@ struct Shown {
     log: EpochLog,
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
+    verify: Option<VerifyReport>,
     /// Why the arbiter did not answer when it was last looked at.
     arbiter_lost: Option<String>,
 }
@@ -72,6 +86,7 @@ enum Note {
     WireBytes(u64),
     Takeover(Box<TakeoverReport>),
     GuestAlarm(String),
+    Verify(Box<VerifyReport>),
     Arbiter(Option<String>),
 }
 
@@ -122,6 +137,7 @@ impl Board {
                 log: EpochLog::new(SAMPLES_MAX),
                 takeover: None,
                 guest_alarm: None,
+                verify: None,
                 arbiter_lost: None,
             }),
             latest: ArrayQueue::new(1),
@@ -150,6 +166,7 @@ impl Board {
                 Note::Aborted => shown.log.abort(),
                 Note::WireBytes(bytes) => shown.log.add_wire_bytes(bytes),
                 Note::Takeover(report) => shown.takeover = Some(*report),
+                Note::Verify(report) => shown.verify = Some(*report),
                 Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
                 Note::Arbiter(lost) => shown.arbiter_lost = lost,
             }
@@ -181,7 +198,7 @@ impl Board {
             at: node.running_epoch(),
             running,
             peer: node.peer(),
-            pages_left: node.resync_pages_left(),
+            pages_left: node.resync().map(|ledger| ledger.pages_left()),
             pages_total,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
@@ -240,6 +257,11 @@ impl Board {
         self.note(Note::GuestAlarm(alarm));
     }
 
+    /// A verify of the guest's disks has come so far.
+    pub fn verified(&self, report: VerifyReport) {
+        self.note(Note::Verify(Box::new(report)));
+    }
+
     /// The arbiter was found to answer, or not to.
     pub fn arbiter_noticed(&self, lost: Option<String>) {
         self.note(Note::Arbiter(lost));
@@ -248,7 +270,7 @@ impl Board {
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { vitals, log, takeover, guest_alarm, arbiter_lost } = &*shown;
+        let Shown { vitals, log, takeover, guest_alarm, arbiter_lost, verify: _ } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
         let arbiter_lost = vitals.arbiter_lost.as_ref().or(arbiter_lost.as_ref());
         if let Some(why) = arbiter_lost {
@@ -328,7 +350,7 @@ impl Handler for Board {
     }
 
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
-        if arguments.keys().any(|key| (command, key.as_str()) != ("mc-query-epochs", "since")) {
+        if arguments.keys().any(|key| !PARAMETERS.contains(&(command, key.as_str()))) {
             return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
         }
         match command {
@@ -340,12 +362,34 @@ impl Handler for Board {
                 let since = since.ok_or_else(|| QmpError::generic("'since' must be a number, 0 or more"))?;
                 to_value(&self.shown().log.since(since))
             }
+            "mc-disk-verify" => self.command(Command::VerifyDisks(disk_choice(arguments.get("disk"))?)),
+            "mc-query-disk-verify" => match &self.shown().verify {
+                Some(report) => to_value(report),
+                None => Err(QmpError::generic("no disk was verified yet: ask for it with mc-disk-verify")),
+            },
             "mc-checkpoint" => self.command(Command::Checkpoint),
             "stop" => self.command(Command::Stop),
             "cont" => self.command(Command::Cont),
             "quit" => self.command(Command::Quit),
             other => Err(QmpError::not_found(format!("The command {other} has not been found"))),
         }
+    }
+}
+
+fn disk_choice(disk: Option<&Value>) -> Result<DiskChoice, QmpError> {
+    let bad = || QmpError::generic("'disk' must be a disk's number, counted from 0, or its serial number");
+    match disk {
+        None => Ok(DiskChoice::All),
+        Some(Value::String(text)) => {
+            let mut serial = [0; 20];
+            serial
+                .get_mut(..text.len())
+                .filter(|room| !room.is_empty())
+                .ok_or_else(bad)?
+                .copy_from_slice(text.as_bytes());
+            Ok(DiskChoice::Serial(serial))
+        }
+        Some(other) => other.as_u64().map(DiskChoice::Number).ok_or_else(bad),
     }
 }
 

@@ -145,16 +145,16 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
     Ok(())
 }
 
-/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking.
+/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking; for each also whether it was made.
 ///
 /// # Errors
 /// [`DiskError`] if they are not those of the shape, or belong to another guest.
-pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<Arc<RawImage>>, DiskError> {
+pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<Arc<RawImage>>, Vec<bool>), DiskError> {
     let (wanted, given) = (shape.disks.len(), config.disks.len());
     if wanted != given {
         return Err(DiskError::Count { wanted, given });
     }
-    let mut images = Vec::new();
+    let (mut images, mut made) = (Vec::new(), Vec::new());
     for (disk, wanted) in config.disks.iter().zip(&shape.disks) {
         let path = || disk.path.clone();
         if disk.read_only != wanted.read_only {
@@ -169,16 +169,17 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<Arc<Raw
         {
             return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
         }
-        let image = match RawImage::open(&disk.path, disk.read_only) {
-            Err(ImageError::Missing { .. }) if !disk.read_only => RawImage::create(&disk.path, wanted.bytes)?,
-            opened => opened?,
+        let (image, is_made) = match RawImage::open(&disk.path, disk.read_only) {
+            Err(ImageError::Missing { .. }) if !disk.read_only => (RawImage::create(&disk.path, wanted.bytes)?, true),
+            opened => (opened?, false),
         };
         if image.bytes() != wanted.bytes {
             return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: image.bytes() });
         }
         images.push(Arc::new(image));
+        made.push(is_made);
     }
-    Ok(images)
+    Ok((images, made))
 }
 
 /// The disks of one machine.
@@ -223,7 +224,7 @@ impl NodeDisks {
     }
 
     /// The journal.
-    pub fn journal(&self) -> &DiskJournal {
+    pub fn journal(&self) -> &Arc<DiskJournal> {
         &self.journal
     }
 

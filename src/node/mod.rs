@@ -26,6 +26,7 @@ mod primary;
 mod priority;
 mod secondary;
 mod signals;
+mod summer;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

@@ -12,6 +12,7 @@ use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::summer::{Summer, VerifyWatch};
 use super::{clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
@@ -24,7 +25,7 @@ use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
-use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
+use crate::protocol::primary::{Action, Command, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 use crate::wire::LinkNews;
 
@@ -56,6 +57,9 @@ pub struct PrimaryNode {
     protocol: Primary,
     conns: Conns,
     sender: Option<Sender>,
+    /// There is one once sums were asked for.
+    summer: Option<Summer>,
+    verifying: VerifyWatch,
     pool: CapturePool,
     dirt: DirtBook,
     on_its_way: Option<OnItsWay>,
@@ -86,6 +90,8 @@ impl PrimaryNode {
             protocol,
             conns: Conns::default(),
             sender: None,
+            summer: None,
+            verifying: VerifyWatch::default(),
             pool,
             dirt: DirtBook::new(pages),
             on_its_way: None,
@@ -182,11 +188,20 @@ impl PrimaryNode {
                 self.context.board.add_wire_bytes(bytes);
                 self.sender_is(conn).then_some(Input::Pushed)
             }
+            NodeEvent::PeerSums { conn, first, sums } => Some(Input::PeerSums { conn, first, sums }),
+            NodeEvent::OwnSums { ticket, sums } => Some(Input::OwnSums { ticket, sums }),
             NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => self.machine_event(event)?,
+            NodeEvent::Command { command: Command::VerifyDisks(choice), reply }
+                if let Err(why) = self.protocol.may_verify(choice) =>
+            {
+                // The client may have given up waiting.
+                reply.into_iter().for_each(|reply| drop(reply.send(Err(why.to_string()))));
+                None
+            }
             NodeEvent::Command { command, reply } => {
                 self.replies.extend(reply);
                 Some(Input::Command(command))
@@ -195,6 +210,7 @@ impl PrimaryNode {
             NodeEvent::Connected { .. }
             | NodeEvent::Foreign { .. }
             | NodeEvent::ImageFailed { .. }
+            | NodeEvent::Summed { .. }
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,
         })
@@ -233,6 +249,8 @@ impl PrimaryNode {
                 Action::StopTracking => self.stop_tracking()?,
                 Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
+                Action::Freeze { run } => self.disks.journal().freezer().freeze(run),
+                Action::Sum { ticket, run, as_of } => self.summer()?.sum(ticket, run, as_of),
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
                 Action::ReleaseAll => {
@@ -380,6 +398,17 @@ impl PrimaryNode {
         self.context.board.committed(sample);
     }
 
+    fn summer(&mut self) -> Result<&Summer, NodeError> {
+        let summer = match self.summer.take() {
+            Some(summer) => summer,
+            None => {
+                let image = self.disks.image(self.machine.memory().clone());
+                Summer::start(image, Arc::clone(self.disks.journal()), self.context.events.clone())?
+            }
+        };
+        Ok(self.summer.insert(summer))
+    }
+
     fn run_guest(&mut self, run: bool) -> Result<(), NodeError> {
         if run {
             self.machine.resume()?
@@ -401,5 +430,8 @@ impl PrimaryNode {
     fn publish(&mut self) {
         let pages = self.disks.layout().pages();
         self.context.board.primary(&self.protocol, self.machine.is_running(), pages, self.gate.figures());
+        if let Some(report) = self.verifying.news(self.protocol.verify()) {
+            self.context.board.verified(report);
+        }
     }
 }

@@ -66,6 +66,17 @@ impl ImageLayout {
         self.disks.get(disk).cloned().unwrap_or(self.pages..self.pages)
     }
 
+    /// Disks of the shape, with those that have no blocks.
+    pub fn disks(&self) -> usize {
+        self.disks.len()
+    }
+
+    /// The disk all of whose blocks `run` are; `None` for an empty run, and for one that is not all on one disk.
+    pub fn disk_of(&self, run: &Range<u64>) -> Option<usize> {
+        let on = |blocks: &Range<u64>| blocks.contains(&run.start) && run.end <= blocks.end;
+        self.disks.iter().position(on).filter(|_| !run.is_empty())
+    }
+
     /// What is behind `index`; `None` beyond the image's end.
     pub fn place(&self, index: u64) -> Option<Place> {
         if index < self.memory_pages {
@@ -97,5 +108,8 @@ mod tests {
         assert_eq!((layout.place(6), layout.place(u64::MAX)), (None, None));
         assert_eq!((layout.blocks_of(0), layout.blocks_of(2)), (2..4, 4..6));
         assert!(layout.blocks_of(1).is_empty() && layout.blocks_of(9).is_empty());
+        let runs = [2..4, 3..4, 4..6, 1..3, 3..5, 5..7, 3..3, 0..1, 6..7, 2..u64::MAX];
+        let disks = runs.map(|run| layout.disk_of(&run));
+        assert_eq!(disks, [Some(0), Some(0), Some(2), None, None, None, None, None, None, None]);
     }
 }

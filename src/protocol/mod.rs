@@ -14,4 +14,6 @@ pub mod primary;
 pub mod record;
 pub mod resync;
 pub mod secondary;
+pub mod sums;
 pub mod types;
+pub mod verify;

@@ -240,6 +240,8 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
+            // Its disks have no sums: no node here offers them.
+            Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
             // The model keeps every epoch's dirt until the primary forgets the peer.
             Action::Committed { .. } => {}
             Action::Release { through, before } => self.release(proc, through, before),
@@ -410,6 +412,7 @@ impl World {
                 node.image = vec![HOLE; self.plan.pages as usize];
                 node.urgent.push_back(In::Secondary(secondary::Input::MachineReady));
             }
+            Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
             Action::Commit { id } => self.commit(proc, id),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Promote { record, epoch, cause } => {

@@ -13,6 +13,7 @@
 //! ```
 
 mod commands;
+mod compare;
 mod digest;
 mod epochs;
 mod peer;
@@ -21,7 +22,7 @@ mod verdicts;
 
 use std::collections::VecDeque;
 
-pub use types::{Action, Command, ConnId, Input, OutputCut, PrimaryConfig};
+pub use types::{Action, Command, ConnId, DiskChoice, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
@@ -29,12 +30,14 @@ use super::arbitration::{ArbiterRequest, Arbitration};
 use super::event::Event;
 use super::heartbeat::StallGuard;
 use super::layout::ImageLayout;
-use super::messages::{Channel, Message};
+use super::messages::{Channel, Message, features};
 use super::mutant;
 use super::pages::PageSet;
 use super::record::Record;
 use super::resync::Ledger;
+use super::sums::Comparison;
 use super::types::{EpochId, Generation, InstanceId, Instant};
+use super::verify::Verify;
 
 /// What a primary is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +73,13 @@ pub struct Primary {
     peer: Option<Peer>,
     epochs: Epochs,
     ledger: Option<Ledger>,
+    /// Blocks that both nodes are summing, in a resync or for `verify`.
+    comparison: Option<Comparison>,
+    tickets: u64,
+    /// The verify under way, or the last one.
+    verify: Option<Verify>,
+    /// When the newcomer is told again how far it is.
+    progress_at: Instant,
     arbitration: Arbitration,
     guard: StallGuard,
     /// False after a stall, until the arbiter has confirmed the record.
@@ -95,6 +105,10 @@ impl Primary {
             peer: None,
             epochs: Epochs::new(record.generation, now),
             ledger: None,
+            comparison: None,
+            tickets: 0,
+            verify: None,
+            progress_at: now,
             arbitration: Arbitration::new(config.arbiter_retry),
             guard: StallGuard::new(config.heartbeat.timeout, now),
             proven: true,
@@ -144,9 +158,9 @@ impl Primary {
         self.peer.as_ref().map_or(0, |peer| peer.features)
     }
 
-    /// Pages a newcomer still lacks, during a resync.
-    pub fn resync_pages_left(&self) -> Option<u64> {
-        self.ledger.as_ref().map(Ledger::pages_left)
+    /// What a newcomer still lacks, during a resync.
+    pub fn resync(&self) -> Option<&Ledger> {
+        self.ledger.as_ref()
     }
 
     /// Why the arbiter is out of reach, if it is.
@@ -197,6 +211,8 @@ impl Primary {
             Input::Captured { id } => self.captured(id),
             Input::CaptureFailed { why } => self.capture_failed(now, &why),
             Input::Pushed => self.pushed(),
+            Input::PeerSums { conn, first, sums } => self.peer_sums(conn, first, sums),
+            Input::OwnSums { ticket, sums } => self.own_sums(ticket, sums),
             Input::ReleaseExpired => self.prove_again(),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
@@ -229,7 +245,8 @@ impl Primary {
             self.actions.push_back(Action::Ask(call));
         }
         self.mind_peer(now);
-        self.resync_step();
+        self.resync_step(now);
+        self.verify_step();
         self.consider_capture(now);
         self.sync_run();
     }
@@ -246,10 +263,12 @@ impl Primary {
         }
     }
 
-    fn resync_step(&mut self) {
+    fn resync_step(&mut self, now: Instant) {
         if self.phase != Phase::Resync {
             return;
         }
+        self.tell_progress(now);
+        self.compare_step();
         let Some(ledger) = &mut self.ledger else { return };
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
@@ -297,6 +316,7 @@ impl Primary {
 
     fn captured(&mut self, id: EpochId) {
         self.epochs.captured(id);
+        self.sum_frozen(id);
         if mutant::is("release-on-send") && self.phase == Phase::Protected {
             self.actions.push_back(Action::Release { through: id.epoch, before: Instant::from_us(u64::MAX) });
         }
@@ -360,6 +380,7 @@ impl Primary {
     // ---- the peer ----
 
     fn drop_connections(&mut self) {
+        self.stop_comparing();
         if let Some(peer) = self.peer.take() {
             for conn in [Some(peer.data), peer.heartbeat].into_iter().flatten() {
                 self.actions.push_back(Action::Close { conn });
@@ -407,7 +428,9 @@ impl Primary {
     fn start_resync(&mut self, now: Instant, conn: ConnId) {
         self.phase = Phase::Resync;
         self.pairing_checked = false;
-        self.ledger = Some(Ledger::new(ImageLayout::of(&self.config.shape).pages()));
+        let compare = self.peer_features() & features::DISK_SUMS != 0;
+        self.ledger = Some(Ledger::new(&ImageLayout::of(&self.config.shape), compare));
+        self.progress_at = now;
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });
         if let Some(newcomer) = self.peer() {

@@ -12,6 +12,7 @@
 
 mod digest;
 mod joining;
+mod sums;
 mod types;
 
 use std::collections::VecDeque;
@@ -70,6 +71,10 @@ pub struct Secondary {
     expected: Option<EpochId>,
     committed: Option<EpochId>,
     record: Option<Record>,
+    /// The first of the blocks that are being summed for the primary.
+    summing: Option<u64>,
+    /// What this newcomer still lacks, as the primary said: pages of memory, then of each disk.
+    resync_left: Vec<u64>,
     arbitration: Arbitration,
     arbiter_lost: Option<String>,
     cause: String,
@@ -97,6 +102,8 @@ impl Secondary {
             expected: None,
             committed: None,
             record: None,
+            summing: None,
+            resync_left: Vec::new(),
             arbitration: Arbitration::new(config.retry),
             arbiter_lost: None,
             cause: String::new(),
@@ -165,6 +172,7 @@ impl Secondary {
             Input::Staged { conn, id, completes_resync, staged_bytes } => {
                 self.staged(now, conn, id, completes_resync, staged_bytes);
             }
+            Input::Summed { first, sums } => self.summed(first, sums),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
                     self.verdict(verdict);
@@ -239,6 +247,8 @@ impl Secondary {
                 }
             }
             Message::Paired { record } if on_data => self.paired(now, record),
+            Message::SumBlocks { first, count } if on_data => self.sum_blocks(now, first, count),
+            Message::ResyncLeft { left } if on_data => self.resync_left(now, left),
             Message::Bye { reason } => self.exit(Ending::GuestEnded(reason)),
             other => self.lose_primary(now, &format!("it sent what does not belong here ({})", other.name())),
         }

@@ -1,5 +1,6 @@
 //! What goes into a secondary and what comes out.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
@@ -7,6 +8,7 @@ use crate::protocol::event::Event;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
 use crate::protocol::record::Record;
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, GuestName};
 
 /// How a secondary behaves.
@@ -82,6 +84,13 @@ pub enum Input {
         /// Staging bytes in use.
         staged_bytes: u64,
     },
+    /// The sums asked for.
+    Summed {
+        /// The index of the first block.
+        first: u64,
+        /// The sums; none if the image is not worth a comparison.
+        sums: Vec<BlockSum>,
+    },
     /// The arbiter answered.
     Answer {
         /// The question's ticket.
@@ -141,6 +150,20 @@ pub enum Action {
     Commit {
         /// The epoch.
         id: EpochId,
+    },
+    /// Sum these blocks of a disk once every committed epoch is in the image and before the next one is, then say `Summed`.
+    Sum {
+        /// Their indexes.
+        run: Range<u64>,
+    },
+    /// Send sums of blocks.
+    SendSums {
+        /// The connection.
+        conn: ConnId,
+        /// The index of the first block.
+        first: u64,
+        /// The sums.
+        sums: Vec<BlockSum>,
     },
     /// Ask the arbiter.
     Ask(ArbiterCall),
