@@ -7,7 +7,6 @@ use std::process::{Command, Output};
 const OK: i32 = 0;
 const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
-const HOST: i32 = 3;
 
 fn mcd(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mcd"))

@@ -197,8 +197,20 @@ impl World {
         assert!(says(&verify_online(&self.primary, &[]), "not protected"));
         self.secondary = self.node(StartAs::Secondary, self.secondary.host());
         wait_for(&mut self.primary, "be protected", |status| status.protected);
+        let had = self.blocks_the_newcomer_had();
+        // All but what was spoilt and what the guest writes.
+        assert!((blocks - RUN_BLOCKS - CLIENT_BLOCKS - 3..=blocks - 3).contains(&had), "{had}");
         let verified = verify_online(&self.primary, &[]);
         assert_eq!(verified.status.code(), Some(0), "{verified:?}");
+    }
+
+    /// How many blocks the newest newcomer had already, as the primary's log says.
+    fn blocks_the_newcomer_had(&self) -> u64 {
+        let log = self.primary.log_tail(100);
+        let line = log.lines().rfind(|line| line.contains("MC_DISKS_COMPARED")).expect(&log);
+        let words: Vec<_> = line.split_whitespace().collect();
+        let at = words.iter().position(|word| *word == "has").expect(line);
+        words[at + 1].parse().expect(line)
     }
 
     fn verify(&self) -> Output {

@@ -13,11 +13,13 @@ use serde_json::{Map, Value, json};
 
 use super::config::{ArbiterConfig, NodeConfig};
 use super::events::NodeEvent;
+use super::meter::Pace;
 use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
 use crate::control::verify::VerifyReport;
 use crate::control::{Handler, QmpError};
+use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::{self, Command, DiskChoice, Primary};
 use crate::protocol::secondary::{self, Secondary};
 use crate::protocol::types::{EpochId, InstanceId};
@@ -54,8 +56,7 @@ struct Vitals {
     at: EpochId,
     running: bool,
     peer: Option<InstanceId>,
-    pages_left: Option<u64>,
-    pages_total: u64,
+    resync: Option<Pace>,
     arbiter_lost: Option<String>,
     no_primary: Option<String>,
 }
@@ -125,8 +126,7 @@ impl Board {
             at: EpochId::default(),
             running: false,
             peer: None,
-            pages_left: None,
-            pages_total: 0,
+            resync: None,
             arbiter_lost: None,
             no_primary: None,
         };
@@ -180,7 +180,7 @@ impl Board {
     }
 
     /// Writes down how a primary is.
-    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64, held: HeldFigures) {
+    pub fn primary(&self, node: &Primary, running: bool, resync: Option<Pace>, held: HeldFigures) {
         use primary::Phase;
         let (role, state) = match node.phase() {
             Phase::Solo | Phase::Stopping => (Role::Primary, State::Solo),
@@ -198,15 +198,14 @@ impl Board {
             at: node.running_epoch(),
             running,
             peer: node.peer(),
-            pages_left: node.resync().map(|ledger| ledger.pages_left()),
-            pages_total,
+            resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
         });
     }
 
     /// Writes down how a secondary is.
-    pub fn secondary(&self, node: &Secondary) {
+    pub fn secondary(&self, node: &Secondary, resync: Option<Pace>) {
         use secondary::Phase;
         let state = match node.phase() {
             Phase::Connecting | Phase::Greeting | Phase::Done => State::Connecting,
@@ -225,8 +224,7 @@ impl Board {
             at,
             running: false,
             peer: node.primary(),
-            pages_left: None,
-            pages_total: 0,
+            resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
         });
@@ -304,7 +302,9 @@ impl Board {
             wire_bytes: log.wire_bytes(),
             held_packets: vitals.held.packets,
             held_bytes: vitals.held.bytes,
-            resync: vitals.pages_left.map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
+            resync: vitals.resync.as_ref().map(|Pace { parts, rate_pages_s }| {
+                ResyncProgress::of(parts, rate_pages_s.map(|pages| pages.saturating_mul(PAGE_BYTES as u64)))
+            }),
             takeover: takeover.clone().map(|report| with_first_packet(report, vitals.held.first_out_us)),
             alarms,
         }

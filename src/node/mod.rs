@@ -22,6 +22,7 @@ mod error;
 mod events;
 mod keeper;
 mod links;
+mod meter;
 mod primary;
 mod priority;
 mod secondary;

@@ -12,6 +12,7 @@ use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::meter::Meter;
 use super::summer::{Summer, VerifyWatch};
 use super::{clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
@@ -60,6 +61,7 @@ pub struct PrimaryNode {
     /// There is one once sums were asked for.
     summer: Option<Summer>,
     verifying: VerifyWatch,
+    meter: Meter,
     pool: CapturePool,
     dirt: DirtBook,
     on_its_way: Option<OnItsWay>,
@@ -92,6 +94,7 @@ impl PrimaryNode {
             sender: None,
             summer: None,
             verifying: VerifyWatch::default(),
+            meter: Meter::default(),
             pool,
             dirt: DirtBook::new(pages),
             on_its_way: None,
@@ -428,8 +431,9 @@ impl PrimaryNode {
     }
 
     fn publish(&mut self) {
-        let pages = self.disks.layout().pages();
-        self.context.board.primary(&self.protocol, self.machine.is_running(), pages, self.gate.figures());
+        let resync = self.protocol.resync().map(|ledger| ledger.parts().collect());
+        let resync = self.meter.look(clock::monotonic_us(), resync);
+        self.context.board.primary(&self.protocol, self.machine.is_running(), resync, self.gate.figures());
         if let Some(report) = self.verifying.news(self.protocol.verify()) {
             self.context.board.verified(report);
         }

@@ -13,6 +13,7 @@ use super::disks::{self, NodeDisks};
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::links;
+use super::meter::Meter;
 use super::{clock, priority};
 use crate::checkpoint::apply::{Applier, ApplyNews};
 use crate::checkpoint::output::OutputGate;
@@ -84,6 +85,7 @@ pub struct SecondaryNode<'a> {
     image: Option<Image>,
     staged: Option<Box<StagedEpoch>>,
     stages: Stages,
+    meter: Meter,
     end: Option<SecondaryEnd>,
 }
 
@@ -104,6 +106,7 @@ impl<'a> SecondaryNode<'a> {
             image: None,
             staged: None,
             stages: Stages::default(),
+            meter: Meter::default(),
             end: None,
         }
     }
@@ -117,7 +120,8 @@ impl<'a> SecondaryNode<'a> {
         priority::raise();
         loop {
             self.act()?;
-            self.context.board.secondary(&self.protocol);
+            let resync = self.meter.look(clock::monotonic_us(), self.protocol.resync());
+            self.context.board.secondary(&self.protocol, resync);
             if let Some(end) = self.end.take() {
                 self.conns.close_all();
                 self.budget.close();

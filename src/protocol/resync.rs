@@ -35,6 +35,8 @@ pub struct Ledger {
     cursor: u64,
     pushing: bool,
     comparing: bool,
+    /// Blocks that were compared, and how many of them were there already.
+    compared: (u64, u64),
 }
 
 impl Ledger {
@@ -49,7 +51,15 @@ impl Ledger {
             part(blocks.clone(), if compare { blocks } else { blocks.end..blocks.end })
         });
         let parts = std::iter::once(memory).chain(disks).collect();
-        Ledger { left: PageSet::full(pages), left_count: pages, parts, cursor: 0, pushing: false, comparing: false }
+        Ledger {
+            left: PageSet::full(pages),
+            left_count: pages,
+            parts,
+            cursor: 0,
+            pushing: false,
+            comparing: false,
+            compared: (0, 0),
+        }
     }
 
     /// Takes the next pages to push, at most `pages_max`; `None` while a push is on its way or when none is left that may be.
@@ -93,6 +103,9 @@ impl Ledger {
 
     /// The newcomer has these blocks, but for those that differ (rising): they need no push.
     pub fn compared(&mut self, run: &Range<u64>, differing: &[u64]) {
+        let blocks = run.end - run.start;
+        self.compared.0 += blocks;
+        self.compared.1 += blocks.saturating_sub(differing.len() as u64);
         let mut differing = differing.iter().peekable();
         for block in run.clone() {
             if differing.next_if(|different| **different == block).is_none() {
@@ -140,6 +153,12 @@ impl Ledger {
     /// True when an epoch captured now makes the image whole.
     pub fn is_done(&self) -> bool {
         (!self.pushing || mutant::is("done-while-pushing")) && self.left_count == 0 && !self.comparing
+    }
+
+    /// Once every comparison is done, if there were any: how many blocks were compared, and how many of them the newcomer had already.
+    pub fn comparisons(&self) -> Option<(u64, u64)> {
+        let done = !self.comparing && self.parts.iter().all(|part| part.unsure.is_empty());
+        Some(self.compared).filter(|(blocks, _)| done && *blocks > 0)
     }
 
     /// Pages that still have to be pushed.
@@ -221,7 +240,7 @@ mod tests {
         assert_eq!(ledger.next_comparison(), Some(310..315));
         assert!(!ledger.is_done());
         ledger.incomparable(&(310..315));
-        assert_eq!(ledger.next_comparison(), None);
+        assert_eq!((ledger.next_comparison(), ledger.comparisons()), (None, Some((300, 297))));
         assert_eq!(ledger.parts().collect::<Vec<_>>(), [(10, 0), (300, 0), (5, 5)]);
         assert_eq!(push_all(&mut ledger), (310..315).collect::<Vec<_>>());
         assert!(ledger.is_done() && ledger.pages_left() == 0);

@@ -6,11 +6,12 @@ use thiserror::Error;
 
 use super::types::{Action, ConnId, DiskChoice};
 use super::{Phase, Primary};
+use crate::protocol::event::Event;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::sums::{BlockSum, Comparison};
 use crate::protocol::types::{EpochId, Instant};
-use crate::protocol::verify::Verify;
+use crate::protocol::verify::{DiskFindings, Outcome, Verify};
 
 /// Time from one word to a newcomer about its resync to the next.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -79,8 +80,13 @@ impl Primary {
         if self.phase != Phase::Protected || self.epochs.is_capturing() {
             return;
         }
-        if let Some(run) = self.verify.as_mut().and_then(Verify::next_run) {
+        let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) else { return };
+        if let Some(run) = verify.next_run() {
             self.actions.push_back(Action::Freeze { run });
+        } else if *verify.outcome() == Outcome::Done {
+            let sum = |of: fn(&DiskFindings) -> u64| verify.disks().iter().map(of).sum();
+            let (blocks, different) = (sum(|disk| disk.blocks), sum(|disk| disk.different));
+            self.tell(Event::DisksVerified { blocks, different });
         }
     }
 
@@ -96,8 +102,13 @@ impl Primary {
     /// There is no peer to compare with any more.
     pub(super) fn stop_comparing(&mut self) {
         self.comparison = None;
-        if let Some(verify) = &mut self.verify {
-            verify.fail("the secondary is gone, or is on its way to run the guest");
+        self.verify_failed("the pair broke up meanwhile");
+    }
+
+    fn verify_failed(&mut self, why: &str) {
+        if let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) {
+            verify.fail(why);
+            self.tell(Event::DisksNotVerified { why: why.into() });
         }
     }
 
@@ -117,6 +128,12 @@ impl Primary {
         self.progress_at = now + PROGRESS_INTERVAL;
         let left = self.ledger.iter().flat_map(|ledger| ledger.parts()).map(|(_, left)| left).collect();
         self.actions.push_back(Action::Send { conn: peer.data, message: Message::ResyncLeft { left } });
+    }
+
+    fn tell_comparisons(&mut self) {
+        if let Some((blocks, same)) = self.ledger.as_ref().and_then(|ledger| ledger.comparisons()) {
+            self.tell(Event::DisksCompared { blocks, same });
+        }
     }
 
     // ---- both ----
@@ -143,6 +160,7 @@ impl Primary {
             let run = comparison.run();
             self.comparison = None;
             self.ledger.iter_mut().for_each(|ledger| ledger.incomparable(&run));
+            self.tell_comparisons();
         } else if comparison.take_theirs(first, sums) {
             self.compared();
         } else {
@@ -163,12 +181,18 @@ impl Primary {
         let (Some(differing), run) = (comparison.differing(), comparison.run()) else { return };
         self.comparison = None;
         match (&mut self.ledger, &mut self.verify, differing) {
-            (Some(ledger), _, Ok(differing)) => ledger.compared(&run, &differing),
-            // They are pushed instead; who reads them then will say what is wrong.
-            (Some(ledger), _, Err(_)) => ledger.incomparable(&run),
+            (Some(ledger), _, Ok(differing)) => {
+                ledger.compared(&run, &differing);
+                self.tell_comparisons();
+            }
+            (Some(ledger), _, Err(_)) => {
+                // They are pushed instead; who reads them then will say what is wrong.
+                ledger.incomparable(&run);
+                self.tell_comparisons();
+            }
             (None, Some(verify), Ok(differing)) => verify.compared(&run, &differing),
-            (None, Some(verify), Err(why)) => verify.fail(&format!("the primary cannot sum its own image: {why}")),
-            (None, None, _) => {}
+            (None, _, Err(why)) => self.verify_failed(&format!("the primary cannot sum its own image: {why}")),
+            (None, None, Ok(_)) => {}
         }
     }
 }
