@@ -74,7 +74,9 @@ fn disks_in_flags_and_in_files() {
     bad_primary(&["--disk=/a,rw"], &["--disk", "`rw` is not known", "serial=TEXT"]);
     bad_primary(&["--disk="], &["--disk"]);
     bad_primary(&["--disk=/a"; 7], &["--disk is given 7 times", "at most 6"]);
-    refused(&["disk", "verify", "/nonexistent/a"], USAGE, &["<IMAGE>"]);
+    refused(&["disk", "verify", "/nonexistent/a"], USAGE, &["2 values required", "[IMAGE]"]);
+    refused(&["disk", "verify", "/a", "/b", "--guest=web"], USAGE, &["cannot be used with"]);
+    refused(&["disk", "verify", "--control=/nonexistent/s"], USAGE, &["/nonexistent/s"]);
     refused(&["disk", "verify", "/nonexistent/a", "/nonexistent/b"], USAGE, &["there is no disk image /nonexistent/a"]);
     bad_file("primary", b"disk = 3.5\n", &["`disk`", "must be a string"]);
     bad_file("primary", b"disk = [\"/a\", \"/b,what\"]\n", &["`what` is not known"]);
@@ -226,7 +228,7 @@ fn the_documented_example_is_right_in_every_line() {
     let dir = tempfile::tempdir().unwrap();
     for (command, not_here) in [
         ("primary", ["peer", "peer-heartbeat", "guest-gateway"].as_slice()),
-        ("secondary", &["memory", "cpus", "mac", "guest-gateway", "kernel", "initrd", "append"]),
+        ("secondary", &["memory", "cpus", "rng", "mac", "guest-gateway", "kernel", "initrd", "append"]),
     ] {
         // All that is commented out as well, but for the second answer to a question answered before.
         let keys: String = text

@@ -64,7 +64,9 @@ impl Pair {
     fn kill_and_protect_again(&mut self) {
         let host = self.primary.host();
         self.primary.kill().expect("a process to kill");
-        wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
+        let status = wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
+        let takeover = status.takeover.expect("it was waited for");
+        assert!(takeover.clock_forward_ms > 0.0 && takeover.clock_behind_ms == 0.0, "{takeover:?}");
         // The tap is free once the dead process is gone.
         let deadline = Instant::now() + PATIENCE;
         while self.primary.ended().is_none() {

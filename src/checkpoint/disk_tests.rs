@@ -415,7 +415,7 @@ impl World {
                 if let Some(run) = self.ledger.next_comparison() {
                     let second = self.heir.layout.blocks_of(1);
                     // An image that the newcomer has just made is not worth it.
-                    let worth = run.start != second.start || self.epoch % 3 != 0;
+                    let worth = run.start != second.start || !self.epoch.is_multiple_of(3);
                     let sums = worth.then(|| sum_run(run.clone(), |index, block| self.heir.whole.read(index, block)));
                     self.compared = Some((run, sums.map(|sums| sums.expect("read"))));
                 }

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::arbiter;
-use super::args::{CompressFlag, CpuFlag, MachineArgs, NodeArgs, SecondaryArgs};
+use super::args::{CompressFlag, CpuFlag, GuestClockFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
 use super::values::{Cidr, ConsoleFlag, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
+use crate::protocol::guest_clock::ClockPolicy;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
@@ -72,6 +73,10 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             CpuFlag::Host => CpuModel::Host,
             CpuFlag::Baseline => CpuModel::Baseline,
         },
+        guest_clock: match args.guest_clock {
+            GuestClockFlag::Correct => ClockPolicy::Correct,
+            GuestClockFlag::Continue => ClockPolicy::Continue,
+        },
         listen: args.listen,
         heartbeat_listen,
         arbiter: arbiter::config(&args.who)?,
@@ -109,8 +114,9 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
         )));
     }
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
+    let rng = machine.rng.unwrap_or(machine.kernel.is_some());
     Ok(PrimaryStart {
-        shape: MachineShape::bare(memory.bytes, machine.cpus, mac),
+        shape: MachineShape { rng, ..MachineShape::bare(memory.bytes, machine.cpus, mac) },
         boot: boot(node, machine)?,
         guest_ip: node.guest_ip.map(|cidr| cidr.ipv4),
         both_nodes_are_dead: cold,

@@ -2,22 +2,20 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::args::{DiskCommand, VerifyArgs};
 use super::config;
 use super::exit::{ExitStatus, Failure};
-use super::values;
 use crate::checkpoint::stamp::Stamp;
 use crate::control::verify::{VerifyReport, VerifyState};
 use crate::control::{Client, ClientError};
 use crate::device::BlockBackend;
 use crate::device::image::RawImage;
 use crate::protocol::pages::PAGE_BYTES;
-use crate::protocol::types::GuestName;
 
 /// Bytes read of each image at a time.
 const PIECE_BYTES: usize = 1 << 20;
@@ -37,49 +35,6 @@ Exit codes of verify:
   0  equal
   1  different
   2  they could not be compared";
-
-/// `mcd disk`.
-#[derive(Debug, Args)]
-pub(super) struct DiskArgs {
-    #[command(subcommand)]
-    pub(super) what: DiskCommand,
-}
-
-/// What can be done to disks.
-#[derive(Debug, Subcommand)]
-pub(super) enum DiskCommand {
-    /// Compare a guest's disks on its two nodes while it runs, or two images that no node uses
-    #[command(
-        long_about = "With --guest or --control: has the primary and its secondary compare their images of the guest's disks while it \
-            runs, each block as of one committed epoch, and tells the blocks that differ. With two images: compares them byte for byte, and \
-            says what their stamps and checksums (CRC32C) are.",
-        after_help = HELP
-    )]
-    Verify(VerifyArgs),
-}
-
-/// `mcd disk verify`.
-#[derive(Debug, Args)]
-pub(super) struct VerifyArgs {
-    /// Two images, which no node uses
-    #[arg(value_name = "IMAGE", num_args = 2, required_unless_present_any = ["guest", "control"], conflicts_with_all = ["guest", "control"])]
-    images: Vec<PathBuf>,
-    /// The guest whose primary on this host is asked, if its control socket is where it is by default
-    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
-    guest: Option<GuestName>,
-    /// The control socket of the primary
-    #[arg(long, alias = "socket", value_name = "PATH", conflicts_with = "guest")]
-    control: Option<PathBuf>,
-    /// Only this disk: its number, counted from 0 in the order of --disk, or its serial number [default: all that the guest can write]
-    #[arg(long, value_name = "NUMBER|SERIAL", conflicts_with = "images")]
-    disk: Option<String>,
-    /// Print the result as JSON
-    #[arg(long, conflicts_with = "images")]
-    json: bool,
-    /// How long to wait for an answer of the node (the verify itself takes as long as it takes)
-    #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
-    timeout_ms: u64,
-}
 
 /// Does what is asked.
 pub(super) fn run(command: &DiskCommand) -> Result<(), Failure> {

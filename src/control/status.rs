@@ -156,6 +156,10 @@ pub struct TakeoverReport {
     pub started_monotonic_us: u64,
     /// When the first packet left, in microseconds of the host's monotonic clock.
     pub first_packet_monotonic_us: Option<u64>,
+    /// How far the guest's clocks were set forward, so that they count the takeover.
+    pub clock_forward_ms: f64,
+    /// How far they are behind by it instead.
+    pub clock_behind_ms: f64,
 }
 
 /// The whole answer to `mc-query`.
@@ -297,9 +301,13 @@ impl fmt::Display for TakeoverReport {
             self.cause, self.detect_ms, self.arbitrate_ms, self.apply_ms, self.restore_ms, self.resume_ms
         )?;
         match self.first_packet_ms {
-            Some(ms) => write!(f, ", first packet after {ms:.1} ms"),
-            None => write!(f, ", no packet sent yet"),
+            Some(ms) => write!(f, ", first packet after {ms:.1} ms")?,
+            None => write!(f, ", no packet sent yet")?,
         }
+        if self.clock_behind_ms > 0.0 {
+            write!(f, "; the guest's clock is behind by {:.1} ms", self.clock_behind_ms)?;
+        }
+        Ok(())
     }
 }
 
@@ -354,6 +362,8 @@ mod tests {
                 first_packet_ms: None,
                 started_monotonic_us: 1,
                 first_packet_monotonic_us: None,
+                clock_forward_ms: 6.75,
+                clock_behind_ms: 0.0,
             }),
             alarms: vec!["the arbiter was slow".into()],
         }

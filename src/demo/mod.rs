@@ -20,5 +20,6 @@ mod steering;
 pub(crate) mod test_rights;
 #[cfg(test)]
 mod test_server;
+pub mod trouble;
 
 pub use run::{DemoOptions, run};

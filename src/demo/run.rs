@@ -10,8 +10,6 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-
 use super::ask::{answers_ping, ask_dirty};
 use super::client::{Dial, Gauge, Tally, connect};
 use super::error::DemoError;
@@ -22,6 +20,7 @@ use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochSamples, EpochShape, EpochsReport, LatencyReport, Pair, Report, Round};
 use super::rng::Rng;
 use super::screen::{Moment, Screen};
+use super::trouble::{Trouble, catch_signals};
 use crate::control::status::{EpochCounts, NodeStatus, Role};
 
 /// The built-in guest's port.
@@ -89,7 +88,7 @@ pub fn run(options: DemoOptions) -> ExitCode {
 
 fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     let stop = catch_signals().map_err(DemoError::io("watch for signals"))?;
-    fabric::gain_rights()?;
+    fabric::gain_rights().map_err(Trouble::from)?;
     fs::File::options().read(true).write(true).open("/dev/kvm").map_err(DemoError::NoKvm)?;
     let seed = match options.seed {
         Some(seed) => seed,
@@ -99,7 +98,7 @@ fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     if options.keep_logs {
         dir.keep();
     }
-    let fabric = Arc::new(Fabric::new()?);
+    let fabric = Arc::new(Fabric::new().map_err(Trouble::from)?);
     let mut demo = Demo::start(options, seed, stop, fabric, &dir)?;
     let report = demo.play()?;
     demo.screen.say(format_args!("done\n\n{report}"));
@@ -114,17 +113,6 @@ fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
         demo.stay()?;
     }
     Ok(report.ok)
-}
-
-/// The first signal asks for an orderly end, a second one ends at once; the nodes die either way.
-fn catch_signals() -> io::Result<Arc<AtomicBool>> {
-    const KILLED_BY_SIGINT: i32 = 130;
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register_conditional_shutdown(signal, KILLED_BY_SIGINT, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
-    Ok(stop)
 }
 
 pub(super) struct Demo<'a> {
@@ -276,15 +264,15 @@ impl<'a> Demo<'a> {
     /// What has to be looked at all the time.
     fn tick(&mut self) -> Result<(), DemoError> {
         if self.stop.load(Relaxed) {
-            return Err(DemoError::Interrupted);
+            return Err(Trouble::Interrupted.into());
         }
         if let Some(status) = self.primary.ended() {
-            return Err(DemoError::died(&self.primary, status));
+            return Err(Trouble::died(&self.primary, status).into());
         }
         if let Some(node) = &mut self.secondary
             && let Some(status) = node.ended()
         {
-            return Err(DemoError::died(node, status));
+            return Err(Trouble::died(node, status).into());
         }
         if self.primary_is_fenced() {
             return Err(DemoError::Fenced);
@@ -448,6 +436,6 @@ impl<'a> Demo<'a> {
     fn too_late(&mut self, what: &str, limit: Duration) -> DemoError {
         let nodes = std::iter::once(&mut self.primary).chain(&mut self.secondary);
         let logs = nodes.map(|node| format!("\n--- the last lines of {}'s log:\n{}", node.name(), node.log_tail(12)));
-        DemoError::TooLate { what: what.to_owned(), limit_s: limit.as_secs(), logs: logs.collect() }
+        Trouble::TooLate { what: what.to_owned(), limit_s: limit.as_secs(), logs: logs.collect() }.into()
     }
 }

@@ -6,6 +6,7 @@ use std::thread;
 use super::error::DemoError;
 use super::fabric::{self, GUEST_IPV4};
 use super::run::{Demo, LOOK};
+use super::trouble::Trouble;
 
 impl Demo<'_> {
     /// Leaves the pair up until a signal. Whoever kills a node by hand gets another one.
@@ -15,7 +16,7 @@ impl Demo<'_> {
         self.invite();
         loop {
             match self.tick_quietly() {
-                Err(DemoError::Interrupted) => return Ok(()),
+                Err(DemoError::Run(Trouble::Interrupted)) => return Ok(()),
                 other => other?,
             }
             thread::park_timeout(LOOK);
@@ -50,7 +51,7 @@ impl Demo<'_> {
 
     fn tick_quietly(&mut self) -> Result<(), DemoError> {
         if self.stop.load(Relaxed) {
-            return Err(DemoError::Interrupted);
+            return Err(Trouble::Interrupted.into());
         }
         if self.secondary.as_mut().is_some_and(|node| node.ended().is_some()) {
             self.secondary = None;

@@ -22,8 +22,8 @@
 //! # Rooms
 //!
 //! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty` what changed · `vcpu` threads and
-//! the pause word · `wait` the wait port · `state` the byte form of everything · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a
-//! guest starts with · `boot` who gives it that.
+//! the pause word · `wait` the wait port · `saving` its state out and in · `state` the byte form of everything · `host` what this host
+//! can do · `cpuid` which of it a guest is shown · `initial` what a guest starts with · `boot` who gives it that.
 
 pub mod boot;
 mod cpuid;
@@ -34,12 +34,12 @@ mod futex;
 mod host;
 pub mod initial;
 pub mod memory;
+mod saving;
 mod state;
 mod vcpu;
 pub mod wait;
 
 use std::io::Write;
-use std::iter::repeat_with;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -57,26 +57,21 @@ pub use self::memory::{GuestRam, MemoryError};
 pub use self::state::FormatError;
 pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 
-use self::devices::{MachineSignals, check_disks, kind_of};
+use self::devices::{MachineSignals, check_disks};
 use self::dirty::DirtyLog;
 use self::error::kvm;
 use self::host::HostCaps;
 use self::memory::GuestMmap;
-use self::state::chips::ChipState;
-use self::state::sections::{self, Kind, Sections};
-use self::state::tsc::ClockInstant;
 use self::vcpu::gate::{Order, Patience};
 use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
 use crate::device::Bus;
-use crate::device::bus::{DeviceId, VirtioWindow};
+use crate::device::bus::VirtioWindow;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
 /// Most events that wait to be read; more are dropped (the guest can ring the event port for ever).
 const EVENTS_MAX: usize = 64;
-/// The version of the shape section.
-const SHAPE_VERSION: u16 = 1;
 /// Three pages KVM needs on Intel hosts, in the hole, out of every device's way.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// One more such page.
@@ -269,65 +264,6 @@ impl Machine {
         self.running
     }
 
-    /// Appends the machine's state, without its memory, to `out`.
-    ///
-    /// # Errors
-    /// [`MachineError::Running`], [`MachineError::HalfRestored`], or [`MachineError::State`] if KVM would not hand over all of
-    /// it; `out` then holds a part that is of no use.
-    pub fn save(&mut self, out: &mut Vec<u8>) -> Result<(), MachineError> {
-        self.need_paused("save it")?;
-        if self.half_restored {
-            return Err(MachineError::HalfRestored);
-        }
-        let start = Instant::now();
-        for vcpu in &self.vcpus {
-            vcpu.wait_settled("hand over its state")?;
-        }
-        self.times.settle_us = elapsed_us(start);
-        sections::write(out, Kind::Shape, SHAPE_VERSION, 0, |o| {
-            o.push(self.shape.cpus);
-            o.extend_from_slice(&self.shape.memory_bytes.to_le_bytes());
-        });
-        for vcpu in &self.vcpus {
-            vcpu.check()?;
-        }
-        let chips = ChipState::harvest(&self.vm).map_err(state_error("interrupt controllers"))?;
-        for vcpu in &self.vcpus {
-            vcpu.slot().state.encode(vcpu.number(), chips.instant, out);
-        }
-        chips.state.encode(out);
-        for device in self.bus.devices() {
-            let kind = kind_of(device.kind);
-            sections::write(out, kind, device.kind.version(), device.instance, |o| self.bus.save(*device, o));
-        }
-        self.times.encode_us = elapsed_us(start) - self.times.settle_us;
-        Ok(())
-    }
-
-    /// Puts a saved state into the machine, which is left paused. Guest memory must hold what it held when the state was saved.
-    ///
-    /// # Errors
-    /// [`MachineError::Running`], or [`MachineError::State`] if the bytes are no state of such a machine or KVM refuses a part;
-    /// the machine then cannot be resumed or saved until a restore succeeds.
-    pub fn restore(&mut self, state: &[u8]) -> Result<(), MachineError> {
-        self.need_paused("restore it")?;
-        for vcpu in &self.vcpus {
-            vcpu.wait_settled("stop")?;
-        }
-        self.half_restored = true;
-        let chips = self.decode(state)?;
-        self.apply(repeat_with(|| Task::Restore))?;
-        chips.chips.apply(&self.vm).map_err(state_error("interrupt controllers"))?;
-        let instant = ClockInstant::now(&self.vm).map_err(state_error("clock"))?;
-        self.apply(repeat_with(|| Task::Align(instant)))?;
-        for (device, bytes) in chips.devices {
-            let restored = self.bus.restore(device, bytes).map_err(|e| kind_of(device.kind).bad(e.what));
-            restored.map_err(state_error("devices"))?;
-        }
-        self.half_restored = false;
-        Ok(())
-    }
-
     /// Gives each vCPU its task, as long as there are any, and waits until all are done.
     fn apply(&mut self, tasks: impl Iterator<Item = Task>) -> Result<(), MachineError> {
         let mut given = 0;
@@ -340,33 +276,6 @@ impl Machine {
             vcpu.check()?;
         }
         Ok(())
-    }
-
-    /// Reads every section: the vCPUs' into their slots, the rest into the result.
-    fn decode<'a>(&mut self, state: &'a [u8]) -> Result<Decoded<'a>, MachineError> {
-        let mut from = Sections::parse(state).map_err(state_error("state"))?;
-        self.check_shape(&mut from).map_err(state_error("state"))?;
-        for vcpu in &self.vcpus {
-            vcpu.slot().state.decode(vcpu.number(), &mut from).map_err(state_error("vCPU"))?;
-        }
-        let chips = ChipState::decode(&mut from).map_err(state_error("interrupt controllers"))?;
-        let mut devices = Vec::with_capacity(self.bus.devices().len());
-        for device in self.bus.devices() {
-            let fields = from.take(kind_of(device.kind), device.kind.version(), device.instance);
-            devices.push((*device, fields.map_err(state_error("devices"))?.remaining()));
-        }
-        from.finish().map_err(state_error("state"))?;
-        Ok(Decoded { chips, devices })
-    }
-
-    fn check_shape(&self, from: &mut Sections<'_>) -> Result<(), FormatError> {
-        let mut shape = from.take(Kind::Shape, SHAPE_VERSION, 0)?;
-        let (cpus, memory_bytes) = (shape.u8()?, shape.u64()?);
-        shape.end()?;
-        if (cpus, memory_bytes) == (self.shape.cpus, self.shape.memory_bytes) {
-            return Ok(());
-        }
-        Err(Kind::Shape.bad(format!("it is of a machine with {cpus} vCPUs and {memory_bytes} bytes of memory")))
     }
 
     /// The guest's memory.
@@ -463,12 +372,6 @@ impl ConsoleInput {
             bus.console_input(bytes);
         }
     }
-}
-
-/// What is not applied by a vCPU.
-struct Decoded<'a> {
-    chips: ChipState,
-    devices: Vec<(DeviceId, &'a [u8])>,
 }
 
 fn create_vm(kvm_fd: &kvm_ioctls::Kvm) -> Result<VmFd, MachineError> {

@@ -41,6 +41,7 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
         control: "/nonexistent".into(),
         disks: Vec::new(),
         force_disk: false,
+        guest_clock: Default::default(),
         console: ConsoleTo::None,
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::arbiter::etcd::EtcdConfig;
 use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
+use crate::protocol::guest_clock::ClockPolicy;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
@@ -20,6 +21,8 @@ pub struct NodeConfig {
     pub tap: String,
     /// The CPU the guest is shown, the same on both nodes.
     pub cpu: CpuModel,
+    /// What a takeover does to the guest's clocks.
+    pub guest_clock: ClockPolicy,
     /// Where a newcomer's data connection is accepted.
     pub listen: SocketAddr,
     /// Where a newcomer's heartbeat connection is accepted.

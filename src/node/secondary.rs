@@ -21,11 +21,12 @@ use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
 use crate::checkpoint::stamp::StampState;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineError};
+use crate::protocol::guest_clock;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
-use crate::protocol::types::EpochId;
+use crate::protocol::types::{EpochId, Instant};
 use crate::wire::LinkNews;
 
 /// How a secondary's life ended.
@@ -269,7 +270,7 @@ impl<'a> SecondaryNode<'a> {
                     }
                 }
                 Action::Ask(call) => self.context.arbiter.ask(call),
-                Action::Promote { record, epoch, cause } => self.promote(record, epoch, cause)?,
+                Action::Promote { record, epoch, received, cause } => self.promote(record, epoch, received, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
                 Action::Exit(ending) => self.end = Some(SecondaryEnd::Over(ending)),
                 Action::Tell(event) => self.context.tell(&event),
@@ -345,13 +346,14 @@ impl<'a> SecondaryNode<'a> {
         }
     }
 
-    fn promote(&mut self, record: Record, epoch: EpochId, cause: String) -> Result<(), NodeError> {
+    fn promote(&mut self, record: Record, epoch: EpochId, received: Instant, cause: String) -> Result<(), NodeError> {
         let Some(Image { mut machine, gate, disks, welcome, applier, .. }) = self.image.take() else {
             return Err(NodeError::GuestFailed("there is no image to take over with".into()));
         };
         let state = applier.finish(epoch)?;
         let applied_us = clock::monotonic_us();
-        machine.restore(&state)?;
+        let clocks = guest_clock::step(self.context.config.guest_clock, received, clock::now());
+        machine.restore_later(&state, clocks.forward)?;
         gate.drain_input();
         let restored_us = clock::monotonic_us();
         let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
@@ -367,6 +369,8 @@ impl<'a> SecondaryNode<'a> {
             first_packet_ms: None,
             started_monotonic_us: suspected_us,
             first_packet_monotonic_us: None,
+            clock_forward_ms: clocks.forward.as_secs_f64() * 1000.0,
+            clock_behind_ms: clocks.behind.as_secs_f64() * 1000.0,
         };
         self.end = Some(SecondaryEnd::Promoted(Box::new(Promoted { machine, gate, disks, record, welcome, report })));
         Ok(())

@@ -4,6 +4,7 @@
 pub mod arbitration;
 pub mod claim;
 pub mod event;
+pub mod guest_clock;
 pub mod heartbeat;
 pub mod layout;
 pub mod messages;

@@ -316,12 +316,13 @@ impl ListenerCloser {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::wire) mod tests {
     use super::*;
     use crate::protocol::messages::Message;
     use crate::wire::{FrameKind, WireError};
 
-    fn pair() -> (Link, Link) {
+    /// Both ends of a link on this host.
+    pub(in crate::wire) fn pair() -> (Link, Link) {
         let listener = Listener::bind("127.0.0.1:0").unwrap();
         let there = listener.local_address().to_string();
         let near = Link::connect(&there, Duration::from_secs(10)).unwrap();

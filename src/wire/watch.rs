@@ -96,14 +96,7 @@ impl LinkWatch {
 mod tests {
     use super::*;
     use crate::protocol::messages::Message;
-    use crate::wire::link::{Link, Listener};
-
-    fn pair() -> (Link, Link) {
-        let listener = Listener::bind("127.0.0.1:0").unwrap();
-        let there = listener.local_address().to_string();
-        let near = Link::connect(&there, Duration::from_secs(10)).unwrap();
-        (near, listener.accept().unwrap())
-    }
+    use crate::wire::link::tests::pair;
 
     const MS: u64 = 1000;
 

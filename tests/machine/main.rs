@@ -1,6 +1,7 @@
 //! Tests of one machine under KVM: pausing, saving and restoring, dirt, devices.
 
 mod builtin;
+mod clock;
 mod dirt;
 mod disk;
 mod events;

@@ -415,7 +415,7 @@ impl World {
             Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
             Action::Commit { id } => self.commit(proc, id),
             Action::Ask(call) => self.ask_arbiter(proc, call),
-            Action::Promote { record, epoch, cause } => {
+            Action::Promote { record, epoch, received: _, cause } => {
                 self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
                 let node = &mut self.procs[proc];
                 let (counter, _) = node.image_state;

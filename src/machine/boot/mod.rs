@@ -2,6 +2,7 @@
 
 pub mod builtin;
 pub mod linux;
+mod long_mode;
 mod tables;
 
 use thiserror::Error;

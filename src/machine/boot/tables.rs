@@ -14,8 +14,9 @@
 //! "Last" is the lowest address: stacks grow down, and one that grows too far faults instead of writing into its neighbour. These
 //! pages can be read, because the guest's checksum reads all RAM but page 0.
 
-use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
+use kvm_bindings::kvm_sregs;
 
+use super::long_mode::LongMode;
 use crate::machine::memory::{GuestRam, HOLE_END, HOLE_START, MemoryError};
 
 const GDT: u64 = 0x1000;
@@ -92,54 +93,17 @@ pub(super) fn stack_top(cpu: u8) -> u64 {
 
 /// Segments, control registers and descriptor tables of a vCPU in 64-bit ring 3.
 pub(super) fn special_registers() -> kvm_sregs {
-    let code = segment(CODE_INDEX << 3 | RING_3, 11, true);
-    let data = segment(DATA_INDEX << 3 | RING_3, 3, false);
-    let task = kvm_segment {
-        base: TSS,
-        limit: (TSS_BYTES + BITMAP_BYTES) as u32,
-        selector: TSS_INDEX << 3,
-        type_: 11,
-        present: 1,
-        ..kvm_segment::default()
-    };
-    let no_local_table = kvm_segment { type_: 2, present: 1, unusable: 1, ..kvm_segment::default() };
-    kvm_sregs {
-        cs: code,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        ss: data,
-        tr: task,
-        ldt: no_local_table,
-        gdt: kvm_dtable { base: GDT, limit: (GDT_ENTRIES * 8 - 1) as u16, ..kvm_dtable::default() },
-        // No handler runs in ring 0: a fault of the guest is the end of it, and shows as a shutdown.
-        idt: kvm_dtable::default(),
-        // PE, MP, ET, NE, WP, AM, PG.
-        cr0: 0x8005_0033,
-        cr3: PML4,
-        // PAE, OSFXSR, OSXMMEXCPT.
-        cr4: 0x620,
-        // SCE, LME, LMA, NXE.
-        efer: 0xD01,
-        ..kvm_sregs::default()
+    LongMode {
+        code: CODE_INDEX << 3 | RING_3,
+        data: DATA_INDEX << 3 | RING_3,
+        task: (TSS_INDEX << 3, TSS, (TSS_BYTES + BITMAP_BYTES) as u32),
+        gdt: GDT,
+        gdt_entries: GDT_ENTRIES,
+        page_tables: PML4,
+        // PE, MP, ET, NE, WP, AM, PG; PAE, OSFXSR, OSXMMEXCPT; SCE, LME, LMA, NXE.
+        control: (0x8005_0033, 0x620, 0xD01),
     }
-}
-
-fn segment(selector: u16, type_: u8, is_code: bool) -> kvm_segment {
-    kvm_segment {
-        base: 0,
-        limit: u32::MAX,
-        selector,
-        type_,
-        present: 1,
-        dpl: 3,
-        db: u8::from(!is_code),
-        s: 1,
-        l: u8::from(is_code),
-        g: 1,
-        ..kvm_segment::default()
-    }
+    .registers()
 }
 
 /// The GDT in memory says the same as the segments above.

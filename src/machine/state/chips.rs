@@ -3,6 +3,8 @@
 //! Saved and restored after the vCPUs. The timer goes in before the controllers: setting it may raise its line, which the
 //! controllers' own state then overrides.
 
+use std::time::Duration;
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
@@ -45,13 +47,12 @@ impl ChipState {
         Ok(Harvest { state: ChipState { pit, chips, clock }, instant })
     }
 
-    /// Puts the state into `vm`.
-    ///
-    /// The clock goes on from where it was saved: for the guest, the time of the takeover did not pass. Adding it (KVM offers to)
-    /// would make every timer in the guest fire at once, and would trust two hosts' wall clocks to agree.
-    pub(in crate::machine) fn apply(&self, vm: &VmFd) -> Result<(), StateError> {
+    /// Puts the state into `vm`, whose clock goes on as if `ahead` had passed since the save. (KVM offers to add the time itself, but would
+    /// trust two hosts' wall clocks to agree.)
+    pub(in crate::machine) fn apply(&self, vm: &VmFd, ahead: Duration) -> Result<(), StateError> {
         vm.set_pit2(&self.pit).map_err(kvm("KVM_SET_PIT2"))?;
-        let clock = kvm_clock_data { clock: self.clock.clock, flags: 0, ..Default::default() };
+        let ahead_ns = u64::try_from(ahead.as_nanos()).unwrap_or(u64::MAX);
+        let clock = kvm_clock_data { clock: self.clock.clock.saturating_add(ahead_ns), flags: 0, ..Default::default() };
         vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
         for chip in &self.chips {
             vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;

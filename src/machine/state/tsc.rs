@@ -108,9 +108,12 @@ impl Tsc {
 /// The offset with which the TSC goes on from `saved` (kvmclock, TSC) at `instant`.
 fn offset_at((clock_ns, tsc): (u64, u64), instant: ClockInstant, khz: u32) -> u64 {
     let passed_ns = i128::from(instant.clock_ns) - i128::from(clock_ns);
-    let ticks = passed_ns * i128::from(khz) / 1_000_000;
-    // Counters wrap, and so does their difference.
-    tsc.wrapping_add(ticks as u64).wrapping_sub(instant.host_tsc)
+    tsc.wrapping_add(ticks(passed_ns, khz)).wrapping_sub(instant.host_tsc)
+}
+
+/// What a TSC of `khz` counts in `passed_ns`. Counters wrap, and so does a difference that is negative.
+pub(super) fn ticks(passed_ns: i128, khz: u32) -> u64 {
+    (passed_ns.saturating_mul(i128::from(khz)) / 1_000_000) as u64
 }
 
 fn attribute(value: &mut u64) -> kvm_device_attr {

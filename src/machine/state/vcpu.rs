@@ -10,6 +10,8 @@
 //! IA32_TSC before the deadline (which is compared with it), events last (setting registers clears pending exceptions). After the clock,
 //! the TSC is aligned with it (see `tsc`).
 
+use std::time::Duration;
+
 use kvm_bindings::{
     Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs,
@@ -18,7 +20,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::plain::{self, Plain, bytes_of, bytes_of_words};
 use super::sections::{self, FormatError, Kind, Sections};
-use super::tsc::{ClockInstant, Tsc};
+use super::tsc::{ClockInstant, Tsc, ticks};
 use crate::machine::error::{StateError, kvm};
 use crate::machine::host::HostCaps;
 
@@ -113,9 +115,19 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Puts the state into `vcpu`.
-    pub(in crate::machine) fn apply(&mut self, vcpu: &VcpuFd, caps: &HostCaps) -> Result<(), StateError> {
+    /// Puts the state into `vcpu`, whose TSC goes on as if `ahead` had passed since the save. That comes before the timer's deadline: KVM
+    /// looks at the TSC when it is written and never again.
+    pub(in crate::machine) fn apply(
+        &mut self,
+        vcpu: &VcpuFd,
+        caps: &HostCaps,
+        ahead: Duration,
+    ) -> Result<(), StateError> {
         self.tsc.forget();
+        let ahead = ticks(ahead.as_nanos().try_into().unwrap_or(i128::MAX), self.tsc_khz);
+        if let Some(tsc) = self.msrs.as_mut_slice().iter_mut().find(|entry| entry.index == MSR_TSC) {
+            tsc.data = tsc.data.wrapping_add(ahead);
+        }
         self.apply_tsc_frequency(vcpu, caps)?;
         vcpu.set_mp_state(kvm_mp_state { mp_state: self.mp_state }).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
@@ -135,6 +147,13 @@ impl VcpuState {
     pub(in crate::machine) fn align(&mut self, vcpu: &VcpuFd, instant: ClockInstant) {
         if !self.is_scaled() {
             self.tsc.align(vcpu, instant, self.tsc_khz);
+        }
+    }
+
+    /// Tells the guest's kernel, where it uses kvmclock, that it did not run for a while, so that its watchdogs do not bark.
+    pub(in crate::machine) fn excuse(vcpu: &VcpuFd) {
+        if let Err(error) = vcpu.kvmclock_ctrl() {
+            tracing::debug!(%error, "this vCPU's guest has no kvmclock to be told by that it stood still");
         }
     }
 

@@ -36,10 +36,15 @@ const OBEY_LIMIT: Duration = Duration::from_secs(10);
 pub(super) enum Task {
     /// Nothing.
     None,
-    /// Put the slot's state into the vCPU.
-    Restore,
-    /// Make the vCPU's TSC fit kvmclock again, which stood thus at this instant.
-    Align(ClockInstant),
+    /// Put the slot's state into the vCPU, its TSC so far ahead.
+    Restore(Duration),
+    /// Make the vCPU's TSC fit kvmclock again.
+    Align {
+        /// The instant, and what kvmclock showed then.
+        instant: ClockInstant,
+        /// Tell the guest that it stood still for a while.
+        excuse: bool,
+    },
     /// Put a guest's first state into the vCPU.
     Start(Box<InitialVcpu>),
 }

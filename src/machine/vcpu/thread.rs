@@ -145,9 +145,12 @@ impl VcpuThread {
             let mut slot = slot.lock();
             let applied = match std::mem::replace(&mut slot.task, Task::None) {
                 Task::None => Ok(()),
-                Task::Restore => slot.state.apply(&self.fd, &self.caps),
-                Task::Align(instant) => {
+                Task::Restore(ahead) => slot.state.apply(&self.fd, &self.caps, ahead),
+                Task::Align { instant, excuse } => {
                     slot.state.align(&self.fd, instant);
+                    if excuse {
+                        VcpuState::excuse(&self.fd);
+                    }
                     Ok(())
                 }
                 Task::Start(initial) => initial::apply(&initial, &self.fd),

@@ -47,7 +47,7 @@ impl Primary {
         if self.peer_features() & features::DISK_SUMS == 0 {
             return Err(VerifyRefused::Unable);
         }
-        if self.verify.as_ref().is_some_and(Verify::is_running) {
+        if self.verify.as_ref().is_some_and(|verify| verify.is_running()) {
             return Err(VerifyRefused::Busy);
         }
         if self.chosen(choice).is_empty() { Err(VerifyRefused::NoSuchDisk) } else { Ok(()) }
@@ -55,7 +55,7 @@ impl Primary {
 
     /// The verify under way, or the last one.
     pub fn verify(&self) -> Option<&Verify> {
-        self.verify.as_ref()
+        self.verify.as_deref()
     }
 
     /// The numbers of the disks meant, of those that travel.
@@ -71,7 +71,8 @@ impl Primary {
 
     pub(super) fn verify_disks(&mut self, choice: DiskChoice) {
         if self.may_verify(choice).is_ok() {
-            self.verify = Some(Verify::new(&ImageLayout::of(&self.config.shape), &self.chosen(choice)));
+            let verify = Verify::new(&ImageLayout::of(&self.config.shape), &self.chosen(choice));
+            self.verify = Some(Box::new(verify));
         }
     }
 
@@ -146,7 +147,7 @@ impl Primary {
         let count = u32::try_from(run.end - run.start).unwrap_or(u32::MAX);
         self.actions.push_back(Action::Send { conn, message: Message::SumBlocks { first, count } });
         self.actions.push_back(Action::Sum { ticket, run: run.clone(), as_of });
-        self.comparison = Some(Comparison::new(ticket, run));
+        self.comparison = Some(Box::new(Comparison::new(ticket, run)));
     }
 
     pub(super) fn peer_sums(&mut self, conn: ConnId, first: u64, sums: Vec<BlockSum>) {

@@ -74,10 +74,10 @@ pub struct Primary {
     epochs: Epochs,
     ledger: Option<Ledger>,
     /// Blocks that both nodes are summing, in a resync or for `verify`.
-    comparison: Option<Comparison>,
+    comparison: Option<Box<Comparison>>,
     tickets: u64,
     /// The verify under way, or the last one.
-    verify: Option<Verify>,
+    verify: Option<Box<Verify>>,
     /// When the newcomer is told again how far it is.
     progress_at: Instant,
     arbitration: Arbitration,

@@ -70,6 +70,8 @@ pub struct Secondary {
     generation: Generation,
     expected: Option<EpochId>,
     committed: Option<EpochId>,
+    /// When the newest committed epoch was received.
+    received: Instant,
     record: Option<Record>,
     /// The first of the blocks that are being summed for the primary.
     summing: Option<u64>,
@@ -101,6 +103,7 @@ impl Secondary {
             generation: Generation(0),
             expected: None,
             committed: None,
+            received: start,
             record: None,
             summing: None,
             resync_left: Vec::new(),
@@ -285,6 +288,7 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
+        self.received = now;
         if let Some((_, judge)) = &mut self.life {
             judge.overtaken();
         }
@@ -419,7 +423,7 @@ impl Secondary {
         }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
-        self.actions.push_back(Action::Promote { record, epoch, cause: self.cause.clone() });
+        self.actions.push_back(Action::Promote { record, epoch, received: self.received, cause: self.cause.clone() });
     }
 
     fn tell(&mut self, event: Event) {

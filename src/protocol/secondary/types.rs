@@ -9,7 +9,7 @@ use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
 use crate::protocol::record::Record;
 use crate::protocol::sums::BlockSum;
-use crate::protocol::types::{EpochId, GuestName};
+use crate::protocol::types::{EpochId, GuestName, Instant};
 
 /// How a secondary behaves.
 #[derive(Clone, Debug)]
@@ -173,6 +173,8 @@ pub enum Action {
         record: Record,
         /// The newest committed epoch.
         epoch: EpochId,
+        /// When it was received: the guest's clocks count from there (see `guest_clock`).
+        received: Instant,
         /// What made the primary suspect.
         cause: String,
     },

@@ -8,9 +8,9 @@ use mcd::demo::client::monotonic_us;
 use mcd::demo::fabric::HostName;
 use mcd::demo::nodes::StartAs;
 
-use crate::error::HarnessError;
 use crate::rows::Fault;
 use crate::world::World;
+use mcd::demo::trouble::Trouble;
 
 /// Longest wait for a decision.
 const DECISION_LIMIT: Duration = Duration::from_secs(30);
@@ -49,7 +49,7 @@ pub struct Done {
 
 impl World<'_> {
     /// What a fault needs before it: most need a protected guest, some a newcomer that is being filled.
-    pub fn prepare(&mut self, fault: Fault) -> Result<(), HarnessError> {
+    pub fn prepare(&mut self, fault: Fault) -> Result<(), Trouble> {
         if !matches!(fault, Fault::KillNewcomerInResync | Fault::KillPrimaryInResync) {
             return Ok(());
         }
@@ -60,7 +60,7 @@ impl World<'_> {
         })?;
         self.bury(other);
         // So that the resync lasts.
-        self.cuts.slow_down(&self.fabric).map_err(HarnessError::io("slow the link down"))?;
+        self.cuts.slow_down(&self.fabric).map_err(Trouble::io("slow the link down"))?;
         self.start(StartAs::Secondary, other)?;
         self.wait("a resync to begin", DECISION_LIMIT, |world| {
             let status = world.status(world.runner);
@@ -69,7 +69,7 @@ impl World<'_> {
     }
 
     /// Brings the fault about, waits for what comes of it, and takes it away again.
-    pub fn inflict(&mut self, fault: Fault, generation: u64) -> Result<Done, HarnessError> {
+    pub fn inflict(&mut self, fault: Fault, generation: u64) -> Result<Done, Trouble> {
         let old = self.runner;
         let began_us = monotonic_us();
         let mut done = Done { began_us, away_ms: 0, after: After::Nobody, wrongs: Vec::new() };
@@ -92,48 +92,48 @@ impl World<'_> {
             Fault::FreezeSecondary(ms) => self.frozen(old.other(), ms, generation, &mut done)?,
             Fault::Drop(ports, way) => {
                 let cut = self.cuts.drop_packets(&self.fabric, old, ports, way);
-                cut.map_err(HarnessError::io("drop packets"))?;
+                cut.map_err(Trouble::io("drop packets"))?;
                 done.after = self.decision(generation)?;
                 self.linger()?;
             }
             Fault::LinkDown => {
-                self.cuts.link_down(&self.fabric).map_err(HarnessError::io("take the link down"))?;
+                self.cuts.link_down(&self.fabric).map_err(Trouble::io("take the link down"))?;
                 done.after = self.decision(generation)?;
                 self.linger()?;
             }
             Fault::SlowLink => {
-                self.cuts.slow_down(&self.fabric).map_err(HarnessError::io("slow the link down"))?;
+                self.cuts.slow_down(&self.fabric).map_err(Trouble::io("slow the link down"))?;
                 self.pass(SLOW)?;
                 done.after = self.unchanged(generation)?;
             }
             Fault::ArbiterCut => {
-                self.place.cut().map_err(HarnessError::io("cut the arbiter off"))?;
+                self.place.cut().map_err(Trouble::io("cut the arbiter off"))?;
                 self.pass(ARBITER_AWAY)?;
                 done.after = self.unchanged(generation)?;
             }
             Fault::ArbiterRestart => {
-                self.place.restart().map_err(HarnessError::io("restart the arbiter"))?;
+                self.place.restart().map_err(Trouble::io("restart the arbiter"))?;
                 self.pass(WATCH)?;
                 done.after = self.unchanged(generation)?;
             }
             Fault::ArbiterCutThenKillPrimary | Fault::ArbiterCutThenKillSecondary => {
-                self.place.cut().map_err(HarnessError::io("cut the arbiter off"))?;
+                self.place.cut().map_err(Trouble::io("cut the arbiter off"))?;
                 let victim = if fault == Fault::ArbiterCutThenKillPrimary { old } else { old.other() };
                 done.began_us = monotonic_us();
                 self.kill(victim)?;
                 self.without_arbiter(generation, &mut done)?;
             }
             Fault::ArbiterFullThenKillPrimary => {
-                self.place.fill().map_err(HarnessError::io("fill the arbiter's disk"))?;
+                self.place.fill().map_err(Trouble::io("fill the arbiter's disk"))?;
                 done.began_us = monotonic_us();
                 self.kill(old)?;
                 self.without_arbiter(generation, &mut done)?;
             }
             Fault::ArbiterFullThenDrop => {
-                self.place.fill().map_err(HarnessError::io("fill the arbiter's disk"))?;
+                self.place.fill().map_err(Trouble::io("fill the arbiter's disk"))?;
                 done.began_us = monotonic_us();
                 let cut = self.cuts.drop_packets(&self.fabric, old, crate::rows::Ports::Both, crate::rows::Way::Both);
-                cut.map_err(HarnessError::io("drop packets"))?;
+                cut.map_err(Trouble::io("drop packets"))?;
                 self.without_arbiter(generation, &mut done)?;
             }
             Fault::KillNewcomerInResync => {
@@ -163,13 +163,13 @@ impl World<'_> {
                 self.kill(old.other())?;
             }
         }
-        self.place.mend().map_err(HarnessError::io("mend the arbiter"))?;
-        self.cuts.mend(&self.fabric).map_err(HarnessError::io("mend the link"))?;
+        self.place.mend().map_err(Trouble::io("mend the arbiter"))?;
+        self.cuts.mend(&self.fabric).map_err(Trouble::io("mend the link"))?;
         Ok(done)
     }
 
     /// Waits until a node runs the guest in a newer generation, with its takeover's first packet out.
-    fn decision(&mut self, generation: u64) -> Result<After, HarnessError> {
+    fn decision(&mut self, generation: u64) -> Result<After, Trouble> {
         self.wait("a node to be given the guest", DECISION_LIMIT, |world| {
             let leads = world.leader().filter(|(_, status)| {
                 let shown = status.takeover.as_ref().is_none_or(|takeover| takeover.first_packet_ms.is_some());
@@ -180,24 +180,24 @@ impl World<'_> {
     }
 
     /// What became of a fault that should have changed nothing.
-    fn unchanged(&mut self, generation: u64) -> Result<After, HarnessError> {
+    fn unchanged(&mut self, generation: u64) -> Result<After, Trouble> {
         if self.protected() == Some(generation) { Ok(After::Pair) } else { self.decision(generation) }
     }
 
     /// The fault lasts a while longer: time for the loser to do what it should not.
-    fn linger(&mut self) -> Result<(), HarnessError> {
+    fn linger(&mut self) -> Result<(), Trouble> {
         let time = Duration::from_millis(self.rng.below(300));
         self.pass(time)
     }
 
     /// Stops a process for a time that is exact, because nothing else is looked at meanwhile.
-    fn pause_process(&mut self, host: HostName, time: Duration) -> Result<(), HarnessError> {
+    fn pause_process(&mut self, host: HostName, time: Duration) -> Result<(), Trouble> {
         self.freeze(host, true)?;
         thread::sleep(time);
         self.freeze(host, false)
     }
 
-    fn frozen(&mut self, host: HostName, ms: u64, generation: u64, done: &mut Done) -> Result<(), HarnessError> {
+    fn frozen(&mut self, host: HostName, ms: u64, generation: u64, done: &mut Done) -> Result<(), Trouble> {
         let wakes_us = done.began_us + ms * 1000;
         self.freeze(host, true)?;
         if ms < self.timeout_ms {
@@ -223,7 +223,7 @@ impl World<'_> {
     }
 
     /// Nobody may run the guest in a new generation until the arbiter is back.
-    fn without_arbiter(&mut self, generation: u64, done: &mut Done) -> Result<(), HarnessError> {
+    fn without_arbiter(&mut self, generation: u64, done: &mut Done) -> Result<(), Trouble> {
         self.pass(ARBITER_AWAY)?;
         if let Some((host, status)) = self.leader().filter(|(_, status)| status.generation > generation) {
             done.wrongs.push(format!(
@@ -231,20 +231,20 @@ impl World<'_> {
                 status.generation
             ));
         }
-        self.place.mend().map_err(HarnessError::io("mend the arbiter"))?;
+        self.place.mend().map_err(Trouble::io("mend the arbiter"))?;
         done.away_ms = monotonic_us().saturating_sub(done.began_us) / 1000;
         done.after = self.decision(generation)?;
         Ok(())
     }
 
     /// Both copies are gone: the guest must not start by itself, and does on an operator's word.
-    pub fn cold_start(&mut self, wrongs: &mut Vec<String>) -> Result<(), HarnessError> {
+    pub fn cold_start(&mut self, wrongs: &mut Vec<String>) -> Result<(), Trouble> {
         self.session = None;
         for host in [HostName::A, HostName::B] {
             self.kill(host)?;
             self.bury(host);
         }
-        self.capture.forget_flows().map_err(HarnessError::io("follow the frames"))?;
+        self.capture.forget_flows().map_err(Trouble::io("follow the frames"))?;
         let host = if self.rng.chance(50) { HostName::A } else { HostName::B };
         if !self.place.keeps_record() {
             return self.boot(StartAs::ColdStart, host);

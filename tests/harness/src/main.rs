@@ -2,7 +2,6 @@
 
 mod capture;
 mod cuts;
-mod error;
 mod etcd;
 mod faults;
 mod html;
@@ -20,7 +19,6 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
@@ -29,11 +27,10 @@ use mcd::demo::nodes::{NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use capture::Capture;
-use error::HarnessError;
 use etcd::EtcdPlace;
+use mcd::demo::trouble::{Trouble, catch_signals};
 use place::{CommandPlace, FilePlace, Place};
 use report::{Frame, Report};
 use rows::{ROWS, Row};
@@ -125,35 +122,33 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<bool, HarnessError> {
-    let stop = catch_signals().map_err(HarnessError::io("watch for signals"))?;
+fn run(args: &Args) -> Result<bool, Trouble> {
+    let stop = catch_signals().map_err(Trouble::io("watch for signals"))?;
     fabric::gain_rights()?;
-    own_mounts().map_err(HarnessError::io("get mounts of its own"))?;
+    own_mounts().map_err(Trouble::io("get mounts of its own"))?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
-    kvm.map_err(HarnessError::io("open /dev/kvm"))?;
+    kvm.map_err(Trouble::io("open /dev/kvm"))?;
     for (tool, package) in [("iptables-restore", "iptables"), ("tc", "iproute2")] {
         fabric::find_tool(tool).ok_or(FabricError::NoTool { tool, package })?;
     }
     let seed = match args.seed {
         Some(seed) => seed,
-        None => getrandom::u64().map_err(|e| HarnessError::io("get a random seed")(io::Error::other(e)))?,
+        None => getrandom::u64().map_err(|e| Trouble::io("get a random seed")(io::Error::other(e)))?,
     };
-    let mut dir = RunDir::new().map_err(HarnessError::io("make a directory for the run"))?;
+    let mut dir = RunDir::new().map_err(Trouble::io("make a directory for the run"))?;
     if args.keep_logs {
         dir.keep();
         println!("the nodes' logs are in {}", dir.path().display());
     }
     let fabric = Arc::new(Fabric::new()?);
     let place: Box<dyn Place> = match args.arbiter {
-        ArbiterKind::File => {
-            Box::new(FilePlace::new(dir.path()).map_err(HarnessError::io("make the arbiter's storage"))?)
-        }
+        ArbiterKind::File => Box::new(FilePlace::new(dir.path()).map_err(Trouble::io("make the arbiter's storage"))?),
         ArbiterKind::Etcd => Box::new(EtcdPlace::new(&fabric, dir.path())?),
         ArbiterKind::Command => {
-            Box::new(CommandPlace::new(dir.path()).map_err(HarnessError::io("write the fencing scripts"))?)
+            Box::new(CommandPlace::new(dir.path()).map_err(Trouble::io("write the fencing scripts"))?)
         }
     };
-    let capture = Capture::start(&fabric, MAC).map_err(HarnessError::io("watch the clients' network"))?;
+    let capture = Capture::start(&fabric, MAC).map_err(Trouble::io("watch the clients' network"))?;
     let settings = settings(args, place.as_ref())?;
     let timeout_ms = args.heartbeat_interval_ms * 3;
     let parts =
@@ -165,11 +160,11 @@ fn run(args: &Args) -> Result<bool, HarnessError> {
 }
 
 /// What nodes are told.
-fn settings(args: &Args, place: &dyn Place) -> Result<NodeSettings, HarnessError> {
+fn settings(args: &Args, place: &dyn Place) -> Result<NodeSettings, Trouble> {
     let program = match &args.mcd {
         Some(path) => vec![path.clone().into_os_string()],
         None => {
-            let me = std::env::current_exe().map_err(HarnessError::io("find this program"))?;
+            let me = std::env::current_exe().map_err(Trouble::io("find this program"))?;
             vec![me.into_os_string(), AS_NODE.into()]
         }
     };
@@ -190,7 +185,7 @@ fn settings(args: &Args, place: &dyn Place) -> Result<NodeSettings, HarnessError
 }
 
 /// Every trial.
-fn play(args: &Args, seed: u64, mut world: World<'_>) -> Result<Report, HarnessError> {
+fn play(args: &Args, seed: u64, mut world: World<'_>) -> Result<Report, Trouble> {
     let started = Instant::now();
     let mut schedule = schedule(args, &mut Rng::split(seed, 1));
     schedule.retain(|row| world.place.knows(row.fault));
@@ -254,26 +249,15 @@ fn schedule(args: &Args, rng: &mut Rng) -> Vec<&'static Row> {
     all.into_iter().chain(more).take(rounds).collect()
 }
 
-fn write(args: &Args, report: &Report) -> Result<(), HarnessError> {
+fn write(args: &Args, report: &Report) -> Result<(), Trouble> {
     let Some(out) = &args.out else { return Ok(()) };
-    let failed = || HarnessError::io(format!("write the report to {}", out.display()));
+    let failed = || Trouble::io(format!("write the report to {}", out.display()));
     fs::create_dir_all(out).map_err(failed())?;
     let text = serde_json::to_string_pretty(report).map_err(|error| failed()(error.into()))?;
     fs::write(out.join("report.json"), text + "\n").map_err(failed())?;
     fs::write(out.join("report.html"), html::page(report)).map_err(failed())?;
     println!("report: {}", out.join("report.html").display());
     Ok(())
-}
-
-/// The first signal asks for an orderly end, a second one ends at once; the nodes die either way.
-fn catch_signals() -> io::Result<Arc<AtomicBool>> {
-    const KILLED_BY_SIGINT: i32 = 130;
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register_conditional_shutdown(signal, KILLED_BY_SIGINT, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
-    Ok(stop)
 }
 
 /// Moves this process, which has one thread yet, into a mount namespace of its own: what it mounts ends with it.

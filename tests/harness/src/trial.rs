@@ -8,11 +8,11 @@ use mcd::demo::client::Tally;
 use mcd::demo::fabric::HostName;
 use serde::Serialize;
 
-use crate::error::HarnessError;
 use crate::faults::{After, Done};
 use crate::rows::{Fault, Row, Runs};
 use crate::witness::{Reign, Testimony};
 use crate::world::World;
+use mcd::demo::trouble::Trouble;
 
 /// The stages of a takeover, in ms each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -106,7 +106,7 @@ impl Counts {
 }
 
 /// Runs one trial. Afterwards the guest is protected again. What the clients saw is added to `totals`.
-pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Trial, HarnessError> {
+pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Trial, Trouble> {
     let (old, generation) = begin(world, row.fault)?;
     let look = |world: &World<'_>| world.session.as_ref().map(|s| Counts::of(&s.tally)).unwrap_or_default();
     let since = look(world);
@@ -134,7 +134,7 @@ pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Tria
         }
     }
     if matches!(done.after, After::Nobody) {
-        let testimony = world.capture.testimony().map_err(HarnessError::io("follow the frames"))?;
+        let testimony = world.capture.testimony().map_err(Trouble::io("follow the frames"))?;
         judge_frames(&mut trial, row, &testimony, old, &[], unplanned != world.unplanned);
         let now = look(world);
         judge_clients(&mut trial, world, &since, &now, complained);
@@ -159,13 +159,13 @@ pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Tria
 ///
 /// On a busy machine a node can be given up meanwhile, after the look at who runs the guest: frames of the heir then come before its
 /// takeover is known here. So whoever seems to be one too many is looked for once more among the nodes; a second releaser is none of them.
-fn rest(world: &mut World<'_>, row: &Row, old: HostName, unplanned: u64) -> Result<Testimony, HarnessError> {
+fn rest(world: &mut World<'_>, row: &Row, old: HostName, unplanned: u64) -> Result<Testimony, Trouble> {
     const LOOKS_MAX: u32 = 3;
     let mut looks = 0;
     loop {
         world.settle()?;
         world.verify()?;
-        let testimony = world.capture.testimony().map_err(HarnessError::io("follow the frames"))?;
+        let testimony = world.capture.testimony().map_err(Trouble::io("follow the frames"))?;
         looks += 1;
         let explained = extra_reigns(row, &testimony, old, &world.changes, unplanned != world.unplanned).1.is_none();
         if explained || looks == LOOKS_MAX {
@@ -175,7 +175,7 @@ fn rest(world: &mut World<'_>, row: &Row, old: HostName, unplanned: u64) -> Resu
 }
 
 /// Brings the guest to a random moment of its protected life. Returns the host it runs on and its generation.
-fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), HarnessError> {
+fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), Trouble> {
     loop {
         world.settle()?;
         let life = Duration::from_micros(100_000 + world.rng.below(300_000));
@@ -185,7 +185,7 @@ fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), Harness
         }
         world.prepare(fault)?;
         world.answered()?;
-        world.capture.mark().map_err(HarnessError::io("follow the frames"))?;
+        world.capture.mark().map_err(Trouble::io("follow the frames"))?;
         world.changes.clear();
         world.gauges().iter().for_each(|gauge| gauge.reset());
         // The last moments are passed blindly, so that the fault falls anywhere in an epoch, not where a look ends.

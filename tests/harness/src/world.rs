@@ -16,8 +16,8 @@ use mcd::demo::rng::Rng;
 
 use crate::capture::Capture;
 use crate::cuts::Cuts;
-use crate::error::HarnessError;
 use crate::place::Place;
+use mcd::demo::trouble::Trouble;
 
 /// The built-in guest's port.
 const GUEST_PORT: u16 = 6379;
@@ -130,26 +130,26 @@ impl<'a> World<'a> {
         &mut self,
         what: &str,
         limit: Duration,
-        mut check: impl FnMut(&mut World<'a>) -> Result<Option<T>, HarnessError>,
-    ) -> Result<T, HarnessError> {
+        mut check: impl FnMut(&mut World<'a>) -> Result<Option<T>, Trouble>,
+    ) -> Result<T, Trouble> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(found) = check(self)? {
                 return Ok(found);
             }
             if self.stop.load(Relaxed) {
-                return Err(HarnessError::Interrupted);
+                return Err(Trouble::Interrupted);
             }
             if Instant::now() >= deadline {
                 let (limit_s, logs) = (limit.as_secs(), self.logs());
-                return Err(HarnessError::TooLate { what: what.to_owned(), limit_s, logs });
+                return Err(Trouble::TooLate { what: what.to_owned(), limit_s, logs });
             }
             std::thread::park_timeout(LOOK);
         }
     }
 
     /// Lets some time pass that belongs to the play.
-    pub fn pass(&mut self, time: Duration) -> Result<(), HarnessError> {
+    pub fn pass(&mut self, time: Duration) -> Result<(), Trouble> {
         let end = Instant::now() + time;
         self.wait("time to pass", time + BOOT_LIMIT, |_| Ok((Instant::now() >= end).then_some(())))
     }
@@ -176,13 +176,13 @@ impl<'a> World<'a> {
     }
 
     /// Starts a node.
-    pub fn start(&mut self, role: StartAs, host: HostName) -> Result<(), HarnessError> {
+    pub fn start(&mut self, role: StartAs, host: HostName) -> Result<(), Trouble> {
         self.started += 1;
         let name = format!("{host}-{}", self.started);
         let settings = NodeSettings { arbiter: Some(self.place.flag(host)), ..self.settings.clone() };
-        let node = Node::start(role, host, &name, &settings, &self.fabric, self.dir)
-            .map_err(HarnessError::io("start a node"))?;
-        self.place.started(host, node.pid()).map_err(HarnessError::io("tell the arbiter of a node"))?;
+        let node =
+            Node::start(role, host, &name, &settings, &self.fabric, self.dir).map_err(Trouble::io("start a node"))?;
+        self.place.started(host, node.pid()).map_err(Trouble::io("tell the arbiter of a node"))?;
         if let Some(place) = self.nodes.get_mut(index(host)) {
             *place = Some(node);
         }
@@ -190,9 +190,9 @@ impl<'a> World<'a> {
     }
 
     /// Sends a node SIGKILL and leaves it to be reaped by [`World::bury`].
-    pub fn kill(&mut self, host: HostName) -> Result<(), HarnessError> {
+    pub fn kill(&mut self, host: HostName) -> Result<(), Trouble> {
         let Some(node) = self.node(host) else { return Ok(()) };
-        node.kill().map_err(HarnessError::io("kill a node"))
+        node.kill().map_err(Trouble::io("kill a node"))
     }
 
     /// Waits for the end of a killed node's process and forgets it.
@@ -203,7 +203,7 @@ impl<'a> World<'a> {
     }
 
     /// Stops a node's process or lets it go on.
-    pub fn freeze(&mut self, host: HostName, freeze: bool) -> Result<(), HarnessError> {
+    pub fn freeze(&mut self, host: HostName, freeze: bool) -> Result<(), Trouble> {
         use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
         let signal = if freeze { SIGSTOP } else { SIGCONT };
         if let Some(place) = self.frozen.get_mut(index(host)) {
@@ -213,7 +213,7 @@ impl<'a> World<'a> {
         match node.signal(signal) {
             // A fencing script has ended it while it slept.
             Err(error) if !freeze && error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(HarnessError::io(format!("send {signal} to a node"))),
+            other => other.map_err(Trouble::io(format!("send {signal} to a node"))),
         }
     }
 
@@ -243,7 +243,7 @@ impl<'a> World<'a> {
     }
 
     /// Brings everything back: whoever is dead or fenced is started again as a secondary, and the guest is protected in the end.
-    pub fn settle(&mut self) -> Result<(), HarnessError> {
+    pub fn settle(&mut self) -> Result<(), Trouble> {
         self.wait("the guest to be protected again", RESYNC_LIMIT, |world| {
             if world.protected().is_some() {
                 return Ok(Some(()));
@@ -264,18 +264,18 @@ impl<'a> World<'a> {
     }
 
     /// Makes sure that the node that runs the guest has not ended.
-    fn still_there(&mut self, host: HostName) -> Result<(), HarnessError> {
+    fn still_there(&mut self, host: HostName) -> Result<(), Trouble> {
         let Some(node) = self.node(host) else { return Ok(()) };
         match node.ended() {
             None => Ok(()),
-            Some(status) => Err(HarnessError::Died { name: node.name().to_owned(), status, log: node.log_tail(16) }),
+            Some(status) => Err(Trouble::died(node, status)),
         }
     }
 
     // ---- the guest and its clients ----
 
     /// Boots the guest on `host` and opens the clients' connections.
-    pub fn boot(&mut self, role: StartAs, host: HostName) -> Result<(), HarnessError> {
+    pub fn boot(&mut self, role: StartAs, host: HostName) -> Result<(), Trouble> {
         self.start(role, host)?;
         self.runner = host;
         let dial = self.dial();
@@ -286,7 +286,7 @@ impl<'a> World<'a> {
         let tally = Arc::new(Tally::default());
         let options =
             LoadOptions { connections: self.connections, seed: self.rng.next_u64(), ..LoadOptions::default() };
-        let load = Load::open(&options, &dial, &tally).map_err(HarnessError::io("connect to the guest"))?;
+        let load = Load::open(&options, &dial, &tally).map_err(Trouble::io("connect to the guest"))?;
         load.ask(Phase::Run);
         self.session = Some(Session { tally, load });
         Ok(())
@@ -307,7 +307,7 @@ impl<'a> World<'a> {
     }
 
     /// Waits until no connection waits for an answer since before now.
-    pub fn answered(&mut self) -> Result<(), HarnessError> {
+    pub fn answered(&mut self) -> Result<(), Trouble> {
         let now_us = monotonic_us();
         self.wait("every connection to be answered again", ANSWER_LIMIT, |world| {
             Ok(world.gauges().iter().all(|gauge| !gauge.waits_since_before(now_us)).then_some(()))
@@ -315,7 +315,7 @@ impl<'a> World<'a> {
     }
 
     /// Brings the load to rest, reads back every key, and lets it run again.
-    pub fn verify(&mut self) -> Result<(), HarnessError> {
+    pub fn verify(&mut self) -> Result<(), Trouble> {
         for phase in [Phase::Hold, Phase::Verify, Phase::Run] {
             let reached = |world: &World<'_>| world.session.as_ref().is_none_or(|s| s.load.has_reached(phase));
             if let Some(session) = &self.session {

@@ -8,8 +8,9 @@
 //! ```
 //! All of it is in what the memory map gives the kernel as RAM: it is done with it before it hands that memory out.
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 
+use crate::machine::boot::long_mode::LongMode;
 use crate::machine::initial::InitialVcpu;
 use crate::machine::memory::{GuestRam, MemoryError};
 
@@ -71,46 +72,17 @@ pub(super) fn vcpu(entry: u64) -> InitialVcpu {
 }
 
 fn special_registers() -> kvm_sregs {
-    let code = segment(CODE, 11, true);
-    let data = segment(DATA, 3, false);
-    let task = kvm_segment { limit: 0x67, selector: TASK << 3, type_: 11, present: 1, ..kvm_segment::default() };
-    let no_local_table = kvm_segment { type_: 2, present: 1, unusable: 1, ..kvm_segment::default() };
-    kvm_sregs {
-        cs: code,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        ss: data,
-        tr: task,
-        ldt: no_local_table,
-        gdt: kvm_dtable { base: GDT, limit: (GDT_ENTRIES * 8 - 1) as u16, ..kvm_dtable::default() },
-        // A kernel sets up its own before anything can go wrong in a way that it could handle.
-        idt: kvm_dtable::default(),
-        // PE, ET, PG.
-        cr0: 0x8000_0011,
-        cr3: PML4,
-        // PAE.
-        cr4: 0x20,
-        // LME, LMA.
-        efer: 0x500,
-        ..kvm_sregs::default()
+    LongMode {
+        code: CODE << 3,
+        data: DATA << 3,
+        task: (TASK << 3, 0, 0x67),
+        gdt: GDT,
+        gdt_entries: GDT_ENTRIES,
+        page_tables: PML4,
+        // PE, ET, PG; PAE; LME, LMA.
+        control: (0x8000_0011, 0x20, 0x500),
     }
-}
-
-fn segment(index: u16, type_: u8, is_code: bool) -> kvm_segment {
-    kvm_segment {
-        base: 0,
-        limit: u32::MAX,
-        selector: index << 3,
-        type_,
-        present: 1,
-        db: u8::from(!is_code),
-        s: 1,
-        l: u8::from(is_code),
-        g: 1,
-        ..kvm_segment::default()
-    }
+    .registers()
 }
 
 #[cfg(test)]
