@@ -77,6 +77,9 @@ struct World {
     /// The seed each of the client's blocks was written with last; 0 before the first.
     written: Vec<u64>,
     next_seed: u64,
+    newcomers_killed: u64,
+    /// Blocks that newcomers did not have to be sent.
+    had_blocks: u64,
 }
 
 fn image(dir: &RunDir, host: HostName) -> PathBuf {
@@ -113,7 +116,19 @@ impl World {
         let secondary = node(StartAs::Secondary, HostName::B, "n1");
         wait_for(&mut primary, "be protected", |status| status.protected);
         let written = vec![0; CLIENT_BLOCKS as usize];
-        World { fabric, dir, rng: Rng::new(seed), primary, secondary, started: 2, suspicion, written, next_seed: 1 }
+        World {
+            fabric,
+            dir,
+            rng: Rng::new(seed),
+            primary,
+            secondary,
+            started: 2,
+            suspicion,
+            written,
+            next_seed: 1,
+            newcomers_killed: 0,
+            had_blocks: 0,
+        }
     }
 
     fn node(&mut self, role: StartAs, host: HostName) -> Node {
@@ -153,14 +168,31 @@ impl World {
         }
     }
 
-    /// The heir goes on; a newcomer joins it where the primary died, with the image it left.
+    /// The heir goes on; a newcomer joins it where the primary died, with the image it left. Some newcomers die on the way, and leave theirs.
     fn protect_again(&mut self) {
         wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
         wait_ended(&mut self.primary);
         let newcomer = self.node(StartAs::Secondary, self.primary.host());
         let survivor = std::mem::replace(&mut self.secondary, newcomer);
         self.primary = survivor;
+        if self.rng.below(4) == 0 {
+            wait_for(&mut self.primary, "fill a newcomer", |status| status.state != State::Solo);
+            // A moment that nobody chose, inside a resync of some 100 ms.
+            std::thread::park_timeout(Duration::from_micros(self.rng.below(100_000)));
+            self.secondary.kill().expect("a process to kill");
+            wait_ended(&mut self.secondary);
+            self.newcomers_killed += 1;
+            wait_for(&mut self.primary, "go on alone", |status| status.state == State::Solo);
+            self.secondary = self.node(StartAs::Secondary, self.secondary.host());
+        }
         wait_for(&mut self.primary, "be protected", |status| status.protected);
+        self.had_blocks += self.blocks_the_newcomer_had();
+    }
+
+    /// Both images are the same at every committed epoch, while the guest writes.
+    fn compare(&mut self) {
+        let verified = verify_online(&self.primary, &[]);
+        assert_eq!(verified.status.code(), Some(0), "{verified:?}");
     }
 
     /// The nodes compare their images: equal, and then not, because somebody wrote to the secondary's behind its back.
@@ -285,11 +317,20 @@ fn acknowledged_writes_outlive_hosts_and_the_images_are_equal() {
         println!("{rounds} rounds, MCD_DISK_SEED={seed}");
         let mut world = World::start(seed, NEVER_SUSPECT);
         let mut guest = Guest::connect(&world.fabric);
-        for _ in 0..rounds {
+        for round in 1..=rounds {
             assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
             world.write_and_kill(&mut guest);
             world.check(&mut guest);
             world.protect_again();
+            world.compare();
+            if round % 50 == 0 || round == rounds {
+                let (newcomers, writes) = (world.newcomers_killed, world.next_seed - 1);
+                let had_percent = world.had_blocks * 100 / (round * DISK_BYTES.div_ceil(4096));
+                println!(
+                    "{round} primaries and {newcomers} newcomers killed, {writes} acknowledged writes there, \
+                     {round} comparisons without a difference; newcomers had {had_percent} % of the blocks"
+                );
+            }
         }
         // A node that runs keeps its image for itself.
         assert!(says(&world.verify(), "is in use"));
