@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
@@ -135,6 +136,15 @@ impl Kept {
     }
 }
 
+/// How full a journal is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JournalFigures {
+    /// Bytes of the open epoch and of the one on its way.
+    pub bytes: u64,
+    /// How often a write found no room.
+    pub full_times: u64,
+}
+
 /// The journal of all disks of one machine.
 pub struct DiskJournal {
     bytes_max: u64,
@@ -143,6 +153,7 @@ pub struct DiskJournal {
     mode: RwLock<JournalMode>,
     kept: Mutex<Kept>,
     freezer: Freezer,
+    full_times: AtomicU64,
 }
 
 /// Room in the journal for a write that is under way. Dropping it gives back what was not used.
@@ -168,7 +179,14 @@ impl DiskJournal {
     /// A closed journal of at most `bytes_max` bytes.
     pub fn new(bytes_max: u64, listener: Box<dyn JournalListener>) -> Arc<DiskJournal> {
         let mode = RwLock::new(JournalMode::Closed);
-        Arc::new(DiskJournal { bytes_max, listener, mode, kept: Mutex::default(), freezer: Freezer::default() })
+        Arc::new(DiskJournal {
+            bytes_max,
+            listener,
+            mode,
+            kept: Mutex::default(),
+            freezer: Freezer::default(),
+            full_times: AtomicU64::new(0),
+        })
     }
 
     /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for writes under way.
@@ -193,6 +211,7 @@ impl DiskJournal {
             return Some(Promise { journal: self, bytes });
         }
         kept.was_full = true;
+        self.full_times.fetch_add(1, Ordering::Relaxed);
         let tell = !mem::replace(&mut kept.told_full, true);
         drop(kept);
         if tell {
@@ -242,6 +261,11 @@ impl DiskJournal {
     /// True once after a write found no room.
     pub fn take_was_full(&self) -> bool {
         mem::take(&mut self.kept.lock().was_full)
+    }
+
+    /// How full it is.
+    pub fn figures(&self) -> JournalFigures {
+        JournalFigures { bytes: self.used_bytes(), full_times: self.full_times.load(Ordering::Relaxed) }
     }
 
     /// Bytes of the open epoch and of the one on its way.

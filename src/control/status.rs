@@ -205,6 +205,12 @@ pub struct NodeStatus {
     pub held_packets: u64,
     /// Bytes held now.
     pub held_bytes: u64,
+    /// Bytes written to disks that wait for their commit.
+    #[serde(default)]
+    pub journal_bytes: u64,
+    /// How often a write to a disk had to wait because there was no more room for such.
+    #[serde(default)]
+    pub journal_full_times: u64,
     /// How far a resync is, while there is one.
     pub resync: Option<ResyncProgress>,
     /// How this node became primary, if by takeover.
@@ -260,6 +266,10 @@ impl fmt::Display for NodeStatus {
             }
         }
         writeln!(f, "held output {} packets, {}", self.held_packets, bytes_text(self.held_bytes))?;
+        if self.journal_bytes > 0 || self.journal_full_times > 0 {
+            let bytes = bytes_text(self.journal_bytes);
+            writeln!(f, "disk writes {bytes} wait for a commit; {} had to wait for room", self.journal_full_times)?;
+        }
         if let Some(resync) = &self.resync {
             writeln!(f, "resync      {resync}")?;
         }
@@ -351,6 +361,8 @@ mod tests {
             wire_bytes: 5 << 20,
             held_packets: 2,
             held_bytes: 128,
+            journal_bytes: 3 << 20,
+            journal_full_times: 4,
             resync: Some(ResyncProgress::of(&[(100, 50), (0, 0), (100, 0)], Some(51_200))),
             takeover: Some(TakeoverReport {
                 cause: "closed".into(),
@@ -420,6 +432,7 @@ mod tests {
             "  memory    200.0 KiB of 400.0 KiB (50 %)\n",
             "  disk 1    400.0 KiB of 400.0 KiB (100 %)\n",
             "5.0 MiB",
+            "writes 3.0 MiB wait for a commit; 4 had to",
             "ALARM",
         ] {
             assert!(text.contains(part), "{part} in\n{text}");

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::config::{ArbiterConfig, NodeConfig};
 use super::events::NodeEvent;
 use super::meter::Pace;
+use crate::checkpoint::journal::JournalFigures;
 use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
@@ -49,6 +50,7 @@ const PARAMETERS: &[(&str, &str)] = &[("mc-query-epochs", "since"), ("mc-disk-ve
 #[derive(Clone, Debug)]
 struct Vitals {
     held: HeldFigures,
+    journal: JournalFigures,
     role: Role,
     state: State,
     protected: bool,
@@ -119,6 +121,7 @@ impl Board {
         };
         let vitals = Vitals {
             held: HeldFigures::default(),
+            journal: JournalFigures::default(),
             role,
             state: if role == Role::Primary { State::Starting } else { State::Connecting },
             protected: false,
@@ -180,7 +183,14 @@ impl Board {
     }
 
     /// Writes down how a primary is.
-    pub fn primary(&self, node: &Primary, running: bool, resync: Option<Pace>, held: HeldFigures) {
+    pub fn primary(
+        &self,
+        node: &Primary,
+        running: bool,
+        resync: Option<Pace>,
+        held: HeldFigures,
+        journal: JournalFigures,
+    ) {
         use primary::Phase;
         let (role, state) = match node.phase() {
             Phase::Solo | Phase::Stopping => (Role::Primary, State::Solo),
@@ -191,6 +201,7 @@ impl Board {
         };
         self.latest.force_push(Vitals {
             held,
+            journal,
             role,
             state,
             protected: node.phase() == Phase::Protected,
@@ -217,6 +228,7 @@ impl Board {
         let at = node.committed().unwrap_or(EpochId { generation: node.generation(), epoch: 0 });
         self.latest.force_push(Vitals {
             held: HeldFigures::default(),
+            journal: JournalFigures::default(),
             role: Role::Secondary,
             state,
             protected: node.phase() == Phase::Paired,
@@ -302,6 +314,8 @@ impl Board {
             wire_bytes: log.wire_bytes(),
             held_packets: vitals.held.packets,
             held_bytes: vitals.held.bytes,
+            journal_bytes: vitals.journal.bytes,
+            journal_full_times: vitals.journal.full_times,
             resync: vitals.resync.as_ref().map(|Pace { parts, rate_pages_s }| {
                 ResyncProgress::of(parts, rate_pages_s.map(|pages| pages.saturating_mul(PAGE_BYTES as u64)))
             }),

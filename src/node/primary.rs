@@ -433,7 +433,8 @@ impl PrimaryNode {
     fn publish(&mut self) {
         let resync = self.protocol.resync().map(|ledger| ledger.parts().collect());
         let resync = self.meter.look(clock::monotonic_us(), resync);
-        self.context.board.primary(&self.protocol, self.machine.is_running(), resync, self.gate.figures());
+        let (held, journal) = (self.gate.figures(), self.disks.journal().figures());
+        self.context.board.primary(&self.protocol, self.machine.is_running(), resync, held, journal);
         if let Some(report) = self.verifying.news(self.protocol.verify()) {
             self.context.board.verified(report);
         }

@@ -13,3 +13,4 @@ mod place;
 mod primaries;
 mod process;
 mod strangers;
+mod sums;
