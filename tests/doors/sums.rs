@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use mcd::checkpoint::sums::sum_of;
-use mcd::control::status::State;
+use mcd::control::status::{NodeStatus, State};
 use mcd::protocol::messages::{Channel, DiskShape, Heartbeat, Hello, MachineShape, Message, Welcome, features};
 use mcd::protocol::sums::{BlockSum, SUM_BLOCKS_MAX};
 use mcd::protocol::types::{Generation, InstanceId};
@@ -83,6 +83,10 @@ fn questions_that_no_primary_asks() {
         let (_, payload) = joined.data.read_frame().expect("an answer");
         let (_, changed) = decode_sums(&payload).expect("sums");
         assert_eq!(changed, [sums(FIRST + 6, 1)[0], ones, ones]);
+        // What the primary says of the resync is what people see here.
+        joined.data.send_bytes(&frame(&Message::ResyncLeft { left: vec![FIRST / 4, 299] }));
+        let status = node.wait_status("told how far it is", |status| status.resync.is_some());
+        assert_eq!(parts(&status), [("memory", MEMORY_BYTES, MEMORY_BYTES / 4), ("disk 0", 300 << 12, 299 << 12)]);
         drop(joined);
 
         let mut not_stood = |welcome: &Welcome, bytes: &[u8], part: &str| {
@@ -110,6 +114,12 @@ fn questions_that_no_primary_asks() {
         not_stood(&able, &bulk(FrameKind::Background, &pages(&[FIRST + BLOCKS])), beyond);
         not_stood(&able, &bulk(FrameKind::Background, &pages(&[u64::MAX])), beyond);
     });
+}
+
+/// The parts of a resync: name, bytes, bytes left.
+fn parts(status: &NodeStatus) -> Vec<(&str, u64, u64)> {
+    let parts = status.resync.iter().flat_map(|resync| &resync.parts);
+    parts.map(|part| (part.name.as_str(), part.bytes_total, part.bytes_left)).collect()
 }
 
 /// A newcomer in the test's own hands.
@@ -227,6 +237,11 @@ fn a_newcomer_gets_what_its_disk_lacks() {
         primary.wait_guest();
         // It has all but two blocks, one of them the last.
         let (mut newcomer, mut sent) = (Newcomer::join(7), Vec::new());
+        // While it does not answer, memory is pushed and the disk is not.
+        let status = primary.wait_status("done with memory", |status| {
+            status.resync.as_ref().is_some_and(|resync| resync.pages_left == BLOCKS)
+        });
+        assert_eq!(parts(&status), [("memory", MEMORY_BYTES, 0), ("disk 0", 300 << 12, 300 << 12)]);
         for expected in [(FIRST, 256), (FIRST + 256, BLOCKS - 256)] {
             let (first, count) = newcomer.question(follow(&mut sent)).expect("a question");
             assert_eq!((first, count), expected);
