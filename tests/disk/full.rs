@@ -24,10 +24,17 @@ fn writes_that_find_the_journal_full_wait_and_none_is_lost() {
         assert!(full.running && full.protected, "the guest runs on, and is not given up for it: {full}");
         let room = full.journal_bytes;
         assert!((JOURNAL_BYTES_MAX / 2..=JOURNAL_BYTES_MAX).contains(&room), "{room} bytes wait");
+        // Nor does a comparison hold up the guest or the control socket, or another one push it aside.
+        let verify = start_verify(&world.primary);
+        let second = verify_online(&world.primary, &[]);
+        assert_eq!(second.status.code(), Some(2), "{second:?}");
+        assert!(says(&second, "are being verified already"), "{second:?}");
         world.secondary.signal(Signal::SIGCONT).expect("it lives");
         assert_eq!(guest.line(), "+OK");
         let committed = full.epochs.committed;
         wait_for(&mut world.primary, "commit again", |status| status.epochs.committed > committed + 3);
+        let verified = verify.wait_with_output().expect("it ends");
+        assert_eq!(verified.status.code(), Some(0), "in the flood of writes: {verified:?}");
         // The primary dies in the flood: what was acknowledged is there, and a newcomer gets the same.
         world.write_and_kill(&mut guest);
         assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");

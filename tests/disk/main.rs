@@ -58,7 +58,12 @@ fn a_secondary_that_was_given_up_joins_again_with_its_disk() {
         assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
         let first = world.primary.status().expect("a status").peer;
         world.secondary.signal(Signal::SIGSTOP).expect("it lives");
+        let verify = start_verify(&world.primary);
         wait_for(&mut world.primary, "go on alone", |status| status.state == State::Solo);
+        let verified = verify.wait_with_output().expect("it ends");
+        assert_eq!(verified.status.code(), Some(2), "{verified:?}");
+        // A busy test host may have it ask too late.
+        assert!(says(&verified, "the pair broke up") || says(&verified, "not protected"), "{verified:?}");
         assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 5")), "+OK");
         world.written[0] = 5;
         world.secondary.signal(Signal::SIGCONT).expect("it lives");

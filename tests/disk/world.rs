@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use mcd::control::Client;
@@ -275,6 +275,20 @@ pub fn verify_online(node: &Node, flags: &[&str]) -> Output {
     let control = format!("--control={}", node.control().display());
     let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
     command.args(["disk", "verify", &control]).args(flags).output().expect("mcd runs")
+}
+
+/// Starts a comparison that cannot end yet, and waits until it has begun.
+pub fn start_verify(node: &Node) -> Child {
+    let control = format!("--control={}", node.control().display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
+    let command = command.args(["disk", "verify", &control]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut verify = command.spawn().expect("mcd runs");
+    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
+    let mut begun = || client.execute("mc-query-disk-verify", Value::Null, PATIENCE).is_ok();
+    while !begun() && verify.try_wait().expect("a child").is_none() {
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+    verify
 }
 
 pub fn quit(node: &mut Node) {
