@@ -1,7 +1,8 @@
-//! The exact bytes of version 1, for every kind of frame, message and page record. A change here is a change of the protocol: it needs a new
+//! The exact bytes of version 2, for every kind of frame, message and page record. A change here is a change of the protocol: it needs a new
 //! version, never a new expectation.
 
 use mcd::checkpoint::sums::sum_of;
+use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{
     Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome,
 };
@@ -32,8 +33,8 @@ fn message_is(message: Message, expected: &[&str]) {
 }
 
 #[test]
-fn this_is_version_1() {
-    assert_eq!(PROTOCOL_VERSION, 1);
+fn this_is_version_2() {
+    assert_eq!(PROTOCOL_VERSION, 2);
 }
 
 #[test]
@@ -41,15 +42,25 @@ fn hello_and_welcome() {
     let hello = |channel| {
         Message::Hello(Hello {
             channel,
-            version: 1,
+            version: 2,
             guest: GuestName::new("web-1").unwrap(),
             instance: A,
             features: 1,
             staging_bytes_max: 0x1000_0000,
-            cpu_digest: 0x1122_3344_5566_7788,
+            cpu: HostCpu { digest: 0x1122_3344_5566_7788, tsc_khz: 2_100_000, tsc_scales: true },
         })
     };
-    let rest = ["0100", "0500", "7765622d31", A_HEX, "0100000000000000", "0000001000000000", "8877665544332211"];
+    let rest = [
+        "0200",
+        "0500",
+        "7765622d31",
+        A_HEX,
+        "0100000000000000",
+        "0000001000000000",
+        "8877665544332211",
+        "200b2000",
+        "01",
+    ];
     message_is(hello(Channel::Data), &[&["01", "00"], rest.as_slice()].concat());
     message_is(hello(Channel::Heartbeat), &[&["01", "01"], rest.as_slice()].concat());
     message_is(
@@ -66,6 +77,7 @@ fn hello_and_welcome() {
                 ],
                 rng: true,
             },
+            tsc_khz: 2_100_000,
             features: 1,
             interval_us: 10_000,
             heartbeat_interval_us: 5_000,
@@ -86,6 +98,7 @@ fn hello_and_welcome() {
             "0002000000000000",
             "01",
             "ffffffffffffffffffffffffffffffffffffffff",
+            "200b2000",
             "0100000000000000",
             "1027000000000000",
             "8813000000000000",
@@ -177,7 +190,7 @@ fn every_kind_of_frame() {
     for (kind, number) in expected {
         let mut batch = FrameBatch::new();
         batch.push(kind, b"123456789").unwrap();
-        let bytes = ["4d434431", "0100", number, "09000000", "839206e3", "00000000", "313233343536373839"].concat();
+        let bytes = ["4d434431", "0200", number, "09000000", "839206e3", "00000000", "313233343536373839"].concat();
         assert_eq!(hex(batch.as_bytes()), bytes);
         let mut reader = FrameReader::new(batch.as_bytes());
         let frame = reader.read().unwrap();
@@ -185,14 +198,14 @@ fn every_kind_of_frame() {
     }
     let mut nudge = FrameBatch::new();
     nudge.push(FrameKind::Nudge, &[]).unwrap();
-    assert_eq!(hex(nudge.as_bytes()), "4d434431010005000000000000000000".to_owned() + "00000000");
+    assert_eq!(hex(nudge.as_bytes()), "4d434431020005000000000000000000".to_owned() + "00000000");
     assert!(nudge.push(FrameKind::Nudge, b"1").is_err());
     let mut kinds = expected.map(|(kind, _)| kind).to_vec();
     kinds.insert(4, FrameKind::Nudge);
     assert_eq!(kinds, FrameKind::ALL);
     let mut batch = FrameBatch::new();
     batch.push(FrameKind::State, &[]).unwrap();
-    assert_eq!(hex(batch.as_bytes()), "4d434431010004000000000000000000".to_owned() + "00000000");
+    assert_eq!(hex(batch.as_bytes()), "4d434431020004000000000000000000".to_owned() + "00000000");
 }
 
 #[test]
@@ -235,6 +248,7 @@ fn disks_nobody_has_are_refused() {
             instance: InstanceId(1),
             generation: Generation(1),
             shape: MachineShape { disks: vec![disk; count.min(DISKS_MAX)], ..good.clone() },
+            tsc_khz: 1,
             features: 0,
             interval_us: 1,
             heartbeat_interval_us: 1,

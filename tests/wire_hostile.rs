@@ -1,8 +1,10 @@
 //! What comes off the wire is a stranger's until it is checked: every round trip is exact, every cut is an error, and no bytes whatever
 //! make the readers panic or take memory beyond the caps.
 
+use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{
-    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, RefuseReason, SECTOR_BYTES, Welcome,
+    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason,
+    SECTOR_BYTES, Welcome,
 };
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::record::{Record, RecordState};
@@ -44,7 +46,7 @@ fn hello() -> impl Strategy<Value = Message> {
             instance,
             features: numbers.1,
             staging_bytes_max: numbers.2,
-            cpu_digest: numbers.3,
+            cpu: HostCpu { digest: numbers.3, tsc_khz: numbers.1 as u32, tsc_scales: heart },
         })
     })
 }
@@ -69,6 +71,7 @@ fn welcome() -> impl Strategy<Value = Message> {
             instance,
             generation: Generation(generation),
             shape,
+            tsc_khz: generation as u32,
             features: numbers[0],
             interval_us: numbers[1],
             heartbeat_interval_us: numbers[2],
@@ -378,18 +381,18 @@ fn each_failure_has_its_own_name_and_one_line() {
     let not_mcd = drain(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n");
     assert!(matches!(not_mcd, WireError::NotMcd { .. }) && not_mcd.to_string().contains("does not speak mcd"));
     let other = drain(&header(9, 1, 0));
-    assert!(matches!(other, WireError::OtherVersion { theirs: 9, ours: 1 }));
-    assert!(other.to_string().contains('9') && other.to_string().contains('1'));
-    assert!(matches!(drain(&header(1, 99, 0)), WireError::UnknownKind(99)));
+    assert!(matches!(other, WireError::OtherVersion { theirs: 9, ours: 2 }));
+    assert!(other.to_string().contains('9') && other.to_string().contains('2'));
+    assert!(matches!(drain(&header(PROTOCOL_VERSION, 99, 0)), WireError::UnknownKind(99)));
     for kind in FrameKind::ALL {
         let announced = kind.bytes_max() as u32;
-        let error = drain(&header(1, kind as u16, announced + 1));
+        let error = drain(&header(PROTOCOL_VERSION, kind as u16, announced + 1));
         assert!(matches!(error, WireError::TooLarge { .. }), "{error}");
-        let whole = drain(&header(1, kind as u16, announced));
+        let whole = drain(&header(PROTOCOL_VERSION, kind as u16, announced));
         assert!(matches!(whole, WireError::ClosedMidFrame { .. }) || kind == FrameKind::Nudge, "{whole}");
     }
-    assert!(matches!(drain(&header(1, 1, u32::MAX)), WireError::TooLarge { .. }));
-    let mut damaged = header(1, 4, 3);
+    assert!(matches!(drain(&header(PROTOCOL_VERSION, 1, u32::MAX)), WireError::TooLarge { .. }));
+    let mut damaged = header(PROTOCOL_VERSION, 4, 3);
     damaged.extend_from_slice(b"abc");
     assert!(matches!(drain(&damaged), WireError::Damaged { .. }));
     for error in [not_mcd, other, drain(&damaged)] {

@@ -12,6 +12,7 @@ pub mod journal;
 pub mod output;
 pub mod packing;
 pub mod sender;
+pub mod snapshot;
 pub mod stage;
 pub mod stamp;
 pub mod sums;

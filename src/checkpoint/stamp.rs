@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
+use super::snapshot::SnapshotId;
 use crate::protocol::claim::may_start_from;
 pub use crate::protocol::claim::{StampRefusal, StampState};
 use crate::protocol::types::{EpochId, Generation, GuestName};
@@ -30,6 +31,8 @@ pub struct Stamp {
     pub state: StampState,
     /// When the stamp was written, in seconds since 1970; for people only.
     pub written_s: u64,
+    /// The snapshot that was taken as the guest stopped: the image is of its very moment.
+    pub snapshot: Option<SnapshotId>,
 }
 
 /// Why a stamp cannot be read or written.
@@ -66,7 +69,7 @@ impl Stamp {
     /// A stamp that is written now.
     pub fn now(guest: &GuestName, at: EpochId, state: StampState) -> Stamp {
         let written_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Stamp { guest: guest.clone(), at, state, written_s }
+        Stamp { guest: guest.clone(), at, state, written_s, snapshot: None }
     }
 
     /// The stamp of `image`; `None` if it has none.
@@ -123,7 +126,14 @@ impl Stamp {
         let word = field("state")?;
         let state = StampState::ALL.into_iter().find(|state| state.word() == word).ok_or("its state is unknown")?;
         let written_s = number(field("written")?)?;
-        Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s })
+        let snapshot = match lines.next() {
+            None => None,
+            Some(line) => {
+                let id = line.strip_prefix("snapshot ").and_then(SnapshotId::parse);
+                Some(id.ok_or("the line behind its last is no snapshot's")?)
+            }
+        };
+        Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s, snapshot })
     }
 
     /// Whether `guest` may start from the image, when `newest` is the newest generation on record, if there is a record.
@@ -137,11 +147,13 @@ impl Stamp {
 
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stamp { guest, at: EpochId { generation: Generation(generation), epoch }, state, written_s } = self;
+        let Stamp { guest, at: EpochId { generation: Generation(generation), epoch }, state, written_s, snapshot } =
+            self;
         writeln!(
             f,
             "{TITLE}\nguest {guest}\ngeneration {generation}\nepoch {epoch}\nstate {state}\nwritten {written_s}"
-        )
+        )?;
+        snapshot.map_or(Ok(()), |id| writeln!(f, "snapshot {id}"))
     }
 }
 
@@ -151,7 +163,7 @@ mod tests {
 
     fn stamp(generation: u64, state: StampState) -> Stamp {
         let at = EpochId { generation: Generation(generation), epoch: 12 };
-        Stamp { guest: GuestName::new("web").expect("a name"), at, state, written_s: 5 }
+        Stamp { guest: GuestName::new("web").expect("a name"), at, state, written_s: 5, snapshot: None }
     }
 
     #[test]
@@ -163,6 +175,9 @@ mod tests {
             stamp(7, state).write(&image).expect("write");
             assert_eq!(Stamp::read(&image).expect("read"), Some(stamp(7, state)));
         }
+        let of_a_snapshot = Stamp { snapshot: Some(SnapshotId(77)), ..stamp(7, StampState::Whole) };
+        of_a_snapshot.write(&image).expect("write");
+        assert_eq!(Stamp::read(&image).expect("read"), Some(of_a_snapshot));
         let names: Vec<_> = fs::read_dir(&directory).expect("list").flatten().map(|entry| entry.file_name()).collect();
         assert_eq!(names, ["disk.img.mcd"]);
         let good = stamp(7, StampState::Whole).to_string();
@@ -173,6 +188,7 @@ mod tests {
             good.replace("state whole", "state so-so"),
             good.replace("guest web", "guest a b"),
             good.replace("written 5\n", ""),
+            good.clone() + "snapshot 12\n",
         ];
         for text in bad {
             fs::write(stamp_path(&image), &text).expect("write");

@@ -9,8 +9,9 @@ use super::args::{CompressFlag, CpuFlag, GuestClockFlag, MachineArgs, NodeArgs, 
 use super::exit::Failure;
 use super::values::{Cidr, ConsoleFlag, Mac, Size};
 use crate::arbiter::ArbiterSpec;
+use crate::checkpoint::snapshot::SnapshotHead;
 use crate::control::console::ConsoleTo;
-use crate::machine::{CpuModel, LinuxGuest};
+use crate::machine::LinuxGuest;
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::guest_clock::ClockPolicy;
 use crate::protocol::heartbeat::HeartbeatConfig;
@@ -19,6 +20,9 @@ use crate::protocol::types::GuestName;
 
 /// The built-in guest needs this much to boot and serve.
 const MEMORY_MIN: Size = Size::mib(16);
+
+/// What a machine has if nobody says.
+const MEMORY_DEFAULT: Size = Size::mib(128);
 
 /// The most a machine can have.
 const MEMORY_MAX: Size = Size::mib(1 << 20);
@@ -69,10 +73,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
     Ok(NodeConfig {
         guest,
         tap,
-        cpu: match args.cpu {
-            CpuFlag::Host => CpuModel::Host,
-            CpuFlag::Baseline => CpuModel::Baseline,
-        },
+        cpu: args.cpu.map(CpuFlag::model).unwrap_or_default(),
         guest_clock: match args.guest_clock {
             GuestClockFlag::Correct => ClockPolicy::Correct,
             GuestClockFlag::Continue => ClockPolicy::Continue,
@@ -100,14 +101,24 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
 }
 
 /// What a primary needs besides.
-pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<PrimaryStart, Failure> {
+pub(super) fn primary(
+    node: &NodeArgs,
+    machine: &MachineArgs,
+    restored: Option<&SnapshotHead>,
+    cold: bool,
+) -> Result<PrimaryStart, Failure> {
     let guest = required(node.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
     if cold && node.who.arbiter == Some(ArbiterSpec::None) {
         return Err(Failure::usage(
             "mcd cold-start overrides what an arbiter has on record, and --arbiter none has no record; use mcd primary",
         ));
     }
-    let memory = machine.memory;
+    let guest_ip = node.guest_ip.map(|cidr| cidr.ipv4);
+    if let (Some(head), Some(path)) = (restored, &machine.restore) {
+        let boot = GuestBoot::Snapshot(path.clone());
+        return Ok(PrimaryStart { shape: head.shape.clone(), boot, guest_ip, both_nodes_are_dead: cold });
+    }
+    let memory = machine.memory.unwrap_or(MEMORY_DEFAULT);
     if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory) || !memory.bytes.is_multiple_of(4096) {
         return Err(Failure::usage(format!(
             "--memory {memory}: give a multiple of 4K from {MEMORY_MIN} to {MEMORY_MAX}, such as 128M"
@@ -116,9 +127,9 @@ pub(super) fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Res
     let Mac(mac) = machine.mac.unwrap_or_else(|| Mac::of_guest(&guest));
     let rng = machine.rng.unwrap_or(machine.kernel.is_some());
     Ok(PrimaryStart {
-        shape: MachineShape { rng, ..MachineShape::bare(memory.bytes, machine.cpus, mac) },
+        shape: MachineShape { rng, ..MachineShape::bare(memory.bytes, machine.cpus.unwrap_or(1), mac) },
         boot: boot(node, machine)?,
-        guest_ip: node.guest_ip.map(|cidr| cidr.ipv4),
+        guest_ip,
         both_nodes_are_dead: cold,
     })
 }

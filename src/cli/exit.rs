@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use crate::checkpoint::snapshot::SnapshotError;
 use crate::machine::{BootError, MachineError};
 use crate::node::{DiskError, NodeError};
 
@@ -37,10 +38,22 @@ Exit codes:
   6  the guest asked to be restarted: start the node again";
 
 impl ExitStatus {
+    /// What a snapshot's error is to a script: like a bad `--kernel`, the file that a flag names is not what it should be.
+    pub(super) fn of_snapshot(error: &SnapshotError) -> ExitStatus {
+        match error {
+            SnapshotError::Cpu { .. } | SnapshotError::Machine { .. } | SnapshotError::Memory { .. } => {
+                ExitStatus::Host
+            }
+            _ => ExitStatus::Usage,
+        }
+    }
+
     /// What a node's error is to a script.
     pub(super) fn of(error: &NodeError) -> ExitStatus {
         match error {
-            NodeError::Disk(DiskError::Refused { .. } | DiskError::OtherGuest { .. }) => ExitStatus::Refused,
+            NodeError::Disk(
+                DiskError::Refused { .. } | DiskError::OtherGuest { .. } | DiskError::NotOfSnapshot { .. },
+            ) => ExitStatus::Refused,
             NodeError::Disk(_) => ExitStatus::Host,
             // The files named by --kernel and --initrd, or their size against --memory.
             NodeError::Machine(MachineError::Boot(BootError::Linux(_))) => ExitStatus::Usage,
@@ -48,6 +61,7 @@ impl ExitStatus {
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }
+            NodeError::Snapshot(error) => ExitStatus::of_snapshot(error),
             NodeError::RunsElsewhere { .. } | NodeError::Refused(_) | NodeError::NotAPrimary(_) => ExitStatus::Refused,
             _ => ExitStatus::Failure,
         }

@@ -89,9 +89,11 @@ fn check_key(mcd: &Command, name: &str, key: &str) -> Result<(), String> {
     }
 }
 
-/// A file says how a node is, not that someone gave his word, and it names no further file.
+/// A file says how a node is, not that someone gave his word or what one start goes on from, and it names no further file.
 fn in_file(arg: &Arg) -> bool {
-    arg.get_id() != "config" && matches!(arg.get_action(), ArgAction::Set | ArgAction::Append)
+    arg.get_id() != "config"
+        && arg.get_id() != "restore"
+        && matches!(arg.get_action(), ArgAction::Set | ArgAction::Append)
 }
 
 /// Whether a flag may be given more than once: in a file its values are a list.

@@ -8,6 +8,8 @@ mod disk;
 pub mod exit;
 mod file;
 mod log;
+mod restore;
+mod snapshot;
 mod status;
 mod values;
 
@@ -20,7 +22,7 @@ use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use tracing::Level;
 
-use args::{Cli, ColdStartArgs, Command, DemoArgs, MachineArgs, NodeArgs, SecondaryArgs};
+use args::{Cli, ColdStartArgs, Command, DemoArgs, MachineArgs, NodeArgs, SecondaryArgs, SnapshotCommand};
 pub use exit::ExitStatus;
 use exit::Failure;
 
@@ -49,30 +51,45 @@ fn report(failure: &Failure) -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
-        Command::Primary(args) => primary(&args.node, &args.machine, false),
-        Command::ColdStart(args) => cold_start(&args),
+        Command::Primary(args) => primary(args.node, &args.machine, false),
+        Command::ColdStart(args) => cold_start(args),
         Command::Secondary(args) => secondary(&args),
         Command::Demo(args) => run_demo(args),
         Command::Disk(args) => disk::run(&args.what).map(|()| ExitStatus::Ok.into()),
+        Command::Snapshot(args) => match args.what {
+            SnapshotCommand::Save(args) => snapshot::save(&args).map(|()| ExitStatus::Ok.into()),
+            SnapshotCommand::Info(args) => snapshot::info(&args).map(|()| ExitStatus::Ok.into()),
+            SnapshotCommand::Restore { file, flags } => {
+                match parse(&snapshot::as_primary("mcd".into(), &file, &flags))? {
+                    Parsed::Command(command) => run(*command),
+                    Parsed::Help(text) => {
+                        // Nothing is to be done for a reader that went away.
+                        let _ = io::stdout().write_all(text.as_bytes());
+                        Ok(ExitStatus::Ok.into())
+                    }
+                }
+            }
+        },
         Command::Status(args) => status::run(&args).map(|()| ExitStatus::Ok.into()),
         Command::Console(args) => console::run(&args).map(|()| ExitStatus::Ok.into()),
     }
 }
 
-fn primary(node: &NodeArgs, machine: &MachineArgs, cold: bool) -> Result<ExitCode, Failure> {
-    let (config, start) = (config::node(node)?, config::primary(node, machine, cold)?);
+fn primary(mut node: NodeArgs, machine: &MachineArgs, cold: bool) -> Result<ExitCode, Failure> {
+    let restored = machine.restore.as_deref().map(|path| restore::adopt(path, &mut node, machine)).transpose()?;
+    let (config, start) = (config::node(&node)?, config::primary(&node, machine, restored.as_ref(), cold)?);
     log::start(&node.log, Level::INFO);
     node::prepare_process();
     ended(node::run_primary(config, &start))
 }
 
-fn cold_start(args: &ColdStartArgs) -> Result<ExitCode, Failure> {
+fn cold_start(args: ColdStartArgs) -> Result<ExitCode, Failure> {
     if !args.i_know_both_nodes_are_dead {
         return Err(Failure::usage(
             "mcd cold-start needs --i-know-both-nodes-are-dead: make sure that no node of this guest runs, then say so",
         ));
     }
-    primary(&args.node, &args.machine, true)
+    primary(args.node, &args.machine, true)
 }
 
 fn secondary(args: &SecondaryArgs) -> Result<ExitCode, Failure> {
@@ -149,7 +166,9 @@ fn config_file(command: &Command) -> Option<(&'static str, &Path)> {
         Command::Primary(args) => ("primary", &args.node),
         Command::ColdStart(args) => ("cold-start", &args.node),
         Command::Secondary(args) => ("secondary", &args.node),
-        Command::Demo(_) | Command::Disk(_) | Command::Status(_) | Command::Console(_) => return None,
+        Command::Demo(_) | Command::Disk(_) | Command::Snapshot(_) | Command::Status(_) | Command::Console(_) => {
+            return None;
+        }
     };
     node.config.as_deref().map(|path| (name, path))
 }
@@ -168,7 +187,7 @@ fn parse_flags(arguments: &[OsString]) -> Result<Parsed, Failure> {
 /// What clap says, in one line: the error, its tip, and where to read on.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "which command? primary, secondary, cold-start, demo, disk, status or console; see mcd --help"
+        return "which command? primary, secondary, cold-start, demo, disk, snapshot, status or console; see mcd --help"
             .to_owned();
     }
     let text = error.render().to_string();

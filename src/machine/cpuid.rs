@@ -69,6 +69,12 @@ const BASELINE_WIDTHS: u32 = 48 << 8 | 40;
 /// The baseline's name, as leaves 0x8000_0002 to 4 have it.
 const BASELINE_NAME: &[u8; 48] = b"mcd baseline CPU (x86-64-v2)\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
+/// Which memory has which caching: the default, eight ranges (base and mask), and the first MiB in pieces. Every model says that it has them.
+pub(super) const MTRRS: [u32; 28] = [
+    0x2ff, 0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e,
+    0x20f, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
+];
+
 /// The MSRs of the baseline: what every KVM saves for such a CPU. All others are those of features that it does not have.
 const BASELINE_MSRS: [u32; 20] = [
     0x10,  // time stamp counter
@@ -109,7 +115,7 @@ impl CpuModel {
     pub(super) fn has_msr(self, index: u32) -> bool {
         match self {
             CpuModel::Host => true,
-            CpuModel::Baseline => BASELINE_MSRS.contains(&index),
+            CpuModel::Baseline => BASELINE_MSRS.contains(&index) || MTRRS.contains(&index),
         }
     }
 

@@ -9,9 +9,11 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use nix::errno::Errno;
 
-use super::cpuid::{self, CpuModel, LEAF1_ECX_OSXSAVE};
+use super::Machine;
+use super::cpuid::{self, CpuModel, LEAF1_ECX_OSXSAVE, MTRRS};
 use super::error::{MachineError, StateError, kvm};
 use super::state::vcpu::set_msrs;
+use crate::protocol::cpu::HostCpu;
 
 /// Most vCPUs mcd gives a machine.
 pub const CPUS_MAX: u8 = 64;
@@ -97,7 +99,7 @@ impl HostCaps {
         let cpuid = model.cpuid(&supported, kvm_fd.check_extension(Cap::TscDeadlineTimer))?;
         Ok(HostCaps {
             address_bits: address_bits(&supported).min(address_bits(&cpuid)),
-            msrs: msrs.as_slice().iter().copied().filter(|index| model.has_msr(*index)).collect(),
+            msrs: msrs_to_save(kvm_fd, msrs.as_slice())?.into_iter().filter(|index| model.has_msr(*index)).collect(),
             xsave_bytes,
             xsave_saved_bytes: if model == CpuModel::Host { xsave_bytes } else { XSAVE_LEGACY_BYTES },
             tsc_control: kvm_fd.check_extension(Cap::TscControl),
@@ -112,6 +114,21 @@ impl HostCaps {
         cpuid::number(&mut cpuid, cpu, cpus);
         cpuid
     }
+}
+
+/// The MSRs that KVM lists, and the MTRRs: it keeps these too and does not list them (Linux 6.18). In one order on every kernel.
+fn msrs_to_save(kvm_fd: &Kvm, listed: &[u32]) -> Result<Vec<u32>, MachineError> {
+    let mut msrs: Vec<u32> = listed.iter().copied().filter(|index| !MTRRS.contains(index)).collect();
+    let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+    let vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
+    for index in MTRRS {
+        let Ok(mut entry) = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]) else { continue };
+        // KVM says how many of them it could read.
+        if vcpu.get_msrs(&mut entry).map_err(kvm("KVM_GET_MSRS"))? == 1 {
+            msrs.push(index);
+        }
+    }
+    Ok(msrs)
 }
 
 /// Sets what firmware would have set in every vCPU before an operating system starts.
@@ -148,6 +165,48 @@ pub fn cpu_digest(model: CpuModel) -> Result<u64, MachineError> {
         }
     }
     Ok(digest.value)
+}
+
+/// What this host can give a guest that is shown `model`: its features, and the speed of its TSC.
+///
+/// # Errors
+/// As [`cpu_digest`].
+pub fn host_cpu(model: CpuModel) -> Result<HostCpu, MachineError> {
+    let kvm_fd = open()?;
+    // Only a vCPU tells the speed of its TSC.
+    let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+    let vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
+    let tsc_khz = vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?;
+    Ok(HostCpu { digest: cpu_digest(model)?, tsc_khz, tsc_scales: kvm_fd.check_extension(Cap::TscControl) })
+}
+
+/// The name of this host's CPU maker, as CPUID has it: twelve characters.
+pub fn cpu_maker() -> [u8; 12] {
+    let leaf = __cpuid_count(0, 0);
+    let mut name = [0; 12];
+    for (bytes, word) in name.chunks_exact_mut(4).zip([leaf.ebx, leaf.edx, leaf.ecx]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    name
+}
+
+impl Machine {
+    /// How fast the TSC of the guest in it runs, in kHz: that of the host it was started on.
+    pub fn tsc_khz(&self) -> u32 {
+        self.vcpus.first().map_or(0, |vcpu| vcpu.slot().state.tsc_khz())
+    }
+
+    /// Restores what a machine that never ran saves, with a TSC of `tsc_khz`: what this host's KVM will not take at a takeover it refuses
+    /// now. Guest memory is not touched.
+    ///
+    /// # Errors
+    /// As [`Machine::save`] and [`Machine::restore`].
+    pub fn rehearse(&mut self, tsc_khz: u32) -> Result<(), MachineError> {
+        self.vcpus.iter().for_each(|vcpu| vcpu.slot().state.pretend_tsc(tsc_khz));
+        let mut state = Vec::new();
+        self.save(&mut state)?;
+        self.restore(&state)
+    }
 }
 
 fn is_name_or_frequency(function: u32) -> bool {

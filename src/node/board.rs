@@ -3,6 +3,7 @@
 //! Neither waits for the other. A driver that took a lock which a client's thread holds would stand still whenever that thread is not
 //! scheduled, and a node that stands still is suspected: so the driver only pushes into queues, and readers put the notes together.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 
 use super::config::{ArbiterConfig, NodeConfig};
-use super::events::NodeEvent;
+use super::events::{NodeEvent, SnapshotRequest};
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
 use crate::checkpoint::output::HeldFigures;
@@ -31,6 +32,8 @@ const SAMPLES_MAX: usize = 16_384;
 const NOTES_MAX: usize = 16_384;
 /// How long a command may take to take effect before its client is told that it did not.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same for a snapshot, which has to be written: an hour is enough for a terabyte.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
 const COMMANDS: &[&str] = &[
     "query-status",
     "query-name",
@@ -39,12 +42,14 @@ const COMMANDS: &[&str] = &[
     "mc-checkpoint",
     "mc-disk-verify",
     "mc-query-disk-verify",
+    "mc-snapshot",
     "stop",
     "cont",
     "quit",
 ];
 /// The parameters that commands have.
-const PARAMETERS: &[(&str, &str)] = &[("mc-query-epochs", "since"), ("mc-disk-verify", "disk")];
+const PARAMETERS: &[(&str, &str)] =
+    &[("mc-query-epochs", "since"), ("mc-disk-verify", "disk"), ("mc-snapshot", "path"), ("mc-snapshot", "stop")];
 
 /// The figures that change all the time; cheap to copy.
 #[derive(Clone, Debug)]
@@ -337,6 +342,25 @@ impl Board {
     }
 }
 
+impl Board {
+    /// Has a snapshot written, which may take a while.
+    fn snapshot(&self, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+        let path = arguments.get("path").and_then(Value::as_str).map(PathBuf::from).filter(|path| path.is_absolute());
+        let path = path.ok_or_else(|| QmpError::generic("'path' must be a path that begins at the root"))?;
+        let stop = arguments.get("stop").map_or(Some(false), Value::as_bool);
+        let stop = stop.ok_or_else(|| QmpError::generic("'stop' must be true or false"))?;
+        let (reply, result) = bounded(1);
+        let gone = || QmpError::generic("this node is ending");
+        let request = SnapshotRequest { path, stop };
+        self.events.send(NodeEvent::Snapshot { request, reply }).map_err(|_| gone())?;
+        match result.recv_timeout(SNAPSHOT_TIMEOUT) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(why)) => Err(QmpError::generic(why)),
+            Err(_) => Err(QmpError::generic("the snapshot was not written in time; see mc-query for the state")),
+        }
+    }
+}
+
 /// What it means for a node in this state that the arbiter does not answer.
 fn without_arbiter(state: State) -> &'static str {
     match state {
@@ -382,6 +406,7 @@ impl Handler for Board {
                 None => Err(QmpError::generic("no disk was verified yet: ask for it with mc-disk-verify")),
             },
             "mc-checkpoint" => self.command(Command::Checkpoint),
+            "mc-snapshot" => self.snapshot(arguments),
             "stop" => self.command(Command::Stop),
             "cont" => self.command(Command::Cont),
             "quit" => self.command(Command::Quit),

@@ -86,6 +86,8 @@ pub enum GuestBoot {
     BuiltIn(GuestAddress),
     /// A Linux kernel.
     Linux(LinuxGuest),
+    /// What a snapshot file holds; the shape is the file's, but for the disks' images.
+    Snapshot(PathBuf),
 }
 
 /// What only a node that starts as secondary needs to know.

@@ -6,12 +6,16 @@ use std::time::Duration;
 use crate::protocol::messages::Message;
 use crate::protocol::primary::ConnId;
 use crate::protocol::sums::BlockSum;
+use crate::protocol::types::Instant;
 use crate::wire::sums::encode_sums;
-use crate::wire::{FrameKind, LinkCloser, LinkNews, LinkWatch, LinkWriter};
+use crate::wire::{FrameKind, LinkCloser, LinkWatch, LinkWriter};
 
-/// Why a connection is given up that its watch found stuck.
-pub fn stuck(silence_us: u64) -> String {
-    format!("nothing came back from it for {} ms", silence_us / 1000)
+/// What a watch has seen of a connection.
+pub enum LinkNews {
+    /// It is stuck and was closed; why, in words.
+    Stuck(String),
+    /// The peer's newest bytes came so long ago.
+    Received(Duration),
 }
 
 /// The writing ends a driver holds. A connection's reading end belongs to its own thread.
@@ -49,19 +53,25 @@ impl Conns {
 
     /// What the watches see. To be called often: they look only when it is time. A connection that needs a nudge gets it here, or from
     /// `nudge` if someone else has its writing end.
-    pub fn news(&mut self, now_us: u64, mut nudge: impl FnMut(ConnId)) -> Option<(ConnId, LinkNews)> {
-        self.open.iter_mut().find_map(|(id, conn)| {
-            let watch = conn.watch.as_mut()?;
-            let news = watch.look(now_us);
-            if watch.take_nudge() {
+    pub fn news(&mut self, now: Instant, mut nudge: impl FnMut(ConnId)) -> Option<(ConnId, LinkNews)> {
+        let found = self.open.iter_mut().find_map(|(id, conn)| {
+            let look = conn.watch.as_mut()?.look(now)?;
+            if look.nudge {
                 match &mut conn.writer {
                     // If it cannot be written, the reading end hears of it.
                     Some(writer) => drop(writer.write(FrameKind::Nudge, &[])),
                     None => nudge(*id),
                 }
             }
-            Some((*id, news?))
-        })
+            let stuck = look
+                .stuck
+                .map(|silence| LinkNews::Stuck(format!("nothing came back from it for {} ms", silence.as_millis())));
+            Some((*id, stuck.or(look.received.map(LinkNews::Received))?))
+        });
+        if let Some((conn, LinkNews::Stuck(_))) = &found {
+            self.close(*conn);
+        }
+        found
     }
 
     /// Sends a message; the reason if it could not be.

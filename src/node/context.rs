@@ -20,6 +20,7 @@ use crate::checkpoint::output::{OutputGate, OutputListener};
 use crate::control::EventSink;
 use crate::control::console::Console;
 use crate::machine::{CpuModel, Machine};
+use crate::protocol::cpu::{GuestCpu, HostCpu};
 use crate::protocol::event::Event;
 use crate::protocol::messages::{MachineShape, features};
 use crate::protocol::primary::PrimaryConfig;
@@ -40,7 +41,7 @@ pub struct Unarbitrated {
     pub board: Arc<Board>,
     pub sink: EventSink,
     pub console: Console,
-    pub cpu_digest: u64,
+    pub cpu: HostCpu,
 }
 
 impl Unarbitrated {
@@ -51,8 +52,8 @@ impl Unarbitrated {
         let captures = CapturePool::default();
         let warming = captures.clone();
         std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;
-        let Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu_digest } = self;
-        Ok(Context { config, guest_ip, inbox, events, board, sink, console, arbiter, cpu_digest, captures })
+        let Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu } = self;
+        Ok(Context { config, guest_ip, inbox, events, board, sink, console, arbiter, cpu, captures })
     }
 }
 
@@ -97,8 +98,8 @@ pub struct Context {
     pub console: Console,
     /// Who decides.
     pub arbiter: ArbiterThread,
-    /// Digest of the CPU features this host gives a guest.
-    pub cpu_digest: u64,
+    /// The CPU this host can give a guest.
+    pub cpu: HostCpu,
     /// Room for captures, made ready in the background from the start: a node may need it at any moment, and in a hurry.
     pub captures: CapturePool,
 }
@@ -115,11 +116,11 @@ impl Context {
     }
 
     /// The protocol's view of the configuration.
-    pub fn primary_config(&self, shape: MachineShape) -> PrimaryConfig {
+    pub fn primary_config(&self, shape: MachineShape, tsc_khz: u32) -> PrimaryConfig {
         PrimaryConfig {
             guest: self.config.guest.clone(),
             shape,
-            cpu_digest: self.cpu_digest,
+            cpu: GuestCpu { digest: self.cpu.digest, tsc_khz },
             features: self.features(),
             interval: self.config.interval,
             interval_min: self.config.interval_min,

@@ -12,6 +12,7 @@ use super::events::NodeEvent;
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::{DiskJournal, JournalListener};
+use crate::checkpoint::snapshot::{SnapshotHead, SnapshotId};
 use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
 use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
@@ -76,6 +77,35 @@ pub enum DiskError {
         here: &'static str,
         /// How it is there.
         there: &'static str,
+    },
+    /// A snapshot's disk is read-only and the image is not, or the other way round.
+    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, or without", path.display())]
+    ReadOnlySnapshot {
+        /// The image.
+        path: PathBuf,
+        /// How it is here.
+        here: &'static str,
+        /// How it is in the snapshot.
+        there: &'static str,
+    },
+    /// A snapshot's disk has another serial number.
+    #[error("disk image {} is given another serial than the snapshot's disk has: leave it out", path.display())]
+    Serial {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image is not of the snapshot's moment.
+    #[error(
+        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its stamp as `mcd snapshot save \
+         --stop` left them; with any other the guest would find its files changed under it", path.display()
+    )]
+    NotOfSnapshot {
+        /// The image.
+        path: PathBuf,
+        /// What its stamp says.
+        is: String,
+        /// The snapshot's epoch.
+        at: EpochId,
     },
     /// The thread cannot be started.
     #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
@@ -143,6 +173,44 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
         }
     }
     Ok(())
+}
+
+/// Checks that images are those of a snapshot's disks: as many, as large, and of the snapshot's very moment. Gives the disks' shapes.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn of_snapshot(
+    configs: &[DiskConfig],
+    given: &[DiskShape],
+    head: &SnapshotHead,
+) -> Result<Vec<DiskShape>, DiskError> {
+    let wanted = &head.shape.disks;
+    if wanted.len() != given.len() {
+        return Err(DiskError::Count { wanted: wanted.len(), given: given.len() });
+    }
+    for ((disk, given), wanted) in configs.iter().zip(given).zip(wanted) {
+        let path = || disk.path.clone();
+        if given.read_only != wanted.read_only {
+            let word = |read_only| if read_only { "read-only" } else { "writable" };
+            let (here, there) = (word(given.read_only), word(wanted.read_only));
+            return Err(DiskError::ReadOnlySnapshot { path: path(), here, there });
+        }
+        if given.bytes != wanted.bytes {
+            return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: given.bytes });
+        }
+        if given.serial != [0; 20] && given.serial != wanted.serial {
+            return Err(DiskError::Serial { path: path() });
+        }
+        if !disk.read_only {
+            let is = match Stamp::read(&disk.path)? {
+                Some(stamp) if stamp.snapshot == Some(head.id) => continue,
+                Some(stamp) => format!("is of {} of guest '{}'", stamp.at, stamp.guest),
+                None => "has no stamp".to_owned(),
+            };
+            return Err(DiskError::NotOfSnapshot { path: path(), is, at: head.at });
+        }
+    }
+    Ok(wanted.clone())
 }
 
 /// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking; for each also whether it was made.
@@ -218,6 +286,11 @@ impl NodeDisks {
         Ok(NodeDisks { layout, journal, images, gates, stamps, stamped: None })
     }
 
+    /// Whether the guest can write to any.
+    pub fn is_written(&self) -> bool {
+        !self.stamps.images.is_empty()
+    }
+
     /// The image's row of pages.
     pub fn layout(&self) -> &ImageLayout {
         &self.layout
@@ -244,7 +317,7 @@ impl NodeDisks {
     /// [`DiskError::Stamp`].
     pub fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
         let at = EpochId { generation, epoch: 0 };
-        Ok(stamp(&self.stamps.guest, &self.stamps.images, at, StampState::Filling)?)
+        Ok(stamp(&self.stamps.guest, &self.stamps.images, (at, StampState::Filling, None))?)
     }
 
     /// What stamps the images from a thread of its own.
@@ -269,15 +342,24 @@ pub struct Stamper {
 impl Stamper {
     /// Once everything written so far is durable, the images are stamped so.
     pub fn stamp(&self, at: EpochId, state: StampState) {
+        self.submit(at, state, None);
+    }
+
+    /// The same when the guest stopped for good, with this snapshot of its last moment if there is one.
+    pub fn stamp_last(&self, at: EpochId, snapshot: Option<SnapshotId>) {
+        self.submit(at, StampState::Whole, snapshot);
+    }
+
+    fn submit(&self, at: EpochId, state: StampState, snapshot: Option<SnapshotId>) {
         if let Some(jobs) = &self.jobs {
             // The thread lives as long as the disks; who stamps after that has none.
-            let _ = jobs.send(Job::Stamp(at, state));
+            let _ = jobs.send(Job::Stamp(at, state, snapshot));
         }
     }
 }
 
 enum Job {
-    Stamp(EpochId, StampState),
+    Stamp(EpochId, StampState, Option<SnapshotId>),
     End,
 }
 
@@ -299,7 +381,7 @@ impl StampKeeper {
         let (of, all) = (guest.clone(), images.clone());
         let thread = std::thread::Builder::new().name("mcd-stamp".into()).spawn(move || {
             for job in queue {
-                let Job::Stamp(at, state) = job else { return };
+                let Job::Stamp(at, state, snapshot) = job else { return };
                 let flushed = all.iter().try_for_each(|(path, image)| {
                     image.flush().map_err(|reason| StampError::Io {
                         doing: "flush the image of",
@@ -308,7 +390,7 @@ impl StampKeeper {
                     })
                 });
                 // An older stamp refuses a start that would have been right, and never allows a wrong one.
-                if let Err(error) = flushed.and_then(|()| stamp(&of, &all, at, state)) {
+                if let Err(error) = flushed.and_then(|()| stamp(&of, &all, (at, state, snapshot))) {
                     tracing::warn!(%error, %at, "disk images keep their old stamp");
                 }
             }
@@ -332,10 +414,9 @@ impl Drop for StampKeeper {
 fn stamp(
     guest: &GuestName,
     images: &[(PathBuf, Arc<dyn BlockBackend>)],
-    at: EpochId,
-    state: StampState,
+    (at, state, snapshot): (EpochId, StampState, Option<SnapshotId>),
 ) -> Result<(), StampError> {
-    let stamp = Stamp::now(guest, at, state);
+    let stamp = Stamp { snapshot, ..Stamp::now(guest, at, state) };
     images.iter().try_for_each(|(path, _)| stamp.write(path))
 }
 

@@ -5,6 +5,7 @@ use thiserror::Error;
 use super::disks::DiskError;
 use crate::arbiter::ArbiterError;
 use crate::checkpoint::apply::ApplyError;
+use crate::checkpoint::snapshot::SnapshotError;
 use crate::control::ControlError;
 use crate::control::console::ConsoleError;
 use crate::machine::MachineError;
@@ -68,6 +69,9 @@ pub enum NodeError {
     /// A secondary without a primary to go to.
     #[error("a secondary needs --peer, the address where its primary listens")]
     NoPeer,
+    /// The snapshot cannot be used.
+    #[error("{0}")]
+    Snapshot(#[from] SnapshotError),
     /// The disks cannot be used.
     #[error("{0}")]
     Disk(#[from] DiskError),

@@ -1,8 +1,11 @@
 //! What reaches a driver: everything that happens to a node arrives on one channel, in one order.
 
+use std::path::PathBuf;
+
 use crossbeam::channel::Sender;
 use serde_json::Value;
 
+use crate::checkpoint::snapshot::{SnapshotError, Written};
 use crate::checkpoint::stage::StagedEpoch;
 use crate::machine::MachineEvent;
 use crate::protocol::arbitration::ArbiterAnswer;
@@ -11,6 +14,18 @@ use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::sums::BlockSum;
 use crate::protocol::types::InstanceId;
 use crate::wire::{LinkCloser, LinkWriter};
+
+/// Where the result of a command goes.
+pub type Reply = Sender<Result<Value, String>>;
+
+/// What an operator wants of a snapshot.
+#[derive(Clone, Debug)]
+pub struct SnapshotRequest {
+    /// The file.
+    pub path: PathBuf,
+    /// The guest stops for good with it.
+    pub stop: bool,
+}
 
 /// Something that happened.
 pub enum NodeEvent {
@@ -123,11 +138,20 @@ pub enum NodeEvent {
     },
     /// The machine has something to say.
     Machine(MachineEvent),
+    /// A snapshot is wanted.
+    Snapshot {
+        /// What of it.
+        request: SnapshotRequest,
+        /// Where the result goes.
+        reply: Reply,
+    },
+    /// A snapshot was written, or could not be.
+    SnapshotWritten(Result<Written, SnapshotError>),
     /// A command from the control socket.
     Command {
         /// The command.
         command: Command,
         /// Where the result goes once the command took effect.
-        reply: Option<Sender<Result<Value, String>>>,
+        reply: Option<Reply>,
     },
 }

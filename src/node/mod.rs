@@ -25,6 +25,7 @@ mod links;
 mod meter;
 mod primary;
 mod priority;
+mod restore;
 mod secondary;
 mod signals;
 mod summer;
@@ -52,7 +53,7 @@ use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
 use crate::control::console::Console;
 use crate::control::status::Role;
-use crate::machine::{GuestNet, MachineError, cpu_digest};
+use crate::machine::{GuestNet, MachineError, host_cpu};
 use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::primary::Primary;
 use crate::protocol::record::Record;
@@ -91,8 +92,15 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let (events, inbox) = unbounded();
     let gate = open_gate(&config, &events)?;
     let mut shape = start.shape.clone();
+    let mut snapshot = match &start.boot {
+        GuestBoot::Snapshot(path) => Some(restore::open(path, &config, &shape)?),
+        GuestBoot::BuiltIn(_) | GuestBoot::Linux(_) => None,
+    };
     let (images, disks) = disks::open(&config.disks)?;
-    shape.disks = disks;
+    shape.disks = match &snapshot {
+        Some(snapshot) => disks::of_snapshot(&config.disks, &disks, &snapshot.head)?,
+        None => disks,
+    };
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
     let console = Console::open(&config.console)?;
     let mut machine = new_machine(&shape, config.cpu, gate.clone(), &disks, &console, &events)?;
@@ -102,13 +110,19 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
             machine.boot_builtin(&GuestNet { ipv4: *ipv4, prefix_len: *prefix_len, gateway: *gateway })?;
         }
         GuestBoot::Linux(guest) => machine.boot_linux(guest)?,
+        GuestBoot::Snapshot(path) => {
+            if let Some(snapshot) = snapshot.take() {
+                tracing::info!(at = %snapshot.head.at, "the guest goes on from its snapshot");
+                snapshot.load(path, &mut machine, &gate)?;
+            }
+        }
     }
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
     let (server, context) = open_doors(config, Role::Primary, start.guest_ip, console, events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
-    let protocol = Primary::new(context.primary_config(shape), me, record, clock::now());
+    let protocol = Primary::new(context.primary_config(shape, machine.tsc_khz()), me, record, clock::now());
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
     let end = PrimaryNode::new(context, machine, gate, disks, protocol).run(None)?;
@@ -135,7 +149,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
         let me = new_instance()?;
         let config = SecondaryConfig {
             guest: context.config.guest.clone(),
-            cpu_digest: context.cpu_digest,
+            cpu: context.cpu,
             features: context.features(),
             staging_bytes_max: context.config.staging_bytes_max,
             retry: RETRY,
@@ -157,7 +171,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 /// The secondary is the primary now.
 fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
     let Promoted { machine, gate, disks, record, welcome, report } = promoted;
-    let protocol = Primary::new(context.primary_config(welcome.shape), me, record, clock::now());
+    let protocol = Primary::new(context.primary_config(welcome.shape, machine.tsc_khz()), me, record, clock::now());
     Ok(end_of(PrimaryNode::new(context, machine, gate, disks, protocol).run(Some(report))?))
 }
 
@@ -247,11 +261,11 @@ fn open_doors(
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
 ) -> Result<(Server, Unarbitrated), NodeError> {
-    let cpu_digest = cpu_digest(config.cpu)?;
+    let cpu = host_cpu(config.cpu)?;
     Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
     let board = Board::new(&config, role, events.clone());
     let server = Server::bind(&config.control, board.clone())?;
     signals::listen(events.clone())?;
     let sink = server.events();
-    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu_digest }))
+    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu }))
 }

@@ -1,13 +1,16 @@
 //! The driver of the node that runs the guest: turns events into inputs, and actions into effects. It holds no rule.
 
+mod snapshot;
+
 use std::sync::Arc;
 
 use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
 
+use self::snapshot::Saving;
 use super::announce::Announcer;
 use super::config::Compress;
-use super::conns::{Conns, stuck};
+use super::conns::{Conns, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
@@ -21,14 +24,12 @@ use crate::checkpoint::journal::JournalMode;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
 use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
-use crate::checkpoint::stamp::StampState;
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::primary::{Action, Command, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
-use crate::wire::LinkNews;
 
 /// How a primary's life ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -67,6 +68,7 @@ pub struct PrimaryNode {
     on_its_way: Option<OnItsWay>,
     announcer: Announcer,
     replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
+    saving: Option<Saving>,
     /// The guest asked for a reset.
     restart: bool,
     end: Option<PrimaryEnd>,
@@ -100,6 +102,7 @@ impl PrimaryNode {
             on_its_way: None,
             announcer,
             replies: Vec::new(),
+            saving: None,
             restart: false,
             end: None,
         }
@@ -147,10 +150,11 @@ impl PrimaryNode {
 
     /// The guest's last word to its disks is in their stamps; a fenced node's are outdated already.
     fn stamp_at_the_end(&mut self, end: &PrimaryEnd) -> Result<(), NodeError> {
+        let snapshot = self.end_snapshot(end);
         if *end == PrimaryEnd::Quit {
             self.machine.pause()?;
             let at = EpochId { generation: self.protocol.generation(), ..self.protocol.running_epoch() };
-            self.disks.stamper().stamp(at, StampState::Whole);
+            self.disks.stamper().stamp_last(at, snapshot);
         }
         Ok(())
     }
@@ -158,9 +162,8 @@ impl PrimaryNode {
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
         let sender = self.sender.as_ref();
         let nudge = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::nudge);
-        if let Some((conn, LinkNews::Stuck(silence_us))) = self.conns.news(clock::monotonic_us(), nudge) {
-            self.conns.close(conn);
-            return Ok(Some(Input::Closed { conn, why: stuck(silence_us) }));
+        if let Some((conn, LinkNews::Stuck(why))) = self.conns.news(clock::now(), nudge) {
+            return Ok(Some(Input::Closed { conn, why }));
         }
         let event = match self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min() {
             None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
@@ -209,6 +212,8 @@ impl PrimaryNode {
                 self.replies.extend(reply);
                 Some(Input::Command(command))
             }
+            NodeEvent::Snapshot { request, reply } => self.snapshot_asked(request, reply),
+            NodeEvent::SnapshotWritten(result) => self.snapshot_written(result),
             // What a secondary hears of; a late one may still be in the channel after a takeover.
             NodeEvent::Connected { .. }
             | NodeEvent::Foreign { .. }
@@ -261,6 +266,8 @@ impl PrimaryNode {
                     self.machine.kick_net();
                 }
                 Action::Run(run) => self.run_guest(run)?,
+                Action::Snapshot => self.begin_snapshot()?,
+                Action::NoSnapshot { why } => self.snapshot_refused(why),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence()?,
                 Action::Exit => {
@@ -424,6 +431,7 @@ impl PrimaryNode {
     fn fence(&mut self) -> Result<(), NodeError> {
         self.gate.close();
         self.machine.pause()?;
+        self.cancel_snapshot();
         self.disks.journal().set_mode(JournalMode::Closed);
         self.sender = None;
         self.conns.close_all();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crossbeam::channel::RecvTimeoutError;
 
 use super::config::SecondaryStart;
-use super::conns::{Conns, stuck};
+use super::conns::{Conns, LinkNews};
 use super::context::{Context, new_machine, open_gate};
 use super::disks::{self, NodeDisks};
 use super::error::NodeError;
@@ -27,7 +27,6 @@ use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::{EpochId, Instant};
-use crate::wire::LinkNews;
 
 /// How a secondary's life ended.
 pub enum SecondaryEnd {
@@ -164,12 +163,9 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn link_news(&mut self) -> Option<Input> {
-        Some(match self.conns.news(clock::monotonic_us(), |_| {})? {
-            (conn, LinkNews::Stuck(silence_us)) => {
-                self.conns.close(conn);
-                Input::Closed { conn, why: stuck(silence_us) }
-            }
-            (conn, LinkNews::Received(ago_us)) => Input::Moved { conn, ago: Duration::from_micros(ago_us) },
+        Some(match self.conns.news(clock::now(), |_| {})? {
+            (conn, LinkNews::Stuck(why)) => Input::Closed { conn, why },
+            (conn, LinkNews::Received(ago)) => Input::Moved { conn, ago },
         })
     }
 
@@ -235,11 +231,16 @@ impl<'a> SecondaryNode<'a> {
                 answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
                 None
             }
+            NodeEvent::Snapshot { reply, .. } => {
+                answer(Some(reply), Err("this node is a secondary: it does not run the guest; ask the primary".into()));
+                None
+            }
             // What a primary hears of, and of an image that is gone already.
             NodeEvent::Machine(_)
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
+            | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
             | NodeEvent::Summed { .. }
             | NodeEvent::PeerSums { .. }
@@ -304,8 +305,10 @@ impl<'a> SecondaryNode<'a> {
         let config = &self.context.config;
         let (images, made) = disks::open_for(config, &welcome.shape)?;
         let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
-        let machine =
+        let mut machine =
             new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
+        // A host that cannot restore such a machine must say so before anybody counts on it.
+        machine.rehearse(welcome.tsc_khz)?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
         machine.memory().prefault().map_err(MachineError::from)?;
         disks.begin_filling(welcome.generation)?;

@@ -13,6 +13,8 @@ pub enum Event {
     ResyncStarted {
         /// The newcomer.
         newcomer: InstanceId,
+        /// Its host has a TSC of another speed and runs the guest's by scaling.
+        scales_tsc: bool,
     },
     /// A newcomer was turned away.
     Refused {
@@ -140,7 +142,10 @@ impl Event {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Event::ResyncStarted { newcomer } => write!(f, "resync started with newcomer {newcomer:?}"),
+            Event::ResyncStarted { newcomer, scales_tsc } => {
+                let how = if *scales_tsc { "; its host scales the guest's TSC" } else { "" };
+                write!(f, "resync started with newcomer {newcomer:?}{how}")
+            }
             Event::Refused { detail, .. } => write!(f, "newcomer refused: {detail}"),
             Event::NewcomerLost { why } => write!(f, "newcomer lost: {why}; the guest runs on alone"),
             Event::Protected { generation, peer } => write!(f, "protected in {generation} by {peer:?}"),

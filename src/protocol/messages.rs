@@ -1,10 +1,11 @@
 //! What nodes say to each other. `wire/` gives these a byte form; nothing here knows of sockets.
 
+use super::cpu::HostCpu;
 use super::record::Record;
 use super::types::{EpochId, Generation, GuestName, InstanceId};
 
 /// The protocol version this build speaks. A peer of another version is refused with both numbers.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// Which of the two connections of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,8 +31,8 @@ pub struct Hello {
     pub features: u64,
     /// Most bytes of staging memory it will spend on epochs that are not applied yet.
     pub staging_bytes_max: u64,
-    /// A digest of the CPU features its host can give a guest; the primary refuses a host that differs.
-    pub cpu_digest: u64,
+    /// The CPU its host can give a guest; the primary refuses a host on which the guest could not go on.
+    pub cpu: HostCpu,
 }
 
 /// Feature bits of a hello.
@@ -110,6 +111,8 @@ pub struct Welcome {
     pub generation: Generation,
     /// The machine to build.
     pub shape: MachineShape,
+    /// How fast its TSC runs, in kHz.
+    pub tsc_khz: u32,
     /// Features both sides have.
     pub features: u64,
     /// Longest epoch, in microseconds.

@@ -3,6 +3,8 @@
 
 pub mod arbitration;
 pub mod claim;
+pub mod cpu;
+pub mod echo;
 pub mod event;
 pub mod guest_clock;
 pub mod heartbeat;

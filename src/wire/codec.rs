@@ -4,6 +4,7 @@
 //! its UTF-8 bytes, at most [`TEXT_BYTES_MAX`]. Bytes after the last field are an error, and so is a value its type does not have.
 
 use super::error::WireError;
+use crate::protocol::cpu::HostCpu;
 use crate::protocol::messages::{
     Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, RefuseReason, Welcome,
 };
@@ -123,6 +124,21 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
     if from.rest.is_empty() { Ok(message) } else { malformed("message: bytes after its end") }
 }
 
+/// Appends the byte form of a machine's shape, as a welcome has it.
+pub fn encode_shape(shape: &MachineShape, out: &mut Vec<u8>) {
+    Encoder { out }.shape(shape);
+}
+
+/// Reads a shape from the front of `bytes`; also what is behind it.
+///
+/// # Errors
+/// [`WireError::Malformed`] if no machine has this shape.
+pub fn decode_shape(bytes: &[u8]) -> Result<(MachineShape, &[u8]), WireError> {
+    let mut from = Decoder { rest: bytes };
+    let shape = from.shape()?;
+    Ok((shape, from.rest))
+}
+
 fn malformed<T>(what: &'static str) -> Result<T, WireError> {
     Err(WireError::Malformed { what })
 }
@@ -188,7 +204,9 @@ impl Encoder<'_> {
         self.instance(hello.instance);
         self.u64(hello.features);
         self.u64(hello.staging_bytes_max);
-        self.u64(hello.cpu_digest);
+        self.u64(hello.cpu.digest);
+        self.u32(hello.cpu.tsc_khz);
+        self.flag(hello.cpu.tsc_scales);
     }
 
     fn welcome(&mut self, welcome: &Welcome) {
@@ -196,6 +214,7 @@ impl Encoder<'_> {
         self.instance(welcome.instance);
         self.u64(welcome.generation.0);
         self.shape(&welcome.shape);
+        self.u32(welcome.tsc_khz);
         self.u64(welcome.features);
         self.u64(welcome.interval_us);
         self.u64(welcome.heartbeat_interval_us);
@@ -326,7 +345,7 @@ impl<'a> Decoder<'a> {
             instance: self.instance()?,
             features: self.u64()?,
             staging_bytes_max: self.u64()?,
-            cpu_digest: self.u64()?,
+            cpu: HostCpu { digest: self.u64()?, tsc_khz: self.u32()?, tsc_scales: self.flag()? },
         })
     }
 
@@ -339,6 +358,7 @@ impl<'a> Decoder<'a> {
             instance: self.instance()?,
             generation: Generation(self.u64()?),
             shape: self.shape()?,
+            tsc_khz: self.u32()?,
             features: self.u64()?,
             interval_us: self.u64()?,
             heartbeat_interval_us: self.u64()?,

@@ -2,7 +2,7 @@
 //! ends both from anywhere.
 
 use super::frame::{FrameReader, FrameWriter};
-use super::watch::LinkVitals;
+use crate::protocol::echo::Vitals;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -132,7 +132,7 @@ impl LinkCloser {
     }
 
     /// What the kernel knows of the connection; `None` if it does not tell.
-    pub(super) fn vitals(&self) -> Option<LinkVitals> {
+    pub(super) fn vitals(&self) -> Option<Vitals> {
         let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
         let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
         let fd = self.stream.as_raw_fd();
@@ -145,11 +145,12 @@ impl LinkCloser {
         }
         // SAFETY: plain numbers, for which zeros (what the kernel did not write) and all else are valid.
         let info = unsafe { info.assume_init() };
-        Some(LinkVitals {
+        let ago = |ms: u32| Duration::from_millis(u64::from(ms));
+        Some(Vitals {
             on_their_way: info.tcpi_unacked > 0,
             // Bytes are a word from the peer too, and the kernel does not count every one as an acknowledgement.
-            heard_ago_us: u64::from(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv)) * 1000,
-            received_ago_us: u64::from(info.tcpi_last_data_recv) * 1000,
+            heard_ago: ago(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv)),
+            received_ago: ago(info.tcpi_last_data_recv),
         })
     }
 }

@@ -21,4 +21,4 @@ pub use error::{PageError, WireError};
 pub use frame::{Frame, FrameBatch, FrameKind, FrameReader, FrameWriter};
 pub use link::{Link, LinkCloser, LinkError, LinkReader, LinkWriter, Listener, ListenerCloser};
 pub use pages::{PageDecoder, PageEncoder, PageKind, PageRecord};
-pub use watch::{LinkNews, LinkWatch};
+pub use watch::LinkWatch;

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
-use mcd::machine::cpu_digest;
+use mcd::machine::host_cpu;
 use mcd::protocol::messages::{
     Channel, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features,
 };
@@ -106,7 +106,7 @@ pub fn hello(channel: Channel, instance: u128) -> Hello {
         instance: InstanceId(instance),
         features: features::LZ4,
         staging_bytes_max: 512 << 20,
-        cpu_digest: cpu_digest(mcd::machine::CpuModel::Host).expect("KVM"),
+        cpu: host_cpu(mcd::machine::CpuModel::Host).expect("KVM"),
     }
 }
 
@@ -120,6 +120,7 @@ pub fn welcome() -> Welcome {
         instance: PRIMARY,
         generation: Generation(5),
         shape: MachineShape::bare(MEMORY_BYTES, 1, [2, 0, 0, 0, 0, 1]),
+        tsc_khz: host_cpu(mcd::machine::CpuModel::Host).expect("KVM").tsc_khz,
         features: features::LZ4,
         interval_us: 20_000,
         heartbeat_interval_us: 200_000,

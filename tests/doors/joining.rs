@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 
 use mcd::control::status::State;
-use mcd::protocol::messages::{MachineShape, Message, RefuseReason, Welcome};
+use mcd::protocol::messages::{MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 
 use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
 use super::place::{HOST, PRIMARY, REFUSED, run};
@@ -12,11 +12,11 @@ use super::place::{HOST, PRIMARY, REFUSED, run};
 fn another_program_or_another_version() {
     run("joining::another_program_or_another_version", |place| {
         let fake = FakePrimary::listen(PRIMARY);
-        let other = frame_of_version(&Message::Welcome(welcome()), 2);
+        let other = frame_of_version(&Message::Welcome(welcome()), PROTOCOL_VERSION + 1);
         let answers: [(&[u8], &str); 3] = [
             (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the peer does not speak mcd"),
             (&garbage(4096), "the peer does not speak mcd"),
-            (&other, "speaks version 2"),
+            (&other, "speaks version 3"),
         ];
         for (answer, part) in answers {
             let mut node = place.secondary(&[]);

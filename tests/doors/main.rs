@@ -12,5 +12,6 @@ mod joining;
 mod place;
 mod primaries;
 mod process;
+mod snapshots;
 mod strangers;
 mod sums;

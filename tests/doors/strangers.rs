@@ -4,6 +4,7 @@ use std::net::TcpStream;
 
 use crossbeam::channel::RecvTimeoutError;
 use mcd::control::status::State;
+use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason};
 use mcd::protocol::types::{GuestName, InstanceId};
 
@@ -103,14 +104,19 @@ fn those_who_do_not_fit() {
         let guest = GuestName::new("mail").expect("a name");
         refused(&mut primary, Hello { guest, ..good() }, RefuseReason::Guest, "'web', not 'mail'");
         refused(&mut primary, Hello { staging_bytes_max: 1 << 20, ..good() }, RefuseReason::Staging, "--staging-max");
-        let cpu_digest = good().cpu_digest ^ 1;
-        refused(&mut primary, Hello { cpu_digest, ..good() }, RefuseReason::Cpu, "other CPU features");
+        let other = HostCpu { digest: good().cpu.digest ^ 1, ..good().cpu };
+        refused(&mut primary, Hello { cpu: other, ..good() }, RefuseReason::Cpu, "other CPU features");
+        // A hundredth faster, on a host that cannot scale: told now, not at the takeover.
+        let tsc_khz = good().cpu.tsc_khz / 100 * 101;
+        let faster = HostCpu { tsc_khz, tsc_scales: false, ..good().cpu };
+        let sentence = format!("has a TSC of {tsc_khz} kHz and cannot scale it");
+        refused(&mut primary, Hello { cpu: faster, ..good() }, RefuseReason::Cpu, &sentence);
         refused(&mut primary, hello(Channel::Heartbeat, 1), RefuseReason::Malformed, "comes second");
 
         let (data, heartbeat) = (Message::Hello(good()), Message::Hello(hello(Channel::Heartbeat, 1)));
         let mut says = |port, bytes: &[u8], reason| refused_bytes(&mut primary, port, bytes, reason);
         let sentence = says(PRIMARY[0], &frame_of_version(&data, newer), RefuseReason::Version);
-        assert!(sentence.contains("speaks version 2") && sentence.contains("same mcd release"), "{sentence}");
+        assert!(sentence.contains("speaks version 3") && sentence.contains("same mcd release"), "{sentence}");
         assert!(says(PRIMARY[0], &frame(&heartbeat), RefuseReason::Malformed).contains("this is the data port"));
         assert!(says(PRIMARY[1], &frame(&data), RefuseReason::Malformed).contains("this is the heartbeat port"));
         let bye = Message::Bye { reason: "good day".into() };

@@ -167,7 +167,7 @@ impl Newcomer {
     }
 
     /// Reads until the primary gives it up.
-    fn is_given_up(mut self) {
+    fn wait_given_up(mut self) {
         while self.data.read_frame().is_ok() {}
     }
 }
@@ -209,7 +209,7 @@ fn answers_that_no_secondary_gives() {
             let (first, count) = newcomer.question(|_, _, _| {}).expect("a question");
             assert_eq!((first, count), (FIRST, SUM_BLOCKS_MAX));
             newcomer.data.send_bytes(&bytes(first, count));
-            newcomer.is_given_up();
+            newcomer.wait_given_up();
             primary.wait_warning(part);
             primary.wait_status("alone", |status| status.state == State::Solo);
         };
@@ -219,7 +219,7 @@ fn answers_that_no_secondary_gives() {
         let other = "other sums of blocks than it was asked for";
         not_stood(|first, count| answer(first + 1, &sums(first, count)), other);
         not_stood(|first, count| answer(first, &sums(first, count - 1)), other);
-        not_stood(|first, count| answer(first - 1, &sums(first, 0)), other);
+        not_stood(|first, _| answer(first - 1, &sums(first, 0)), other);
         let twice = |first, count| answer(first, &sums(first, count)).repeat(3);
         not_stood(twice, "sums of blocks");
         not_stood(|_, _| bulk(FrameKind::Sums, &[1, 2, 3]), "a malformed run of sums");

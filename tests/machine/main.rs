@@ -5,6 +5,7 @@ mod clock;
 mod dirt;
 mod disk;
 mod events;
+mod fit;
 mod pause;
 mod state;
 mod support;

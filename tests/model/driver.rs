@@ -219,7 +219,7 @@ impl World {
             Action::Push { pages } => self.node(n).push = Some(pages),
             // Its disks have no sums: no node here offers them.
             Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
-            Action::Committed { .. } | Action::Tell(_) => {}
+            Action::Committed { .. } | Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
+use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::heartbeat::HeartbeatConfig;
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PAGE_BYTES;
@@ -179,6 +180,9 @@ impl PartialEq for World {
     }
 }
 
+/// Every host has this one.
+const CPU: HostCpu = HostCpu { digest: 1, tsc_khz: 1_000_000, tsc_scales: false };
+
 fn guest_name() -> GuestName {
     GuestName::new("g").expect("a name")
 }
@@ -188,7 +192,7 @@ pub fn primary_config() -> PrimaryConfig {
     PrimaryConfig {
         guest: guest_name(),
         shape: MachineShape::bare((PAGES * PAGE_BYTES) as u64, 1, [2, 0, 0, 0, 0, 1]),
-        cpu_digest: 1,
+        cpu: CPU.own_guest(),
         features: 0,
         interval: Duration::from_secs(3600),
         interval_min: Duration::ZERO,
@@ -203,7 +207,7 @@ pub fn primary_config() -> PrimaryConfig {
 pub fn secondary_config() -> SecondaryConfig {
     SecondaryConfig {
         guest: guest_name(),
-        cpu_digest: 1,
+        cpu: CPU,
         features: 0,
         staging_bytes_max: u64::MAX,
         retry: UNIT,

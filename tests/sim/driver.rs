@@ -253,10 +253,15 @@ impl World {
             }
             Action::Run(run) => {
                 self.note(proc, || format!("run {run}"));
+                if run && self.procs[proc].saving {
+                    self.violate(format!("n{} lets a guest run whose snapshot is written", self.procs[proc].slot));
+                }
                 if let Some(guest) = &mut self.procs[proc].guest {
                     guest.runs = run;
                 }
             }
+            Action::Snapshot => self.write_snapshot(proc),
+            Action::NoSnapshot { why } => self.note(proc, || format!("no snapshot: {why}")),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit => {

@@ -106,6 +106,9 @@ impl World {
     }
 
     fn operate(&mut self, proc: ProcId) {
+        if self.rng.chance(200) {
+            return self.take_snapshot(proc);
+        }
         let command = *self.rng.pick(&[Command::Stop, Command::Checkpoint, Command::Cont, Command::Quit]);
         self.command(proc, command);
         if command == Command::Stop {

@@ -1,5 +1,8 @@
 //! How the world moves what travels: connections made, items delivered in order, time-outs, resets.
 
+use std::time::Duration;
+
+use mcd::protocol::echo::{EchoJudge, Vitals};
 use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::{self, ConnId};
 use mcd::protocol::secondary;
@@ -112,11 +115,16 @@ impl World {
 
     fn unacked(&mut self, conn: usize, end: usize, since: u64) {
         self.conns[conn].ends[end].unacked_since = Some(since);
-        // The heartbeat connection is left to the kernel, which is patient: heartbeats may wait behind pages.
-        let watched = self.conns[conn].channel == Channel::Data;
-        let patience =
-            if watched { self.plan.user_timeout_us } else { self.plan.user_timeout_us.max(self.plan.timeout_us * 12) };
+        // The kernel is patient. Data connections are judged by their drivers before it gives up; heartbeats may wait behind pages.
+        let patience = self.plan.user_timeout_us.max(self.plan.timeout_us * 12);
         self.at(self.now.max(since + patience), Event::UserTimeout { conn, end, since });
+    }
+
+    /// From now on a driver looks whether what it sends over a data connection arrives.
+    fn judge(&mut self, conn: usize, end: usize) {
+        if self.conns[conn].channel == Channel::Data {
+            self.conns[conn].ends[end].judge = Some(EchoJudge::new(Duration::from_micros(self.plan.timeout_us)));
+        }
     }
 
     fn path_blocked_until(&self, conn: usize, from: usize) -> u64 {
@@ -159,6 +167,7 @@ impl World {
             return;
         }
         if back_open {
+            self.conns[conn].ends[from].echoed_at = self.now;
             match self.conns[conn].ends[from].queue.front() {
                 None => self.conns[conn].ends[from].unacked_since = None,
                 // A link that moves is never given up, however long its queue is.
@@ -183,12 +192,16 @@ impl World {
         let input = match (&self.procs[proc].role, item) {
             (Role::Primary(_), Item::Message(Message::Hello(hello))) if !greeted => {
                 self.conns[conn].ends[to].greeted = true;
+                self.judge(conn, to);
                 In::Primary(primary::Input::Hello { conn: local, hello })
             }
             (Role::Primary(_), Item::Message(message)) if greeted => {
                 In::Primary(primary::Input::Message { conn: local, message })
             }
             (Role::Secondary(_), Item::Message(message)) => {
+                if matches!(message, Message::Welcome(_)) {
+                    self.judge(conn, to);
+                }
                 In::Secondary(secondary::Input::Message { conn: local, message })
             }
             (Role::Secondary(_), Item::Bulk { bytes, .. }) => return self.receive_bulk(conn, to, &bytes),
@@ -216,22 +229,54 @@ impl World {
         }
     }
 
-    /// What the kernel of a secondary's host knows and its driver has not looked at yet: bytes arrived on the data connection.
+    /// What the kernel of a node's host knows of its data connections and its driver has not looked at yet.
     pub fn look_at_links(&mut self, proc: ProcId) -> Option<In> {
-        let node = &self.procs[proc];
-        let Role::Secondary(_) = node.role else { return None };
-        let (now, looked) = (node.clock.local(self.now), node.clock.local(node.looked_at));
-        if now.since(looked).as_micros() < u128::from(self.plan.timeout_us / 8) {
-            return None;
+        let now = self.procs[proc].clock.local(self.now);
+        let is_due = |conn: usize| {
+            self.end_of(conn, proc)
+                .and_then(|end| self.conns[conn].ends[end].judge.as_ref())
+                .is_some_and(|judge| judge.is_due(now))
+        };
+        let (local, conn) = self.procs[proc].conns.iter().copied().find(|(_, conn)| is_due(*conn))?;
+        let end = self.end_of(conn, proc)?;
+        let vitals = self.vitals(conn, end);
+        let look = self.conns[conn].ends[end].judge.as_mut()?.look(now, vitals);
+        if let Some(silence) = look.stuck {
+            self.note(proc, || format!("connection {local} is stuck for {} ms", silence.as_millis()));
+            // What is written and not sent yet still leaves, if the way opens.
+            self.close(proc, local);
+            let why = "nothing came back from it".to_owned();
+            return Some(if self.procs[proc].is_primary() {
+                In::Primary(primary::Input::Closed { conn: local, why })
+            } else {
+                In::Secondary(secondary::Input::Closed { conn: local, why })
+            });
         }
-        let (local, received_at) = node.conns.iter().find_map(|(local, conn)| {
-            let conn = &self.conns[*conn];
-            let end = conn.ends.iter().find(|end| end.proc == proc)?;
-            (conn.channel == Channel::Data).then_some((*local, end.received_at))
-        })?;
-        let ago = now.since(node.clock.local(received_at));
-        let looked_at = std::mem::replace(&mut self.procs[proc].looked_at, self.now);
-        (received_at > looked_at).then_some(In::Secondary(secondary::Input::Moved { conn: local, ago }))
+        let ago = look.received.filter(|_| !self.procs[proc].is_primary())?;
+        Some(In::Secondary(secondary::Input::Moved { conn: local, ago }))
+    }
+
+    /// What a kernel knows of its end of a connection.
+    fn vitals(&mut self, conn: usize, end: usize) -> Vitals {
+        self.hear_late_echo(conn, end);
+        let End { proc, unacked_since, received_at, echoed_at, .. } = self.conns[conn].ends[end];
+        let clock = &self.procs[proc].clock;
+        let ago = |at: u64| clock.local(self.now).since(clock.local(at));
+        Vitals {
+            on_their_way: unacked_since.is_some(),
+            heard_ago: ago(received_at.max(echoed_at)),
+            received_ago: ago(received_at),
+        }
+    }
+
+    /// An acknowledgement that was lost comes with a retransmission, once the way back is open again.
+    fn hear_late_echo(&mut self, conn: usize, end: usize) -> bool {
+        let back_open = self.path_blocked_until(conn, 1 - end) <= self.now;
+        let has_arrived = self.conns[conn].ends[end].queue.is_empty() && !self.conns[conn].ends[1 - end].silent;
+        if back_open && has_arrived && self.conns[conn].ends[end].unacked_since.take().is_some() {
+            self.conns[conn].ends[end].echoed_at = self.now;
+        }
+        back_open && has_arrived
     }
 
     pub fn user_timeout(&mut self, conn: usize, end: usize, since: u64) {
@@ -239,12 +284,10 @@ impl World {
         if mine.closed || mine.unacked_since != Some(since) {
             return;
         }
-        let back_open = self.path_blocked_until(conn, 1 - end) <= self.now;
-        let other = &self.conns[conn].ends[1 - end];
-        if back_open && mine.queue.is_empty() && !other.silent {
-            self.conns[conn].ends[end].unacked_since = None;
+        if self.hear_late_echo(conn, end) {
             return;
         }
+        let other = &self.conns[conn].ends[1 - end];
         let other_open = !other.closed && !other.silent;
         self.conns[conn].ends[end].queue.clear();
         if other_open && self.path_blocked_until(conn, end) <= self.now {

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use mcd::protocol::echo::EchoJudge;
 use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::ConnId;
 use mcd::protocol::types::EpochId;
@@ -77,6 +78,10 @@ pub struct End {
     pub receiver: Option<Box<Receiver>>,
     /// When bytes of the other end last arrived in this host's kernel.
     pub received_at: u64,
+    /// When the other end's kernel last acknowledged anything.
+    pub echoed_at: u64,
+    /// Judges whether bytes still arrive, once the driver has it do so.
+    pub judge: Option<EchoJudge>,
 }
 
 impl End {
@@ -93,6 +98,8 @@ impl End {
             greeted: false,
             receiver: None,
             received_at: 0,
+            echoed_at: 0,
+            judge: None,
         }
     }
 }

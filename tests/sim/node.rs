@@ -111,8 +111,6 @@ pub struct Proc {
     /// The guest does nothing until then.
     pub paused_until: u64,
     pub wake_at: u64,
-    /// When the driver last asked the kernel what had arrived.
-    pub looked_at: u64,
     /// When the machine was last fed anything, and when it last heard a heartbeat (or slept, which counts as one).
     pub fed_at: u64,
     pub heard_at: u64,
@@ -127,6 +125,8 @@ pub struct Proc {
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
+    /// A snapshot of its guest is being written: the guest must not run.
+    pub saving: bool,
     /// What it wrote down where the arbiter keeps no record.
     pub notebook: Notebook,
     pub conns: Vec<(ConnId, usize)>,
@@ -159,7 +159,6 @@ impl Proc {
             idle_until: 0,
             paused_until: 0,
             wake_at: u64::MAX,
-            looked_at: 0,
             fed_at: 0,
             heard_at: 0,
             epochs_unheard: 0,
@@ -168,6 +167,7 @@ impl Proc {
             capture_fails: false,
             quits: 0,
             may_exit: false,
+            saving: false,
             notebook: Notebook::default(),
             conns: Vec::new(),
             conns_made: 1 << 32,

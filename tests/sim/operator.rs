@@ -96,6 +96,39 @@ impl World {
         self.drive(proc);
     }
 
+    /// An operator wants a snapshot, if one may be taken now.
+    pub fn take_snapshot(&mut self, proc: ProcId) {
+        let node = &mut self.procs[proc];
+        if node.alive && node.is_primary() {
+            node.inbox.push_back(In::Primary(primary::Input::Snapshot));
+            self.note(proc, || "operator: snapshot".into());
+            self.drive(proc);
+        }
+    }
+
+    /// The guest stands still: it is written for a while.
+    pub fn write_snapshot(&mut self, proc: ProcId) {
+        let runs = self.procs[proc].guest.as_ref().is_some_and(|guest| guest.runs);
+        if runs {
+            self.violate(format!("n{} writes a snapshot of a guest that runs", self.procs[proc].slot));
+        }
+        self.procs[proc].saving = true;
+        let us = self.rng.below(self.plan.fault_len_us);
+        let stop = self.rng.chance(250);
+        self.after(us, Event::SnapshotEnds { proc, stop });
+    }
+
+    pub fn snapshot_ends(&mut self, proc: ProcId, stop: bool) {
+        let node = &mut self.procs[proc];
+        if node.alive && node.is_primary() {
+            // What is stopped with its snapshot never runs again.
+            node.saving = stop;
+            node.inbox.push_back(In::Primary(primary::Input::SnapshotEnded { stop }));
+            self.note(proc, || format!("snapshot written, stop {stop}"));
+            self.drive(proc);
+        }
+    }
+
     /// I6: somebody has the guest, or it was lost in a way that nobody could have helped.
     pub fn check_holders(&mut self) {
         let excused = std::mem::take(&mut self.excused);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::heartbeat::HeartbeatConfig;
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PAGE_BYTES;
@@ -10,6 +11,9 @@ use mcd::protocol::secondary::SecondaryConfig;
 use mcd::protocol::types::GuestName;
 
 use crate::rng::Rng;
+
+/// Every host has this one.
+const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1_000_000, tsc_scales: false };
 
 /// The kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +200,7 @@ impl Plan {
         PrimaryConfig {
             guest: Plan::guest_name(),
             shape: self.shape(),
-            cpu_digest: 7,
+            cpu: CPU.own_guest(),
             features: 1,
             interval: us(self.epoch_us),
             interval_min: us(self.epoch_min_us),
@@ -211,7 +215,7 @@ impl Plan {
     pub fn secondary(&self) -> SecondaryConfig {
         SecondaryConfig {
             guest: Plan::guest_name(),
-            cpu_digest: 7,
+            cpu: CPU,
             features: 1,
             staging_bytes_max: 1 << 30,
             retry: Duration::from_micros(self.retry_us),

@@ -1,6 +1,7 @@
 //! The commands and flags, and the words `--help` teaches them with.
 
 mod node;
+mod snapshot;
 mod tools;
 
 use std::net::SocketAddr;
@@ -8,6 +9,7 @@ use std::net::SocketAddr;
 use clap::{Args, Parser, Subcommand};
 
 pub(in crate::cli) use self::node::*;
+pub(in crate::cli) use self::snapshot::*;
 pub(in crate::cli) use self::tools::*;
 use super::{exit, values};
 
@@ -88,6 +90,14 @@ pub(in crate::cli) enum Command {
         after_help = super::disk::HELP
     )]
     Disk(DiskArgs),
+
+    /// Save a guest to a file, look at such a file, or start a guest from one
+    #[command(
+        long_about = "Saves the memory and the machine of a guest to a file, from which it can be started again. Disks are not in it: a guest \
+            that writes to disks is stopped with its snapshot, and its images are kept as they are at that moment.",
+        after_help = SNAPSHOT_HELP
+    )]
+    Snapshot(SnapshotArgs),
 
     /// Ask a running node how it is
     #[command(

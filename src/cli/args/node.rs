@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use crate::arbiter::ArbiterSpec;
 use crate::cli::values::{self, Cidr, ConsoleFlag, Disk, Mac, Size};
+use crate::machine::CpuModel;
 use crate::protocol::types::GuestName;
 
 /// The flags that describe the machine.
@@ -16,18 +17,21 @@ pub(in crate::cli) struct MachineArgs {
     /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the built-in guest]
     #[arg(long, value_name = "FILE")]
     pub(in crate::cli) kernel: Option<PathBuf>,
+    /// Go on from this snapshot file (see `mcd snapshot`) in place of starting a guest: the machine is the file's. Not allowed in a file
+    #[arg(long, value_name = "FILE")]
+    pub(in crate::cli) restore: Option<PathBuf>,
     /// The kernel's first file system
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(in crate::cli) initrd: Option<PathBuf>,
     /// The kernel's command line [default: console=ttyS0]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub(in crate::cli) append: Option<String>,
-    /// The guest's memory; a distribution's kernel needs 128M or more
-    #[arg(long, value_name = "SIZE", default_value = "128M")]
-    pub(in crate::cli) memory: Size,
-    /// The guest's vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
-    pub(in crate::cli) cpus: u8,
+    /// The guest's memory; a distribution's kernel needs 128M or more [default: 128M]
+    #[arg(long, value_name = "SIZE")]
+    pub(in crate::cli) memory: Option<Size>,
+    /// The guest's vCPUs [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub(in crate::cli) cpus: Option<u8>,
     /// Give the guest a source of random bytes, virtio-rng [default: true if it has a kernel]
     #[arg(long, value_name = "BOOL", action = ArgAction::Set)]
     pub(in crate::cli) rng: Option<bool>,
@@ -57,9 +61,9 @@ pub(in crate::cli) struct NodeArgs {
     pub(in crate::cli) guest_ip: Option<Cidr>,
 
     /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal hosts), or `baseline`, x86-64-v2, which
-    /// hosts of one maker have in common
-    #[arg(long, value_name = "MODEL", value_enum, default_value = "host")]
-    pub(in crate::cli) cpu: CpuFlag,
+    /// hosts of one maker have in common [default: host]
+    #[arg(long, value_name = "MODEL", value_enum)]
+    pub(in crate::cli) cpu: Option<CpuFlag>,
 
     /// What a takeover by this node does to the guest's clocks: `correct` them by the time it took (up to 10 s), or let them `continue`
     /// where they stood, for the guest's time server to mend
@@ -186,6 +190,16 @@ pub(in crate::cli) enum CompressFlag {
 pub(in crate::cli) enum CpuFlag {
     Host,
     Baseline,
+}
+
+impl CpuFlag {
+    /// The model it names.
+    pub(in crate::cli) fn model(self) -> CpuModel {
+        match self {
+            CpuFlag::Host => CpuModel::Host,
+            CpuFlag::Baseline => CpuModel::Baseline,
+        }
+    }
 }
 
 /// `--guest-clock`.

@@ -23,6 +23,7 @@ use super::sections::{self, FormatError, Kind, Sections};
 use super::tsc::{ClockInstant, Tsc, ticks};
 use crate::machine::error::{StateError, kvm};
 use crate::machine::host::HostCaps;
+use crate::protocol::cpu::same_tsc;
 
 /// The version of every other vCPU section this build writes.
 const VERSION: u16 = 1;
@@ -35,8 +36,6 @@ const MSR_TSC_ADJUST: u32 = 0x3b;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Words of the legacy XSAVE region that `kvm_xsave` itself holds; what is beyond comes behind it.
 const XSAVE_WORDS: usize = 1024;
-/// Most parts per million by which two hosts' TSC may differ without scaling; as other VMMs have it.
-const TSC_TOLERANCE_PPM: u64 = 250;
 /// Register offset and mode bits of the LAPIC's timer entry.
 const LAPIC_LVT_TIMER: usize = 0x320;
 
@@ -150,6 +149,16 @@ impl VcpuState {
         }
     }
 
+    /// How fast the guest's TSC runs.
+    pub(in crate::machine) fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// From now on this is the state of a guest whose TSC runs so fast.
+    pub(in crate::machine) fn pretend_tsc(&mut self, tsc_khz: u32) {
+        self.tsc_khz = tsc_khz;
+    }
+
     /// Tells the guest's kernel, where it uses kvmclock, that it did not run for a while, so that its watchdogs do not bark.
     pub(in crate::machine) fn excuse(vcpu: &VcpuFd) {
         if let Err(error) = vcpu.kvmclock_ctrl() {
@@ -157,10 +166,9 @@ impl VcpuState {
         }
     }
 
-    /// Whether the guest's TSC has another speed than the host's, as far as [`TSC_TOLERANCE_PPM`] tells.
+    /// Whether the guest's TSC has another speed than the host's.
     fn is_scaled(&self) -> bool {
-        let off_khz = u64::from(self.host_tsc_khz.abs_diff(self.tsc_khz));
-        off_khz * 1_000_000 > u64::from(self.tsc_khz) * TSC_TOLERANCE_PPM
+        !same_tsc(self.tsc_khz, self.host_tsc_khz)
     }
 
     /// Runs the guest's TSC at the saved frequency where the host can, and refuses where it cannot and would be off.
@@ -172,11 +180,10 @@ impl VcpuState {
         if caps.tsc_control {
             return Ok(vcpu.set_tsc_khz(self.tsc_khz).map_err(kvm("KVM_SET_TSC_KHZ"))?);
         }
-        let off_khz = u64::from(host.abs_diff(self.tsc_khz));
-        if off_khz * 1_000_000 > u64::from(self.tsc_khz) * TSC_TOLERANCE_PPM {
-            return Err(StateError::Tsc { saved_khz: self.tsc_khz, host_khz: host });
+        match same_tsc(self.tsc_khz, host) {
+            true => Ok(()),
+            false => Err(StateError::Tsc { saved_khz: self.tsc_khz, host_khz: host }),
         }
-        Ok(())
     }
 
     /// Writes the MSRs, IA32_TSC_DEADLINE after all others.

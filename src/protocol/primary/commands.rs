@@ -30,6 +30,42 @@ impl Primary {
         }
     }
 
+    /// Whether a snapshot may be taken now; if not, why. While another node may run the guest already, what this one has may be a life that
+    /// nobody was told of.
+    pub(super) fn may_snapshot(&self) -> Result<(), &'static str> {
+        match self.phase {
+            _ if self.frozen => Err("a snapshot of this guest is being written already"),
+            Phase::Fenced => Err("this node is fenced: another node runs the guest; ask that one"),
+            Phase::Stopping => Err("the guest is being shut down"),
+            Phase::Deciding => Err("the peer is suspected and the arbiter has not answered yet; ask again when it has"),
+            _ if !self.proven => {
+                Err("this node stood still and asks the arbiter whether it still has the guest; ask again")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops the guest for a snapshot. Epochs, acks and heartbeats go on: what it said before is released as ever.
+    pub(super) fn freeze(&mut self) {
+        if let Err(why) = self.may_snapshot() {
+            return self.actions.push_back(Action::NoSnapshot { why });
+        }
+        self.frozen = true;
+        self.sync_run();
+        self.actions.push_back(Action::Snapshot);
+    }
+
+    /// The snapshot is over; the guest goes on, or stops for good if that was asked for. It must not run meanwhile, or the snapshot would not be
+    /// of its last moment.
+    pub(super) fn thaw(&mut self, stop: bool) {
+        self.frozen = stop;
+        match self.phase {
+            _ if !stop => {}
+            Phase::Deciding => self.quitting = true,
+            _ => self.shut_down(),
+        }
+    }
+
     /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
     pub(super) fn shut_down(&mut self) {
         if mutant::is("shutdown-not-told") {
@@ -57,7 +93,7 @@ impl Primary {
 
     pub(super) fn sync_run(&mut self) {
         let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
-        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output;
+        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !self.frozen;
         if wanted != self.guest_runs {
             self.guest_runs = wanted;
             self.actions.push_back(Action::Run(wanted));

@@ -89,6 +89,8 @@ pub struct Primary {
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
+    /// A snapshot is being written; the guest stands still for it.
+    frozen: bool,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
     guest_runs: bool,
@@ -116,6 +118,7 @@ impl Primary {
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
+            frozen: false,
             quitting: false,
             guest_runs: true,
             actions: VecDeque::new(),
@@ -221,6 +224,8 @@ impl Primary {
             }
             Input::Command(command) => self.command(command),
             Input::GuestShutdown => self.shut_down(),
+            Input::Snapshot => self.freeze(),
+            Input::SnapshotEnded { stop } => self.thaw(stop),
         }
         self.on_time(now);
     }
@@ -433,8 +438,8 @@ impl Primary {
         self.progress_at = now;
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });
-        if let Some(newcomer) = self.peer() {
-            self.tell(Event::ResyncStarted { newcomer });
+        if let Some(peer) = &self.peer {
+            self.tell(Event::ResyncStarted { newcomer: peer.instance, scales_tsc: peer.scales_tsc });
         }
     }
 

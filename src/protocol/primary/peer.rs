@@ -18,13 +18,15 @@ pub struct Peer {
     pub heartbeat: Option<ConnId>,
     /// What both sides can do.
     pub features: u64,
+    /// Its host runs the guest's TSC at another speed than its own.
+    pub scales_tsc: bool,
     life: Option<(Pulse, Judge)>,
     join_by: Instant,
 }
 
 impl Peer {
-    fn new(instance: InstanceId, data: ConnId, features: u64, join_by: Instant) -> Peer {
-        Peer { instance, data, heartbeat: None, features, life: None, join_by }
+    fn new(instance: InstanceId, data: ConnId, features: u64, scales_tsc: bool, join_by: Instant) -> Peer {
+        Peer { instance, data, heartbeat: None, features, scales_tsc, life: None, join_by }
     }
 
     fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
@@ -80,7 +82,7 @@ impl Peer {
 
     /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Peer { instance, data, heartbeat, features, life, join_by } = self;
+        let Peer { instance, data, heartbeat, features, scales_tsc: _, life, join_by } = self;
         (instance, data, heartbeat, features, life.is_some()).hash(into);
         match life {
             Some((pulse, judge)) => {
@@ -121,7 +123,9 @@ impl Primary {
         match (hello.channel, &mut self.peer) {
             (Channel::Data, _) => {
                 let features = self.config.features & hello.features;
-                self.peer = Some(Peer::new(hello.instance, conn, features, now + self.config.join_timeout));
+                let scales_tsc = hello.cpu.takes(self.config.cpu) == Ok(true);
+                let join_by = now + self.config.join_timeout;
+                self.peer = Some(Peer::new(hello.instance, conn, features, scales_tsc, join_by));
                 self.phase = Phase::Joining;
             }
             (Channel::Heartbeat, Some(peer)) => {
@@ -148,6 +152,7 @@ impl Primary {
             instance: self.me,
             generation: self.record.generation,
             shape: self.config.shape.clone(),
+            tsc_khz: self.config.cpu.tsc_khz,
             features: self.config.features & hello.features,
             interval_us: us(self.config.interval),
             heartbeat_interval_us: us(self.config.heartbeat.interval),
@@ -172,10 +177,8 @@ impl Primary {
             );
             return no(RefuseReason::Guest, detail);
         }
-        if hello.cpu_digest != config.cpu_digest {
-            let detail =
-                "the newcomer's host has other CPU features than the guest was started with; use hosts of one kind";
-            return no(RefuseReason::Cpu, detail.into());
+        if let Err(unfit) = hello.cpu.takes(config.cpu) {
+            return no(RefuseReason::Cpu, format!("the newcomer's host {unfit}"));
         }
         if hello.staging_bytes_max < config.shape.epoch_bytes_max() {
             let detail = format!(

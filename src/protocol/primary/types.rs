@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{Hello, MachineShape, Message};
@@ -20,8 +21,8 @@ pub struct PrimaryConfig {
     pub guest: GuestName,
     /// The guest's machine, told to newcomers.
     pub shape: MachineShape,
-    /// Digest of the CPU features the guest sees; a newcomer must have the same.
-    pub cpu_digest: u64,
+    /// The CPU the guest sees.
+    pub cpu: GuestCpu,
     /// Features this build offers.
     pub features: u64,
     /// The longest an epoch may last.
@@ -139,6 +140,13 @@ pub enum Input {
     Command(Command),
     /// The guest shut itself down.
     GuestShutdown,
+    /// An operator wants a snapshot of the guest.
+    Snapshot,
+    /// The snapshot is written, or failed.
+    SnapshotEnded {
+        /// The guest is to stop for good.
+        stop: bool,
+    },
 }
 
 /// What a capture does with the guest's output, while the guest is paused.
@@ -218,6 +226,13 @@ pub enum Action {
     ReleaseAll,
     /// Let the guest run (or not).
     Run(bool),
+    /// The guest stands still: save it to the snapshot's file while it does, then say `SnapshotEnded`.
+    Snapshot,
+    /// There is no snapshot to be taken now.
+    NoSnapshot {
+        /// Why, in words.
+        why: &'static str,
+    },
     /// Ask the arbiter.
     Ask(ArbiterCall),
     /// Stop the guest for good, throw held output away, close all connections. Only the control socket stays.

@@ -41,7 +41,7 @@ impl Secondary {
             instance: self.me,
             features: self.config.features,
             staging_bytes_max: self.config.staging_bytes_max,
-            cpu_digest: self.config.cpu_digest,
+            cpu: self.config.cpu,
         };
         self.actions.push_back(Action::Send { conn, message: Message::Hello(hello) });
     }

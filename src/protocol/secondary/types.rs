@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
@@ -16,8 +17,8 @@ use crate::protocol::types::{EpochId, GuestName, Instant};
 pub struct SecondaryConfig {
     /// The guest it wants to hold.
     pub guest: GuestName,
-    /// Digest of the CPU features its host can give a guest.
-    pub cpu_digest: u64,
+    /// The CPU its host can give a guest.
+    pub cpu: HostCpu,
     /// Features this build offers.
     pub features: u64,
     /// Most bytes of staging memory.

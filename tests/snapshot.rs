@@ -1,0 +1,363 @@
+//! A guest that works for clients is saved to a file, ends, and goes on from the file: alone, as a pair, with a disk.
+
+mod rights;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mcd::checkpoint::snapshot::SnapshotReader;
+use mcd::checkpoint::stamp::Stamp;
+use mcd::control::Client;
+use mcd::control::status::{NodeStatus, State};
+use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
+use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/net/tun"];
+const REFUSED: Option<i32> = Some(4);
+/// Writes acknowledged before the snapshot, and again after it.
+const SOME_WRITES: u64 = 300;
+
+/// A client of the guest, on one connection for ever.
+struct Guest {
+    to: TcpStream,
+    from: BufReader<TcpStream>,
+}
+
+impl Guest {
+    fn connect(fabric: &Fabric) -> Guest {
+        let to = fabric.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
+        let to = to.expect("a connection");
+        to.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        to.set_nodelay(true).expect("an option");
+        let from = BufReader::new(to.try_clone().expect("a descriptor"));
+        Guest { to, from }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.from.read_line(&mut line).expect("an answer");
+        assert!(line.ends_with("\r\n"), "the connection ended");
+        line.trim_end().to_owned()
+    }
+
+    fn ask(&mut self, command: &str) -> String {
+        self.to.write_all(format!("{command}\r\n").as_bytes()).expect("the connection lives");
+        self.line()
+    }
+
+    /// The value of a key; `None` if there is no such key.
+    fn get(&mut self, key: &str) -> Option<String> {
+        match self.ask(&format!("GET {key}")).as_str() {
+            "$-1" => None,
+            length => {
+                assert!(length.starts_with('$'), "{length}");
+                Some(self.line())
+            }
+        }
+    }
+}
+
+/// A client that writes key after key, each when the one before is acknowledged.
+struct Writer {
+    acknowledged: Arc<AtomicU64>,
+    enough: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Writer {
+    fn start(fabric: &Fabric) -> Writer {
+        let mut guest = Guest::connect(fabric);
+        let (acknowledged, enough) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (count, end) = (acknowledged.clone(), enough.clone());
+        let thread = std::thread::spawn(move || {
+            for number in 0.. {
+                if end.load(Ordering::Acquire) {
+                    break;
+                }
+                assert_eq!(guest.ask(&format!("SET key{number} value{number}")), "+OK");
+                count.store(number + 1, Ordering::Release);
+            }
+        });
+        Writer { acknowledged, enough, thread }
+    }
+
+    fn count(&self) -> u64 {
+        self.acknowledged.load(Ordering::Acquire)
+    }
+
+    /// Waits for more of them; how many there are then.
+    fn wait_more(&self) -> u64 {
+        let (wanted, deadline) = (self.count() + SOME_WRITES, Instant::now() + PATIENCE);
+        while self.count() < wanted {
+            assert!(!self.thread.is_finished() && Instant::now() < deadline, "no more writes than {}", self.count());
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+        self.count()
+    }
+
+    /// Ends it; it must have met no error.
+    fn end(self) -> u64 {
+        self.enough.store(true, Ordering::Release);
+        self.thread.join().expect("every write was acknowledged");
+        self.acknowledged.load(Ordering::Acquire)
+    }
+}
+
+/// The guest has the keys of the writes up to some moment, all of them and none of a later one; how many.
+fn keys(guest: &mut Guest, written: u64) -> u64 {
+    let held = (0..written).take_while(|number| guest.get(&format!("key{number}")).is_some()).count() as u64;
+    for number in 0..written {
+        let value = (number < held).then(|| format!("value{number}"));
+        assert_eq!(guest.get(&format!("key{number}")), value, "key{number} of {held}");
+    }
+    held
+}
+
+struct World {
+    fabric: Fabric,
+    dir: RunDir,
+    started: u32,
+    /// Each host's own image of the guest's disk.
+    disk: bool,
+}
+
+impl World {
+    fn new(disk: bool) -> World {
+        World { fabric: Fabric::new().expect("namespaces"), dir: RunDir::new().expect("a directory"), started: 0, disk }
+    }
+
+    fn image(&self, host: HostName) -> PathBuf {
+        self.dir.path().join(if host == HostName::A { "a.img" } else { "b.img" })
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.path().join("web.snap")
+    }
+
+    fn node(&mut self, role: StartAs, host: HostName, boot_flags: &[String]) -> Node {
+        let mut flags: Vec<String> =
+            ["--heartbeat-interval-ms=200", "--heartbeat-timeout-ms=20000"].map(str::to_owned).into();
+        if self.disk {
+            flags.push(format!("--disk={}", self.image(host).display()));
+        }
+        let settings = NodeSettings {
+            program: vec![env!("CARGO_BIN_EXE_mcd").into()],
+            memory_mib: 32,
+            interval_ms: 10,
+            flags,
+            boot_flags: boot_flags.to_vec(),
+            ..NodeSettings::default()
+        };
+        let name = format!("n{}", self.started);
+        self.started += 1;
+        Node::start(role, host, &name, &settings, &self.fabric, &self.dir).expect("a node")
+    }
+
+    fn primary(&mut self, host: HostName) -> Node {
+        let mut node = self.node(StartAs::Primary, host, &[]);
+        wait_for(&mut node, "run the guest", |status| status.running);
+        node
+    }
+
+    /// A node whose guest goes on from the file.
+    fn restored(&mut self, host: HostName) -> Node {
+        let flag = format!("--restore={}", self.file().display());
+        let mut node = self.node(StartAs::Primary, host, &[flag]);
+        wait_for(&mut node, "run the guest from its snapshot", |status| status.running);
+        node
+    }
+
+    /// A node that must not start from the file, and says why.
+    #[track_caller]
+    fn not_restored(&mut self, host: HostName, code: Option<i32>, parts: &[&str]) {
+        let flag = format!("--restore={}", self.file().display());
+        let mut node = self.node(StartAs::Primary, host, &[flag]);
+        wait_ended(&mut node);
+        let last = node.log_tail(1);
+        assert_eq!(node.ended().and_then(|status| status.code()), code, "{last}");
+        parts.iter().for_each(|part| assert!(last.contains(part), "`{part}` is missing in: {last}"));
+    }
+
+    fn save(&self, node: &Node, more: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
+        command.args(["snapshot", "save"]).arg(self.file()).arg("--control").arg(node.control()).args(more);
+        command.output().expect("mcd runs")
+    }
+}
+
+fn quit(node: &mut Node) {
+    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
+    client.execute("quit", Value::Null, PATIENCE).expect("quit");
+    wait_ended(node);
+}
+
+fn wait_ended(node: &mut Node) {
+    let deadline = Instant::now() + PATIENCE;
+    while node.ended().is_none() {
+        assert!(Instant::now() < deadline, "{} does not end:\n{}", node.name(), node.log_tail(20));
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+fn wait_for(node: &mut Node, what: &str, done: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = node.status()
+            && done(&status)
+        {
+            return status;
+        }
+        assert!(node.ended().is_none(), "{} ended and did not {what}:\n{}", node.name(), node.log_tail(20));
+        assert!(Instant::now() < deadline, "{} did not {what}:\n{}", node.name(), node.log_tail(20));
+        // A status is asked for again and again; this only keeps the asking from taking a core.
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+#[track_caller]
+fn good(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[track_caller]
+fn refused(output: &Output, part: &str) {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains(part) && said.lines().count() == 1, "{output:?}");
+}
+
+fn info(file: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mcd")).args(["snapshot", "info", "--json"]).arg(file).output().expect("mcd runs")
+}
+
+#[test]
+fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
+    rights::run("a_guest_goes_on_from_a_snapshot_that_was_taken_under_load", &DEVICES, || {
+        let mut world = World::new(false);
+        let mut node = world.primary(HostName::A);
+        let writer = Writer::start(&world.fabric);
+        let before = writer.wait_more();
+        let said = good(&world.save(&node, &[]));
+        let after = writer.count();
+        assert!(said.contains("the guest goes on"), "{said}");
+        // The writer's connection is as it was.
+        writer.wait_more();
+        let written = writer.end();
+        quit(&mut node);
+        let told: Value = serde_json::from_str(&good(&info(&world.file()))).expect("JSON");
+        assert_eq!((&told["guest"], &told["whole"], &told["stopped"]), (&"demo".into(), &true.into(), &false.into()));
+        assert_eq!(told["memory"], 32 << 20);
+        // On the other host, and twice: what a life did is not in the file.
+        for round in 0..2 {
+            let mut node = world.restored(HostName::B);
+            let mut guest = Guest::connect(&world.fabric);
+            let held = keys(&mut guest, written);
+            assert!((before..=after + 1).contains(&held), "{held} keys, {before} to {after} acknowledged");
+            assert_eq!(guest.get("life"), None);
+            assert_eq!(guest.ask("SET life 1"), "+OK");
+            if round == 1 {
+                // It can be protected as any other.
+                let mut secondary = world.node(StartAs::Secondary, HostName::A, &[]);
+                wait_for(&mut node, "be protected", |status| status.protected);
+                node.kill().expect("a process to kill");
+                wait_for(&mut secondary, "take over", |status| status.running);
+                assert_eq!(keys(&mut guest, written), held);
+            } else {
+                drop(guest);
+                quit(&mut node);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_protected_pair_is_saved_and_goes_on_as_one() {
+    rights::run("a_protected_pair_is_saved_and_goes_on_as_one", &DEVICES, || {
+        let mut world = World::new(false);
+        let mut primary = world.primary(HostName::A);
+        let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
+        wait_for(&mut primary, "be protected", |status| status.protected);
+        let writer = Writer::start(&world.fabric);
+        let before = writer.wait_more();
+        refused(&world.save(&secondary, &[]), "ask the primary");
+        good(&world.save(&primary, &[]));
+        let after = writer.count();
+        assert_eq!(wait_for(&mut primary, "answer", |_| true).state, State::Protected);
+        writer.wait_more();
+        // The epochs that were committed meanwhile and since are whole: the heir has every write that was acknowledged.
+        primary.kill().expect("a process to kill");
+        wait_for(&mut secondary, "take over", |status| status.running);
+        writer.wait_more();
+        let written = writer.end();
+        let mut guest = Guest::connect(&world.fabric);
+        assert_eq!(keys(&mut guest, written), written);
+        wait_ended(&mut primary);
+        // While it runs there, nobody else has it.
+        world.not_restored(HostName::A, REFUSED, &["'demo' is on record as running elsewhere"]);
+        assert_eq!(keys(&mut guest, written), written);
+        drop(guest);
+        quit(&mut secondary);
+        let _node = world.restored(HostName::A);
+        let held = keys(&mut Guest::connect(&world.fabric), written);
+        assert!((before..=after + 1).contains(&held), "{held} keys, {before} to {after} acknowledged");
+    });
+}
+
+#[test]
+fn a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images() {
+    rights::run("a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images", &DEVICES, || {
+        let mut world = World::new(true);
+        let image = world.image(HostName::A);
+        std::fs::File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("an image");
+        let mut primary = world.primary(HostName::A);
+        let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
+        wait_for(&mut primary, "be protected", |status| status.protected);
+        let mut guest = Guest::connect(&world.fabric);
+        for block in 0..50 {
+            assert_eq!(guest.ask(&format!("DISK WRITE {block} {}", block + 7)), "+OK");
+        }
+        assert_eq!(guest.ask("DISK RUN 64 1000"), "+OK");
+        refused(&world.save(&primary, &[]), "--stop");
+        let said = good(&world.save(&primary, &["--stop"]));
+        assert!(said.contains("the guest is stopped"), "{said}");
+        // The node has ended in order, and nobody takes over a guest that was stopped.
+        for node in [&mut primary, &mut secondary] {
+            wait_ended(node);
+            assert_eq!(node.ended().and_then(|status| status.code()), Some(0), "{}", node.log_tail(5));
+        }
+        let head = SnapshotReader::open(&world.file()).expect("a snapshot").head().clone();
+        let stamp = Stamp::read(&image).expect("a stamp").expect("there is one");
+        assert_eq!(stamp.snapshot, Some(head.id));
+        let at_that_moment = std::fs::read(&image).expect("an image");
+        // The secondary's image is of its last epoch, not of the snapshot.
+        world.not_restored(HostName::B, REFUSED, &["b.img", "when the snapshot was taken", &head.at.to_string()]);
+        let mut node = world.restored(HostName::A);
+        let mut guest = Guest::connect(&world.fabric);
+        for block in 0..50 {
+            let answer = guest.ask(&format!("DISK READ {block}"));
+            assert!(answer.starts_with(':'), "block {block}: {answer}");
+        }
+        assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
+        assert_eq!(guest.ask("DISK WRITE 60 99"), "+OK");
+        drop(guest);
+        quit(&mut node);
+        // It has lived on since: its disk and the file do not fit any more.
+        let stamp = Stamp::read(&image).expect("a stamp").expect("there is one");
+        assert_eq!(stamp.snapshot, None);
+        let parts = ["a.img", &stamp.at.to_string(), &head.at.to_string()];
+        world.not_restored(HostName::A, REFUSED, &parts);
+        assert!(std::fs::read(&image).expect("an image") != at_that_moment);
+        // From the image alone it starts as ever.
+        let mut node = world.primary(HostName::A);
+        assert_eq!(Guest::connect(&world.fabric).ask("DISK READ 60"), ":99");
+        quit(&mut node);
+    });
+}
