@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crossbeam::channel::{Sender, unbounded};
 
 use super::events::NodeEvent;
+use super::priority;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::DiskJournal;
 use crate::checkpoint::sums::sum_run;
@@ -35,6 +36,7 @@ impl Summer {
         // The protocol asks one question at a time.
         let (jobs, queue) = unbounded::<Job>();
         std::thread::Builder::new().name("mcd-sum".into()).spawn(move || {
+            priority::lower();
             for Job { ticket, run, as_of } in queue {
                 let sums = sum_run(run, |index, block| {
                     image.read(index, block).map_err(|error| error.to_string())?;

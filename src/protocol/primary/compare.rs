@@ -15,6 +15,9 @@ use crate::protocol::verify::{DiskFindings, Outcome, Verify};
 
 /// Time from one word to a newcomer about its resync to the next.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// The least time from one run of a verify to the next, so that a guest whose epochs follow each other closely is left its host: at most
+/// 50 MiB are compared in a second.
+const VERIFY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why disks cannot be verified now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -77,12 +80,13 @@ impl Primary {
     }
 
     /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may have been cut already.
-    pub(super) fn verify_step(&mut self) {
-        if self.phase != Phase::Protected || self.epochs.is_capturing() {
+    pub(super) fn verify_step(&mut self, now: Instant) {
+        if self.phase != Phase::Protected || self.epochs.is_capturing() || now < self.verify_at {
             return;
         }
         let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) else { return };
         if let Some(run) = verify.next_run() {
+            self.verify_at = now + VERIFY_INTERVAL;
             self.actions.push_back(Action::Freeze { run });
         } else if *verify.outcome() == Outcome::Done {
             let sum = |of: fn(&DiskFindings) -> u64| verify.disks().iter().map(of).sum();

@@ -14,6 +14,8 @@
 
 mod commands;
 mod compare;
+#[cfg(test)]
+mod compare_tests;
 mod digest;
 mod epochs;
 mod peer;
@@ -80,6 +82,8 @@ pub struct Primary {
     verify: Option<Box<Verify>>,
     /// When the newcomer is told again how far it is.
     progress_at: Instant,
+    /// When the verify may go on.
+    verify_at: Instant,
     arbitration: Arbitration,
     guard: StallGuard,
     /// False after a stall, until the arbiter has confirmed the record.
@@ -111,6 +115,7 @@ impl Primary {
             tickets: 0,
             verify: None,
             progress_at: now,
+            verify_at: now,
             arbitration: Arbitration::new(config.arbiter_retry),
             guard: StallGuard::new(config.heartbeat.timeout, now),
             proven: true,
@@ -251,7 +256,7 @@ impl Primary {
         }
         self.mind_peer(now);
         self.resync_step(now);
-        self.verify_step();
+        self.verify_step(now);
         self.consider_capture(now);
         self.sync_run();
     }
