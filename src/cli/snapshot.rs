@@ -115,7 +115,7 @@ fn described(head: &SnapshotHead, bytes: u64, sums: Option<&SnapshotSums>) -> Va
 
 fn human(head: &SnapshotHead, bytes: u64) -> String {
     let SnapshotHead { id, guest, at, taken_s, stopped, shape, cpu, build } = head;
-    let mut text = format!("guest      {guest}, {at}, {taken_s} s after 1970, by mcd {build}\n");
+    let mut text = format!("guest      {guest}, {at}, {}, by mcd {build}\n", utc(*taken_s));
     // Writing to a string cannot fail.
     let _ = writeln!(text, "snapshot   {id}, {bytes} bytes");
     let (memory, mac) = (shape.memory_bytes >> 20, mac_text(shape.mac));
@@ -152,6 +152,21 @@ fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
+/// A time of day that is so many seconds after 1970 began, as people write it.
+fn utc(seconds: u64) -> String {
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Counted in years that begin in March, the leap day is a year's last and months follow one rule.
+    let from_march = days + 719_468;
+    let (era, day) = (from_march / 146_097, from_march % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = era * 400 + year + u64::from(month < 3);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 /// The arguments that `mcd snapshot restore FILE FLAGS…` stands for.
 pub(super) fn as_primary(
     program: std::ffi::OsString,
@@ -163,4 +178,26 @@ pub(super) fn as_primary(
     // Last, so that no file of flags nor another flag takes its place.
     arguments.extend(["--restore".into(), file.into()]);
     arguments
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn times_are_told_as_people_do() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (951_868_800, "2000-03-01 00:00:00 UTC"),
+            (4_107_542_399, "2100-02-28 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+            (1_795_292_086, "2026-11-21 20:14:46 UTC"),
+        ] {
+            assert_eq!(utc(seconds), text);
+        }
+        // A file may say anything.
+        assert!(utc(u64::MAX).ends_with("UTC"));
+    }
 }

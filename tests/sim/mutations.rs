@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 35] = [
+const MUTANTS: [(&str, &str); 37] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -51,6 +51,11 @@ const MUTANTS: [(&str, &str); 35] = [
     ("first-epoch-taken-for-the-last", "staging calls an image whole with its first epoch"),
     ("quit-at-once", "an operator's quit ends a node that alone has the guest"),
     ("shutdown-not-told", "the secondary hears of a shutdown before the arbiter does"),
+    ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
+    (
+        "stopped-snapshot-goes-on",
+        "a guest that is to stop with its snapshot runs on while the arbiter is asked about its peer",
+    ),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
 ];
 

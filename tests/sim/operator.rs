@@ -114,7 +114,7 @@ impl World {
         }
         self.procs[proc].saving = true;
         let us = self.rng.below(self.plan.fault_len_us);
-        let stop = self.rng.chance(250);
+        let stop = self.rng.chance(500);
         self.after(us, Event::SnapshotEnds { proc, stop });
     }
 

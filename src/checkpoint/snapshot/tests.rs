@@ -232,6 +232,14 @@ fn a_snapshot_that_cannot_be_written_leaves_what_was_there() {
     let nowhere = directory.path().join("no/web.snap");
     let error = write(&nowhere, &head(), &memory(), &state(), &go).expect_err("no directory");
     assert!(error.to_string().contains("cannot create") && error.to_string().contains("no/web.snap"), "{error}");
+    let other = fs::File::create(directory.path().join("web.snap.partial")).expect("a file");
+    other.lock().expect("locked");
+    let error = write(&path, &head(), &memory(), &state(), &go).expect_err("another writes it").to_string();
+    assert!(error.contains("cannot lock") && directory.path().join("web.snap.partial").exists(), "{error}");
+    // A crash leaves the file, not the lock.
+    drop(other);
+    write(&path, &head(), &memory(), &state(), &go).expect("written");
+    assert!(fs::read(&path).expect("a file") == bytes);
     let error = write(directory.path(), &head(), &memory(), &state(), &go).expect_err("a directory");
     assert!(matches!(error, SnapshotError::NotAFile { .. }));
     let error = write(&path, &head(), &memory(), &vec![0; 4 << 20], &go).expect_err("too much");

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -46,10 +46,9 @@ pub fn write(
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let written = write_file(path, &partial, head, (memory, state), cancelled).and_then(|written| {
-        if cancelled.load(Ordering::Acquire) {
-            return Err(SnapshotError::Cancelled { path: path.to_owned() });
-        }
+    let file = create(path, &partial)?;
+    let written = write_file(path, &file, head, (memory, state), cancelled).and_then(|written| {
+        not_cancelled(path, cancelled)?;
         fs::rename(&partial, path).map_err(failed(path, "replace"))?;
         Ok(written)
     });
@@ -63,14 +62,38 @@ pub fn write(
     Ok(written)
 }
 
+fn not_cancelled(path: &Path, cancelled: &AtomicBool) -> Result<(), SnapshotError> {
+    match cancelled.load(Ordering::Acquire) {
+        true => Err(SnapshotError::Cancelled { path: path.to_owned() }),
+        false => Ok(()),
+    }
+}
+
 fn failed(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> SnapshotError {
     let path = path.to_owned();
     move |reason| SnapshotError::Write { doing, path, reason }
 }
 
+/// The file under its first name, empty and locked. What a crash left there is overwritten, but never what a link leads to, nor what another
+/// node writes that was given the same name.
+fn create(path: &Path, partial: &Path) -> Result<File, SnapshotError> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    let file = options.open(partial).map_err(failed(path, "create"))?;
+    file.try_lock().map_err(|error| failed(path, "lock")(error.into()))?;
+    // Whoever held the lock may have given the file its name meanwhile: then it is no more ours to write.
+    let (ours, there) = (file.metadata(), fs::symlink_metadata(partial));
+    match (ours, there) {
+        (Ok(ours), Ok(there)) if ours.ino() == there.ino() => {}
+        _ => return Err(failed(path, "lock")(std::io::ErrorKind::WouldBlock.into())),
+    }
+    file.set_len(0).map_err(failed(path, "empty"))?;
+    Ok(file)
+}
+
 fn write_file(
     path: &Path,
-    partial: &Path,
+    mut file: &File,
     head: &SnapshotHead,
     (memory, state): (&GuestRam, &[u8]),
     cancelled: &AtomicBool,
@@ -79,10 +102,6 @@ fn write_file(
     if state.len() as u64 > bytes_max {
         return Err(SnapshotError::StateTooLarge { path: path.to_owned(), bytes: state.len() as u64, bytes_max });
     }
-    // What a crash left there is overwritten, but never what a link leads to.
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
-    let mut file = options.open(partial).map_err(failed(path, "create"))?;
     file.write_all(&head.encode()).map_err(failed(path, "write"))?;
     let mut stream = Stream { path, file, batch: FrameBatch::new(), digest: 0, bytes: head.encode().len() as u64 };
     stream.add(|batch| batch.push_message(&Message::EpochBegin { id: head.at, completes_resync: true }))?;
@@ -94,6 +113,8 @@ fn write_file(
     let (digest, state_bytes) = (stream.digest, state.len() as u64);
     stream.add(|batch| batch.push_message(&Message::EpochEnd { id: head.at, pages, state_bytes, digest }))?;
     stream.flush()?;
+    // Making it durable may take longest of all.
+    not_cancelled(path, cancelled)?;
     stream.file.sync_all().map_err(failed(path, "sync"))?;
     Ok(Written { pages, bytes: stream.bytes })
 }
@@ -101,7 +122,7 @@ fn write_file(
 /// The frames.
 struct Stream<'a> {
     path: &'a Path,
-    file: File,
+    file: &'a File,
     batch: FrameBatch,
     digest: u32,
     bytes: u64,
@@ -113,9 +134,7 @@ impl Stream<'_> {
         let mut page = [0; PAGE_BYTES];
         let (mut next, mut written) = (0, 0);
         while next < memory.pages() {
-            if cancelled.load(Ordering::Acquire) {
-                return Err(SnapshotError::Cancelled { path: self.path.to_owned() });
-            }
+            not_cancelled(self.path, cancelled)?;
             let (mut in_frame, digest) = (0, self.digest);
             let mut chunk = Vec::new();
             while next < memory.pages() && in_frame < PAGES_PER_FRAME {

@@ -58,7 +58,7 @@ impl Primary {
     /// The snapshot is over; the guest goes on, or stops for good if that was asked for. It must not run meanwhile, or the snapshot would not be
     /// of its last moment.
     pub(super) fn thaw(&mut self, stop: bool) {
-        self.frozen = stop;
+        self.frozen = stop && !mutant::is("stopped-snapshot-goes-on");
         match self.phase {
             _ if !stop => {}
             Phase::Deciding => self.quitting = true,
@@ -93,7 +93,8 @@ impl Primary {
 
     pub(super) fn sync_run(&mut self) {
         let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
-        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !self.frozen;
+        let frozen = self.frozen && !mutant::is("runs-while-it-is-saved");
+        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !frozen;
         if wanted != self.guest_runs {
             self.guest_runs = wanted;
             self.actions.push_back(Action::Run(wanted));
