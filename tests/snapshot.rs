@@ -125,13 +125,15 @@ struct World {
     fabric: Fabric,
     dir: RunDir,
     started: u32,
+    cpus: u8,
     /// Each host's own image of the guest's disk.
     disk: bool,
 }
 
 impl World {
-    fn new(disk: bool) -> World {
-        World { fabric: Fabric::new().expect("namespaces"), dir: RunDir::new().expect("a directory"), started: 0, disk }
+    fn new(cpus: u8, disk: bool) -> World {
+        let (fabric, dir) = (Fabric::new().expect("namespaces"), RunDir::new().expect("a directory"));
+        World { fabric, dir, started: 0, cpus, disk }
     }
 
     fn image(&self, host: HostName) -> PathBuf {
@@ -151,6 +153,7 @@ impl World {
         let settings = NodeSettings {
             program: vec![env!("CARGO_BIN_EXE_mcd").into()],
             memory_mib: 32,
+            cpus: self.cpus,
             interval_ms: 10,
             flags,
             boot_flags: boot_flags.to_vec(),
@@ -241,7 +244,7 @@ fn info(file: &Path) -> Output {
 #[test]
 fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
     rights::run("a_guest_goes_on_from_a_snapshot_that_was_taken_under_load", &DEVICES, || {
-        let mut world = World::new(false);
+        let mut world = World::new(1, false);
         let mut node = world.primary(HostName::A);
         let writer = Writer::start(&world.fabric);
         let before = writer.wait_more();
@@ -281,7 +284,7 @@ fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
 #[test]
 fn a_protected_pair_is_saved_and_goes_on_as_one() {
     rights::run("a_protected_pair_is_saved_and_goes_on_as_one", &DEVICES, || {
-        let mut world = World::new(false);
+        let mut world = World::new(2, false);
         let mut primary = world.primary(HostName::A);
         let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
         wait_for(&mut primary, "be protected", |status| status.protected);
@@ -314,7 +317,7 @@ fn a_protected_pair_is_saved_and_goes_on_as_one() {
 #[test]
 fn a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images() {
     rights::run("a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images", &DEVICES, || {
-        let mut world = World::new(true);
+        let mut world = World::new(1, true);
         let image = world.image(HostName::A);
         std::fs::File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("an image");
         let mut primary = world.primary(HostName::A);

@@ -72,8 +72,14 @@ fn hello_and_welcome() {
                 cpus: 2,
                 mac: [2, 0, 0, 0, 0, 9],
                 disks: vec![
-                    DiskShape { bytes: 0x8000_0000, read_only: false, serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0" },
-                    DiskShape { bytes: 512, read_only: true, serial: [0xff; 20] },
+                    DiskShape {
+                        bytes: 0x8000_0000,
+                        read_only: false,
+                        shared: false,
+                        serial: *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+                    },
+                    DiskShape { bytes: 512, read_only: true, shared: false, serial: [0xff; 20] },
+                    DiskShape { bytes: 1024, read_only: false, shared: true, serial: [0; 20] },
                 ],
                 rng: true,
             },
@@ -91,13 +97,16 @@ fn hello_and_welcome() {
             "02",
             "020000000009",
             "01",
-            "02",
+            "03",
             "0000008000000000",
             "00",
             "646174612d310000000000000000000000000000",
             "0002000000000000",
             "01",
             "ffffffffffffffffffffffffffffffffffffffff",
+            "0004000000000000",
+            "02",
+            "0000000000000000000000000000000000000000",
             "200b2000",
             "0100000000000000",
             "1027000000000000",
@@ -133,6 +142,7 @@ fn epochs_and_acks() {
         Message::EpochEnd { id, pages: 1000, state_bytes: 12_345, digest: 0xdead_beef },
         &["05", &id_hex, "e803000000000000", "3930000000000000", "efbeadde"],
     );
+    message_is(Message::Written { through: id }, &["0a", &id_hex]);
     message_is(Message::Ack { id, staged_bytes: 4096 }, &["06", &id_hex, "0010000000000000"]);
 }
 
@@ -153,9 +163,9 @@ fn records_heartbeats_and_the_end() {
 
 #[test]
 fn disks_of_a_secondary() {
-    message_is(Message::SumBlocks { first: 0x0102_0304, count: 256 }, &["0a", "0403020100000000", "00010000"]);
-    message_is(Message::ResyncLeft { left: vec![] }, &["0b", "00"]);
-    message_is(Message::ResyncLeft { left: vec![513, 0] }, &["0b", "02", "0102000000000000", "0000000000000000"]);
+    message_is(Message::SumBlocks { first: 0x0102_0304, count: 256 }, &["0b", "0403020100000000", "00010000"]);
+    message_is(Message::ResyncLeft { left: vec![] }, &["0c", "00"]);
+    message_is(Message::ResyncLeft { left: vec![513, 0] }, &["0c", "02", "0102000000000000", "0000000000000000"]);
     let mut payload = encode_sums(0x0102, &[[0xab; 32], [1; 32]]);
     assert_eq!(hex(&payload), ["0201000000000000".to_owned(), "ab".repeat(32), "01".repeat(32)].concat());
     assert_eq!(decode_sums(&payload).unwrap(), (0x0102, vec![[0xab; 32], [1; 32]]));
@@ -166,7 +176,7 @@ fn disks_of_a_secondary() {
     let (mut batch, most) = (FrameBatch::new(), encode_sums(7, &[[0; 32]; 256]));
     batch.push(FrameKind::Sums, &most).unwrap();
     assert!(batch.push(FrameKind::Sums, &[most, vec![0]].concat()).is_err());
-    let mut too_many = vec![0x0b, 8];
+    let mut too_many = vec![0x0c, 8];
     too_many.extend_from_slice(&[0; 64]);
     assert!(decode_message(&too_many).is_err(), "no machine has so many disks");
 }
@@ -243,7 +253,7 @@ fn every_kind_of_page() {
 fn disks_nobody_has_are_refused() {
     let good = MachineShape { rng: true, ..MachineShape::bare(4096, 1, [0; 6]) };
     let refused = |bytes: u64, count: usize| {
-        let disk = DiskShape { bytes, read_only: false, serial: [0; 20] };
+        let disk = DiskShape { bytes, read_only: false, shared: false, serial: [0; 20] };
         let welcome = Welcome {
             instance: InstanceId(1),
             generation: Generation(1),

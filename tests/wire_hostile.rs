@@ -52,9 +52,10 @@ fn hello() -> impl Strategy<Value = Message> {
 }
 
 fn disk() -> impl Strategy<Value = DiskShape> {
-    (1..=u64::MAX / SECTOR_BYTES, any::<bool>(), any::<[u8; 20]>()).prop_map(|(sectors, read_only, serial)| DiskShape {
+    (1..=u64::MAX / SECTOR_BYTES, 0..3, any::<[u8; 20]>()).prop_map(|(sectors, used_as, serial)| DiskShape {
         bytes: sectors * SECTOR_BYTES,
-        read_only,
+        read_only: used_as == 1,
+        shared: used_as == 2,
         serial,
     })
 }
@@ -103,6 +104,7 @@ fn message() -> impl Strategy<Value = Message> {
             }
         ),
         text().prop_map(|reason| Message::Bye { reason }),
+        epoch().prop_map(|through| Message::Written { through }),
     ]
 }
 

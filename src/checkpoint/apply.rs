@@ -1,5 +1,6 @@
 //! Applying committed epochs to the image, in order, on a thread of its own.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +13,7 @@ use super::image::{GuestImage, ImagePageError};
 use super::stage::{StagedEpoch, StagingBudget};
 use super::sums::sum_run;
 use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::shared::KeptWrites;
 use crate::protocol::sums::BlockSum;
 use crate::protocol::types::EpochId;
 use crate::wire::{PageDecoder, PageError, PageKind};
@@ -60,6 +62,8 @@ enum Job {
     Epoch(Box<StagedEpoch>),
     Sum(Range<u64>),
     Finish(EpochId, Sender<Result<Vec<u8>, ApplyError>>),
+    Forget(EpochId),
+    WriteKept(Sender<Result<(), ApplyError>>),
 }
 
 /// The applying thread. Dropping it ends the thread once its queue is empty.
@@ -80,7 +84,8 @@ impl Applier {
         let (jobs, queue) = unbounded();
         let hurry = Arc::new(AtomicBool::new(false));
         let (newest, state, failed, tell) = (None, Vec::new(), None, Box::new(tell));
-        let image = Image { image, budget, newest, state, failed, tell, hurry: Arc::clone(&hurry) };
+        let kept = KeptWrites::default();
+        let image = Image { image, budget, newest, state, kept, failed, tell, hurry: Arc::clone(&hurry) };
         let thread = std::thread::Builder::new().name("mcd-apply".into()).spawn(move || image.run(&queue))?;
         Ok(Applier { jobs: Some(jobs), thread: Some(thread), hurry })
     }
@@ -108,6 +113,18 @@ impl Applier {
         result.recv().map_err(|_| ApplyError::Gone)?
     }
 
+    /// Shared storage has the writes of every epoch up to `through`.
+    pub fn forget(&self, through: EpochId) {
+        self.submit(Job::Forget(through));
+    }
+
+    /// Writes what is kept of committed epochs to shared storage; returns when it has it for good. It stays kept, so this can be done again.
+    pub fn write_kept(&self) -> Result<(), ApplyError> {
+        let (reply, result) = bounded(1);
+        self.submit(Job::WriteKept(reply));
+        result.recv().map_err(|_| ApplyError::Gone)?
+    }
+
     fn submit(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
             // The thread lives as long as this handle; if it died, `finish` says so.
@@ -125,11 +142,16 @@ impl Drop for Applier {
     }
 }
 
+/// Whether all pages of a chunk are in their places; if not, the others are of shared storage.
+struct Wholly(bool);
+
 struct Image {
     image: GuestImage,
     budget: Arc<StagingBudget>,
     newest: Option<EpochId>,
     state: Vec<u8>,
+    /// Encoded pages with what goes to shared storage. They count as staged until they are forgotten.
+    kept: KeptWrites<Vec<Vec<u8>>>,
     failed: Option<ApplyError>,
     tell: Box<dyn Fn(ApplyNews) + Send>,
     hurry: Arc<AtomicBool>,
@@ -140,7 +162,7 @@ impl Image {
         for job in queue {
             match job {
                 Job::Background(payload) => {
-                    let applied = self.write(&payload);
+                    let applied = self.write(&payload).map(drop);
                     self.note(applied);
                     self.budget.give_back(payload.len() as u64);
                 }
@@ -150,21 +172,37 @@ impl Image {
                     // The node that asked may have given up.
                     let _ = reply.send(self.finish(wanted));
                 }
+                Job::Forget(through) => {
+                    let bytes: usize = self.kept.forget(through).flatten().map(|chunk| chunk.len()).sum();
+                    self.budget.give_back(bytes as u64);
+                }
+                Job::WriteKept(reply) => {
+                    let _ = reply.send(self.write_kept());
+                }
             }
         }
     }
 
     fn apply(&mut self, epoch: StagedEpoch) {
-        for chunk in &epoch.chunks {
-            let applied = self.write(chunk);
-            self.note(applied);
+        let (mut kept, mut kept_bytes) = (Vec::new(), 0);
+        for chunk in epoch.chunks {
+            match self.write(&chunk) {
+                Ok(Wholly(false)) => {
+                    kept_bytes += chunk.len() as u64;
+                    kept.push(chunk);
+                }
+                done => self.note(done.map(drop)),
+            }
+        }
+        if !kept.is_empty() {
+            self.kept.keep(epoch.id, kept);
         }
         self.newest = Some(epoch.id);
         self.state = epoch.state;
         if epoch.completes_resync && self.failed.is_none() {
             (self.tell)(ApplyNews::Whole(epoch.id));
         }
-        self.budget.give_back(epoch.bytes);
+        self.budget.give_back(epoch.bytes.saturating_sub(kept_bytes));
     }
 
     fn sum(&mut self, run: Range<u64>) {
@@ -195,11 +233,35 @@ impl Image {
         }
     }
 
-    fn write(&self, payload: &[u8]) -> Result<(), ApplyError> {
+    /// Writes pages to their places, but for those of shared storage.
+    fn write(&self, payload: &[u8]) -> Result<Wholly, ApplyError> {
+        let mut wholly = true;
+        self.put(payload, |index| {
+            let shared = self.image.is_shared(index);
+            wholly &= !shared;
+            !shared
+        })?;
+        Ok(Wholly(wholly))
+    }
+
+    /// Newest first, and of each block only the newest: see [`KeptWrites::newest_first`].
+    fn write_kept(&self) -> Result<(), ApplyError> {
+        let mut seen = BTreeSet::new();
+        for chunk in self.kept.newest_first().flatten() {
+            self.put(chunk, |index| self.image.is_shared(index) && seen.insert(index))?;
+        }
+        Ok(self.image.flush()?)
+    }
+
+    /// Writes those pages that `wanted` wants.
+    fn put(&self, payload: &[u8], mut wanted: impl FnMut(u64) -> bool) -> Result<(), ApplyError> {
         let mut scratch = [0; PAGE_BYTES];
         let mut writer = self.image.writer();
         for record in PageDecoder::new(payload, self.image.pages()) {
             let record = record?;
+            if !wanted(record.index) {
+                continue;
+            }
             match (record.kind, record.raw()) {
                 (PageKind::Zero, _) => writer.put(record.index, None)?,
                 (_, Some(page)) => writer.put(record.index, Some(page))?,

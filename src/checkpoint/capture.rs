@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::dirt::DirtBook;
 use super::journal::{BlockSet, DiskJournal};
+use super::shared::SharedJournal;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
@@ -30,6 +31,8 @@ pub struct Capture {
     pub bytes: Vec<u8>,
     /// The blocks of disks, whose indexes follow those of memory.
     pub blocks: Option<Arc<BlockSet>>,
+    /// The blocks of disks on shared storage.
+    pub shared: Option<Arc<BlockSet>>,
     /// The machine's saved state.
     pub state: Vec<u8>,
 }
@@ -37,11 +40,13 @@ pub struct Capture {
 impl Capture {
     /// How many pages and blocks it holds.
     pub fn pages_total(&self) -> u64 {
-        (self.pages.len() + self.blocks.as_ref().map_or(0, |blocks| blocks.len())) as u64
+        let blocks = [&self.blocks, &self.shared].into_iter().flatten().map(|blocks| blocks.len());
+        (self.pages.len() + blocks.sum::<usize>()) as u64
     }
 
     fn clear(&mut self) {
         self.blocks = None;
+        self.shared = None;
         self.pages.clear();
         self.bytes.clear();
         self.state.clear();
@@ -101,7 +106,7 @@ impl CapturePool {
     /// Gives a capture back.
     pub fn put(&self, mut capture: Box<Capture>) {
         // The journal wants its blocks' room back.
-        capture.blocks = None;
+        (capture.blocks, capture.shared) = (None, None);
         // More than the pool keeps: the memory goes back to the host.
         let _ = self.free.push(capture);
     }
@@ -113,11 +118,13 @@ pub fn capture(
     machine: &mut Machine,
     dirt: &mut DirtBook,
     journal: &DiskJournal,
+    shared: Option<&SharedJournal>,
     id: EpochId,
     into: &mut Capture,
 ) -> Result<(), MachineError> {
     into.id = id;
     journal.cut(id);
+    into.shared = shared.map(|shared| shared.cut(id));
     // Guest memory stands still since the pause, while the vCPU threads go on reading their own state: copying meanwhile costs nothing,
     // and no part of saving writes guest memory.
     let taken = dirt.take(id, |set| machine.collect_dirt(set))?;

@@ -27,7 +27,7 @@ pub struct DiskGate {
 }
 
 /// What a change does to the bytes it touches.
-enum Change<'a> {
+pub(super) enum Change<'a> {
     Write(&'a [u8]),
     Zeros,
 }
@@ -105,7 +105,7 @@ impl DiskGate {
 }
 
 /// The most a change can cost in the journal.
-fn cost_bytes(offset: u64, end: u64, change: &Change<'_>) -> u64 {
+pub(super) fn cost_bytes(offset: u64, end: u64, change: &Change<'_>) -> u64 {
     let blocks = end.div_ceil(BLOCK_BYTES) - offset / BLOCK_BYTES;
     match change {
         Change::Write(_) => blocks * BLOCK_COST_BYTES,

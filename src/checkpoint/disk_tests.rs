@@ -95,7 +95,8 @@ struct Node {
 impl Node {
     fn new(content: u8) -> Node {
         let mut shape = MachineShape::bare(4096, 1, [2, 0, 0, 0, 0, 1]);
-        shape.disks = DISK_BYTES.map(|bytes| DiskShape { bytes, read_only: false, serial: [0; 20] }).to_vec();
+        shape.disks =
+            DISK_BYTES.map(|bytes| DiskShape { bytes, read_only: false, shared: false, serial: [0; 20] }).to_vec();
         let layout = Arc::new(ImageLayout::of(&shape));
         let images: Vec<_> = DISK_BYTES.iter().map(|bytes| Memory::new(*bytes, content)).collect();
         let backends = images.iter().map(|image| Arc::clone(image) as Arc<dyn BlockBackend>).collect();

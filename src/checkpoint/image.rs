@@ -81,7 +81,12 @@ impl GuestImage {
 
     /// A way to write pages; blocks that lie together on a disk are written together.
     pub fn writer(&self) -> ImageWriter<'_> {
-        ImageWriter { image: self, run: None, bytes: Vec::new() }
+        ImageWriter { image: self, disks: DiskWriter::new(&self.disks) }
+    }
+
+    /// True if page `index` is of a disk whose storage both nodes share.
+    pub fn is_shared(&self, index: u64) -> bool {
+        self.layout.is_shared(index)
     }
 
     /// Returns when everything written to the disks before outlives a loss of power.
@@ -109,8 +114,7 @@ struct Run {
 /// Writes pages of an image. What was put is there after [`ImageWriter::finish`].
 pub struct ImageWriter<'a> {
     image: &'a GuestImage,
-    run: Option<Run>,
-    bytes: Vec<u8>,
+    disks: DiskWriter<'a>,
 }
 
 impl ImageWriter<'_> {
@@ -119,12 +123,55 @@ impl ImageWriter<'_> {
     /// # Errors
     /// [`ImagePageError`], also for blocks put before.
     pub fn put(&mut self, index: u64, content: Option<&[u8; PAGE_BYTES]>) -> Result<(), ImagePageError> {
-        let (disk, block) = match self.image.place(index)? {
-            Place::Memory(page) => {
-                return Ok(self.image.memory.write_page(page, content.unwrap_or(&[0; PAGE_BYTES]))?);
-            }
-            Place::Block { disk, block } => (disk, block),
-        };
+        match self.image.place(index)? {
+            Place::Memory(page) => Ok(self.image.memory.write_page(page, content.unwrap_or(&[0; PAGE_BYTES]))?),
+            Place::Block { disk, block } => self.disks.put(disk, block, content),
+        }
+    }
+
+    /// Writes what was put and is not written yet.
+    ///
+    /// # Errors
+    /// [`ImagePageError`].
+    pub fn finish(&mut self) -> Result<(), ImagePageError> {
+        self.disks.finish()
+    }
+}
+
+/// Writes blocks of disks; those that lie together are written together. What was put is there after [`DiskWriter::finish`].
+pub struct DiskWriter<'a> {
+    disks: &'a [Arc<dyn BlockBackend>],
+    run: Option<Run>,
+    bytes: Vec<u8>,
+}
+
+impl<'a> DiskWriter<'a> {
+    /// A writer to these disks.
+    pub fn new(disks: &'a [Arc<dyn BlockBackend>]) -> DiskWriter<'a> {
+        DiskWriter { disks, run: None, bytes: Vec::new() }
+    }
+
+    /// Puts the block with `index` in the row of `layout`; what is no block there is passed over.
+    ///
+    /// # Errors
+    /// [`ImagePageError::Disk`], also for blocks put before.
+    pub fn put_at(
+        &mut self,
+        layout: &ImageLayout,
+        index: u64,
+        content: Option<&[u8; PAGE_BYTES]>,
+    ) -> Result<(), ImagePageError> {
+        match layout.place(index) {
+            Some(Place::Block { disk, block }) => self.put(disk, block, content),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts a block; `None` is zeros.
+    ///
+    /// # Errors
+    /// [`ImagePageError::Disk`], also for blocks put before.
+    pub fn put(&mut self, disk: usize, block: u64, content: Option<&[u8; PAGE_BYTES]>) -> Result<(), ImagePageError> {
         let zeros = content.is_none();
         let goes_on = self.run.is_some_and(|run| {
             (run.disk, run.zeros, run.first_block + run.blocks) == (disk, zeros, block)
@@ -141,10 +188,12 @@ impl ImageWriter<'_> {
     /// Writes what was put and is not written yet.
     ///
     /// # Errors
-    /// [`ImagePageError`].
+    /// [`ImagePageError::Disk`].
     pub fn finish(&mut self) -> Result<(), ImagePageError> {
         let Some(run) = self.run.take() else { return Ok(()) };
-        let image = self.image.disk(run.disk)?;
+        let missing =
+            || ImagePageError::Disk { disk: run.disk, reason: io::Error::other("the machine has no such disk") };
+        let image = self.disks.get(run.disk).ok_or_else(missing)?;
         let offset = run.first_block.saturating_mul(PAGE_BYTES as u64);
         // The last block of a disk may be longer than what is left of the disk.
         let length = (run.blocks * PAGE_BYTES as u64).min(image.bytes().saturating_sub(offset));

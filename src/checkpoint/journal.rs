@@ -63,7 +63,7 @@ impl BlockSet {
     }
 
     /// Sets a block's content; `None` is zeros.
-    fn put(&mut self, index: u64, content: Option<&Block>) {
+    pub(super) fn put(&mut self, index: u64, content: Option<&Block>) {
         let slot = self.slots.entry(index).or_default();
         match (content, *slot) {
             // Its old room is lost until the epoch is cut; a block is seldom written and then discarded in one epoch.
@@ -80,7 +80,17 @@ impl BlockSet {
         }
     }
 
-    fn cost_bytes(&self) -> u64 {
+    /// The content of block `index`, if it is in the set.
+    pub(super) fn get(&self, index: u64) -> Option<&Block> {
+        self.slots.get(&index).map(|slot| self.content(*slot))
+    }
+
+    /// The blocks, by rising index; `None` is zeros.
+    pub(super) fn slots(&self) -> impl Iterator<Item = (u64, Option<&Block>)> {
+        self.slots.iter().map(|(index, slot)| (*index, slot.map(|_| self.content(*slot))))
+    }
+
+    pub(super) fn cost_bytes(&self) -> u64 {
         self.bytes.len() as u64 + self.slots.len() as u64 * ZERO_COST_BYTES
     }
 

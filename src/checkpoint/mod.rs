@@ -12,6 +12,10 @@ pub mod journal;
 pub mod output;
 pub mod packing;
 pub mod sender;
+pub mod shared;
+#[cfg(test)]
+mod shared_tests;
+pub mod shared_writer;
 pub mod snapshot;
 pub mod stage;
 pub mod stamp;

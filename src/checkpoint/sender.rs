@@ -186,7 +186,7 @@ impl Stream {
             })?;
             self.flush_if_large()?;
         }
-        if let Some(blocks) = &capture.blocks {
+        for blocks in [&capture.blocks, &capture.shared].into_iter().flatten() {
             digest = self.blocks(blocks, digest)?;
         }
         for part in capture.state.chunks(FrameKind::State.bytes_max()) {

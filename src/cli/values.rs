@@ -155,17 +155,23 @@ impl FromStr for DirtyLoad {
     }
 }
 
+/// How a disk is written.
+const DISK_FORM: &str = "write PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]";
+
 /// One disk: its image, and how the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Disk {
     path: PathBuf,
     read_only: bool,
+    shared: bool,
+    fenced: bool,
     serial: [u8; 20],
 }
 
 impl Disk {
     pub(super) fn config(&self) -> DiskConfig {
-        DiskConfig { path: self.path.clone(), read_only: self.read_only, serial: self.serial }
+        let Disk { path, read_only, shared, fenced, serial } = self.clone();
+        DiskConfig { path, read_only, shared, fenced, serial }
     }
 }
 
@@ -174,8 +180,8 @@ impl FromStr for Disk {
 
     fn from_str(text: &str) -> Result<Disk, String> {
         let mut parts = text.split(',');
-        let path = parts.next().filter(|path| !path.is_empty()).ok_or("write PATH[,ro][,serial=TEXT]")?;
-        let mut disk = Disk { path: path.into(), read_only: false, serial: [0; 20] };
+        let path = parts.next().filter(|path| !path.is_empty()).ok_or(DISK_FORM)?;
+        let mut disk = Disk { path: path.into(), read_only: false, shared: false, fenced: false, serial: [0; 20] };
         for part in parts {
             match part.strip_prefix("serial=") {
                 Some(serial) if (1..=20).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic()) => {
@@ -183,8 +189,17 @@ impl FromStr for Disk {
                 }
                 Some(_) => return Err("a serial number is 1 to 20 characters without spaces".to_owned()),
                 None if part == "ro" => disk.read_only = true,
-                None => return Err(format!("`{part}` is not known: write PATH[,ro][,serial=TEXT]")),
+                None if part == "mode=shared" => disk.shared = true,
+                None if part == "fenced" => disk.fenced = true,
+                None if part == "mode=replicated" => disk.shared = false,
+                None => return Err(format!("`{part}` is not known: {DISK_FORM}")),
             }
+        }
+        if disk.shared && disk.read_only {
+            return Err("a disk the guest can only read needs no mode: give both nodes PATH,ro".to_owned());
+        }
+        if disk.fenced && !disk.shared {
+            return Err("`fenced` is a word about shared storage: write PATH,mode=shared,fenced".to_owned());
         }
         Ok(disk)
     }
@@ -309,9 +324,19 @@ mod tests {
     #[test]
     fn disks() {
         let disk = |text: &str| text.parse::<Disk>().map(|disk| disk.config());
-        let plain = DiskConfig { path: "/a/b.img".into(), read_only: false, serial: [0; 20] };
+        let plain =
+            DiskConfig { path: "/a/b.img".into(), read_only: false, shared: false, fenced: false, serial: [0; 20] };
         assert_eq!(disk("/a/b.img"), Ok(plain.clone()));
         assert_eq!(disk("/a/b.img,ro"), Ok(DiskConfig { read_only: true, ..plain.clone() }));
+        assert_eq!(disk("/a/b.img,mode=replicated"), Ok(plain.clone()));
+        assert_eq!(disk("/a/b.img,mode=shared"), Ok(DiskConfig { shared: true, ..plain.clone() }));
+        let fenced = DiskConfig { shared: true, fenced: true, ..plain.clone() };
+        assert_eq!(disk("/a/b.img,mode=shared,fenced"), Ok(fenced));
+        assert!(
+            disk("/a/b.img,fenced").is_err()
+                && disk("/a/b.img,ro,mode=shared").is_err()
+                && disk("/a/b.img,mode=none").is_err()
+        );
         let mut serial = [0; 20];
         serial[..3].copy_from_slice(b"abc");
         assert_eq!(disk("/a/b.img,serial=abc"), Ok(DiskConfig { serial, ..plain }));

@@ -211,6 +211,9 @@ pub struct NodeStatus {
     /// How often a write to a disk had to wait because there was no more room for such.
     #[serde(default)]
     pub journal_full_times: u64,
+    /// Bytes of writes to shared disks that are held until their epoch is committed and written.
+    #[serde(default)]
+    pub held_disk_bytes: u64,
     /// How far a resync is, while there is one.
     pub resync: Option<ResyncProgress>,
     /// How this node became primary, if by takeover.
@@ -269,6 +272,9 @@ impl fmt::Display for NodeStatus {
         if self.journal_bytes > 0 || self.journal_full_times > 0 {
             let bytes = bytes_text(self.journal_bytes);
             writeln!(f, "disk writes {bytes} wait for a commit; {} had to wait for room", self.journal_full_times)?;
+        }
+        if self.held_disk_bytes > 0 {
+            writeln!(f, "held writes {} to shared disks", bytes_text(self.held_disk_bytes))?;
         }
         if let Some(resync) = &self.resync {
             writeln!(f, "resync      {resync}")?;
@@ -364,6 +370,7 @@ mod tests {
             journal_bytes: 3 << 20,
             journal_full_times: 4,
             resync: Some(ResyncProgress::of(&[(100, 50), (0, 0), (100, 0)], Some(51_200))),
+            held_disk_bytes: 4096,
             takeover: Some(TakeoverReport {
                 cause: "closed".into(),
                 detect_ms: 0.5,

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::block::{BlockBackend, Stored};
+use super::shared;
 use crate::protocol::messages::SECTOR_BYTES;
 
 /// Bytes of zeros written at a time where the storage cannot make zeros by itself.
@@ -78,6 +79,20 @@ impl RawImage {
     /// # Errors
     /// As [`ImageError`] says.
     pub fn open(path: &Path, read_only: bool) -> Result<RawImage, ImageError> {
+        let image = RawImage::open_unlocked(path, read_only)?;
+        if shared::is_taken(&image.file, read_only) {
+            return Err(ImageError::InUse { path: path.to_path_buf() });
+        }
+        let locked = if read_only { image.file.try_lock_shared() } else { image.file.try_lock() };
+        locked.map_err(|error| match error {
+            TryLockError::WouldBlock => ImageError::InUse { path: path.to_path_buf() },
+            TryLockError::Error(reason) => ImageError::Io { path: path.to_path_buf(), reason },
+        })?;
+        Ok(image)
+    }
+
+    /// Opens the image at `path` without locking it.
+    pub(super) fn open_unlocked(path: &Path, read_only: bool) -> Result<RawImage, ImageError> {
         let owned = || path.to_path_buf();
         let kind = std::fs::metadata(path).map_err(|reason| explain(path, reason))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -90,11 +105,6 @@ impl RawImage {
             options.custom_flags(libc::O_EXCL);
         }
         let mut file = options.open(path).map_err(|reason| explain(path, reason))?;
-        let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
-        locked.map_err(|error| match error {
-            TryLockError::WouldBlock => ImageError::InUse { path: owned() },
-            TryLockError::Error(reason) => ImageError::Io { path: owned(), reason },
-        })?;
         // A block device has no length of its own, but an end.
         let bytes = file.seek(SeekFrom::End(0)).map_err(|reason| ImageError::Io { path: owned(), reason })?;
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
@@ -115,6 +125,11 @@ impl RawImage {
             _ => explain(path, reason),
         })?;
         RawImage::open(path, false)
+    }
+
+    /// The file behind it.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// True if nothing can be written to it.

@@ -6,6 +6,7 @@ pub mod image;
 pub mod net;
 pub mod pci;
 pub mod serial;
+pub mod shared;
 pub mod virtio;
 
 use thiserror::Error;

@@ -23,7 +23,7 @@ use crate::control::verify::VerifyReport;
 use crate::control::{Handler, QmpError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::{self, Command, DiskChoice, Primary};
-use crate::protocol::secondary::{self, Secondary};
+use crate::protocol::secondary::{self, Secondary, StorageTrouble};
 use crate::protocol::types::{EpochId, InstanceId};
 
 /// Samples of epochs kept for `mc-query-epochs`.
@@ -56,6 +56,7 @@ const PARAMETERS: &[(&str, &str)] =
 struct Vitals {
     held: HeldFigures,
     journal: JournalFigures,
+    held_disk_bytes: u64,
     role: Role,
     state: State,
     protected: bool,
@@ -66,6 +67,7 @@ struct Vitals {
     resync: Option<Pace>,
     arbiter_lost: Option<String>,
     no_primary: Option<String>,
+    storage: Option<StorageTrouble>,
 }
 
 struct Fixed {
@@ -83,6 +85,8 @@ struct Shown {
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
     verify: Option<VerifyReport>,
+    /// Why shared storage does not take writes.
+    storage: Option<String>,
     /// Why the arbiter did not answer when it was last looked at.
     arbiter_lost: Option<String>,
 }
@@ -96,6 +100,7 @@ enum Note {
     GuestAlarm(String),
     Verify(Box<VerifyReport>),
     Arbiter(Option<String>),
+    Storage(Option<String>),
 }
 
 /// The board of one node, over all its roles.
@@ -127,6 +132,7 @@ impl Board {
         let vitals = Vitals {
             held: HeldFigures::default(),
             journal: JournalFigures::default(),
+            held_disk_bytes: 0,
             role,
             state: if role == Role::Primary { State::Starting } else { State::Connecting },
             protected: false,
@@ -137,6 +143,7 @@ impl Board {
             resync: None,
             arbiter_lost: None,
             no_primary: None,
+            storage: None,
         };
         Arc::new(Board {
             fixed,
@@ -146,6 +153,7 @@ impl Board {
                 takeover: None,
                 guest_alarm: None,
                 verify: None,
+                storage: None,
                 arbiter_lost: None,
             }),
             latest: ArrayQueue::new(1),
@@ -177,6 +185,7 @@ impl Board {
                 Note::Verify(report) => shown.verify = Some(*report),
                 Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
                 Note::Arbiter(lost) => shown.arbiter_lost = lost,
+                Note::Storage(trouble) => shown.storage = trouble,
             }
         }
     }
@@ -195,6 +204,7 @@ impl Board {
         resync: Option<Pace>,
         held: HeldFigures,
         journal: JournalFigures,
+        held_disk_bytes: u64,
     ) {
         use primary::Phase;
         let (role, state) = match node.phase() {
@@ -207,6 +217,7 @@ impl Board {
         self.latest.force_push(Vitals {
             held,
             journal,
+            held_disk_bytes,
             role,
             state,
             protected: node.phase() == Phase::Protected,
@@ -217,6 +228,7 @@ impl Board {
             resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
+            storage: None,
         });
     }
 
@@ -228,12 +240,13 @@ impl Board {
             Phase::Building | Phase::Joining | Phase::Syncing => State::Resync,
             Phase::Standby | Phase::Paired => State::Standby,
             Phase::Deciding => State::Suspecting,
-            Phase::Promoted => State::Takeover,
+            Phase::Locking | Phase::Promoted => State::Takeover,
         };
         let at = node.committed().unwrap_or(EpochId { generation: node.generation(), epoch: 0 });
         self.latest.force_push(Vitals {
             held: HeldFigures::default(),
             journal: JournalFigures::default(),
+            held_disk_bytes: 0,
             role: Role::Secondary,
             state,
             protected: node.phase() == Phase::Paired,
@@ -244,6 +257,7 @@ impl Board {
             resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
+            storage: node.storage_trouble().cloned(),
         });
     }
 
@@ -282,10 +296,15 @@ impl Board {
         self.note(Note::Arbiter(lost));
     }
 
+    /// Shared storage was found to take writes, or not to.
+    pub fn storage_noticed(&self, trouble: Option<String>) {
+        self.note(Note::Storage(trouble));
+    }
+
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { vitals, log, takeover, guest_alarm, arbiter_lost, verify: _ } = &*shown;
+        let Shown { vitals, log, takeover, guest_alarm, storage, arbiter_lost, verify: _ } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
         let arbiter_lost = vitals.arbiter_lost.as_ref().or(arbiter_lost.as_ref());
         if let Some(why) = arbiter_lost {
@@ -293,6 +312,14 @@ impl Board {
         }
         if let Some(why) = &vitals.no_primary {
             alarms.push(format!("no primary to join: {why}"));
+        }
+        if let Some(why) = storage {
+            alarms.push(format!("shared storage fails, so the guest's flushes wait: {why}"));
+        }
+        match &vitals.storage {
+            Some(StorageTrouble::Locked(why)) => alarms.push(format!("MC_DISK_LOCKED: the takeover waits: {why}")),
+            Some(StorageTrouble::Failing(why)) => alarms.push(format!("MC_DISK_FAILING: the takeover waits: {why}")),
+            None => {}
         }
         NodeStatus {
             role: vitals.role,
@@ -319,6 +346,7 @@ impl Board {
             wire_bytes: log.wire_bytes(),
             held_packets: vitals.held.packets,
             held_bytes: vitals.held.bytes,
+            held_disk_bytes: vitals.held_disk_bytes,
             journal_bytes: vitals.journal.bytes,
             journal_full_times: vitals.journal.full_times,
             resync: vitals.resync.as_ref().map(|Pace { parts, rate_pages_s }| {

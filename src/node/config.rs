@@ -62,6 +62,10 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// The guest can only read it; it is not replicated then.
     pub read_only: bool,
+    /// Both nodes use this very image, on storage they share; never with `read_only`.
+    pub shared: bool,
+    /// The operator's word that a host which lost the guest cannot write this shared block device: something else than mcd sees to it.
+    pub fenced: bool,
     /// The serial number the guest sees, filled up with zero bytes; a secondary's is the primary's.
     pub serial: [u8; 20],
 }

@@ -9,9 +9,12 @@ use thiserror::Error;
 
 use super::config::{DiskConfig, NodeConfig};
 use super::events::NodeEvent;
+use super::shared::{self, NodeImage, SharedEars, SharedError};
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::{DiskJournal, JournalListener};
+use crate::checkpoint::shared::{SharedGate, SharedJournal};
+use crate::checkpoint::shared_writer::SharedWriter;
 use crate::checkpoint::snapshot::{SnapshotHead, SnapshotId};
 use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
 use crate::device::block::BlockBackend;
@@ -19,6 +22,7 @@ use crate::device::image::{ImageError, RawImage};
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
+use crate::protocol::secondary::StorageTrouble;
 use crate::protocol::types::{EpochId, Generation, GuestName};
 
 /// Why a node cannot use its disks.
@@ -78,6 +82,9 @@ pub enum DiskError {
         /// How it is there.
         there: &'static str,
     },
+    /// Something is wrong with shared storage.
+    #[error("{0}")]
+    Shared(#[from] SharedError),
     /// A snapshot's disk is read-only and the image is not, or the other way round.
     #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, or without", path.display())]
     ReadOnlySnapshot {
@@ -116,14 +123,19 @@ pub enum DiskError {
 ///
 /// # Errors
 /// [`DiskError::Image`].
-pub fn open(configs: &[DiskConfig]) -> Result<(Vec<Arc<RawImage>>, Vec<DiskShape>), DiskError> {
+pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), DiskError> {
+    shared::check_fencing(config)?;
     let mut images = Vec::new();
     let mut shapes = Vec::new();
-    for disk in configs {
-        let image = RawImage::open(&disk.path, disk.read_only)?;
-        shapes.push(DiskShape { bytes: image.bytes(), read_only: disk.read_only, serial: disk.serial });
-        images.push(Arc::new(image));
+    for disk in &config.disks {
+        let image = shared::open_image(disk)?;
+        let DiskConfig { read_only, shared, serial, .. } = *disk;
+        shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
+        images.push(image);
     }
+    shared::take(&images).map_err(|trouble| match trouble {
+        StorageTrouble::Locked(why) | StorageTrouble::Failing(why) => SharedError::NotOurs(why),
+    })?;
     Ok((images, shapes))
 }
 
@@ -131,10 +143,11 @@ pub fn open(configs: &[DiskConfig]) -> Result<(Vec<Arc<RawImage>>, Vec<DiskShape
 ///
 /// # Errors
 /// [`DiskError::Image`].
-pub fn look(configs: &[DiskConfig]) -> Result<(), DiskError> {
-    for disk in configs {
-        match RawImage::open(&disk.path, disk.read_only) {
-            Err(ImageError::Missing { .. }) if !disk.read_only => {}
+pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
+    shared::check_fencing(config)?;
+    for disk in &config.disks {
+        match shared::open_image(disk) {
+            Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
             opened => drop(opened?),
         }
     }
@@ -156,7 +169,9 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
             }
             old => old?,
         };
-        match old.as_ref().map(|stamp| stamp.may_start(&config.guest, newest)) {
+        // Of a shared image there is no newer one elsewhere: a stamp that is behind says only that it was written late.
+        let newest_elsewhere = newest.filter(|_| !disk.shared);
+        match old.as_ref().map(|stamp| stamp.may_start(&config.guest, newest_elsewhere)) {
             Some(Err(why)) if config.force_disk => {
                 tracing::warn!(image = %path.display(), "--force-disk: the guest starts from an image although {why}");
             }
@@ -210,14 +225,15 @@ pub fn of_snapshot(
             return Err(DiskError::NotOfSnapshot { path: path(), is, at: head.at });
         }
     }
-    Ok(wanted.clone())
+    // Whether both nodes use one image is said here, whatever it was when the snapshot was taken.
+    Ok(wanted.iter().zip(given).map(|(of, here)| DiskShape { shared: here.shared, ..of.clone() }).collect())
 }
 
 /// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking; for each also whether it was made.
 ///
 /// # Errors
 /// [`DiskError`] if they are not those of the shape, or belong to another guest.
-pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<Arc<RawImage>>, Vec<bool>), DiskError> {
+pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<NodeImage>, Vec<bool>), DiskError> {
     let (wanted, given) = (shape.disks.len(), config.disks.len());
     if wanted != given {
         return Err(DiskError::Count { wanted, given });
@@ -230,6 +246,10 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<Arc<Ra
             let (here, there) = (word(disk.read_only), word(wanted.read_only));
             return Err(DiskError::ReadOnly { path: path(), here, there });
         }
+        if disk.shared != wanted.shared {
+            let word = |shared| if shared { "shared" } else { "replicated" };
+            return Err(SharedError::Mode { path: path(), here: word(disk.shared), there: word(wanted.shared) }.into());
+        }
         if !disk.read_only
             && !config.force_disk
             && let Some(stamp) = Stamp::read(&disk.path)?
@@ -237,14 +257,16 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<Arc<Ra
         {
             return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
         }
-        let (image, is_made) = match RawImage::open(&disk.path, disk.read_only) {
-            Err(ImageError::Missing { .. }) if !disk.read_only => (RawImage::create(&disk.path, wanted.bytes)?, true),
+        let (image, is_made) = match shared::open_image(disk) {
+            Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
+                (NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?)), true)
+            }
             opened => (opened?, false),
         };
         if image.bytes() != wanted.bytes {
             return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: image.bytes() });
         }
-        images.push(Arc::new(image));
+        images.push(image);
         made.push(is_made);
     }
     Ok((images, made))
@@ -254,10 +276,13 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<Arc<Ra
 pub struct NodeDisks {
     layout: Arc<ImageLayout>,
     journal: Arc<DiskJournal>,
-    images: Vec<Arc<dyn BlockBackend>>,
+    images: Vec<NodeImage>,
+    backends: Vec<Arc<dyn BlockBackend>>,
     gates: Vec<Arc<dyn BlockBackend>>,
     stamps: StampKeeper,
     stamped: Option<Generation>,
+    /// What is held for shared images. Its thread gives them up, so it ends after the stamps'.
+    shared: Option<(Arc<SharedJournal>, SharedWriter)>,
 }
 
 impl NodeDisks {
@@ -268,22 +293,34 @@ impl NodeDisks {
     pub fn new(
         config: &NodeConfig,
         shape: &MachineShape,
-        images: Vec<Arc<RawImage>>,
+        images: Vec<NodeImage>,
         events: &Sender<NodeEvent>,
     ) -> Result<NodeDisks, DiskError> {
         let layout = Arc::new(ImageLayout::of(shape));
         let journal = DiskJournal::new(JOURNAL_BYTES_MAX, Box::new(Ears { events: events.clone() }));
-        let images: Vec<Arc<dyn BlockBackend>> =
-            images.into_iter().map(|image| image as Arc<dyn BlockBackend>).collect();
-        let gate = |(disk, image): (usize, &Arc<dyn BlockBackend>)| {
-            let gate = DiskGate::new(Arc::clone(image), Arc::clone(&journal), layout.blocks_of(disk));
-            Arc::new(gate) as Arc<dyn BlockBackend>
+        let held = SharedJournal::new(JOURNAL_BYTES_MAX, Box::new(SharedEars { events: events.clone() }));
+        let backends: Vec<_> = images.iter().map(NodeImage::backend).collect();
+        let gate = |(disk, image): (usize, &NodeImage)| -> Arc<dyn BlockBackend> {
+            let blocks = layout.blocks_of(disk);
+            match image.shared() {
+                Some(image) => Arc::new(SharedGate::new(Arc::clone(image), Arc::clone(&held), blocks.start)),
+                None => Arc::new(DiskGate::new(image.backend(), Arc::clone(&journal), blocks)),
+            }
         };
         let gates = images.iter().enumerate().map(gate).collect();
         let stamped = config.disks.iter().zip(&images).filter(|(disk, _)| !disk.read_only);
-        let stamped = stamped.map(|(disk, image)| (disk.path.clone(), Arc::clone(image))).collect();
+        let stamped = stamped.map(|(disk, image)| (disk.path.clone(), image.clone())).collect();
         let stamps = StampKeeper::start(config.guest.clone(), stamped)?;
-        Ok(NodeDisks { layout, journal, images, gates, stamps, stamped: None })
+        let shared_images: Vec<_> = images.iter().filter_map(NodeImage::shared).map(Arc::clone).collect();
+        let shared = match shared_images.is_empty() {
+            true => None,
+            false => {
+                let (held, layout) = (Arc::clone(&held), Arc::clone(&layout));
+                let writer = SharedWriter::start(Arc::clone(&held), layout, backends.clone(), shared_images)?;
+                Some((held, writer))
+            }
+        };
+        Ok(NodeDisks { layout, journal, images, backends, gates, stamps, stamped: None, shared })
     }
 
     /// Whether the guest can write to any.
@@ -301,6 +338,19 @@ impl NodeDisks {
         &self.journal
     }
 
+    /// What is held for shared images, if there are any.
+    pub fn shared(&self) -> Option<&SharedJournal> {
+        self.shared.as_ref().map(|(held, _)| &**held)
+    }
+
+    /// Takes the locks of shared images, all or none.
+    ///
+    /// # Errors
+    /// Why they cannot be had yet.
+    pub fn take_shared(&self) -> Result<(), StorageTrouble> {
+        shared::take(&self.images)
+    }
+
     /// What the machine's disks keep their bytes in.
     pub fn gates(&self) -> Vec<Arc<dyn BlockBackend>> {
         self.gates.clone()
@@ -308,7 +358,7 @@ impl NodeDisks {
 
     /// The whole image, with this memory.
     pub fn image(&self, memory: GuestRam) -> GuestImage {
-        GuestImage::new(memory, Arc::clone(&self.layout), self.images.clone())
+        GuestImage::new(memory, Arc::clone(&self.layout), self.backends.clone())
     }
 
     /// Stamps the images as a newcomer's, before the first block is written over; returns when that is durable.
@@ -317,12 +367,19 @@ impl NodeDisks {
     /// [`DiskError::Stamp`].
     pub fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
         let at = EpochId { generation, epoch: 0 };
-        Ok(stamp(&self.stamps.guest, &self.stamps.images, (at, StampState::Filling, None))?)
+        let own: Vec<_> = self.stamps.images.iter().filter(|(_, image)| image.shared().is_none()).cloned().collect();
+        Ok(stamp(&self.stamps.guest, &own, (at, StampState::Filling, None))?)
     }
 
     /// What stamps the images from a thread of its own.
     pub fn stamper(&self) -> Stamper {
         Stamper { jobs: self.stamps.jobs.clone() }
+    }
+
+    /// Ends what the images' threads do: the last stamps are written, what is held for shared images is forgotten, and these are given up.
+    pub fn end(&mut self) {
+        self.stamps.end();
+        self.shared().into_iter().for_each(SharedJournal::close);
     }
 
     /// The guest runs here in this generation: stamps the images if that is news.
@@ -366,14 +423,14 @@ enum Job {
 /// The stamping thread: neither a takeover nor a commit waits for a disk. Dropping it waits for the last stamp.
 struct StampKeeper {
     guest: GuestName,
-    images: Vec<(PathBuf, Arc<dyn BlockBackend>)>,
+    images: Vec<(PathBuf, NodeImage)>,
     /// None if there is nothing to stamp.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl StampKeeper {
-    fn start(guest: GuestName, images: Vec<(PathBuf, Arc<dyn BlockBackend>)>) -> std::io::Result<StampKeeper> {
+    fn start(guest: GuestName, images: Vec<(PathBuf, NodeImage)>) -> std::io::Result<StampKeeper> {
         if images.is_empty() {
             return Ok(StampKeeper { guest, images, jobs: None, thread: None });
         }
@@ -383,7 +440,7 @@ impl StampKeeper {
             for job in queue {
                 let Job::Stamp(at, state, snapshot) = job else { return };
                 let flushed = all.iter().try_for_each(|(path, image)| {
-                    image.flush().map_err(|reason| StampError::Io {
+                    image.backend().flush().map_err(|reason| StampError::Io {
                         doing: "flush the image of",
                         path: path.clone(),
                         reason,
@@ -401,6 +458,13 @@ impl StampKeeper {
 
 impl Drop for StampKeeper {
     fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl StampKeeper {
+    /// Waits for the last stamp.
+    fn end(&mut self) {
         if let Some(jobs) = self.jobs.take() {
             // If the thread is gone there is nothing to wait for. (Not by closing the queue: a stamper elsewhere may hold it open.)
             let _ = jobs.send(Job::End);
@@ -413,11 +477,12 @@ impl Drop for StampKeeper {
 
 fn stamp(
     guest: &GuestName,
-    images: &[(PathBuf, Arc<dyn BlockBackend>)],
+    images: &[(PathBuf, NodeImage)],
     (at, state, snapshot): (EpochId, StampState, Option<SnapshotId>),
 ) -> Result<(), StampError> {
     let stamp = Stamp { snapshot, ..Stamp::now(guest, at, state) };
-    images.iter().try_for_each(|(path, _)| stamp.write(path))
+    // The stamp of a shared image is its holder's.
+    images.iter().try_for_each(|(path, image)| image.while_ours(|| stamp.write(path)).unwrap_or(Ok(())))
 }
 
 /// Turns the journal's calls (from disks' threads) into events.

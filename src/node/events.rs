@@ -12,7 +12,7 @@ use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::sums::BlockSum;
-use crate::protocol::types::InstanceId;
+use crate::protocol::types::{EpochId, InstanceId};
 use crate::wire::{LinkCloser, LinkWriter};
 
 /// Where the result of a command goes.
@@ -122,6 +122,20 @@ pub enum NodeEvent {
     OutputFull,
     /// The disks' journal is full.
     JournalFull,
+    /// Shared images have the writes of every epoch up to this one.
+    Written {
+        /// The epoch.
+        through: EpochId,
+    },
+    /// Shared images have what was written before the newcomer on this connection was tracked for.
+    StorageSynced {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// Shared storage does not take writes (why), or takes them again.
+    StorageTrouble(Option<String>),
+    /// Disks whose writes found no room may find some now.
+    DisksHaveRoom,
     /// The image of the newcomer or secondary of this instance id is spoilt.
     ImageFailed {
         /// Whose.

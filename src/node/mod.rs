@@ -27,6 +27,7 @@ mod primary;
 mod priority;
 mod restore;
 mod secondary;
+mod shared;
 mod signals;
 mod summer;
 
@@ -96,7 +97,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
         GuestBoot::Snapshot(path) => Some(restore::open(path, &config, &shape)?),
         GuestBoot::BuiltIn(_) | GuestBoot::Linux(_) => None,
     };
-    let (images, disks) = disks::open(&config.disks)?;
+    let (images, disks) = disks::open(&config)?;
     shape.disks = match &snapshot {
         Some(snapshot) => disks::of_snapshot(&config.disks, &disks, &snapshot.head)?,
         None => disks,
@@ -138,7 +139,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     let (events, inbox) = unbounded();
     // An occupied tap or image is told now, not at the takeover.
     drop(open_gate(&config, &events)?);
-    disks::look(&config.disks)?;
+    disks::look(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Console::open(&config.console)?;
     let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, console, events, inbox)?;

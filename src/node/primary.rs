@@ -3,6 +3,7 @@
 mod snapshot;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
@@ -24,12 +25,16 @@ use crate::checkpoint::journal::JournalMode;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
 use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
+use crate::checkpoint::shared::SharedJournal;
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::primary::{Action, Command, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
+
+/// How long the end of a guest waits for shared storage to take its last writes.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a primary's life ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -118,6 +123,7 @@ impl PrimaryNode {
         let resuming_us = clock::monotonic_us();
         self.gate.pass();
         self.disks.journal().set_mode(JournalMode::Pass);
+        self.disks.shared().into_iter().for_each(SharedJournal::alone);
         self.machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
         // Not only after a takeover: a guest that is started anew on another host is where the switches do not look for it.
@@ -135,6 +141,10 @@ impl PrimaryNode {
                 let _ = reply.send(Ok(serde_json::json!({})));
             }
             if let Some(end) = self.end.take() {
+                if !self.write_at_the_end()? {
+                    // The images are not what it says of them.
+                    self.cancel_snapshot();
+                }
                 self.stamp_at_the_end(&end)?;
                 return Ok(end);
             }
@@ -146,6 +156,23 @@ impl PrimaryNode {
                 self.protocol.handle(clock::now(), input);
             }
         }
+    }
+
+    /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to write for. False if its last writes are lost.
+    fn write_at_the_end(&mut self) -> Result<bool, NodeError> {
+        let Some(shared) = self.disks.shared().filter(|_| self.protocol.phase() == Phase::Stopping) else {
+            return Ok(true);
+        };
+        self.machine.pause()?;
+        let drained = shared.drain(DRAIN_TIMEOUT);
+        if !drained {
+            let bytes = shared.used_bytes();
+            tracing::error!(
+                bytes,
+                "shared storage did not take the guest's last writes; they are lost as in a loss of power"
+            );
+        }
+        Ok(drained)
     }
 
     /// The guest's last word to its disks is in their stamps; a fenced node's are outdated already.
@@ -199,6 +226,16 @@ impl PrimaryNode {
             NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
+            NodeEvent::Written { through } => Some(Input::Written { through }),
+            NodeEvent::StorageSynced { conn } => Some(Input::StorageSynced { conn }),
+            NodeEvent::StorageTrouble(why) => {
+                self.context.board.storage_noticed(why);
+                None
+            }
+            NodeEvent::DisksHaveRoom => {
+                self.machine.kick_disks();
+                None
+            }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => self.machine_event(event)?,
             NodeEvent::Command { command: Command::VerifyDisks(choice), reply }
@@ -261,8 +298,12 @@ impl PrimaryNode {
                 Action::Sum { ticket, run, as_of } => self.summer()?.sum(ticket, run, as_of),
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
+                Action::WriteThrough { through } => {
+                    self.disks.shared().into_iter().for_each(|shared| shared.write_through(through));
+                }
                 Action::ReleaseAll => {
                     self.gate.pass();
+                    self.disks.shared().into_iter().for_each(SharedJournal::alone);
                     self.machine.kick_net();
                 }
                 Action::Run(run) => self.run_guest(run)?,
@@ -312,6 +353,7 @@ impl PrimaryNode {
         self.dirt.forget();
         self.machine.track_dirt(true)?;
         self.disks.journal().set_mode(JournalMode::Keep);
+        self.disks.shared().into_iter().for_each(|shared| shared.hold(conn));
         self.machine.kick_disks();
         let events = self.context.events.clone();
         let report = move |report: SenderReport| {
@@ -340,6 +382,7 @@ impl PrimaryNode {
         }
         self.dirt.forget();
         self.disks.journal().set_mode(JournalMode::Pass);
+        self.disks.shared().into_iter().for_each(SharedJournal::alone);
         self.machine.kick_disks();
         self.machine.track_dirt(false)?;
         Ok(())
@@ -350,7 +393,8 @@ impl PrimaryNode {
         let was_running = self.machine.is_running();
         let mut buffer = self.pool.get();
         self.machine.pause()?;
-        let taken = capture(&mut self.machine, &mut self.dirt, self.disks.journal(), id, &mut buffer);
+        let (journal, shared) = (self.disks.journal(), self.disks.shared());
+        let taken = capture(&mut self.machine, &mut self.dirt, journal, shared, id, &mut buffer);
         match output {
             OutputCut::Pass => {}
             OutputCut::Hold => self.gate.hold(),
@@ -373,6 +417,7 @@ impl PrimaryNode {
             Err(error) => {
                 self.dirt.put_back();
                 self.disks.journal().put_back();
+                self.disks.shared().into_iter().for_each(SharedJournal::put_back);
                 Input::CaptureFailed { why: error.to_string() }
             }
         };
@@ -393,6 +438,7 @@ impl PrimaryNode {
     fn committed(&mut self, id: EpochId) {
         self.dirt.committed(id);
         self.disks.journal().committed(id);
+        self.disks.shared().into_iter().for_each(|shared| shared.committed(id));
         if self.disks.journal().take_was_full() {
             self.machine.kick_disks();
         }
@@ -433,6 +479,7 @@ impl PrimaryNode {
         self.machine.pause()?;
         self.cancel_snapshot();
         self.disks.journal().set_mode(JournalMode::Closed);
+        self.disks.shared().into_iter().for_each(SharedJournal::close);
         self.sender = None;
         self.conns.close_all();
         Ok(())
@@ -442,9 +489,18 @@ impl PrimaryNode {
         let resync = self.protocol.resync().map(|ledger| ledger.parts().collect());
         let resync = self.meter.look(clock::monotonic_us(), resync);
         let (held, journal) = (self.gate.figures(), self.disks.journal().figures());
-        self.context.board.primary(&self.protocol, self.machine.is_running(), resync, held, journal);
+        let held_disk_bytes = self.disks.shared().map_or(0, SharedJournal::used_bytes);
+        let running = self.machine.is_running();
+        self.context.board.primary(&self.protocol, running, resync, held, journal, held_disk_bytes);
         if let Some(report) = self.verifying.news(self.protocol.verify()) {
             self.context.board.verified(report);
         }
+    }
+}
+
+impl Drop for PrimaryNode {
+    fn drop(&mut self) {
+        // The machine, which goes next, waits for its disks' threads, and one of these may wait for a flush.
+        self.disks.end();
     }
 }

@@ -25,7 +25,7 @@ use crate::protocol::guest_clock;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
-use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
+use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig, StorageTrouble};
 use crate::protocol::types::{EpochId, Instant};
 
 /// How a secondary's life ended.
@@ -240,6 +240,10 @@ impl<'a> SecondaryNode<'a> {
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
+            | NodeEvent::Written { .. }
+            | NodeEvent::StorageSynced { .. }
+            | NodeEvent::StorageTrouble(_)
+            | NodeEvent::DisksHaveRoom
             | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
             | NodeEvent::Summed { .. }
@@ -270,6 +274,11 @@ impl<'a> SecondaryNode<'a> {
                         self.protocol.handle(clock::now(), Input::Closed { conn, why });
                     }
                 }
+                Action::Forget { through } => {
+                    self.image.iter().for_each(|image| image.applier.forget(through));
+                }
+                Action::TakeStorage => self.take_storage(),
+                Action::WriteKept => self.write_kept(),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Promote { record, epoch, received, cause } => self.promote(record, epoch, received, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
@@ -347,6 +356,20 @@ impl<'a> SecondaryNode<'a> {
         } else {
             image.applier.sum(run);
         }
+    }
+
+    fn take_storage(&mut self) {
+        let taken = self.image.as_ref().map_or(Ok(()), |image| image.disks.take_shared());
+        self.protocol.handle(clock::now(), taken.map_or_else(Input::StorageRefused, |()| Input::StorageLocked));
+    }
+
+    fn write_kept(&mut self) {
+        let written = self.image.as_ref().map_or(Ok(()), |image| image.applier.write_kept());
+        let input = match written {
+            Ok(()) => Input::KeptWritten,
+            Err(error) => Input::StorageRefused(StorageTrouble::Failing(error.to_string())),
+        };
+        self.protocol.handle(clock::now(), input);
     }
 
     fn promote(&mut self, record: Record, epoch: EpochId, received: Instant, cause: String) -> Result<(), NodeError> {

@@ -93,6 +93,16 @@ pub enum Event {
         /// Why.
         why: String,
     },
+    /// The guest is this node's, and another one still has the lock of its disk: the takeover waits.
+    DiskLocked {
+        /// Which disk, and what the system said.
+        why: String,
+    },
+    /// The guest is this node's, and the storage of its disk does not take what was kept of it: the takeover waits.
+    DiskFailing {
+        /// Which disk, and what the system said.
+        why: String,
+    },
     /// The secondary lost its place; it joins again as a newcomer.
     Rejoining {
         /// Why.
@@ -119,6 +129,8 @@ impl Event {
             Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
             Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
             Event::NoPrimary { .. } => "MC_NO_PRIMARY",
+            Event::DiskLocked { .. } => "MC_DISK_LOCKED",
+            Event::DiskFailing { .. } => "MC_DISK_FAILING",
             Event::Rejoining { .. } => "MC_REJOINING",
         }
     }
@@ -174,6 +186,10 @@ impl fmt::Display for Event {
             }
             Event::DisksNotVerified { why } => write!(f, "disks not verified: {why}"),
             Event::NoPrimary { why } => write!(f, "no primary to join yet: {why}; trying again"),
+            Event::DiskLocked { why } => {
+                write!(f, "takeover waits for the disk: {why}; the guest goes on when it is free")
+            }
+            Event::DiskFailing { why } => write!(f, "takeover waits for the disk: {why}; it is tried again"),
             Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
         }
     }

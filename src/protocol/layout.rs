@@ -32,6 +32,8 @@ pub struct ImageLayout {
     memory_pages: u64,
     /// For each disk of the shape the indexes of its blocks, rising; empty if it has none.
     disks: Vec<Range<u64>>,
+    /// Those of disks whose storage both nodes share.
+    shared: Vec<Range<u64>>,
     pages: u64,
 }
 
@@ -47,8 +49,10 @@ impl ImageLayout {
             pages = pages.saturating_add(blocks);
             first..pages
         });
-        let disks = disks.collect();
-        ImageLayout { memory_pages, disks, pages }
+        let disks: Vec<_> = disks.collect();
+        let shared = shape.disks.iter().zip(&disks).filter(|(disk, _)| disk.shared);
+        let shared = shared.map(|(_, blocks)| blocks.clone()).collect();
+        ImageLayout { memory_pages, disks, shared, pages }
     }
 
     /// Pages of the whole image.
@@ -77,6 +81,16 @@ impl ImageLayout {
         self.disks.iter().position(on).filter(|_| !run.is_empty())
     }
 
+    /// The indexes of the blocks of disks whose storage both nodes share: a newcomer has them already.
+    pub fn shared(&self) -> &[Range<u64>] {
+        &self.shared
+    }
+
+    /// True if `index` is of a disk whose storage both nodes share.
+    pub fn is_shared(&self, index: u64) -> bool {
+        self.shared.iter().any(|blocks| blocks.contains(&index))
+    }
+
     /// What is behind `index`; `None` beyond the image's end.
     pub fn place(&self, index: u64) -> Option<Place> {
         if index < self.memory_pages {
@@ -94,7 +108,7 @@ mod tests {
 
     #[test]
     fn every_index_has_one_place_and_read_only_disks_have_none() {
-        let disk = |bytes, read_only| DiskShape { bytes, read_only, serial: [0; 20] };
+        let disk = |bytes, read_only| DiskShape { bytes, read_only, shared: false, serial: [0; 20] };
         let mut shape = MachineShape::bare(8192, 1, [2, 0, 0, 0, 0, 1]);
         shape.disks = vec![disk(4096 + 512, false), disk(1 << 30, true), disk(8192, false)];
         let layout = ImageLayout::of(&shape);
@@ -107,6 +121,10 @@ mod tests {
         }
         assert_eq!((layout.place(6), layout.place(u64::MAX)), (None, None));
         assert_eq!((layout.blocks_of(0), layout.blocks_of(2)), (2..4, 4..6));
+        assert!(!layout.is_shared(2) && layout.shared().is_empty());
+        shape.disks[2].shared = true;
+        let layout = ImageLayout::of(&shape);
+        assert_eq!((layout.is_shared(3), layout.is_shared(4), layout.is_shared(5)), (false, true, true));
         assert!(layout.blocks_of(1).is_empty() && layout.blocks_of(9).is_empty());
         let runs = [2..4, 3..4, 4..6, 1..3, 3..5, 5..7, 3..3, 0..1, 6..7, 2..u64::MAX];
         let disks = runs.map(|run| layout.disk_of(&run));

@@ -74,14 +74,16 @@ pub struct DiskShape {
     pub bytes: u64,
     /// The guest can only read it.
     pub read_only: bool,
+    /// Both nodes use the same storage for it (see [`shared`](super::shared)); never with `read_only`.
+    pub shared: bool,
     /// The serial number the guest sees: text, filled up with zero bytes.
     pub serial: [u8; 20],
 }
 
 impl DiskShape {
-    /// True if a disk can have this size.
+    /// True if a disk can be like this.
     pub fn is_possible(&self) -> bool {
-        self.bytes != 0 && self.bytes.is_multiple_of(SECTOR_BYTES)
+        self.bytes != 0 && self.bytes.is_multiple_of(SECTOR_BYTES) && !(self.shared && self.read_only)
     }
 }
 
@@ -96,7 +98,9 @@ impl MachineShape {
     pub fn epoch_bytes_max(&self) -> u64 {
         const STATE_BYTES_MAX: u64 = 1 << 20;
         let headers = self.memory_bytes / 256;
-        let journal = if self.disks.iter().all(|disk| disk.read_only) { 0 } else { JOURNAL_BYTES_MAX };
+        // Replicated disks have one journal, shared ones another: what of it is kept until it is written, and what travels.
+        let replicated = self.disks.iter().any(|disk| !disk.read_only && !disk.shared);
+        let journal = (u64::from(replicated) + u64::from(self.shares_storage())) * JOURNAL_BYTES_MAX;
         let state = STATE_BYTES_MAX * (1 + u64::from(self.cpus));
         self.memory_bytes.saturating_add(headers).saturating_add(journal).saturating_add(state)
     }
@@ -218,6 +222,11 @@ pub enum Message {
         /// The numbers.
         left: Vec<u64>,
     },
+    /// Primary → secondary: the storage that both share has the writes of every epoch up to this one, for good.
+    Written {
+        /// The epoch.
+        through: EpochId,
+    },
     /// Either way, on the heartbeat connection.
     Heartbeat(Heartbeat),
     /// Either way: the sender ends on purpose; nothing is to be taken over.
@@ -240,6 +249,7 @@ impl Message {
             Message::Paired { .. } => "paired",
             Message::SumBlocks { .. } => "sum-blocks",
             Message::ResyncLeft { .. } => "resync-left",
+            Message::Written { .. } => "written",
             Message::Heartbeat(_) => "heartbeat",
             Message::Bye { .. } => "bye",
         }

@@ -17,6 +17,7 @@ pub mod primary;
 pub mod record;
 pub mod resync;
 pub mod secondary;
+pub mod shared;
 pub mod sums;
 pub mod types;
 pub mod verify;

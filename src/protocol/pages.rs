@@ -59,6 +59,23 @@ impl PageSet {
         }
     }
 
+    /// Removes the pages of `range`; how many were in the set.
+    pub fn remove_range(&mut self, range: std::ops::Range<u64>) -> u64 {
+        let range = range.start.min(self.pages)..range.end.min(self.pages);
+        let (first, last) = ((range.start / 64) as usize, range.end.div_ceil(64) as usize);
+        let mut removed = 0;
+        for (number, word) in self.words.iter_mut().enumerate().take(last).skip(first) {
+            let start = number as u64 * 64;
+            let from = range.start.saturating_sub(start).min(64);
+            let to = range.end.saturating_sub(start).min(64);
+            let below = |bit: u64| if bit >= 64 { u64::MAX } else { (1 << bit) - 1 };
+            let mask = below(to) & !below(from);
+            removed += u64::from((*word & mask).count_ones());
+            *word &= !mask;
+        }
+        removed
+    }
+
     /// Removes every page.
     pub fn clear(&mut self) {
         self.words.fill(0);

@@ -150,6 +150,15 @@ impl Ledger {
         }
     }
 
+    /// The newcomer has all pages of this disk already: they need neither a push nor a comparison.
+    pub fn has(&mut self, pages: Range<u64>) {
+        if let Some(part) = self.parts.iter_mut().find(|part| part.pages == pages) {
+            part.left = 0;
+            part.unsure = pages.end..pages.end;
+            self.left_count -= self.left.remove_range(pages);
+        }
+    }
+
     /// True when an epoch captured now makes the image whole.
     pub fn is_done(&self) -> bool {
         (!self.pushing || mutant::is("done-while-pushing")) && self.left_count == 0 && !self.comparing
@@ -179,7 +188,7 @@ mod tests {
 
     fn layout(memory_pages: u64, disks: &[u64]) -> ImageLayout {
         let mut shape = MachineShape::bare(memory_pages * 4096, 1, [2, 0, 0, 0, 0, 1]);
-        let disk = |blocks: &u64| DiskShape { bytes: blocks * 4096, read_only: false, serial: [0; 20] };
+        let disk = |blocks: &u64| DiskShape { bytes: blocks * 4096, read_only: false, serial: [0; 20], shared: false };
         shape.disks = disks.iter().map(disk).collect();
         ImageLayout::of(&shape)
     }
@@ -258,10 +267,23 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_the_newcomer_has_is_neither_pushed_nor_compared() {
+        let mut ledger = Ledger::new(&layout(2, &[4, 3]), true);
+        ledger.has(2..6);
+        assert_eq!((ledger.pages_left(), ledger.parts().nth(1)), (5, Some((4, 0))));
+        let run = ledger.next_comparison().expect("the other disk");
+        assert_eq!(run, 6..9);
+        ledger.compared(&run, &[7]);
+        assert_eq!(push_all(&mut ledger), [0, 1, 7]);
+        assert!(ledger.is_done());
+    }
+
+    #[test]
     fn a_push_that_went_ahead_comes_back() {
         // The first disk is compared while the second, which is not worth it, is pushed.
         let mut ledger = Ledger::new(&layout(1, &[4, 4]), true);
         ledger.parts[2].unsure = 9..9;
+        assert_eq!(ledger.pages_left(), 9);
         let run = ledger.next_comparison().expect("a run");
         assert_eq!(push_all(&mut ledger), [0, 5, 6, 7, 8]);
         ledger.compared(&run, &[2]);

@@ -164,7 +164,8 @@ mod tests {
     }
 
     fn layout() -> ImageLayout {
-        let disk = |blocks: u64, read_only| DiskShape { bytes: blocks * 4096, read_only, serial: [0; 20] };
+        let disk =
+            |blocks: u64, read_only| DiskShape { bytes: blocks * 4096, read_only, serial: [0; 20], shared: false };
         let mut shape = MachineShape::bare(8192, 1, [2, 0, 0, 0, 0, 1]);
         shape.disks = vec![disk(300, false), disk(9, true), disk(1, false)];
         ImageLayout::of(&shape)

@@ -24,14 +24,18 @@ const TAG_ACK: u8 = 6;
 const TAG_PAIRED: u8 = 7;
 const TAG_HEARTBEAT: u8 = 8;
 const TAG_BYE: u8 = 9;
-const TAG_SUM_BLOCKS: u8 = 10;
-const TAG_RESYNC_LEFT: u8 = 11;
+const TAG_WRITTEN: u8 = 10;
+const TAG_SUM_BLOCKS: u8 = 11;
+const TAG_RESYNC_LEFT: u8 = 12;
 
 /// Most parts of an image: memory and the disks.
 const PARTS_MAX: usize = 1 + DISKS_MAX;
 
 /// The numbers of [`Channel`] on the wire.
 const CHANNELS: [(u8, Channel); 2] = [(0, Channel::Data), (1, Channel::Heartbeat)];
+
+/// The numbers of what a disk is to its nodes on the wire: whether it is read-only, and whether they share its storage.
+const USES: [(u8, (bool, bool)); 3] = [(0, (false, false)), (1, (true, false)), (2, (false, true))];
 
 /// The numbers of [`RecordState`] on the wire.
 const STATES: [(u8, RecordState); 3] = [(0, RecordState::Paired), (1, RecordState::Solo), (2, RecordState::Stopped)];
@@ -79,6 +83,10 @@ pub fn encode_message(message: &Message, out: &mut Vec<u8>) {
             to.u8(TAG_PAIRED);
             to.record(record);
         }
+        Message::Written { through } => {
+            to.u8(TAG_WRITTEN);
+            to.epoch(*through);
+        }
         Message::Heartbeat(heartbeat) => to.heartbeat(heartbeat),
         Message::Bye { reason } => {
             to.u8(TAG_BYE);
@@ -115,6 +123,7 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
         }
         TAG_ACK => Message::Ack { id: from.epoch()?, staged_bytes: from.u64()? },
         TAG_PAIRED => Message::Paired { record: from.record()? },
+        TAG_WRITTEN => Message::Written { through: from.epoch()? },
         TAG_HEARTBEAT => Message::Heartbeat(from.heartbeat()?),
         TAG_BYE => Message::Bye { reason: from.text()? },
         TAG_SUM_BLOCKS => Message::SumBlocks { first: from.u64()?, count: from.u32()? },
@@ -230,7 +239,7 @@ impl Encoder<'_> {
         self.u8(shape.disks.len().min(DISKS_MAX) as u8);
         for disk in shape.disks.iter().take(DISKS_MAX) {
             self.u64(disk.bytes);
-            self.flag(disk.read_only);
+            self.named(&USES, (disk.read_only, disk.shared));
             self.bytes(&disk.serial);
         }
     }
@@ -383,7 +392,9 @@ impl<'a> Decoder<'a> {
     }
 
     fn disk(&mut self) -> Result<DiskShape, WireError> {
-        let disk = DiskShape { bytes: self.u64()?, read_only: self.flag()?, serial: self.array()? };
+        let bytes = self.u64()?;
+        let (read_only, shared) = self.named(&USES, "welcome: unknown use of a disk")?;
+        let disk = DiskShape { bytes, read_only, shared, serial: self.array()? };
         if disk.is_possible() { Ok(disk) } else { malformed("welcome: no disk has this size") }
     }
 

@@ -297,7 +297,7 @@ pub fn memory() -> Memory {
 }
 
 pub fn shape(bytes: u64, read_only: bool) -> DiskShape {
-    DiskShape { bytes, read_only, serial: *b"serial-1234\0\0\0\0\0\0\0\0\0" }
+    DiskShape { bytes, read_only, shared: false, serial: *b"serial-1234\0\0\0\0\0\0\0\0\0" }
 }
 
 pub fn until(what: &str, done: impl FnMut() -> bool) {

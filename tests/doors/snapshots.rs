@@ -110,7 +110,7 @@ fn images_a_snapshot_does_not_fit() {
     run("snapshots::images_a_snapshot_does_not_fit", |place| {
         let mut with_disk = head();
         with_disk.stopped = true;
-        with_disk.shape.disks = vec![DiskShape { bytes: 1 << 20, read_only: false, serial: [b'a'; 20] }];
+        with_disk.shape.disks = vec![DiskShape { bytes: 1 << 20, read_only: false, shared: false, serial: [b'a'; 20] }];
         let path = file(place, &with_disk);
         let image = place.path("p.img");
         let flag = |rest: &str| format!("--disk={}{rest}", image.display());
@@ -124,6 +124,31 @@ fn images_a_snapshot_does_not_fit() {
         restore(place, &path, &[&flag("")]).fails(REFUSED, &parts);
         restore(place, &path, &[&flag(""), "--force-disk"]).fails(REFUSED, &parts);
         nothing_was_claimed(place);
+    });
+}
+
+#[test]
+fn a_disk_that_is_only_read_needs_no_stop() {
+    run("snapshots::a_disk_that_is_only_read_needs_no_stop", |place| {
+        let image = place.path("ro.img");
+        fs::write(&image, vec![1; 1 << 20]).expect("an image");
+        let flag = |rest: &str| format!("--disk={},ro{rest}", image.display());
+        let mut node = Node::start(place.primary_command(&[&flag(",serial=abc")]));
+        node.wait_guest();
+        let path = place.path("web.snap");
+        let (file, control) = (path.display().to_string(), place.path("p.sock").display().to_string());
+        let (code, _, said) = mcd(&["snapshot", "save", &file, "--control", &control]);
+        assert_eq!(code, Some(0), "{said}");
+        node.kill();
+        // It was never stopped: only a person's word that it is dead lets it go on.
+        restore(place, &path, &[&flag("")]).fails(REFUSED, &["on record as running elsewhere", "mcd cold-start"]);
+        let (mut command, control) = place.cold_start_command();
+        command.args([format!("--restore={}", path.display()), flag("")]);
+        let mut node = Node::start((command, control));
+        node.wait_guest();
+        node.assert_serves_alone();
+        node.quit();
+        node.ends_well();
     });
 }
 

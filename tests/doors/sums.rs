@@ -47,7 +47,7 @@ fn sums(first: u64, count: u64) -> Vec<BlockSum> {
 }
 
 fn welcome_with_disk(features: u64) -> Welcome {
-    let disks = vec![DiskShape { bytes: DISK_BYTES, read_only: false, serial: [0; 20] }];
+    let disks = vec![DiskShape { bytes: DISK_BYTES, read_only: false, serial: [0; 20], shared: false }];
     let good = welcome();
     Welcome { shape: MachineShape { disks, ..good.shape }, features, ..good }
 }

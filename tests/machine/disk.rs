@@ -108,7 +108,7 @@ fn lay_out(ram: &GuestRam) {
 }
 
 fn disk_shape() -> DiskShape {
-    DiskShape { bytes: SECTORS * 512, read_only: false, serial: [b'x'; 20] }
+    DiskShape { bytes: SECTORS * 512, read_only: false, shared: false, serial: [b'x'; 20] }
 }
 
 fn shape_with_disk() -> MachineShape {

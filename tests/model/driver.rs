@@ -219,7 +219,9 @@ impl World {
             Action::Push { pages } => self.node(n).push = Some(pages),
             // Its disks have no sums: no node here offers them.
             Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
-            Action::Committed { .. } | Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
+            // No disk here is on shared storage.
+            Action::Committed { .. } | Action::WriteThrough { .. } => {}
+            Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();
@@ -339,6 +341,7 @@ impl World {
             Action::BuildMachine(_) => self.built(n),
             Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
             Action::Commit { id } => self.commit(n, id),
+            Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask(n, call),
             Action::Promote { record, epoch, .. } => self.promote(n, record, epoch),
             Action::Rejoin { .. } => self.end(n),

@@ -154,7 +154,8 @@ impl World {
         let quits = self.procs[proc].quits;
         if let Role::Secondary(machine) = &mut self.procs[proc].role {
             let quit = matches!(input, secondary::Input::Quit);
-            self.excused |= quit && (quits >= 2 || machine.phase() != secondary::Phase::Deciding);
+            let asks = matches!(machine.phase(), secondary::Phase::Deciding | secondary::Phase::Locking);
+            self.excused |= quit && (quits >= 2 || !asks);
             let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
             let began = matches!(machine.phase(), secondary::Phase::Joining);
             machine.handle(now, input);
@@ -233,6 +234,7 @@ impl World {
             Action::StartTracking { conn } => self.start_tracking(proc, conn),
             Action::StopTracking => {
                 self.drop_sender(proc);
+                self.pass_writes(proc);
                 if let Some(guest) = &mut self.procs[proc].guest {
                     guest.take_dirt();
                     guest.tracking = false;
@@ -243,9 +245,11 @@ impl World {
             // Its disks have no sums: no node here offers them.
             Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
             // The model keeps every epoch's dirt until the primary forgets the peer.
-            Action::Committed { .. } => {}
+            Action::Committed { id } => self.procs[proc].disk.committed(id),
+            Action::WriteThrough { through } => self.write_through(proc, through),
             Action::Release { through, before } => self.release(proc, through, before),
             Action::ReleaseAll => {
+                self.pass_writes(proc);
                 if let Some(output) = &self.procs[proc].output {
                     output.pass();
                 }
@@ -303,6 +307,7 @@ impl World {
             guest.take_dirt();
             guest.tracking = true;
         }
+        self.hold_writes(proc, conn);
     }
 
     fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, output: OutputCut) {
@@ -319,6 +324,7 @@ impl World {
         }
         if fails {
             guest.dirt.union_with(&dirt);
+            node.disk.put_back();
             node.urgent.push_back(In::Primary(primary::Input::CaptureFailed { why: "no memory".into() }));
             self.note(proc, || format!("capture {id} FAILS"));
             return;
@@ -327,11 +333,12 @@ impl World {
         let (counter, life) = (snapshot.counter, snapshot.life);
         // A page that the capture overlooks is clean from now on.
         let overlooked = if mutant::is("dirt-forgotten") && dirt.count() > 3 { dirt.iter().next() } else { None };
-        let pages: Vec<(u64, u64)> = dirt
+        let mut pages: Vec<(u64, u64)> = dirt
             .iter()
             .filter(|page| Some(*page) != overlooked)
             .map(|page| (page, snapshot.pages[page as usize]))
             .collect();
+        pages.extend(node.disk.cut(id).into_iter().map(|(block, version)| (self.plan.pages + block, version)));
         if let Role::Primary(machine) = &mut node.role {
             machine.note_dirt(&dirt);
         }
@@ -389,6 +396,7 @@ impl World {
 
     fn fence(&mut self, proc: ProcId) {
         self.drop_sender(proc);
+        self.close_disk(proc);
         let node = &mut self.procs[proc];
         node.guest = None;
         if let Some(output) = &node.output {
@@ -419,12 +427,15 @@ impl World {
             }
             Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
             Action::Commit { id } => self.commit(proc, id),
+            Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),
+            Action::TakeStorage => self.take_storage(proc),
+            Action::WriteKept => self.write_kept(proc),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Promote { record, epoch, received: _, cause } => {
                 self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
                 let node = &mut self.procs[proc];
                 let (counter, _) = node.image_state;
-                let check = self.model.activated(node.me, epoch, &node.image, counter);
+                let check = self.model.activated(node.me, epoch, (&node.image, &self.storage.blocks), counter);
                 node.role = Role::Restoring(record);
                 node.phase = AnyPhase::None;
                 self.check(check);
@@ -475,8 +486,8 @@ impl World {
             self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
             return;
         };
-        for (page, version) in &staged.pages {
-            node.image[*page as usize] = *version;
+        for (page, version) in node.disk.keep(id, staged.pages, self.plan.pages) {
+            node.image[page as usize] = version;
         }
         node.image_state = (staged.counter, staged.life);
         let check = self.model.committed(me, id, staged.completes);

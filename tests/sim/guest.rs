@@ -20,6 +20,8 @@ pub const TORN: u64 = 1 << 63;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     pub pages: Rc<[u64]>,
+    /// Its disk.
+    pub blocks: Rc<[u64]>,
     /// The number of the next packet the guest will send.
     pub counter: u64,
     /// Which start of the guest this is: a cold start begins another life.
@@ -30,6 +32,8 @@ pub struct Snapshot {
 #[derive(Clone, Debug)]
 pub struct Guest {
     pub pages: Vec<u64>,
+    /// Its disk as it must see it.
+    pub blocks: Vec<u64>,
     pub counter: u64,
     pub life: u64,
     pub tracking: bool,
@@ -42,6 +46,7 @@ impl Guest {
     pub fn fresh(pages: u64, life: u64) -> Guest {
         Guest {
             pages: vec![0; pages as usize],
+            blocks: Vec::new(),
             counter: 0,
             life,
             tracking: false,
@@ -68,7 +73,8 @@ impl Guest {
     }
 
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot { pages: self.pages.as_slice().into(), counter: self.counter, life: self.life }
+        let (pages, blocks) = (self.pages.as_slice().into(), self.blocks.as_slice().into());
+        Snapshot { pages, blocks, counter: self.counter, life: self.life }
     }
 
     /// The dirt since the last look; reading clears it.

@@ -213,7 +213,7 @@ impl World {
 
     /// Bytes of epochs and pages become what they were: in the receiving thread, whatever its driver does.
     fn receive_bulk(&mut self, conn: usize, to: usize, bytes: &[u8]) {
-        let pages = self.plan.pages;
+        let pages = self.plan.pages + self.plan.blocks;
         let end = &mut self.conns[conn].ends[to];
         let (proc, local) = (end.proc, end.local);
         let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages)));

@@ -118,6 +118,7 @@ impl World {
                     guest.write(page, version);
                 }
             }
+            self.use_disk(proc);
             for _ in 0..packets {
                 self.emit(proc);
             }

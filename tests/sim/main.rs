@@ -16,6 +16,7 @@ mod node;
 mod operator;
 mod plan;
 mod rng;
+mod storage;
 mod stream;
 mod trace;
 mod world;

@@ -132,7 +132,13 @@ impl Model {
     }
 
     /// `me` restores `epoch` from its image.
-    pub fn activated(&mut self, me: InstanceId, epoch: EpochId, image: &[u64], counter: u64) -> Check {
+    pub fn activated(
+        &mut self,
+        me: InstanceId,
+        epoch: EpochId,
+        (image, storage): (&[u64], &[u64]),
+        counter: u64,
+    ) -> Check {
         self.takeovers += 1;
         let Some(holding) = self.holdings.get(&me).copied() else {
             return Err(format!("I2: {me:?} activates {epoch}, but committed nothing"));
@@ -149,8 +155,20 @@ impl Model {
             let torn = if have & TORN != 0 { " (torn)" } else { "" };
             return Err(format!("I5: page {page} of {epoch} is at version {}{torn}, not {want}", have & !TORN));
         }
+        if *storage != *snapshot.blocks {
+            return Err(format!(
+                "disk: {me:?} activates {epoch} with {storage:?} in the storage, not {:?}",
+                snapshot.blocks
+            ));
+        }
         self.runs(me, snapshot.life, counter);
         Ok(())
+    }
+
+    /// True if some node holds an epoch with this version of a block, or a newer one.
+    pub fn has_committed(&self, block: u64, version: u64) -> bool {
+        let newest = |holding: &Holding| self.snapshots.get(&holding.epoch)?.blocks.get(block as usize).copied();
+        self.holdings.values().filter_map(newest).any(|newest| newest >= version)
     }
 
     /// `me`, which believes to run in `generation`, lets packet `number` out.

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 37] = [
+const MUTANTS: [(&str, &str); 43] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -51,6 +51,21 @@ const MUTANTS: [(&str, &str); 37] = [
     ("first-epoch-taken-for-the-last", "staging calls an image whole with its first epoch"),
     ("quit-at-once", "an operator's quit ends a node that alone has the guest"),
     ("shutdown-not-told", "the secondary hears of a shutdown before the arbiter does"),
+    ("shared-written-before-the-commit", "writes reach shared storage when their epoch is sent"),
+    (
+        "kept-writes-forgotten-early",
+        "a secondary forgets all writes it keeps with the first word that some are written",
+    ),
+    ("takeover-without-the-lock", "an heir writes to shared storage while its old primary still may"),
+    (
+        "whole-before-the-storage",
+        "a newcomer counts as whole while the storage lacks what the primary's host has cached",
+    ),
+    (
+        "flush-answered-at-the-commit",
+        "a flush is answered when its writes are committed, not when they are in the storage",
+    ),
+    ("newest-kept-writes-only", "an heir writes what it kept of the newest epoch, and forgets those before it"),
     ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
     (
         "stopped-snapshot-goes-on",

@@ -10,6 +10,7 @@ use mcd::protocol::secondary::{self, Secondary};
 use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
 use crate::guest::{Guest, Output};
+use crate::storage::Disk;
 
 /// A page of an image that never arrived.
 pub const HOLE: u64 = u64::MAX >> 1;
@@ -142,6 +143,7 @@ pub struct Proc {
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
     pub staged: Option<Staged>,
+    pub disk: Disk,
 }
 
 impl Proc {
@@ -181,6 +183,7 @@ impl Proc {
             image: Vec::new(),
             image_state: (0, 0),
             staged: None,
+            disk: Disk::default(),
         }
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::heartbeat::HeartbeatConfig;
-use mcd::protocol::messages::MachineShape;
+use mcd::protocol::messages::{DiskShape, MachineShape};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::primary::PrimaryConfig;
 use mcd::protocol::secondary::SecondaryConfig;
@@ -73,13 +73,17 @@ pub struct Trigger {
 }
 
 const PRIMARY_PHASES: [&str; 7] = ["Joining", "Resync", "Completing", "Pairing", "Protected", "Deciding", "Stopping"];
-const SECONDARY_PHASES: [&str; 6] = ["Building", "Joining", "Syncing", "Standby", "Paired", "Deciding"];
+const SECONDARY_PHASES: [&str; 7] = ["Building", "Joining", "Syncing", "Standby", "Paired", "Deciding", "Locking"];
 
 /// The plan of a run. Times are in microseconds.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub slots: usize,
     pub pages: u64,
+    /// Blocks of the guest's disk on shared storage; 0 if it has none.
+    pub blocks: u64,
+    /// The longest a batch of writes to it usually takes.
+    pub storage_us: u64,
     pub heartbeat_us: u64,
     pub timeout_us: u64,
     pub epoch_us: u64,
@@ -143,6 +147,8 @@ impl Plan {
         Plan {
             slots: if !recordless && rng.chance(400) { 3 } else { 2 },
             pages: rng.range(4, 64),
+            blocks: if rng.chance(500) { rng.range(1, 8) } else { 0 },
+            storage_us: rng.range(100, 20_000),
             heartbeat_us,
             timeout_us,
             epoch_us,
@@ -192,7 +198,11 @@ impl Plan {
     }
 
     fn shape(&self) -> MachineShape {
-        MachineShape::bare(self.pages * PAGE_BYTES as u64, 1, [2, 0, 0, 0, 0, 1])
+        let mut shape = MachineShape::bare(self.pages * PAGE_BYTES as u64, 1, [2, 0, 0, 0, 0, 1]);
+        let bytes = self.blocks * PAGE_BYTES as u64;
+        let disk = DiskShape { bytes, read_only: false, shared: true, serial: [0; 20] };
+        shape.disks.extend((bytes > 0).then_some(disk));
+        shape
     }
 
     pub fn primary(&self) -> PrimaryConfig {

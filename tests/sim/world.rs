@@ -18,6 +18,7 @@ use crate::net::{Conn, ProcId, Weather};
 use crate::node::{Clock, Proc, Role};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
+use crate::storage::Storage;
 use crate::stream::Encoder;
 use crate::trace::Trace;
 
@@ -37,6 +38,7 @@ pub enum Event {
     ArbiterSilent { proc: ProcId, ticket: u64 },
     Rejoin(ProcId),
     Restored(ProcId),
+    DiskWritten(ProcId),
     Start(usize),
     Command(ProcId, Command),
     SnapshotEnds { proc: ProcId, stop: bool },
@@ -94,6 +96,7 @@ pub struct World {
     pub conns: Vec<Conn>,
     pub weather: Weather,
     pub arbiter: Arbiter,
+    pub storage: Storage,
     pub model: Model,
     pub trace: Trace,
     pub violation: Option<String>,
@@ -115,7 +118,7 @@ impl World {
     pub fn new(seed: u64, traced: bool) -> World {
         let mut rng = Rng::new(seed);
         let plan = Plan::draw(&mut rng);
-        let slots = plan.slots;
+        let (slots, storage) = (plan.slots, Storage::new(plan.blocks));
         let mut world = World {
             rng,
             plan,
@@ -128,6 +131,7 @@ impl World {
             conns: Vec::new(),
             weather: Weather::default(),
             arbiter: Arbiter::default(),
+            storage,
             model: Model::default(),
             trace: Trace::new(traced),
             violation: None,
@@ -247,6 +251,7 @@ impl World {
             }
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
+            Event::DiskWritten(proc) => self.disk_written(proc),
             Event::Start(slot) => self.start(slot),
             Event::Command(proc, command) => self.command(proc, command),
             Event::SnapshotEnds { proc, stop } => self.snapshot_ends(proc, stop),
@@ -308,6 +313,7 @@ impl World {
         }
         self.lost = false;
         self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
+        self.take_disk(proc);
         let output = Output::new(self.plan.output_cap);
         output.pass();
         self.procs[proc].output = Some(output);
@@ -344,6 +350,7 @@ impl World {
         }
         let me = self.instance(self.procs[proc].slot);
         let secondary = Secondary::new(self.plan.secondary(), me, 0, mcd::protocol::types::Instant::default());
+        self.drop_disk(proc, true);
         let node = &mut self.procs[proc];
         node.forget();
         node.me = me;
@@ -378,6 +385,7 @@ impl World {
         node.output = Some(output);
         let now = node.clock.local(self.now);
         node.role = Role::Primary(Box::new(Primary::new(self.plan.primary(), node.me, record, now)));
+        self.mount_disk(proc);
         self.note(proc, || format!("runs the guest from packet {counter}"));
         self.after(0, Event::GuestStep(proc));
         self.drive(proc);
@@ -389,6 +397,7 @@ impl World {
             return;
         }
         self.drop_sender(proc);
+        self.drop_disk(proc, true);
         let conns = std::mem::take(&mut self.procs[proc].conns);
         for (_, conn) in conns {
             self.close_end_of(conn, proc);
@@ -413,6 +422,7 @@ impl World {
         self.note(proc, || (if host { "HOST CRASHES" } else { "CRASHES" }).into());
         self.excused = true;
         self.procs[proc].sender = None;
+        self.drop_disk(proc, !host);
         let conns = std::mem::take(&mut self.procs[proc].conns);
         for (_, conn) in conns {
             if host {

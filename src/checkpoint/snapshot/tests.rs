@@ -14,7 +14,7 @@ const PAGES: u64 = 700;
 fn head() -> SnapshotHead {
     let mut shape = MachineShape::bare(PAGES * PAGE_BYTES as u64, 2, [2, 0, 0, 0, 0, 9]);
     let serial = *b"data-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    shape.disks = vec![DiskShape { bytes: 0x8000_0000, read_only: false, serial }];
+    shape.disks = vec![DiskShape { bytes: 0x8000_0000, read_only: false, shared: false, serial }];
     SnapshotHead {
         id: SnapshotId(0x0001_0203_0405_0607_0809_0a0b_0c0d_0e0f),
         guest: GuestName::new("web-1").expect("a name"),

@@ -71,8 +71,9 @@ pub(in crate::cli) struct NodeArgs {
     pub(in crate::cli) guest_clock: GuestClockFlag,
 
     /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
-    /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is
-    #[arg(long, value_name = "PATH[,ro][,serial=TEXT]", help_heading = "Disks")]
+    /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is. With PATH,mode=shared both
+    /// nodes name the same storage instead
+    #[arg(long, value_name = "PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]", help_heading = "Disks")]
     pub(in crate::cli) disk: Vec<Disk>,
     /// Take disk images whatever their stamps say. Not allowed in a file
     #[arg(long, help_heading = "Disks")]

@@ -40,7 +40,8 @@ impl BlkState {
     /// Reads a state of a disk of `shape`.
     pub(super) fn read(bytes: &[u8], shape: &DiskShape) -> Result<BlkState, DeviceStateError> {
         let mut reader = StateReader::new(bytes);
-        let saved = DiskShape { bytes: reader.u64()?, read_only: reader.flag()?, serial: reader.array()? };
+        let (bytes, read_only, serial) = (reader.u64()?, reader.flag()?, reader.array()?);
+        let saved = DiskShape { bytes, read_only, shared: shape.shared, serial };
         if saved != *shape {
             return Err(DeviceStateError::new(format!(
                 "the state is of a disk of {} bytes (this one has {}), or its serial number or its being read-only differs",

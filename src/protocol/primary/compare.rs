@@ -63,7 +63,7 @@ impl Primary {
 
     /// The numbers of the disks meant, of those that travel.
     fn chosen(&self, choice: DiskChoice) -> Vec<usize> {
-        let disks = self.config.shape.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only);
+        let disks = self.config.shape.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only && !disk.shared);
         let chosen = disks.filter(|(number, disk)| match choice {
             DiskChoice::All => true,
             DiskChoice::Number(wanted) => *number as u64 == wanted,

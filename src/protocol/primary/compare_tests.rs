@@ -27,7 +27,12 @@ const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
 const BLOCKS: u64 = 300;
 
 fn config() -> PrimaryConfig {
-    let disk = |blocks: u64, read_only, serial| DiskShape { bytes: blocks * 4096, read_only, serial: [serial; 20] };
+    let disk = |blocks: u64, read_only, serial| DiskShape {
+        bytes: blocks * 4096,
+        read_only,
+        serial: [serial; 20],
+        shared: false,
+    };
     let mut shape = MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]);
     shape.disks = vec![disk(BLOCKS, false, 1), disk(9, true, 2), disk(1, false, 3)];
     PrimaryConfig {

@@ -19,6 +19,7 @@ mod compare_tests;
 mod digest;
 mod epochs;
 mod peer;
+mod storage;
 mod types;
 mod verdicts;
 
@@ -31,8 +32,7 @@ use self::peer::Peer;
 use super::arbitration::{ArbiterRequest, Arbitration};
 use super::event::Event;
 use super::heartbeat::StallGuard;
-use super::layout::ImageLayout;
-use super::messages::{Channel, Message, features};
+use super::messages::{Channel, Message};
 use super::mutant;
 use super::pages::PageSet;
 use super::record::Record;
@@ -90,6 +90,8 @@ pub struct Primary {
     proven: bool,
     /// The arbiter confirmed the record since this resync became complete.
     pairing_checked: bool,
+    /// Shared storage may lack what was written before this resync began.
+    storage_behind: bool,
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
@@ -120,6 +122,7 @@ impl Primary {
             guard: StallGuard::new(config.heartbeat.timeout, now),
             proven: true,
             pairing_checked: false,
+            storage_behind: false,
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
@@ -221,6 +224,8 @@ impl Primary {
             Input::Pushed => self.pushed(),
             Input::PeerSums { conn, first, sums } => self.peer_sums(conn, first, sums),
             Input::OwnSums { ticket, sums } => self.own_sums(ticket, sums),
+            Input::StorageSynced { conn } => self.storage_synced(conn),
+            Input::Written { through } => self.written(through),
             Input::ReleaseExpired => self.prove_again(),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
@@ -282,7 +287,7 @@ impl Primary {
         let Some(ledger) = &mut self.ledger else { return };
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
-        } else if ledger.is_done() && !self.pairing_checked && !self.arbitration.is_asking() {
+        } else if ledger.is_done() && !self.storage_behind && !self.pairing_checked && !self.arbitration.is_asking() {
             // Holding begins with the completing capture and ends with the arbiter's word that the pair is on record: begin only if that
             // word can be had. The record in its own place changes nothing, but an arbiter that cannot write says so.
             self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
@@ -300,7 +305,8 @@ impl Primary {
     }
 
     fn completes(&self) -> bool {
-        self.phase == Phase::Resync && self.pairing_checked && self.ledger.as_ref().is_some_and(Ledger::is_done)
+        let ready = self.phase == Phase::Resync && self.pairing_checked && !self.storage_behind;
+        ready && self.ledger.as_ref().is_some_and(Ledger::is_done)
     }
 
     fn consider_capture(&mut self, now: Instant) {
@@ -356,6 +362,7 @@ impl Primary {
             return;
         }
         self.actions.push_back(Action::Committed { id });
+        self.write_through_unreleased(id);
         match self.phase {
             Phase::Completing if mutant::is("pair-without-the-arbiter") => {
                 let peer = self.peer().unwrap_or(self.me);
@@ -385,6 +392,7 @@ impl Primary {
             slack = std::time::Duration::MAX;
         }
         self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
+        self.write_through(committed);
     }
 
     // ---- the peer ----
@@ -438,8 +446,7 @@ impl Primary {
     fn start_resync(&mut self, now: Instant, conn: ConnId) {
         self.phase = Phase::Resync;
         self.pairing_checked = false;
-        let compare = self.peer_features() & features::DISK_SUMS != 0;
-        self.ledger = Some(Ledger::new(&ImageLayout::of(&self.config.shape), compare));
+        self.begin_ledger();
         self.progress_at = now;
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });

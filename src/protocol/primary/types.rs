@@ -127,6 +127,16 @@ pub enum Input {
         /// The sums, or in words why there are none.
         sums: Result<Vec<BlockSum>, String>,
     },
+    /// The storage shared with the newcomer on this connection has everything written before `StartTracking`, for good.
+    StorageSynced {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// The shared storage has the writes of every epoch up to this one, for good.
+    Written {
+        /// The epoch.
+        through: EpochId,
+    },
     /// The release asked for was not finished before its deadline.
     ReleaseExpired,
     /// The arbiter answered.
@@ -175,12 +185,13 @@ pub enum Action {
         /// The connection.
         conn: ConnId,
     },
-    /// From now on know every page the guest or a device writes.
+    /// From now on know every page the guest or a device writes, and hold writes to shared storage; say `StorageSynced` once it has all
+    /// that was written before (if there is such storage).
     StartTracking {
         /// Where epochs and pushes go from now on.
         conn: ConnId,
     },
-    /// Stop knowing; forget what is on its way to the newcomer.
+    /// Stop knowing; forget what is on its way to the newcomer. Writes held for shared storage go there, all of them.
     StopTracking,
     /// Capture an epoch: pause, save, copy dirt, seal output, resume; send it; then say `Captured` or `CaptureFailed`.
     Capture {
@@ -222,7 +233,12 @@ pub enum Action {
         /// After this the right to release must be proven again.
         before: Instant,
     },
-    /// Let all held output go, and let what follows pass at once.
+    /// Write what is held of epochs up to `through` to shared storage, once they are committed; say `Written` as it comes about.
+    WriteThrough {
+        /// The newest such epoch.
+        through: EpochId,
+    },
+    /// Let all held output go (and held writes to shared storage), and let what follows pass at once.
     ReleaseAll,
     /// Let the guest run (or not).
     Run(bool),
@@ -235,7 +251,8 @@ pub enum Action {
     },
     /// Ask the arbiter.
     Ask(ArbiterCall),
-    /// Stop the guest for good, throw held output away, close all connections. Only the control socket stays.
+    /// Stop the guest for good, throw held output and held writes away, close all connections, and give up the lock of shared storage when
+    /// no write is under way any more. Only the control socket stays.
     Fence,
     /// End the process.
     Exit,

@@ -131,7 +131,7 @@ impl Secondary {
     /// that is the answer), unless the operator asks twice.
     pub(super) fn quit(&mut self) {
         let twice = std::mem::replace(&mut self.quitting, true);
-        if twice || self.phase != Phase::Deciding {
+        if twice || !matches!(self.phase, Phase::Deciding | Phase::Locking) {
             self.exit(Ending::Quit);
         }
     }

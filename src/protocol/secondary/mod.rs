@@ -5,18 +5,21 @@
 //!      ▲  primary busy or out of reach      │           │    image whole  │  on record as the peer
 //!      └────────────────────────────────────┘           │          │      │
 //!                                           link lost:  ▼          ▼      ▼
-//!                                              Rejoin (new id)   Deciding ─▶ Promoted
+//!                                              Rejoin (new id)   Deciding ─▶ (Locking ─▶) Promoted
 //!                                                    ▲ lost the swap │
 //!                                                    └───────────────┘
 //! ```
 
 mod digest;
 mod joining;
+mod storage;
 mod sums;
 mod types;
 
 use std::collections::VecDeque;
 
+use self::storage::Inheritance;
+pub use storage::StorageTrouble;
 pub use types::{Action, Ending, Input, SecondaryConfig};
 
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
@@ -47,6 +50,8 @@ pub enum Phase {
     Paired,
     /// The primary is suspect; the arbiter is asked.
     Deciding,
+    /// The guest is this node's; it takes over the storage that both nodes share.
+    Locking,
     /// It runs the guest now (as a primary).
     Promoted,
     /// It is over: the driver ends it or starts anew.
@@ -77,6 +82,7 @@ pub struct Secondary {
     summing: Option<u64>,
     /// What this newcomer still lacks, as the primary said: pages of memory, then of each disk.
     resync_left: Vec<u64>,
+    inheritance: Option<Inheritance>,
     arbitration: Arbitration,
     arbiter_lost: Option<String>,
     cause: String,
@@ -107,6 +113,7 @@ impl Secondary {
             record: None,
             summing: None,
             resync_left: Vec::new(),
+            inheritance: None,
             arbitration: Arbitration::new(config.retry),
             arbiter_lost: None,
             cause: String::new(),
@@ -181,6 +188,9 @@ impl Secondary {
                     self.verdict(verdict);
                 }
             }
+            Input::StorageLocked => self.storage_locked(),
+            Input::KeptWritten => self.kept_written(),
+            Input::StorageRefused(trouble) => self.storage_refused(now, trouble),
             Input::Quit => self.quit(),
         }
         self.on_time(now);
@@ -205,6 +215,7 @@ impl Secondary {
             self.step_at = None;
             match self.phase {
                 Phase::Connecting => self.try_primary(),
+                Phase::Locking => self.actions.push_back(Action::TakeStorage),
                 _ => self.start_over(now, "the primary did not answer in time"),
             }
         }
@@ -252,6 +263,9 @@ impl Secondary {
             Message::Paired { record } if on_data => self.paired(now, record),
             Message::SumBlocks { first, count } if on_data => self.sum_blocks(now, first, count),
             Message::ResyncLeft { left } if on_data => self.resync_left(now, left),
+            Message::Written { through } if on_data && self.holds_epochs() => {
+                self.actions.push_back(Action::Forget { through });
+            }
             Message::Bye { reason } => self.exit(Ending::GuestEnded(reason)),
             other => self.lose_primary(now, &format!("it sent what does not belong here ({})", other.name())),
         }
@@ -327,6 +341,11 @@ impl Secondary {
         }
     }
 
+    /// True if epochs have their place in this phase.
+    fn holds_epochs(&self) -> bool {
+        matches!(self.phase, Phase::Syncing | Phase::Standby | Phase::Paired)
+    }
+
     /// True if pages behind the epochs have their place on this connection now.
     pub fn takes_pages(&self, conn: ConnId) -> bool {
         self.data == Some(conn) && self.phase == Phase::Syncing
@@ -352,7 +371,7 @@ impl Secondary {
                 self.tell(Event::Suspected { why: why.to_owned() });
                 self.ask_for_the_guest();
             }
-            Phase::Deciding | Phase::Promoted | Phase::Done => {}
+            Phase::Deciding | Phase::Locking | Phase::Promoted | Phase::Done => {}
             _ => self.start_over(now, why),
         }
     }
@@ -385,6 +404,11 @@ impl Secondary {
         if self.arbiter_lost.take().is_some() {
             self.tell(Event::ArbiterBack);
         }
+        if self.phase == Phase::Locking
+            && let Verdict::Stands(record) = verdict
+        {
+            return self.still_ours(record);
+        }
         if self.phase != Phase::Deciding {
             return;
         }
@@ -392,7 +416,7 @@ impl Secondary {
             Verdict::Stands(Some(record)) if mutant::is("secondary-ignores-a-lost-swap") => {
                 self.promote(record.next_solo(self.me));
             }
-            Verdict::Won(record) => self.promote(record),
+            Verdict::Won(record) => self.inherit(record),
             Verdict::Stands(Some(record)) => self.lost_to(record),
             Verdict::Stands(None) => self.rejoin("the arbiter has no record of this guest"),
             Verdict::Unreachable(_) => {}

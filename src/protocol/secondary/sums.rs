@@ -29,7 +29,7 @@ impl Secondary {
         }
         let run = first..first.saturating_add(count);
         let layout = self.welcome.as_ref().map(|welcome| ImageLayout::of(&welcome.shape));
-        let on_a_disk = layout.is_some_and(|layout| layout.disk_of(&run).is_some());
+        let on_a_disk = layout.is_some_and(|layout| layout.disk_of(&run).is_some() && !layout.is_shared(first));
         if on_a_disk && count <= SUM_BLOCKS_MAX { Ok(run) } else { Err("it asked for sums of blocks that no disk has") }
     }
 

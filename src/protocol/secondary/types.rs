@@ -9,6 +9,7 @@ use crate::protocol::event::Event;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
 use crate::protocol::record::Record;
+use crate::protocol::secondary::StorageTrouble;
 use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, GuestName, Instant};
 
@@ -99,7 +100,13 @@ pub enum Input {
         /// The answer.
         answer: ArbiterAnswer,
     },
-    /// An operator ends this node. While it asks the arbiter for the guest, only the second time counts.
+    /// The lock of shared storage is ours.
+    StorageLocked,
+    /// Shared storage has what was kept of committed epochs, for good.
+    KeptWritten,
+    /// Shared storage cannot be had.
+    StorageRefused(StorageTrouble),
+    /// An operator ends this node. While it asks the arbiter for the guest, or waits for its disk, only the second time counts.
     Quit,
 }
 
@@ -166,6 +173,15 @@ pub enum Action {
         /// The sums.
         sums: Vec<BlockSum>,
     },
+    /// Shared storage has the writes of every epoch up to `through`: forget those.
+    Forget {
+        /// The newest such epoch.
+        through: EpochId,
+    },
+    /// Try to take the lock of shared storage, then say `StorageLocked` or `StorageRefused`.
+    TakeStorage,
+    /// Write what was kept of committed epochs to shared storage and sync it, then say `KeptWritten` or `StorageRefused`.
+    WriteKept,
     /// Ask the arbiter.
     Ask(ArbiterCall),
     /// Throw away what is staged but not committed; finish applying; restore; run the guest under `record`.

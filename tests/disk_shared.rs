@@ -1,0 +1,355 @@
+//! A guest whose disk is on storage that both hosts share: nothing of an epoch is there before it is committed, nothing committed is lost, and
+//! only the holder of the disk's lock writes.
+
+mod rights;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use mcd::control::Client;
+use mcd::control::status::{NodeStatus, Role, State};
+use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
+use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
+use mcd::demo::rng::Rng;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The last block is not whole.
+const DISK_BYTES: u64 = (8 << 20) + 512;
+/// Blocks the guest's background writer works on; the client's follow.
+const RUN_BLOCKS: u64 = 128;
+/// Blocks the client writes to, again and again.
+const CLIENT_BLOCKS: u64 = 64;
+/// Writes the client sends before it reads an answer.
+const PIPELINED: u64 = 30;
+/// How often a primary is killed, unless `MCD_SHARED_ROUNDS` says otherwise.
+const ROUNDS: u64 = 4;
+/// A node that is killed is missed at once, by its sockets. One that a busy test host lets stand still is not to be, unless a test wants it.
+const NEVER_SUSPECT: &str = "--heartbeat-timeout-ms=20000";
+const SUSPECT: &str = "--heartbeat-timeout-ms=2000";
+
+/// A client of the guest, on one connection for ever.
+struct Guest {
+    to: TcpStream,
+    from: BufReader<TcpStream>,
+}
+
+impl Guest {
+    fn connect(fabric: &Fabric) -> Guest {
+        let to = fabric.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
+        let to = to.expect("a connection");
+        to.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        to.set_nodelay(true).expect("an option");
+        let from = BufReader::new(to.try_clone().expect("a descriptor"));
+        Guest { to, from }
+    }
+
+    fn send(&mut self, command: &str) {
+        self.to.write_all(format!("{command}\r\n").as_bytes()).expect("the connection lives");
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.from.read_line(&mut line).expect("an answer");
+        assert!(line.ends_with("\r\n"), "the connection ended");
+        line.trim_end().to_owned()
+    }
+
+    fn ask(&mut self, command: &str) -> String {
+        self.send(command);
+        self.line()
+    }
+}
+
+/// A pair, the image that both hosts use, and what the guest acknowledged.
+struct World {
+    fabric: Fabric,
+    dir: RunDir,
+    rng: Rng,
+    primary: Node,
+    secondary: Node,
+    started: u32,
+    /// When a node suspects its peer: a flag.
+    suspicion: &'static str,
+    /// The seed each of the client's blocks was written with last; 0 before the first.
+    written: Vec<u64>,
+    next_seed: u64,
+}
+
+fn image(dir: &RunDir) -> PathBuf {
+    dir.path().join("shared.img")
+}
+
+fn settings(dir: &RunDir, suspicion: &str, mode: &str) -> NodeSettings {
+    let disk = format!("--disk={}{mode}", image(dir).display());
+    NodeSettings {
+        program: vec![env!("CARGO_BIN_EXE_mcd").into()],
+        memory_mib: 32,
+        interval_ms: 10,
+        flags: vec![disk, "--heartbeat-interval-ms=200".into(), suspicion.into()],
+        ..NodeSettings::default()
+    }
+}
+
+impl World {
+    fn start(seed: u64, suspicion: &'static str) -> World {
+        let fabric = Fabric::new().expect("namespaces");
+        let dir = RunDir::new().expect("a directory");
+        File::create(image(&dir)).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
+        let node = |role, host, name| {
+            let settings = settings(&dir, suspicion, ",mode=shared");
+            Node::start(role, host, name, &settings, &fabric, &dir).expect("a node")
+        };
+        let mut primary = node(StartAs::Primary, HostName::A, "n0");
+        wait_for(&mut primary, "run the guest", |status| status.running);
+        let secondary = node(StartAs::Secondary, HostName::B, "n1");
+        wait_for(&mut primary, "be protected", |status| status.protected);
+        let written = vec![0; CLIENT_BLOCKS as usize];
+        World { fabric, dir, rng: Rng::new(seed), primary, secondary, started: 2, suspicion, written, next_seed: 1 }
+    }
+
+    fn node(&mut self, role: StartAs, host: HostName, mode: &str) -> Node {
+        let name = format!("n{}", self.started);
+        self.started += 1;
+        let settings = settings(&self.dir, self.suspicion, mode);
+        Node::start(role, host, &name, &settings, &self.fabric, &self.dir).expect("a node")
+    }
+
+    /// Sends writes, kills the primary when some are acknowledged, and waits for the rest, which its heir acknowledges. What is acknowledged is
+    /// in the image already, whoever wrote it.
+    fn write_and_kill(&mut self, guest: &mut Guest) {
+        let mut sent = Vec::new();
+        for _ in 0..PIPELINED {
+            let (block, seed) = (self.rng.below(CLIENT_BLOCKS), self.next_seed);
+            self.next_seed += 1;
+            guest.send(&format!("DISK WRITE {} {seed}", RUN_BLOCKS + block));
+            sent.push((block, seed));
+        }
+        let killed_at = self.rng.below(PIPELINED) as usize;
+        for (number, (block, seed)) in sent.into_iter().enumerate() {
+            if number == killed_at {
+                // Right after the answer before it, or in the middle of this one.
+                std::thread::park_timeout(Duration::from_micros(self.rng.below(20_000)));
+                self.primary.kill().expect("a process to kill");
+            }
+            assert_eq!(guest.line(), "+OK");
+            self.written[block as usize] = seed;
+            let there = self.seed_in_image(RUN_BLOCKS + block);
+            assert!(there >= seed, "block {block} was acknowledged with seed {seed}, and the image has {there}");
+        }
+    }
+
+    /// The seed in block `block` of the image as any host sees it now.
+    fn seed_in_image(&self, block: u64) -> u64 {
+        let mut word = [0; 8];
+        File::open(image(&self.dir))
+            .and_then(|file| file.read_exact_at(&mut word, block * 4096 + 16))
+            .expect("an image");
+        u64::from_le_bytes(word)
+    }
+
+    /// Every acknowledged write is there, nothing is torn, and the image has what the guest sees.
+    fn check(&mut self, guest: &mut Guest) {
+        assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
+        // Its answer comes when the image has all that was written before.
+        let seed = self.next_seed;
+        self.next_seed += 1;
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} {seed}")), "+OK");
+        self.written[0] = seed;
+        for (block, seed) in (RUN_BLOCKS..).zip(&self.written) {
+            assert_eq!(guest.ask(&format!("DISK READ {block}")), format!(":{seed}"), "block {block}");
+        }
+        for block in 0..RUN_BLOCKS + CLIENT_BLOCKS {
+            let answer = guest.ask(&format!("DISK READ {block}"));
+            assert_eq!(answer, format!(":{}", self.seed_in_image(block)), "block {block}");
+        }
+    }
+
+    /// The heir goes on; a newcomer joins it where the primary died.
+    fn protect_again(&mut self) {
+        wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
+        wait_ended(&mut self.primary);
+        let newcomer = self.node(StartAs::Secondary, self.primary.host(), ",mode=shared");
+        let survivor = std::mem::replace(&mut self.secondary, newcomer);
+        self.primary = survivor;
+        wait_for(&mut self.primary, "be protected", |status| status.protected);
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in [&mut self.primary, &mut self.secondary] {
+                let status = node.status().map(|status| status.to_string()).unwrap_or_default();
+                let ended = node.ended();
+                eprintln!("---- {} ({ended:?}):\n{status}\n{}\n----", node.name(), node.log_tail(30));
+            }
+        }
+    }
+}
+
+fn quit(node: &mut Node) {
+    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
+    client.execute("quit", Value::Null, PATIENCE).expect("quit");
+    wait_ended(node);
+}
+
+fn wait_ended(node: &mut Node) {
+    let deadline = Instant::now() + PATIENCE;
+    while node.ended().is_none() {
+        assert!(Instant::now() < deadline, "{} does not end:\n{}", node.name(), node.log_tail(20));
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+fn wait_for(node: &mut Node, what: &str, done: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = node.status()
+            && done(&status)
+        {
+            return status;
+        }
+        assert!(node.ended().is_none(), "{} ended and did not {what}:\n{}", node.name(), node.log_tail(20));
+        assert!(Instant::now() < deadline, "{} did not {what}:\n{}", node.name(), node.log_tail(20));
+        // A status is asked for again and again; this only keeps the asking from taking a core.
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+}
+
+#[test]
+fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
+    rights::run("acknowledged_writes_are_in_the_shared_image_whoever_dies", &["/dev/kvm", "/dev/net/tun"], || {
+        let rounds = from_environment("MCD_SHARED_ROUNDS").unwrap_or(ROUNDS);
+        let seed = from_environment("MCD_DISK_SEED").unwrap_or_else(|| getrandom::u64().expect("a random number"));
+        println!("{rounds} rounds, MCD_DISK_SEED={seed}");
+        let mut world = World::start(seed, NEVER_SUSPECT);
+        let mut guest = Guest::connect(&world.fabric);
+        for _ in 0..rounds {
+            assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")), "+OK");
+            world.write_and_kill(&mut guest);
+            world.check(&mut guest);
+            world.protect_again();
+        }
+        // A planned end: the guest goes on at the secondary, and at last is shut down, with writes that nobody flushed.
+        quit(&mut world.primary);
+        wait_for(&mut world.secondary, "take over", |status| status.running);
+        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")), "+OK");
+        world.check(&mut guest);
+        quit(&mut world.secondary);
+        // It starts again on either host.
+        let host = world.primary.host();
+        world.primary = world.node(StartAs::Primary, host, ",mode=shared");
+        wait_for(&mut world.primary, "run the guest", |status| status.running);
+        let mut guest = Guest::connect(&world.fabric);
+        world.check(&mut guest);
+        drop(guest);
+        // After both hosts died, too, but only if an operator says so.
+        world.primary.kill().expect("a process to kill");
+        wait_ended(&mut world.primary);
+        let mut refused = world.node(StartAs::Primary, host.other(), ",mode=shared");
+        wait_ended(&mut refused);
+        assert!(refused.log_tail(3).contains("use `mcd cold-start`"), "{}", refused.log_tail(3));
+        world.primary = world.node(StartAs::ColdStart, host.other(), ",mode=shared");
+        wait_for(&mut world.primary, "run the guest", |status| status.running);
+        let mut guest = Guest::connect(&world.fabric);
+        world.check(&mut guest);
+    });
+}
+
+#[test]
+fn nothing_is_in_the_image_before_its_epoch_is_committed() {
+    rights::run("nothing_is_in_the_image_before_its_epoch_is_committed", &["/dev/kvm", "/dev/net/tun"], || {
+        let mut world = World::start(1, NEVER_SUSPECT);
+        let mut guest = Guest::connect(&world.fabric);
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 5")), "+OK");
+        assert_eq!(world.seed_in_image(RUN_BLOCKS), 5);
+        // Nothing is committed any more; the guest runs on and writes.
+        world.secondary.signal(Signal::SIGSTOP).expect("it lives");
+        guest.send(&format!("DISK WRITE {RUN_BLOCKS} 6"));
+        wait_for(&mut world.primary, "hold the write", |status| status.held_disk_bytes >= 4096);
+        assert_eq!(world.seed_in_image(RUN_BLOCKS), 5, "held, not written");
+        world.secondary.signal(Signal::SIGCONT).expect("it lives");
+        assert_eq!(guest.line(), "+OK");
+        assert_eq!(world.seed_in_image(RUN_BLOCKS), 6);
+        // Once more, and the primary dies with it: the heir does it again.
+        world.secondary.signal(Signal::SIGSTOP).expect("it lives");
+        guest.send(&format!("DISK WRITE {RUN_BLOCKS} 7"));
+        wait_for(&mut world.primary, "hold the write", |status| status.held_disk_bytes >= 4096);
+        world.primary.kill().expect("a process to kill");
+        wait_ended(&mut world.primary);
+        assert_eq!(world.seed_in_image(RUN_BLOCKS), 6, "it died with its primary");
+        world.secondary.signal(Signal::SIGCONT).expect("it lives");
+        assert_eq!(guest.line(), "+OK");
+        assert_eq!(world.seed_in_image(RUN_BLOCKS), 7);
+        world.written[0] = 7;
+        world.next_seed = 8;
+        world.check(&mut guest);
+    });
+}
+
+#[test]
+fn an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more() {
+    let name = "an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more";
+    rights::run(name, &["/dev/kvm", "/dev/net/tun"], || {
+        let mut world = World::start(1, SUSPECT);
+        let mut guest = Guest::connect(&world.fabric);
+        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
+        world.primary.signal(Signal::SIGSTOP).expect("it lives");
+        let locked = |status: &NodeStatus| status.alarms.iter().any(|alarm| alarm.starts_with("MC_DISK_LOCKED"));
+        let status = wait_for(&mut world.secondary, "find the disk locked", locked);
+        assert!(!status.running && status.state == State::Takeover, "{status}");
+        assert!(world.secondary.log_tail(20).contains("MC_DISK_LOCKED"), "{}", world.secondary.log_tail(20));
+        // It finds out that it lost, and lets go.
+        world.primary.signal(Signal::SIGCONT).expect("it lives");
+        wait_for(&mut world.primary, "be fenced", |status| status.role == Role::Fenced);
+        let status = wait_for(&mut world.secondary, "take over", |status| status.running);
+        assert!(!locked(&status));
+        world.check(&mut guest);
+        let before = std::fs::read(image(&world.dir)).expect("an image");
+        quit(&mut world.primary);
+        assert!(std::fs::read(image(&world.dir)).expect("an image") == before, "the old primary wrote");
+        // Dead, it has no lock either.
+        let newcomer = { world.node(StartAs::Secondary, world.primary.host(), ",mode=shared") };
+        world.primary = std::mem::replace(&mut world.secondary, newcomer);
+        wait_for(&mut world.primary, "be protected", |status| status.protected);
+        world.primary.signal(Signal::SIGSTOP).expect("it lives");
+        wait_for(&mut world.secondary, "find the disk locked", locked);
+        world.primary.kill().expect("a process to kill");
+        wait_for(&mut world.secondary, "take over", |status| status.running);
+        world.check(&mut guest);
+    });
+}
+
+#[test]
+fn nodes_that_do_not_agree_on_the_storage_are_no_pair() {
+    rights::run("nodes_that_do_not_agree_on_the_storage_are_no_pair", &["/dev/kvm", "/dev/net/tun"], || {
+        let mut world = World::start(1, NEVER_SUSPECT);
+        quit(&mut world.secondary);
+        wait_for(&mut world.primary, "go on alone", |status| status.state == State::Solo);
+        let mut guest = Guest::connect(&world.fabric);
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 3")), "+OK");
+        assert_eq!(world.seed_in_image(RUN_BLOCKS), 3);
+        for (role, mode, part) in [
+            (StartAs::Secondary, "", "is in use"),
+            (StartAs::Secondary, ".other", "is replicated here and shared at the primary"),
+            (StartAs::Primary, ",mode=shared", "has shared image"),
+        ] {
+            let mut refused = world.node(role, HostName::B, mode);
+            wait_ended(&mut refused);
+            assert!(refused.log_tail(3).contains(part), "{part}: {}", refused.log_tail(3));
+        }
+        world.written[0] = 3;
+        world.next_seed = 4;
+        world.check(&mut guest);
+    });
+}
