@@ -64,7 +64,7 @@ pub struct PrimaryNode {
     protocol: Primary,
     conns: Conns,
     sender: Option<Sender>,
-    /// There is one once sums were asked for.
+    /// There is one as long as the driver runs.
     summer: Option<Summer>,
     verifying: VerifyWatch,
     meter: Meter,
@@ -132,6 +132,9 @@ impl PrimaryNode {
             report.resume_ms = resume_us as f64 / 1000.0;
             self.context.board.takeover(report);
         }
+        let image = self.disks.image(self.machine.memory().clone());
+        let (journal, events) = (Arc::clone(self.disks.journal()), self.context.events.clone());
+        self.summer = Some(Summer::start(image, journal, events)?);
         loop {
             self.act()?;
             self.disks.runs_in(self.protocol.generation());
@@ -295,7 +298,9 @@ impl PrimaryNode {
                 Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
                 Action::Freeze { run } => self.disks.journal().freezer().freeze(run),
-                Action::Sum { ticket, run, as_of } => self.summer()?.sum(ticket, run, as_of),
+                Action::Sum { ticket, run, as_of } => {
+                    self.summer.iter().for_each(|summer| summer.sum(ticket, run.clone(), as_of))
+                }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
                 Action::WriteThrough { through } => {
@@ -452,17 +457,6 @@ impl PrimaryNode {
             hold_us: self.gate.last_hold_us(),
         };
         self.context.board.committed(sample);
-    }
-
-    fn summer(&mut self) -> Result<&Summer, NodeError> {
-        let summer = match self.summer.take() {
-            Some(summer) => summer,
-            None => {
-                let image = self.disks.image(self.machine.memory().clone());
-                Summer::start(image, Arc::clone(self.disks.journal()), self.context.events.clone())?
-            }
-        };
-        Ok(self.summer.insert(summer))
     }
 
     fn run_guest(&mut self, run: bool) -> Result<(), NodeError> {
