@@ -41,7 +41,7 @@ pub enum FrameKind {
     State = 4,
     /// Nothing: bytes that make the kernel notice that those before them were lost (see [`LinkWatch`](super::LinkWatch)). Readers pass over it.
     Nudge = 5,
-    /// Sums of blocks of a disk (see [`sums`](super::sums)): a secondary's answer.
+    /// Sums of blocks of a disk (see [`sums`]): a secondary's answer.
     Sums = 6,
 }
 
