@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use super::compare::VerifyRefused;
-use super::{Action, Command, DiskChoice, Input, Phase, Primary, PrimaryConfig};
+use super::{Action, Command, DiskChoice, Input, Phase, Primary, PrimaryConfig, VerifyRefused};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;

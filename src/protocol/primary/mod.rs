@@ -25,6 +25,7 @@ mod verdicts;
 
 use std::collections::VecDeque;
 
+pub use compare::VerifyRefused;
 pub use types::{Action, Command, ConnId, DiskChoice, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
