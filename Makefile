@@ -8,7 +8,7 @@ SCENARIOS ?=
 MCD    := target/release/mcd
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-lab build demo test lint bench lab soak sim sim-mutants
+.PHONY: help setup setup-lab build demo test lint bench lab soak soak-disk sim sim-mutants
 
 help: ## say what there is
 	@echo 'usage: make <door>'
@@ -48,3 +48,7 @@ sim-mutants: ## show that the simulator and the model checker find every deliber
 soak: build ## break pairs ROUNDS times in every way there is (SEED= repeats a run); report in target/soak/
 	@$(CARGO) build --release --locked --package mcd-harness
 	@target/release/mcd-harness --mcd $(MCD) --rounds $(if $(filter file,$(origin ROUNDS)),200,$(ROUNDS)) $(if $(SEED),--seed $(SEED)) --out target/soak
+
+soak-disk: setup ## kill primaries ROUNDS times (and newcomers) while the guest writes to its disk; compare the images each time
+	@MCD_REQUIRE_KVM=1 MCD_DISK_ROUNDS=$(if $(filter file,$(origin ROUNDS)),500,$(ROUNDS)) $(if $(SEED),MCD_DISK_SEED=$(SEED)) \
+		$(CARGO) test --release --locked --test disk acknowledged_writes -- --nocapture

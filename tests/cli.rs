@@ -7,7 +7,6 @@ use std::process::{Command, Output};
 const OK: i32 = 0;
 const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
-const HOST: i32 = 3;
 
 fn mcd(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mcd"))
@@ -75,8 +74,10 @@ fn disks_in_flags_and_in_files() {
     bad_primary(&["--disk=/a,rw"], &["--disk", "`rw` is not known", "serial=TEXT"]);
     bad_primary(&["--disk="], &["--disk"]);
     bad_primary(&["--disk=/a"; 7], &["--disk is given 7 times", "at most 6"]);
-    refused(&["disk", "verify", "/nonexistent/a"], USAGE, &["<IMAGE>"]);
-    refused(&["disk", "verify", "/nonexistent/a", "/nonexistent/b"], HOST, &["there is no disk image /nonexistent/a"]);
+    refused(&["disk", "verify", "/nonexistent/a"], USAGE, &["2 values required", "[IMAGE]"]);
+    refused(&["disk", "verify", "/a", "/b", "--guest=web"], USAGE, &["cannot be used with"]);
+    refused(&["disk", "verify", "--control=/nonexistent/s"], USAGE, &["/nonexistent/s"]);
+    refused(&["disk", "verify", "/nonexistent/a", "/nonexistent/b"], USAGE, &["there is no disk image /nonexistent/a"]);
     bad_file("primary", b"disk = 3.5\n", &["`disk`", "must be a string"]);
     bad_file("primary", b"disk = [\"/a\", \"/b,what\"]\n", &["`what` is not known"]);
     bad_file("primary", b"force-disk = true\n", &["`force-disk`", "only taken on the command line"]);

@@ -1,6 +1,7 @@
 //! The exact bytes of version 2, for every kind of frame, message and page record. A change here is a change of the protocol: it needs a new
 //! version, never a new expectation.
 
+use mcd::checkpoint::sums::sum_of;
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{
     Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome,
@@ -8,6 +9,7 @@ use mcd::protocol::messages::{
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
 use mcd::wire::codec::{decode_message, encode_message};
+use mcd::wire::sums::{decode_sums, encode_sums};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageDecoder, PageEncoder, PageKind};
 
 const A: InstanceId = InstanceId(0x000102030405060708090a0b0c0d0e0f);
@@ -160,6 +162,32 @@ fn records_heartbeats_and_the_end() {
 }
 
 #[test]
+fn disks_of_a_secondary() {
+    message_is(Message::SumBlocks { first: 0x0102_0304, count: 256 }, &["0b", "0403020100000000", "00010000"]);
+    message_is(Message::ResyncLeft { left: vec![] }, &["0c", "00"]);
+    message_is(Message::ResyncLeft { left: vec![513, 0] }, &["0c", "02", "0102000000000000", "0000000000000000"]);
+    let mut payload = encode_sums(0x0102, &[[0xab; 32], [1; 32]]);
+    assert_eq!(hex(&payload), ["0201000000000000".to_owned(), "ab".repeat(32), "01".repeat(32)].concat());
+    assert_eq!(decode_sums(&payload).unwrap(), (0x0102, vec![[0xab; 32], [1; 32]]));
+    assert_eq!(decode_sums(&payload[..8]).unwrap(), (0x0102, vec![]));
+    payload.pop();
+    assert!(decode_sums(&payload).is_err() && decode_sums(&payload[..7]).is_err() && decode_sums(&[]).is_err());
+    // As long as they get.
+    let (mut batch, most) = (FrameBatch::new(), encode_sums(7, &[[0; 32]; 256]));
+    batch.push(FrameKind::Sums, &most).unwrap();
+    assert!(batch.push(FrameKind::Sums, &[most, vec![0]].concat()).is_err());
+    let mut too_many = vec![0x0c, 8];
+    too_many.extend_from_slice(&[0; 64]);
+    assert!(decode_message(&too_many).is_err(), "no machine has so many disks");
+}
+
+/// What is compared on two hosts, perhaps by two builds, must be one and the same sum.
+#[test]
+fn the_sum_of_a_block() {
+    assert_eq!(hex(&sum_of(&[0; 4096])), "b6fb73fc46938c981e2b0b4b1ef282adcfc89854d01bfe3972fdc4785b41b2c7");
+}
+
+#[test]
 fn every_kind_of_frame() {
     // The check sum of "123456789" is the published check value of CRC32C.
     let expected = [
@@ -167,6 +195,7 @@ fn every_kind_of_frame() {
         (FrameKind::Pages, "0200"),
         (FrameKind::Background, "0300"),
         (FrameKind::State, "0400"),
+        (FrameKind::Sums, "0600"),
     ];
     for (kind, number) in expected {
         let mut batch = FrameBatch::new();
@@ -181,8 +210,9 @@ fn every_kind_of_frame() {
     nudge.push(FrameKind::Nudge, &[]).unwrap();
     assert_eq!(hex(nudge.as_bytes()), "4d434431020005000000000000000000".to_owned() + "00000000");
     assert!(nudge.push(FrameKind::Nudge, b"1").is_err());
-    let kinds = expected.map(|(kind, _)| kind).into_iter().chain([FrameKind::Nudge]);
-    assert!(kinds.eq(FrameKind::ALL));
+    let mut kinds = expected.map(|(kind, _)| kind).to_vec();
+    kinds.insert(4, FrameKind::Nudge);
+    assert_eq!(kinds, FrameKind::ALL);
     let mut batch = FrameBatch::new();
     batch.push(FrameKind::State, &[]).unwrap();
     assert_eq!(hex(batch.as_bytes()), "4d434431020004000000000000000000".to_owned() + "00000000");

@@ -207,7 +207,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_a_message_or_an_error(tag in 0..12u8, mut bytes in vec(any::<u8>(), 0..600)) {
+    fn any_bytes_are_a_message_or_an_error(tag in 0..14u8, mut bytes in vec(any::<u8>(), 0..600)) {
         bytes.insert(0, tag);
         // What is accepted has one byte form only.
         if let Ok(message) = decode_message(&bytes) {

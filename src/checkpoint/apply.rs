@@ -1,7 +1,9 @@
 //! Applying committed epochs to the image, in order, on a thread of its own.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
@@ -9,8 +11,10 @@ use thiserror::Error;
 
 use super::image::{GuestImage, ImagePageError};
 use super::stage::{StagedEpoch, StagingBudget};
+use super::sums::sum_run;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::shared::KeptWrites;
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::EpochId;
 use crate::wire::{PageDecoder, PageError, PageKind};
 
@@ -22,7 +26,7 @@ pub enum ApplyError {
     #[error("a committed epoch does not decode ({0}); the image is unusable, please report this with the log")]
     Pages(#[from] PageError),
     /// Pages that were checked do not fit, or a disk's storage does not take them.
-    #[error("a committed epoch could not be put into the image ({0}); the image is unusable")]
+    #[error("a committed epoch could not be put into the image, or not be read there ({0}); the image is unusable")]
     Image(#[from] ImagePageError),
     /// Another epoch than asked for is the newest.
     #[error("the image holds epoch {newest:?}, not the committed epoch {wanted}; it is not activated")]
@@ -42,6 +46,13 @@ pub enum ApplyError {
 pub enum ApplyNews {
     /// The epoch that makes the image whole is in it.
     Whole(EpochId),
+    /// The sums asked for.
+    Summed {
+        /// The index of the first block.
+        first: u64,
+        /// The sums.
+        sums: Vec<BlockSum>,
+    },
     /// The image is spoilt.
     Failed(String),
 }
@@ -49,6 +60,7 @@ pub enum ApplyNews {
 enum Job {
     Background(Vec<u8>),
     Epoch(Box<StagedEpoch>),
+    Sum(Range<u64>),
     Finish(EpochId, Sender<Result<Vec<u8>, ApplyError>>),
     Forget(EpochId),
     WriteKept(Sender<Result<(), ApplyError>>),
@@ -58,6 +70,8 @@ enum Job {
 pub struct Applier {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
+    /// The image is wanted: nobody waits for sums any more.
+    hurry: Arc<AtomicBool>,
 }
 
 impl Applier {
@@ -68,10 +82,12 @@ impl Applier {
         tell: impl Fn(ApplyNews) + Send + 'static,
     ) -> std::io::Result<Applier> {
         let (jobs, queue) = unbounded();
+        let hurry = Arc::new(AtomicBool::new(false));
+        let (newest, state, failed, tell) = (None, Vec::new(), None, Box::new(tell));
         let kept = KeptWrites::default();
-        let image = Image { image, budget, newest: None, state: Vec::new(), kept, failed: None, tell: Box::new(tell) };
+        let image = Image { image, budget, newest, state, kept, failed, tell, hurry: Arc::clone(&hurry) };
         let thread = std::thread::Builder::new().name("mcd-apply".into()).spawn(move || image.run(&queue))?;
-        Ok(Applier { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Applier { jobs: Some(jobs), thread: Some(thread), hurry })
     }
 
     /// Applies background pages. The queue is bounded by the staging budget they were taken from.
@@ -84,8 +100,14 @@ impl Applier {
         self.submit(Job::Epoch(epoch));
     }
 
+    /// Sums these blocks, as they are with all that was handed over before and nothing that is handed over later.
+    pub fn sum(&self, run: Range<u64>) {
+        self.submit(Job::Sum(run));
+    }
+
     /// Applies what is queued and gives the machine state of `epoch`, which must be the newest.
     pub fn finish(&self, epoch: EpochId) -> Result<Vec<u8>, ApplyError> {
+        self.hurry.store(true, Ordering::Relaxed);
         let (reply, result) = bounded(1);
         self.submit(Job::Finish(epoch, reply));
         result.recv().map_err(|_| ApplyError::Gone)?
@@ -132,6 +154,7 @@ struct Image {
     kept: KeptWrites<Vec<Vec<u8>>>,
     failed: Option<ApplyError>,
     tell: Box<dyn Fn(ApplyNews) + Send>,
+    hurry: Arc<AtomicBool>,
 }
 
 impl Image {
@@ -144,6 +167,7 @@ impl Image {
                     self.budget.give_back(payload.len() as u64);
                 }
                 Job::Epoch(epoch) => self.apply(*epoch),
+                Job::Sum(run) => self.sum(run),
                 Job::Finish(wanted, reply) => {
                     // The node that asked may have given up.
                     let _ = reply.send(self.finish(wanted));
@@ -179,6 +203,24 @@ impl Image {
             (self.tell)(ApplyNews::Whole(epoch.id));
         }
         self.budget.give_back(epoch.bytes.saturating_sub(kept_bytes));
+    }
+
+    fn sum(&mut self, run: Range<u64>) {
+        /// Why there are no sums.
+        enum NoSums {
+            Hurry,
+            Unreadable(ImagePageError),
+        }
+        let first = run.start;
+        let sums = sum_run(run, |index, block| match self.hurry.load(Ordering::Relaxed) {
+            true => Err(NoSums::Hurry),
+            false => self.image.read(index, block).map_err(NoSums::Unreadable),
+        });
+        match sums {
+            Ok(sums) => (self.tell)(ApplyNews::Summed { first, sums }),
+            Err(NoSums::Unreadable(error)) => self.note(Err(error.into())),
+            Err(NoSums::Hurry) => {}
+        }
     }
 
     fn note(&mut self, applied: Result<(), ApplyError>) {

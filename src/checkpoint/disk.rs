@@ -55,6 +55,10 @@ impl DiskGate {
         let end = offset.checked_add(bytes).filter(|end| *end <= self.image.bytes());
         let Some(end) = end else { return Err(io::ErrorKind::InvalidInput.into()) };
         let Some(promise) = self.journal.promise(cost_bytes(offset, end, change)) else { return Ok(Stored::Full) };
+        let blocks = first_index + offset / BLOCK_BYTES..first_index + end.div_ceil(BLOCK_BYTES);
+        self.journal
+            .freezer()
+            .about_to_write(blocks, |index, into| read_block(&*self.image, index - first_index, into));
         match apply(&*self.image) {
             Ok(Stored::Accepted) => {}
             Ok(Stored::Full) => return Ok(Stored::Full),

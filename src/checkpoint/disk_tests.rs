@@ -9,14 +9,17 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use super::disk::DiskGate;
+use super::freeze::FrozenError;
 use super::image::GuestImage;
 use super::journal::{BLOCK_COST_BYTES, BlockSet, DiskJournal, JournalListener, JournalMode, ZERO_COST_BYTES};
+use super::sums::sum_run;
 use crate::device::block::{BlockBackend, Stored};
 use crate::machine::memory::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{DiskShape, MachineShape};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::resync::Ledger;
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, Generation};
 
 const BLOCK_BYTES: u64 = PAGE_BYTES as u64;
@@ -210,6 +213,50 @@ fn a_failed_write_is_told_and_what_it_left_travels() {
     assert_eq!(kept, [(10, 5), (11, 0)]);
 }
 
+#[test]
+fn a_frozen_block_is_read_as_it_was_at_the_cut() {
+    let node = Node::new(1);
+    let journal = DiskJournal::new(1 << 20, Box::new(Counts::default()));
+    let gates = node.gates(&journal);
+    journal.set_mode(JournalMode::Keep);
+    let first = node.layout.blocks_of(0).start;
+    let was = |index: u64, as_of: u64| {
+        let mut block = [0; PAGE_BYTES];
+        node.whole.read(index, &mut block).expect("read");
+        journal.freezer().as_it_was(index, id(as_of), &mut block).map(|()| block)
+    };
+    let write = |offset: u64, bytes: usize, value: u8| gates[0].write(offset, &vec![value; bytes]).expect("write");
+    journal.freezer().freeze(first..first + 3);
+    write(0, 512, 2);
+    assert!(matches!(was(first, 0), Err(FrozenError::NotFrozen(_))), "not before the cut");
+    journal.cut(id(0));
+    // Blocks 0 and 1 by half and wholly, twice; block 2 stays, block 3 is not frozen; the other disk is not either.
+    write(2048, 4096, 3);
+    write(0, 8192, 4);
+    gates[0].discard(0, 4096).expect("discard");
+    write(3 * BLOCK_BYTES, 512, 5);
+    gates[1].write(0, &[6; 512]).expect("write");
+    journal.cut(id(1));
+    write(0, 512, 7);
+    let mut at_the_cut = [1; PAGE_BYTES];
+    assert_eq!(was(first + 1, 0).expect("frozen"), at_the_cut);
+    assert_eq!(was(first + 2, 0).expect("frozen"), at_the_cut);
+    at_the_cut[..512].fill(2);
+    assert_eq!(was(first, 0).expect("frozen"), at_the_cut);
+    assert!(matches!(was(first + 3, 0), Err(FrozenError::NotFrozen(_))));
+    assert!(matches!(was(first, 1), Err(FrozenError::NotFrozen(_))), "another epoch's");
+    journal.freezer().thaw_of(id(1));
+    assert!(was(first, 0).is_ok());
+    journal.freezer().thaw_of(id(0));
+    assert!(was(first, 0).is_err());
+    // A pair that breaks up lets go.
+    journal.freezer().freeze(first..first + 1);
+    journal.cut(id(2));
+    assert!(was(first, 2).is_ok());
+    journal.set_mode(JournalMode::Pass);
+    assert!(was(first, 2).is_err());
+}
+
 /// What may happen to a primary's disks.
 #[derive(Clone, Debug)]
 enum Step {
@@ -235,6 +282,12 @@ enum Step {
     Push,
     /// A new newcomer begins with garbage.
     StartOver,
+    /// A new newcomer begins with the image that the last one left, whatever is in it.
+    ComeBack,
+    /// The newcomer sums blocks, with what it has applied so far.
+    Sum,
+    /// The survivor sums the same blocks, perhaps much later, and lays the two side by side.
+    Compare,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -247,6 +300,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Lose),
         2 => Just(Step::Push),
         1 => Just(Step::StartOver),
+        1 => Just(Step::ComeBack),
+        3 => Just(Step::Sum),
+        3 => Just(Step::Compare),
     ]
 }
 
@@ -257,6 +313,10 @@ struct World {
     journal: Arc<DiskJournal>,
     heir: Node,
     ledger: Ledger,
+    /// The image that the next newcomer finds.
+    next_heir: Option<Node>,
+    /// Blocks that the newcomer has summed, and their sums; `None` in them if it was not worth it.
+    compared: Option<(Range<u64>, Option<Vec<BlockSum>>)>,
     /// The survivor's disks as the guest must see them.
     model: Vec<Vec<u8>>,
     epoch: u64,
@@ -272,18 +332,30 @@ impl World {
         let journal = DiskJournal::new(journal_bytes_max, Box::new(Counts::default()));
         let gates = survivor.gates(&journal);
         let (model, heir) = (survivor.content(), Node::new(0xee));
-        let ledger = Ledger::new(survivor.layout.pages());
-        let mut world =
-            World { survivor, gates, journal, heir, ledger, model, epoch: 0, on_its_way: None, committed: None };
+        let ledger = Ledger::new(&survivor.layout, true);
+        let mut world = World {
+            survivor,
+            gates,
+            journal,
+            heir,
+            ledger,
+            next_heir: None,
+            compared: None,
+            model,
+            epoch: 0,
+            on_its_way: None,
+            committed: None,
+        };
         world.start_over();
         world
     }
 
     fn start_over(&mut self) {
         self.journal.set_mode(JournalMode::Keep);
-        self.heir = Node::new(0xee);
-        self.ledger = Ledger::new(self.survivor.layout.pages());
-        (self.on_its_way, self.committed) = (None, None);
+        // A newcomer, with whatever the disk it finds holds.
+        self.heir = self.next_heir.take().unwrap_or_else(|| Node::new(0xee));
+        self.ledger = Ledger::new(&self.survivor.layout, true);
+        (self.on_its_way, self.committed, self.compared) = (None, None, None);
     }
 
     fn change(&mut self, disk: usize, sector: u64, sectors: u64, value: u8, discard: Option<bool>) {
@@ -336,6 +408,29 @@ impl World {
                 self.ledger.pushed();
             }
             Step::StartOver => self.start_over(),
+            Step::ComeBack => {
+                self.next_heir = Some(std::mem::replace(&mut self.heir, Node::new(0)));
+                self.start_over();
+            }
+            Step::Sum => {
+                if let Some(run) = self.ledger.next_comparison() {
+                    let second = self.heir.layout.blocks_of(1);
+                    // An image that the newcomer has just made is not worth it.
+                    let worth = run.start != second.start || !self.epoch.is_multiple_of(3);
+                    let sums = worth.then(|| sum_run(run.clone(), |index, block| self.heir.whole.read(index, block)));
+                    self.compared = Some((run, sums.map(|sums| sums.expect("read"))));
+                }
+            }
+            Step::Compare => match self.compared.take() {
+                Some((run, None)) => self.ledger.incomparable(&run),
+                Some((run, Some(theirs))) => {
+                    let own = sum_run(run.clone(), |index, block| self.survivor.whole.read(index, block));
+                    let both = run.clone().zip(own.expect("read").into_iter().zip(theirs));
+                    let differing: Vec<u64> = both.filter(|(_, (a, b))| a != b).map(|(index, _)| index).collect();
+                    self.ledger.compared(&run, &differing);
+                }
+                None => {}
+            },
             Step::Cut | Step::Lose | Step::Push => {}
         }
     }
@@ -358,7 +453,7 @@ proptest! {
         }
         // Not only by chance: from here on it becomes whole.
         for _ in 0..10 {
-            [Step::Commit, Step::Push].iter().for_each(|step| world.take(step));
+            [Step::Commit, Step::Sum, Step::Compare, Step::Push].iter().for_each(|step| world.take(step));
         }
         [Step::Cut, Step::Commit].iter().for_each(|step| world.take(step));
         prop_assert_eq!(world.committed.as_ref(), Some(&world.model));

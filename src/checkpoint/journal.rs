@@ -6,9 +6,11 @@
 use std::collections::BTreeMap;
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
+use super::freeze::Freezer;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 
@@ -144,6 +146,15 @@ impl Kept {
     }
 }
 
+/// How full a journal is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JournalFigures {
+    /// Bytes of the open epoch and of the one on its way.
+    pub bytes: u64,
+    /// How often a write found no room.
+    pub full_times: u64,
+}
+
 /// The journal of all disks of one machine.
 pub struct DiskJournal {
     bytes_max: u64,
@@ -151,6 +162,8 @@ pub struct DiskJournal {
     /// Held for reading as long as a write takes, so that a change of mode finds none half done.
     mode: RwLock<JournalMode>,
     kept: Mutex<Kept>,
+    freezer: Freezer,
+    full_times: AtomicU64,
 }
 
 /// Room in the journal for a write that is under way. Dropping it gives back what was not used.
@@ -176,13 +189,21 @@ impl DiskJournal {
     /// A closed journal of at most `bytes_max` bytes.
     pub fn new(bytes_max: u64, listener: Box<dyn JournalListener>) -> Arc<DiskJournal> {
         let mode = RwLock::new(JournalMode::Closed);
-        Arc::new(DiskJournal { bytes_max, listener, mode, kept: Mutex::default() })
+        Arc::new(DiskJournal {
+            bytes_max,
+            listener,
+            mode,
+            kept: Mutex::default(),
+            freezer: Freezer::default(),
+            full_times: AtomicU64::new(0),
+        })
     }
 
     /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for writes under way.
     pub fn set_mode(&self, mode: JournalMode) {
         let mut now = self.mode.write();
         *now = mode;
+        self.freezer.thaw();
         self.kept.lock().forget();
     }
 
@@ -200,6 +221,7 @@ impl DiskJournal {
             return Some(Promise { journal: self, bytes });
         }
         kept.was_full = true;
+        self.full_times.fetch_add(1, Ordering::Relaxed);
         let tell = !mem::replace(&mut kept.told_full, true);
         drop(kept);
         if tell {
@@ -217,6 +239,12 @@ impl DiskJournal {
         let blocks = mem::replace(&mut kept.open, next);
         kept.taken = Some((id, blocks));
         kept.told_full = false;
+        self.freezer.cut(id);
+    }
+
+    /// What freezes blocks at a cut.
+    pub fn freezer(&self) -> &Freezer {
+        &self.freezer
     }
 
     /// The blocks of the epoch on its way.
@@ -243,6 +271,11 @@ impl DiskJournal {
     /// True once after a write found no room.
     pub fn take_was_full(&self) -> bool {
         mem::take(&mut self.kept.lock().was_full)
+    }
+
+    /// How full it is.
+    pub fn figures(&self) -> JournalFigures {
+        JournalFigures { bytes: self.used_bytes(), full_times: self.full_times.load(Ordering::Relaxed) }
     }
 
     /// Bytes of the open epoch and of the one on its way.

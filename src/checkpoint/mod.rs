@@ -6,6 +6,7 @@ pub mod dirt;
 pub mod disk;
 #[cfg(test)]
 mod disk_tests;
+pub mod freeze;
 pub mod image;
 pub mod journal;
 pub mod output;
@@ -18,3 +19,4 @@ pub mod shared_writer;
 pub mod snapshot;
 pub mod stage;
 pub mod stamp;
+pub mod sums;

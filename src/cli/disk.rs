@@ -1,35 +1,118 @@
-//! `mcd disk`: what can be done to disk images while no node uses them.
+//! `mcd disk`: whether two images of a disk are equal, while a guest runs on them or while no node uses them.
 
 use std::fmt::Write as _;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
+use std::time::Duration;
 
-use super::args::DiskCommand;
+use serde_json::{Value, json};
+
+use super::args::{DiskCommand, VerifyArgs};
+use super::config;
 use super::exit::{ExitStatus, Failure};
 use crate::checkpoint::stamp::Stamp;
+use crate::control::verify::{VerifyReport, VerifyState};
+use crate::control::{Client, ClientError};
 use crate::device::BlockBackend;
 use crate::device::image::RawImage;
 use crate::protocol::pages::PAGE_BYTES;
 
 /// Bytes read of each image at a time.
 const PIECE_BYTES: usize = 1 << 20;
+/// The images could not be compared: the number that `cmp` and `diff` have for it.
+const TROUBLE: ExitStatus = ExitStatus::Usage;
+/// Time between two questions how far a verify is.
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What `mcd disk --help` ends with.
+pub(super) const HELP: &str = "\
+Examples:
+  mcd disk verify --guest web              the primary's images against the secondary's, while the guest runs
+  mcd disk verify --guest web --disk 1     its second disk only
+  mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img
+
+Exit codes of verify:
+  0  equal
+  1  different
+  2  they could not be compared";
 
 /// Does what is asked.
 pub(super) fn run(command: &DiskCommand) -> Result<(), Failure> {
-    match command {
-        DiskCommand::Verify { one, other } => verify(one, other),
+    let DiskCommand::Verify(args) = command;
+    match (&args.control, &args.guest, &args.images[..]) {
+        (Some(control), ..) => verify_running(control, args),
+        (None, Some(guest), _) => verify_running(&config::default_control(guest)?, args),
+        (None, None, [one, other]) => verify(one, other),
+        (None, None, _) => Err(Failure::usage("give --guest NAME, --control PATH or two images")),
+    }
+}
+
+fn trouble(error: impl ToString) -> Failure {
+    Failure { status: TROUBLE, line: error.to_string() }
+}
+
+/// Has the nodes compare, and waits for it.
+fn verify_running(control: &Path, args: &VerifyArgs) -> Result<(), Failure> {
+    let report = ask_for_verify(control, args).map_err(trouble)?;
+    let text = match args.json {
+        true => format!("{:#}\n", serde_json::to_value(&report).map_err(trouble)?),
+        false => report.to_string(),
+    };
+    print(&text)?;
+    match report.state {
+        VerifyState::Equal => Ok(()),
+        VerifyState::Different => {
+            Err(Failure::run("the images of the guest's disks differ on its two nodes: see docs/operations.md"))
+        }
+        VerifyState::Running | VerifyState::Failed => {
+            Err(trouble(format!("the disks were not compared to the end: {}", report.why.unwrap_or_default())))
+        }
+    }
+}
+
+fn ask_for_verify(control: &Path, args: &VerifyArgs) -> Result<VerifyReport, ClientError> {
+    let timeout = Duration::from_millis(args.timeout_ms);
+    let mut client = Client::connect(control, timeout)?;
+    let choice = args.disk.as_ref().map(|disk| match disk.parse::<u64>() {
+        Ok(number) => json!({ "disk": number }),
+        Err(_) => json!({ "disk": disk }),
+    });
+    client.execute("mc-disk-verify", choice.unwrap_or(Value::Null), timeout)?;
+    let mut told_percent = None;
+    loop {
+        let report: VerifyReport = client.execute_as("mc-query-disk-verify", Value::Null, timeout)?;
+        if report.state != VerifyState::Running {
+            return Ok(report);
+        }
+        let (done, all) = report.progress();
+        let percent = done.saturating_mul(100).checked_div(all);
+        if io::stderr().is_terminal() && told_percent != percent {
+            // Nobody is left to tell if this fails.
+            let _ = writeln!(io::stderr(), "{} % of {} MiB", percent.unwrap_or(0), (all * report.block_bytes) >> 20);
+            told_percent = percent;
+        }
+        std::thread::park_timeout(ASK_INTERVAL);
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(trouble(format!("the result could not be printed: {error}")))
+        }
+        _ => Ok(()),
     }
 }
 
 fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
-    let host = |error: String| Failure { status: ExitStatus::Host, line: error };
-    let open = |path: &Path| RawImage::open(path, true).map_err(|error| host(error.to_string()));
+    let open = |path: &Path| RawImage::open(path, true).map_err(trouble);
     let (a, b) = (open(one)?, open(other)?);
-    let compared =
-        compare(&a, &b).map_err(|error| host(format!("an image cannot be read ({error}): look after its storage")))?;
+    let compared = compare(&a, &b)
+        .map_err(|error| trouble(format!("an image cannot be read ({error}): look after its storage")))?;
     let mut text = String::new();
     for (path, image, sum) in [(one, &a, compared.sums[0]), (other, &b, compared.sums[1])] {
-        let stamp = match Stamp::read(path).map_err(|error| host(error.to_string()))? {
+        let stamp = match Stamp::read(path).map_err(trouble)? {
             Some(stamp) => format!("guest {}, {}, {}", stamp.guest, stamp.at, stamp.state),
             None => "no stamp".to_owned(),
         };
@@ -44,13 +127,7 @@ fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
     if differs.is_none() {
         text.push_str("equal\n");
     }
-    match io::stdout().write_all(text.as_bytes()) {
-        // The reader has seen enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            return Err(Failure::run(format!("the result could not be printed: {error}")));
-        }
-        _ => {}
-    }
+    print(&text)?;
     differs.map_or(Ok(()), |how| Err(Failure::run(format!("the images differ: {how}"))))
 }
 

@@ -31,6 +31,7 @@ mod session;
 pub mod status;
 #[cfg(test)]
 mod tests;
+pub mod verify;
 
 pub use client::{Client, ClientError, Event};
 pub use message::{ErrorClass, QmpError};

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::metrics::Quantiles;
+use crate::protocol::pages::PAGE_BYTES;
 
 /// What a node is to its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -87,12 +88,51 @@ pub struct EpochCounts {
 }
 
 /// How far a resync is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResyncProgress {
-    /// Pages of the guest.
+    /// Pages of the guest, with the blocks of its disks.
     pub pages_total: u64,
-    /// Pages the newcomer does not have yet.
+    /// Those the newcomer does not have yet.
     pub pages_left: u64,
+    /// The same in bytes, of memory and of each disk.
+    #[serde(default)]
+    pub parts: Vec<ResyncPart>,
+    /// Bytes in a second over the last seconds.
+    #[serde(default)]
+    pub rate_bytes_s: Option<u64>,
+    /// How long the rest will take at that rate, in seconds.
+    #[serde(default)]
+    pub left_s: Option<f64>,
+}
+
+/// A part of a resync.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncPart {
+    /// `memory`, or `disk` and its number.
+    pub name: String,
+    /// Its bytes.
+    pub bytes_total: u64,
+    /// Those the newcomer does not have yet.
+    pub bytes_left: u64,
+}
+
+impl ResyncProgress {
+    /// The progress of these parts, each with its pages and how many of them are left: memory, then the disks.
+    pub fn of(parts: &[(u64, u64)], rate_bytes_s: Option<u64>) -> ResyncProgress {
+        let sum = |of: fn(&(u64, u64)) -> u64| parts.iter().map(of).fold(0, u64::saturating_add);
+        let (pages_total, pages_left) = (sum(|part| part.0), sum(|part| part.1));
+        let bytes = |pages: u64| pages.saturating_mul(PAGE_BYTES as u64);
+        let named = parts.iter().enumerate().map(|(number, (total, left))| ResyncPart {
+            name: number.checked_sub(1).map_or_else(|| "memory".into(), |disk| format!("disk {disk}")),
+            bytes_total: bytes(*total),
+            bytes_left: bytes(*left),
+        });
+        // A read-only disk has no part in it.
+        let parts = named.filter(|part| part.bytes_total > 0).collect();
+        let rate = rate_bytes_s.filter(|rate| *rate > 0);
+        let left_s = rate.map(|rate| bytes(pages_left) as f64 / rate as f64);
+        ResyncProgress { pages_total, pages_left, parts, rate_bytes_s, left_s }
+    }
 }
 
 /// The stages of a takeover, in milliseconds each.
@@ -165,6 +205,12 @@ pub struct NodeStatus {
     pub held_packets: u64,
     /// Bytes held now.
     pub held_bytes: u64,
+    /// Bytes written to disks that wait for their commit.
+    #[serde(default)]
+    pub journal_bytes: u64,
+    /// How often a write to a disk had to wait because there was no more room for such.
+    #[serde(default)]
+    pub journal_full_times: u64,
     /// Bytes of writes to shared disks that are held until their epoch is committed and written.
     #[serde(default)]
     pub held_disk_bytes: u64,
@@ -223,19 +269,41 @@ impl fmt::Display for NodeStatus {
             }
         }
         writeln!(f, "held output {} packets, {}", self.held_packets, bytes_text(self.held_bytes))?;
+        if self.journal_bytes > 0 || self.journal_full_times > 0 {
+            let bytes = bytes_text(self.journal_bytes);
+            writeln!(f, "disk writes {bytes} wait for a commit; {} had to wait for room", self.journal_full_times)?;
+        }
         if self.held_disk_bytes > 0 {
             writeln!(f, "held writes {} to shared disks", bytes_text(self.held_disk_bytes))?;
         }
-        if let Some(resync) = self.resync {
-            let done = resync.pages_total.saturating_sub(resync.pages_left);
-            let percent = done.saturating_mul(100).checked_div(resync.pages_total).unwrap_or(100);
-            writeln!(f, "resync      {done} of {} pages ({percent} %)", resync.pages_total)?;
+        if let Some(resync) = &self.resync {
+            writeln!(f, "resync      {resync}")?;
         }
         if let Some(takeover) = &self.takeover {
             writeln!(f, "takeover    {takeover}")?;
         }
         for alarm in &self.alarms {
             writeln!(f, "ALARM       {alarm}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ResyncProgress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |done: u64, total: u64| done.saturating_mul(100).checked_div(total).unwrap_or(100);
+        let done = self.pages_total.saturating_sub(self.pages_left);
+        write!(f, "{done} of {} pages ({} %)", self.pages_total, percent(done, self.pages_total))?;
+        if let Some(rate) = self.rate_bytes_s {
+            write!(f, ", {} a second", bytes_text(rate))?;
+        }
+        if let Some(left_s) = self.left_s {
+            write!(f, ", {left_s:.0} s left")?;
+        }
+        for ResyncPart { name, bytes_total, bytes_left } in &self.parts {
+            let done = bytes_total.saturating_sub(*bytes_left);
+            let (of, percent) = (bytes_text(*bytes_total), percent(done, *bytes_total));
+            write!(f, "\n  {name:<9} {} of {of} ({percent} %)", bytes_text(done))?;
         }
         Ok(())
     }
@@ -299,8 +367,10 @@ mod tests {
             wire_bytes: 5 << 20,
             held_packets: 2,
             held_bytes: 128,
+            journal_bytes: 3 << 20,
+            journal_full_times: 4,
+            resync: Some(ResyncProgress::of(&[(100, 50), (0, 0), (100, 0)], Some(51_200))),
             held_disk_bytes: 4096,
-            resync: Some(ResyncProgress { pages_total: 200, pages_left: 50 }),
             takeover: Some(TakeoverReport {
                 cause: "closed".into(),
                 detect_ms: 0.5,
@@ -362,9 +432,16 @@ mod tests {
     #[test]
     fn the_summary_says_what_matters() {
         let text = status().to_string();
-        for part in
-            ["web: NOT PROTECTED", "p50 100, p99 200, max 300 µs", "150 of 200 pages (75 %)", "5.0 MiB", "ALARM"]
-        {
+        for part in [
+            "web: NOT PROTECTED",
+            "p50 100, p99 200, max 300 µs",
+            "150 of 200 pages (75 %), 50.0 KiB a second, 4 s left\n",
+            "  memory    200.0 KiB of 400.0 KiB (50 %)\n",
+            "  disk 1    400.0 KiB of 400.0 KiB (100 %)\n",
+            "5.0 MiB",
+            "writes 3.0 MiB wait for a commit; 4 had to",
+            "ALARM",
+        ] {
             assert!(text.contains(part), "{part} in\n{text}");
         }
     }

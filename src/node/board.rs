@@ -14,11 +14,15 @@ use serde_json::{Map, Value, json};
 
 use super::config::{ArbiterConfig, NodeConfig};
 use super::events::{NodeEvent, SnapshotRequest};
+use super::meter::Pace;
+use crate::checkpoint::journal::JournalFigures;
 use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
+use crate::control::verify::VerifyReport;
 use crate::control::{Handler, QmpError};
-use crate::protocol::primary::{self, Command, Primary};
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::primary::{self, Command, DiskChoice, Primary};
 use crate::protocol::secondary::{self, Secondary, StorageTrouble};
 use crate::protocol::types::{EpochId, InstanceId};
 
@@ -36,16 +40,22 @@ const COMMANDS: &[&str] = &[
     "mc-query",
     "mc-query-epochs",
     "mc-checkpoint",
+    "mc-disk-verify",
+    "mc-query-disk-verify",
     "mc-snapshot",
     "stop",
     "cont",
     "quit",
 ];
+/// The parameters that commands have.
+const PARAMETERS: &[(&str, &str)] =
+    &[("mc-query-epochs", "since"), ("mc-disk-verify", "disk"), ("mc-snapshot", "path"), ("mc-snapshot", "stop")];
 
 /// The figures that change all the time; cheap to copy.
 #[derive(Clone, Debug)]
 struct Vitals {
     held: HeldFigures,
+    journal: JournalFigures,
     held_disk_bytes: u64,
     role: Role,
     state: State,
@@ -54,8 +64,7 @@ struct Vitals {
     at: EpochId,
     running: bool,
     peer: Option<InstanceId>,
-    pages_left: Option<u64>,
-    pages_total: u64,
+    resync: Option<Pace>,
     arbiter_lost: Option<String>,
     no_primary: Option<String>,
     storage: Option<StorageTrouble>,
@@ -75,6 +84,7 @@ struct Shown {
     log: EpochLog,
     takeover: Option<TakeoverReport>,
     guest_alarm: Option<String>,
+    verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
     /// Why the arbiter did not answer when it was last looked at.
@@ -88,6 +98,7 @@ enum Note {
     WireBytes(u64),
     Takeover(Box<TakeoverReport>),
     GuestAlarm(String),
+    Verify(Box<VerifyReport>),
     Arbiter(Option<String>),
     Storage(Option<String>),
 }
@@ -120,6 +131,7 @@ impl Board {
         };
         let vitals = Vitals {
             held: HeldFigures::default(),
+            journal: JournalFigures::default(),
             held_disk_bytes: 0,
             role,
             state: if role == Role::Primary { State::Starting } else { State::Connecting },
@@ -128,8 +140,7 @@ impl Board {
             at: EpochId::default(),
             running: false,
             peer: None,
-            pages_left: None,
-            pages_total: 0,
+            resync: None,
             arbiter_lost: None,
             no_primary: None,
             storage: None,
@@ -141,6 +152,7 @@ impl Board {
                 log: EpochLog::new(SAMPLES_MAX),
                 takeover: None,
                 guest_alarm: None,
+                verify: None,
                 storage: None,
                 arbiter_lost: None,
             }),
@@ -170,6 +182,7 @@ impl Board {
                 Note::Aborted => shown.log.abort(),
                 Note::WireBytes(bytes) => shown.log.add_wire_bytes(bytes),
                 Note::Takeover(report) => shown.takeover = Some(*report),
+                Note::Verify(report) => shown.verify = Some(*report),
                 Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
                 Note::Arbiter(lost) => shown.arbiter_lost = lost,
                 Note::Storage(trouble) => shown.storage = trouble,
@@ -184,7 +197,15 @@ impl Board {
     }
 
     /// Writes down how a primary is.
-    pub fn primary(&self, node: &Primary, running: bool, pages_total: u64, held: HeldFigures, held_disk_bytes: u64) {
+    pub fn primary(
+        &self,
+        node: &Primary,
+        running: bool,
+        resync: Option<Pace>,
+        held: HeldFigures,
+        journal: JournalFigures,
+        held_disk_bytes: u64,
+    ) {
         use primary::Phase;
         let (role, state) = match node.phase() {
             Phase::Solo | Phase::Stopping => (Role::Primary, State::Solo),
@@ -195,6 +216,7 @@ impl Board {
         };
         self.latest.force_push(Vitals {
             held,
+            journal,
             held_disk_bytes,
             role,
             state,
@@ -203,8 +225,7 @@ impl Board {
             at: node.running_epoch(),
             running,
             peer: node.peer(),
-            pages_left: node.resync_pages_left(),
-            pages_total,
+            resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
             storage: None,
@@ -212,7 +233,7 @@ impl Board {
     }
 
     /// Writes down how a secondary is.
-    pub fn secondary(&self, node: &Secondary) {
+    pub fn secondary(&self, node: &Secondary, resync: Option<Pace>) {
         use secondary::Phase;
         let state = match node.phase() {
             Phase::Connecting | Phase::Greeting | Phase::Done => State::Connecting,
@@ -224,6 +245,7 @@ impl Board {
         let at = node.committed().unwrap_or(EpochId { generation: node.generation(), epoch: 0 });
         self.latest.force_push(Vitals {
             held: HeldFigures::default(),
+            journal: JournalFigures::default(),
             held_disk_bytes: 0,
             role: Role::Secondary,
             state,
@@ -232,8 +254,7 @@ impl Board {
             at,
             running: false,
             peer: node.primary(),
-            pages_left: None,
-            pages_total: 0,
+            resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
             storage: node.storage_trouble().cloned(),
@@ -265,6 +286,11 @@ impl Board {
         self.note(Note::GuestAlarm(alarm));
     }
 
+    /// A verify of the guest's disks has come so far.
+    pub fn verified(&self, report: VerifyReport) {
+        self.note(Note::Verify(Box::new(report)));
+    }
+
     /// The arbiter was found to answer, or not to.
     pub fn arbiter_noticed(&self, lost: Option<String>) {
         self.note(Note::Arbiter(lost));
@@ -278,7 +304,7 @@ impl Board {
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { vitals, log, takeover, guest_alarm, storage, arbiter_lost } = &*shown;
+        let Shown { vitals, log, takeover, guest_alarm, storage, arbiter_lost, verify: _ } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
         let arbiter_lost = vitals.arbiter_lost.as_ref().or(arbiter_lost.as_ref());
         if let Some(why) = arbiter_lost {
@@ -321,7 +347,11 @@ impl Board {
             held_packets: vitals.held.packets,
             held_bytes: vitals.held.bytes,
             held_disk_bytes: vitals.held_disk_bytes,
-            resync: vitals.pages_left.map(|pages_left| ResyncProgress { pages_total: vitals.pages_total, pages_left }),
+            journal_bytes: vitals.journal.bytes,
+            journal_full_times: vitals.journal.full_times,
+            resync: vitals.resync.as_ref().map(|Pace { parts, rate_pages_s }| {
+                ResyncProgress::of(parts, rate_pages_s.map(|pages| pages.saturating_mul(PAGE_BYTES as u64)))
+            }),
             takeover: takeover.clone().map(|report| with_first_packet(report, vitals.held.first_out_us)),
             alarms,
         }
@@ -386,9 +416,7 @@ impl Handler for Board {
     }
 
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
-        const PARAMETERS: [(&str, &str); 3] =
-            [("mc-query-epochs", "since"), ("mc-snapshot", "path"), ("mc-snapshot", "stop")];
-        if arguments.keys().any(|key| !PARAMETERS.contains(&(command, key))) {
+        if arguments.keys().any(|key| !PARAMETERS.contains(&(command, key.as_str()))) {
             return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
         }
         match command {
@@ -400,6 +428,11 @@ impl Handler for Board {
                 let since = since.ok_or_else(|| QmpError::generic("'since' must be a number, 0 or more"))?;
                 to_value(&self.shown().log.since(since))
             }
+            "mc-disk-verify" => self.command(Command::VerifyDisks(disk_choice(arguments.get("disk"))?)),
+            "mc-query-disk-verify" => match &self.shown().verify {
+                Some(report) => to_value(report),
+                None => Err(QmpError::generic("no disk was verified yet: ask for it with mc-disk-verify")),
+            },
             "mc-checkpoint" => self.command(Command::Checkpoint),
             "mc-snapshot" => self.snapshot(arguments),
             "stop" => self.command(Command::Stop),
@@ -407,6 +440,23 @@ impl Handler for Board {
             "quit" => self.command(Command::Quit),
             other => Err(QmpError::not_found(format!("The command {other} has not been found"))),
         }
+    }
+}
+
+fn disk_choice(disk: Option<&Value>) -> Result<DiskChoice, QmpError> {
+    let bad = || QmpError::generic("'disk' must be a disk's number, counted from 0, or its serial number");
+    match disk {
+        None => Ok(DiskChoice::All),
+        Some(Value::String(text)) => {
+            let mut serial = [0; 20];
+            serial
+                .get_mut(..text.len())
+                .filter(|room| !room.is_empty())
+                .ok_or_else(bad)?
+                .copy_from_slice(text.as_bytes());
+            Ok(DiskChoice::Serial(serial))
+        }
+        Some(other) => other.as_u64().map(DiskChoice::Number).ok_or_else(bad),
     }
 }
 

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use crate::protocol::messages::Message;
 use crate::protocol::primary::ConnId;
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::Instant;
+use crate::wire::sums::encode_sums;
 use crate::wire::{FrameKind, LinkCloser, LinkWatch, LinkWriter};
 
 /// What a watch has seen of a connection.
@@ -76,6 +78,12 @@ impl Conns {
     pub fn send(&mut self, conn: ConnId, message: &Message) -> Option<String> {
         let writer = self.open.get_mut(&conn)?.writer.as_mut()?;
         writer.write_message(message).err().map(|error| error.to_string())
+    }
+
+    /// Sends sums of blocks; the reason if they could not be.
+    pub fn send_sums(&mut self, conn: ConnId, first: u64, sums: &[BlockSum]) -> Option<String> {
+        let writer = self.open.get_mut(&conn)?.writer.as_mut()?;
+        writer.write(FrameKind::Sums, &encode_sums(first, sums)).err().map(|error| error.to_string())
     }
 
     /// Forgets a connection that is gone.

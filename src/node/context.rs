@@ -134,7 +134,8 @@ impl Context {
 
     /// Feature bits this node offers.
     pub fn features(&self) -> u64 {
-        if self.config.compress == Compress::None { 0 } else { features::LZ4 }
+        let lz4 = if self.config.compress == Compress::None { 0 } else { features::LZ4 };
+        lz4 | features::DISK_SUMS
     }
 }
 

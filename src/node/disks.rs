@@ -229,16 +229,16 @@ pub fn of_snapshot(
     Ok(wanted.iter().zip(given).map(|(of, here)| DiskShape { shared: here.shared, ..of.clone() }).collect())
 }
 
-/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking.
+/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking; for each also whether it was made.
 ///
 /// # Errors
 /// [`DiskError`] if they are not those of the shape, or belong to another guest.
-pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<NodeImage>, DiskError> {
+pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<NodeImage>, Vec<bool>), DiskError> {
     let (wanted, given) = (shape.disks.len(), config.disks.len());
     if wanted != given {
         return Err(DiskError::Count { wanted, given });
     }
-    let mut images = Vec::new();
+    let (mut images, mut made) = (Vec::new(), Vec::new());
     for (disk, wanted) in config.disks.iter().zip(&shape.disks) {
         let path = || disk.path.clone();
         if disk.read_only != wanted.read_only {
@@ -257,18 +257,19 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<Vec<NodeIma
         {
             return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
         }
-        let image = match shared::open_image(disk) {
+        let (image, is_made) = match shared::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
-                NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?))
+                (NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?)), true)
             }
-            opened => opened?,
+            opened => (opened?, false),
         };
         if image.bytes() != wanted.bytes {
             return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: image.bytes() });
         }
         images.push(image);
+        made.push(is_made);
     }
-    Ok(images)
+    Ok((images, made))
 }
 
 /// The disks of one machine.
@@ -333,7 +334,7 @@ impl NodeDisks {
     }
 
     /// The journal.
-    pub fn journal(&self) -> &DiskJournal {
+    pub fn journal(&self) -> &Arc<DiskJournal> {
         &self.journal
     }
 

@@ -11,6 +11,7 @@ use crate::machine::MachineEvent;
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::primary::{Command, ConnId};
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, InstanceId};
 use crate::wire::{LinkCloser, LinkWriter};
 
@@ -89,6 +90,31 @@ pub enum NodeEvent {
         conn: ConnId,
         /// Bytes it took.
         bytes: u64,
+    },
+    /// A secondary's sums of blocks arrived.
+    PeerSums {
+        /// The connection.
+        conn: ConnId,
+        /// The index of the first block.
+        first: u64,
+        /// The sums.
+        sums: Vec<BlockSum>,
+    },
+    /// The sums a primary asked itself for.
+    OwnSums {
+        /// The question's ticket.
+        ticket: u64,
+        /// The sums, or in words why there are none.
+        sums: Result<Vec<BlockSum>, String>,
+    },
+    /// The secondary of this instance id has summed blocks.
+    Summed {
+        /// Whose.
+        instance: InstanceId,
+        /// The index of the first block.
+        first: u64,
+        /// The sums.
+        sums: Vec<BlockSum>,
     },
     /// The open epoch has output.
     OutputWaiting,

@@ -14,6 +14,7 @@ use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Hello, Message, RefuseReason};
 use crate::protocol::primary::ConnId;
 use crate::wire::link::{Link, LinkError, LinkReader, Listener};
+use crate::wire::sums::decode_sums;
 use crate::wire::{FrameKind, LinkCloser, LinkWriter, WireError};
 
 /// How long a stranger may take to say hello.
@@ -145,16 +146,19 @@ fn turn_away(
 /// Reads messages until the connection ends; why it did.
 fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEvent>) -> String {
     loop {
-        let message = match reader.read() {
+        let event = match reader.read() {
             Ok(frame) if frame.kind == FrameKind::Nudge => continue,
-            Ok(frame) => frame.message(),
+            Ok(frame) if frame.kind == FrameKind::Sums => {
+                decode_sums(frame.payload).map(|(first, sums)| NodeEvent::PeerSums { conn, first, sums })
+            }
+            Ok(frame) => frame.message().map(|message| NodeEvent::Message { conn, message }),
             Err(error) => Err(error),
         };
-        let message = match message {
-            Ok(message) => message,
+        let event = match event {
+            Ok(event) => event,
             Err(error) => return error.to_string(),
         };
-        if events.send(NodeEvent::Message { conn, message }).is_err() {
+        if events.send(event).is_err() {
             return "this node is ending".into();
         }
     }
@@ -256,6 +260,7 @@ impl Receiver<'_> {
             FrameKind::Background => {
                 stager.background(payload).map(|payload| Some(NodeEvent::Background { conn, payload }))
             }
+            FrameKind::Sums => return Err("the primary sent sums, which are a secondary's to send".into()),
             FrameKind::Message | FrameKind::Nudge => Ok(None),
         };
         staged.map_err(|error| error.to_string())

@@ -22,12 +22,14 @@ mod error;
 mod events;
 mod keeper;
 mod links;
+mod meter;
 mod primary;
 mod priority;
 mod restore;
 mod secondary;
 mod shared;
 mod signals;
+mod summer;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

@@ -16,6 +16,8 @@ use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::meter::Meter;
+use super::summer::{Summer, VerifyWatch};
 use super::{clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
 use crate::checkpoint::dirt::DirtBook;
@@ -28,7 +30,7 @@ use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
-use crate::protocol::primary::{Action, ConnId, Input, OutputCut, Phase, Primary};
+use crate::protocol::primary::{Action, Command, ConnId, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::EpochId;
 
 /// How long the end of a guest waits for shared storage to take its last writes.
@@ -62,6 +64,10 @@ pub struct PrimaryNode {
     protocol: Primary,
     conns: Conns,
     sender: Option<Sender>,
+    /// There is one as long as the driver runs.
+    summer: Option<Summer>,
+    verifying: VerifyWatch,
+    meter: Meter,
     pool: CapturePool,
     dirt: DirtBook,
     on_its_way: Option<OnItsWay>,
@@ -93,6 +99,9 @@ impl PrimaryNode {
             protocol,
             conns: Conns::default(),
             sender: None,
+            summer: None,
+            verifying: VerifyWatch::default(),
+            meter: Meter::default(),
             pool,
             dirt: DirtBook::new(pages),
             on_its_way: None,
@@ -123,6 +132,9 @@ impl PrimaryNode {
             report.resume_ms = resume_us as f64 / 1000.0;
             self.context.board.takeover(report);
         }
+        let image = self.disks.image(self.machine.memory().clone());
+        let (journal, events) = (Arc::clone(self.disks.journal()), self.context.events.clone());
+        self.summer = Some(Summer::start(image, journal, events)?);
         loop {
             self.act()?;
             self.disks.runs_in(self.protocol.generation());
@@ -212,6 +224,8 @@ impl PrimaryNode {
                 self.context.board.add_wire_bytes(bytes);
                 self.sender_is(conn).then_some(Input::Pushed)
             }
+            NodeEvent::PeerSums { conn, first, sums } => Some(Input::PeerSums { conn, first, sums }),
+            NodeEvent::OwnSums { ticket, sums } => Some(Input::OwnSums { ticket, sums }),
             NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
@@ -227,6 +241,13 @@ impl PrimaryNode {
             }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => self.machine_event(event)?,
+            NodeEvent::Command { command: Command::VerifyDisks(choice), reply }
+                if let Err(why) = self.protocol.may_verify(choice) =>
+            {
+                // The client may have given up waiting.
+                reply.into_iter().for_each(|reply| drop(reply.send(Err(why.to_string()))));
+                None
+            }
             NodeEvent::Command { command, reply } => {
                 self.replies.extend(reply);
                 Some(Input::Command(command))
@@ -237,6 +258,7 @@ impl PrimaryNode {
             NodeEvent::Connected { .. }
             | NodeEvent::Foreign { .. }
             | NodeEvent::ImageFailed { .. }
+            | NodeEvent::Summed { .. }
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,
         })
@@ -275,6 +297,10 @@ impl PrimaryNode {
                 Action::StopTracking => self.stop_tracking()?,
                 Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
+                Action::Freeze { run } => self.disks.journal().freezer().freeze(run),
+                Action::Sum { ticket, run, as_of } => {
+                    self.summer.iter().for_each(|summer| summer.sum(ticket, run.clone(), as_of))
+                }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
                 Action::WriteThrough { through } => {
@@ -454,10 +480,15 @@ impl PrimaryNode {
     }
 
     fn publish(&mut self) {
-        let pages = self.disks.layout().pages();
+        let resync = self.protocol.resync().map(|ledger| ledger.parts().collect());
+        let resync = self.meter.look(clock::monotonic_us(), resync);
+        let (held, journal) = (self.gate.figures(), self.disks.journal().figures());
         let held_disk_bytes = self.disks.shared().map_or(0, SharedJournal::used_bytes);
         let running = self.machine.is_running();
-        self.context.board.primary(&self.protocol, running, pages, self.gate.figures(), held_disk_bytes);
+        self.context.board.primary(&self.protocol, running, resync, held, journal, held_disk_bytes);
+        if let Some(report) = self.verifying.news(self.protocol.verify()) {
+            self.context.board.verified(report);
+        }
     }
 }
 

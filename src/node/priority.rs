@@ -17,3 +17,17 @@ pub fn raise() {
         tracing::debug!(%error, "this thread stays an ordinary one: pauses and commits may take longer on a busy host");
     }
 }
+
+/// How much nicer a thread is that nobody waits for.
+const NICER: libc::c_int = 10;
+
+/// Lets ordinary threads, the guest's above all, go before this one.
+pub fn lower() {
+    // SAFETY: the call takes numbers only; 0 means this thread.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICER) };
+    if result != 0 {
+        let error = std::io::Error::last_os_error();
+        // It is one only where this process is nicer than that already.
+        tracing::debug!(%error, "this thread keeps its priority");
+    }
+}

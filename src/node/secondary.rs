@@ -1,5 +1,6 @@
 //! The driver of the node that holds the guest's image. It holds no rule.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use super::disks::{self, NodeDisks};
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::links;
+use super::meter::Meter;
 use super::{clock, priority};
 use crate::checkpoint::apply::{Applier, ApplyNews};
 use crate::checkpoint::output::OutputGate;
@@ -57,6 +59,8 @@ struct Image {
     machine: Machine,
     gate: Arc<OutputGate>,
     disks: NodeDisks,
+    /// Which of them this node has just made: nothing there is worth a comparison.
+    made: Vec<bool>,
     welcome: Welcome,
     applier: Applier,
     /// An epoch was committed with which it is whole.
@@ -81,6 +85,7 @@ pub struct SecondaryNode<'a> {
     image: Option<Image>,
     staged: Option<Box<StagedEpoch>>,
     stages: Stages,
+    meter: Meter,
     end: Option<SecondaryEnd>,
 }
 
@@ -101,6 +106,7 @@ impl<'a> SecondaryNode<'a> {
             image: None,
             staged: None,
             stages: Stages::default(),
+            meter: Meter::default(),
             end: None,
         }
     }
@@ -114,7 +120,8 @@ impl<'a> SecondaryNode<'a> {
         priority::raise();
         loop {
             self.act()?;
-            self.context.board.secondary(&self.protocol);
+            let resync = self.meter.look(clock::monotonic_us(), self.protocol.resync());
+            self.context.board.secondary(&self.protocol, resync);
             if let Some(end) = self.end.take() {
                 self.conns.close_all();
                 self.budget.close();
@@ -202,6 +209,9 @@ impl<'a> SecondaryNode<'a> {
             NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
                 return Err(NodeError::ImageFailed(why));
             }
+            NodeEvent::Summed { instance, first, sums } if instance == self.protocol.me() => {
+                Some(Input::Summed { first, sums })
+            }
             NodeEvent::Answer { ticket, answer } => {
                 self.stages.decided_us = clock::monotonic_us();
                 Some(Input::Answer { ticket, answer })
@@ -236,6 +246,9 @@ impl<'a> SecondaryNode<'a> {
             | NodeEvent::DisksHaveRoom
             | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
+            | NodeEvent::Summed { .. }
+            | NodeEvent::PeerSums { .. }
+            | NodeEvent::OwnSums { .. }
             | NodeEvent::Pushed { .. } => None,
         })
     }
@@ -255,6 +268,12 @@ impl<'a> SecondaryNode<'a> {
                 }
                 Action::BuildMachine(welcome) => self.build(welcome),
                 Action::Commit { id } => self.commit(id)?,
+                Action::Sum { run } => self.sum(run),
+                Action::SendSums { conn, first, sums } => {
+                    if let Some(why) = self.conns.send_sums(conn, first, &sums) {
+                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
+                    }
+                }
                 Action::Forget { through } => {
                     self.image.iter().for_each(|image| image.applier.forget(through));
                 }
@@ -293,7 +312,7 @@ impl<'a> SecondaryNode<'a> {
     fn build_image(&self, welcome: Welcome) -> Result<Image, NodeError> {
         let gate = open_gate(&self.context.config, &self.context.events)?;
         let config = &self.context.config;
-        let images = disks::open_for(config, &welcome.shape)?;
+        let (images, made) = disks::open_for(config, &welcome.shape)?;
         let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
         let mut machine =
             new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
@@ -304,15 +323,17 @@ impl<'a> SecondaryNode<'a> {
         disks.begin_filling(welcome.generation)?;
         let image = disks.image(machine.memory().clone());
         let (stamper, instance, events) = (disks.stamper(), self.protocol.me(), self.context.events.clone());
-        let tell = move |news| match news {
-            ApplyNews::Whole(id) => stamper.stamp(id, StampState::Applying),
-            ApplyNews::Failed(why) => {
-                // A node that is ending does not mind.
-                let _ = events.send(NodeEvent::ImageFailed { instance, why });
-            }
+        let tell = move |news| {
+            let event = match news {
+                ApplyNews::Whole(id) => return stamper.stamp(id, StampState::Applying),
+                ApplyNews::Summed { first, sums } => NodeEvent::Summed { instance, first, sums },
+                ApplyNews::Failed(why) => NodeEvent::ImageFailed { instance, why },
+            };
+            // A node that is ending does not mind.
+            let _ = events.send(event);
         };
         let applier = Applier::start(image, self.budget.clone(), tell)?;
-        Ok(Image { machine, gate, disks, welcome, applier, is_whole: false })
+        Ok(Image { machine, gate, disks, made, welcome, applier, is_whole: false })
     }
 
     /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end the node instead.
@@ -324,6 +345,16 @@ impl<'a> SecondaryNode<'a> {
                 Ok(())
             }
             _ => Err(NodeError::NotStaged(id)),
+        }
+    }
+
+    fn sum(&mut self, run: Range<u64>) {
+        let Some(image) = &self.image else { return };
+        let made = image.disks.layout().disk_of(&run).and_then(|disk| image.made.get(disk));
+        if made == Some(&true) && !image.is_whole {
+            self.protocol.handle(clock::now(), Input::Summed { first: run.start, sums: Vec::new() });
+        } else {
+            image.applier.sum(run);
         }
     }
 

@@ -69,6 +69,25 @@ pub enum Event {
     },
     /// The arbiter answers again.
     ArbiterBack,
+    /// The newcomer's disks were compared with this node's.
+    DisksCompared {
+        /// How many blocks.
+        blocks: u64,
+        /// How many of them it has already.
+        same: u64,
+    },
+    /// The disks of the pair were verified.
+    DisksVerified {
+        /// How many blocks.
+        blocks: u64,
+        /// How many of them differ.
+        different: u64,
+    },
+    /// The disks of the pair could not be verified.
+    DisksNotVerified {
+        /// Why.
+        why: String,
+    },
     /// There is no primary to join at the moment; it is tried again.
     NoPrimary {
         /// Why.
@@ -106,6 +125,9 @@ impl Event {
             Event::Stalled { .. } => "MC_STALLED",
             Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
             Event::ArbiterBack => "MC_ARBITER_BACK",
+            Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
+            Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
+            Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
             Event::NoPrimary { .. } => "MC_NO_PRIMARY",
             Event::DiskLocked { .. } => "MC_DISK_LOCKED",
             Event::DiskFailing { .. } => "MC_DISK_FAILING",
@@ -119,7 +141,12 @@ impl Event {
     pub fn is_trouble(&self) -> bool {
         !matches!(
             self,
-            Event::ResyncStarted { .. } | Event::Protected { .. } | Event::Takeover { .. } | Event::ArbiterBack
+            Event::ResyncStarted { .. }
+                | Event::Protected { .. }
+                | Event::Takeover { .. }
+                | Event::ArbiterBack
+                | Event::DisksCompared { .. }
+                | Event::DisksVerified { different: 0, .. }
         )
     }
 }
@@ -145,6 +172,19 @@ impl fmt::Display for Event {
             }
             Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
             Event::ArbiterBack => write!(f, "arbiter answers again"),
+            Event::DisksCompared { blocks, same } => {
+                write!(f, "the newcomer has {same} of {blocks} blocks of the guest's disks already")
+            }
+            Event::DisksVerified { blocks, different: 0 } => {
+                write!(f, "disks verified: all {blocks} blocks are equal on both nodes")
+            }
+            Event::DisksVerified { blocks, different } => {
+                write!(
+                    f,
+                    "disks verified: {different} of {blocks} blocks DIFFER on the two nodes; see docs/operations.md"
+                )
+            }
+            Event::DisksNotVerified { why } => write!(f, "disks not verified: {why}"),
             Event::NoPrimary { why } => write!(f, "no primary to join yet: {why}; trying again"),
             Event::DiskLocked { why } => {
                 write!(f, "takeover waits for the disk: {why}; the guest goes on when it is free")

@@ -70,6 +70,17 @@ impl ImageLayout {
         self.disks.get(disk).cloned().unwrap_or(self.pages..self.pages)
     }
 
+    /// Disks of the shape, with those that have no blocks.
+    pub fn disks(&self) -> usize {
+        self.disks.len()
+    }
+
+    /// The disk all of whose blocks `run` are; `None` for an empty run, and for one that is not all on one disk.
+    pub fn disk_of(&self, run: &Range<u64>) -> Option<usize> {
+        let on = |blocks: &Range<u64>| blocks.contains(&run.start) && run.end <= blocks.end;
+        self.disks.iter().position(on).filter(|_| !run.is_empty())
+    }
+
     /// The indexes of the blocks of disks whose storage both nodes share: a newcomer has them already.
     pub fn shared(&self) -> &[Range<u64>] {
         &self.shared
@@ -115,5 +126,8 @@ mod tests {
         let layout = ImageLayout::of(&shape);
         assert_eq!((layout.is_shared(3), layout.is_shared(4), layout.is_shared(5)), (false, true, true));
         assert!(layout.blocks_of(1).is_empty() && layout.blocks_of(9).is_empty());
+        let runs = [2..4, 3..4, 4..6, 1..3, 3..5, 5..7, 3..3, 0..1, 6..7, 2..u64::MAX];
+        let disks = runs.map(|run| layout.disk_of(&run));
+        assert_eq!(disks, [Some(0), Some(0), Some(2), None, None, None, None, None, None, None]);
     }
 }

@@ -39,6 +39,8 @@ pub struct Hello {
 pub mod features {
     /// Pages may arrive compressed with lz4.
     pub const LZ4: u64 = 1 << 0;
+    /// A secondary sums blocks of its disks when it is asked to, and is told how far its resync is.
+    pub const DISK_SUMS: u64 = 1 << 1;
 }
 
 /// The shape of a machine: all that a newcomer must know to build one.
@@ -208,6 +210,18 @@ pub enum Message {
         /// The record that won.
         record: Record,
     },
+    /// Primary → secondary: send the sums of these blocks, as they are with every epoch before this message and none behind it.
+    SumBlocks {
+        /// The index of the first, in the [image's row](super::layout).
+        first: u64,
+        /// How many, all of one disk; at most [`SUM_BLOCKS_MAX`](super::sums::SUM_BLOCKS_MAX).
+        count: u32,
+    },
+    /// Primary → newcomer: pages it still lacks, of memory and then of each disk; at most one number more than [`DISKS_MAX`].
+    ResyncLeft {
+        /// The numbers.
+        left: Vec<u64>,
+    },
     /// Primary → secondary: the storage that both share has the writes of every epoch up to this one, for good.
     Written {
         /// The epoch.
@@ -233,6 +247,8 @@ impl Message {
             Message::EpochEnd { .. } => "epoch-end",
             Message::Ack { .. } => "ack",
             Message::Paired { .. } => "paired",
+            Message::SumBlocks { .. } => "sum-blocks",
+            Message::ResyncLeft { .. } => "resync-left",
             Message::Written { .. } => "written",
             Message::Heartbeat(_) => "heartbeat",
             Message::Bye { .. } => "bye",

@@ -18,4 +18,6 @@ pub mod record;
 pub mod resync;
 pub mod secondary;
 pub mod shared;
+pub mod sums;
 pub mod types;
+pub mod verify;

@@ -25,6 +25,11 @@ const TAG_PAIRED: u8 = 7;
 const TAG_HEARTBEAT: u8 = 8;
 const TAG_BYE: u8 = 9;
 const TAG_WRITTEN: u8 = 10;
+const TAG_SUM_BLOCKS: u8 = 11;
+const TAG_RESYNC_LEFT: u8 = 12;
+
+/// Most parts of an image: memory and the disks.
+const PARTS_MAX: usize = 1 + DISKS_MAX;
 
 /// The numbers of [`Channel`] on the wire.
 const CHANNELS: [(u8, Channel); 2] = [(0, Channel::Data), (1, Channel::Heartbeat)];
@@ -87,6 +92,16 @@ pub fn encode_message(message: &Message, out: &mut Vec<u8>) {
             to.u8(TAG_BYE);
             to.text(reason);
         }
+        Message::SumBlocks { first, count } => {
+            to.u8(TAG_SUM_BLOCKS);
+            to.u64(*first);
+            to.u32(*count);
+        }
+        Message::ResyncLeft { left } => {
+            to.u8(TAG_RESYNC_LEFT);
+            to.u8(left.len().min(PARTS_MAX) as u8);
+            left.iter().take(PARTS_MAX).for_each(|left| to.u64(*left));
+        }
     }
 }
 
@@ -111,6 +126,8 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
         TAG_WRITTEN => Message::Written { through: from.epoch()? },
         TAG_HEARTBEAT => Message::Heartbeat(from.heartbeat()?),
         TAG_BYE => Message::Bye { reason: from.text()? },
+        TAG_SUM_BLOCKS => Message::SumBlocks { first: from.u64()?, count: from.u32()? },
+        TAG_RESYNC_LEFT => Message::ResyncLeft { left: from.resync_left()? },
         _ => return malformed("message: unknown tag"),
     };
     if from.rest.is_empty() { Ok(message) } else { malformed("message: bytes after its end") }
@@ -379,6 +396,13 @@ impl<'a> Decoder<'a> {
         let (read_only, shared) = self.named(&USES, "welcome: unknown use of a disk")?;
         let disk = DiskShape { bytes, read_only, shared, serial: self.array()? };
         if disk.is_possible() { Ok(disk) } else { malformed("welcome: no disk has this size") }
+    }
+
+    fn resync_left(&mut self) -> Result<Vec<u64>, WireError> {
+        match usize::from(self.u8()?) {
+            count if count <= PARTS_MAX => (0..count).map(|_| self.u64()).collect(),
+            _ => malformed("resync: no machine has so many disks"),
+        }
     }
 
     fn heartbeat(&mut self) -> Result<Heartbeat, WireError> {

@@ -13,6 +13,7 @@
 
 use super::codec;
 use super::error::WireError;
+use super::sums;
 use crate::protocol::messages::{Message, PROTOCOL_VERSION};
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -40,12 +41,20 @@ pub enum FrameKind {
     State = 4,
     /// Nothing: bytes that make the kernel notice that those before them were lost (see [`LinkWatch`](super::LinkWatch)). Readers pass over it.
     Nudge = 5,
+    /// Sums of blocks of a disk (see [`sums`]): a secondary's answer.
+    Sums = 6,
 }
 
 impl FrameKind {
     /// Every kind.
-    pub const ALL: [FrameKind; 5] =
-        [FrameKind::Message, FrameKind::Pages, FrameKind::Background, FrameKind::State, FrameKind::Nudge];
+    pub const ALL: [FrameKind; 6] = [
+        FrameKind::Message,
+        FrameKind::Pages,
+        FrameKind::Background,
+        FrameKind::State,
+        FrameKind::Nudge,
+        FrameKind::Sums,
+    ];
 
     /// Most bytes of payload in a frame of this kind.
     pub const fn bytes_max(self) -> usize {
@@ -55,6 +64,7 @@ impl FrameKind {
             FrameKind::State => 4 * 1024 * 1024,
             // So that no other frame becomes one by a byte that is damaged: none of them is empty.
             FrameKind::Nudge => 0,
+            FrameKind::Sums => sums::BYTES_MAX,
         }
     }
 
@@ -71,6 +81,7 @@ impl fmt::Display for FrameKind {
             FrameKind::Background => "background",
             FrameKind::State => "state",
             FrameKind::Nudge => "nudge",
+            FrameKind::Sums => "sums",
         })
     }
 }

@@ -14,6 +14,7 @@ pub mod error;
 pub mod frame;
 pub mod link;
 pub mod pages;
+pub mod sums;
 pub mod watch;
 
 pub use error::{PageError, WireError};

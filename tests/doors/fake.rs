@@ -43,6 +43,16 @@ impl Peer {
         self.reader.read()?.message()
     }
 
+    /// The next frame, whatever it is, but for nudges.
+    pub fn read_frame(&mut self) -> Result<(FrameKind, Vec<u8>), WireError> {
+        loop {
+            let frame = self.reader.read()?;
+            if frame.kind != FrameKind::Nudge {
+                return Ok((frame.kind, frame.payload.to_vec()));
+            }
+        }
+    }
+
     /// Reads a refusal: its sentence. Nothing comes after it.
     #[track_caller]
     pub fn refusal(&mut self, expected: RefuseReason) -> String {
@@ -162,11 +172,16 @@ impl FakePrimary {
 
     /// Welcomes the next newcomer on both connections, and hears its first heartbeat.
     pub fn join(&self) -> Joined {
+        self.join_with(&welcome())
+    }
+
+    /// The same, with other words.
+    pub fn join_with(&self, welcome: &Welcome) -> Joined {
         let (mut data, hello) = self.accept_data();
-        data.send(&Message::Welcome(welcome()));
+        data.send(&Message::Welcome(welcome.clone()));
         let (mut heartbeat, second) = self.accept_heartbeat();
         assert_eq!((second.instance, second.channel), (hello.instance, Channel::Heartbeat));
-        heartbeat.send(&Message::Welcome(welcome()));
+        heartbeat.send(&Message::Welcome(welcome.clone()));
         assert!(matches!(heartbeat.read(), Ok(Message::Heartbeat(beat)) if beat.instance == hello.instance));
         Joined { data, heartbeat, newcomer: hello.instance }
     }

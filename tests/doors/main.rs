@@ -14,3 +14,4 @@ mod primaries;
 mod process;
 mod snapshots;
 mod strangers;
+mod sums;

@@ -217,6 +217,8 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
+            // Its disks have no sums: no node here offers them.
+            Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
             // No disk here is on shared storage.
             Action::Committed { .. } | Action::WriteThrough { .. } => {}
             Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
@@ -337,6 +339,7 @@ impl World {
             Action::Send { conn, message } => self.send(n, conn, Item::Message(message)),
             Action::Close { conn } => self.close(n, conn),
             Action::BuildMachine(_) => self.built(n),
+            Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
             Action::Commit { id } => self.commit(n, id),
             Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask(n, call),

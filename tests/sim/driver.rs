@@ -242,6 +242,8 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
+            // Its disks have no sums: no node here offers them.
+            Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
             // The model keeps every epoch's dirt until the primary forgets the peer.
             Action::Committed { id } => self.procs[proc].disk.committed(id),
             Action::WriteThrough { through } => self.write_through(proc, through),
@@ -423,6 +425,7 @@ impl World {
                 node.image = vec![HOLE; self.plan.pages as usize];
                 node.urgent.push_back(In::Secondary(secondary::Input::MachineReady));
             }
+            Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
             Action::Commit { id } => self.commit(proc, id),
             Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),
             Action::TakeStorage => self.take_storage(proc),

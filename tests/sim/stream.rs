@@ -150,6 +150,7 @@ impl Receiver {
                     self.budget.give_back(payload.len() as u64);
                 }
                 FrameKind::Nudge => {}
+                FrameKind::Sums => return Err("a primary sent sums, which are a secondary's to send".into()),
                 FrameKind::Message => match frame.message().map_err(|error| error.to_string())? {
                     Message::EpochBegin { id, completes_resync } => {
                         self.stager.begin(id, completes_resync).map_err(|error| error.to_string())?;

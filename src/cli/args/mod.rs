@@ -84,10 +84,10 @@ pub(in crate::cli) enum Command {
     )]
     Demo(DemoArgs),
 
-    /// Look after disk images: whether two are equal
+    /// Look after disks: whether two images of one are equal, also while the guest runs
     #[command(
-        long_about = "Looks after the disk images of guests, on this host and while no node uses them.",
-        after_help = DISK_HELP
+        long_about = "Looks after the disks of guests: compares the images of a guest that runs, or two that no node uses.",
+        after_help = super::disk::HELP
     )]
     Disk(DiskArgs),
 
@@ -147,10 +147,6 @@ Examples:
   mcd demo                              three rounds and a report
   mcd demo --rounds 20 --json out.json  more of it, for a program to read
   mcd demo --stay                       leave the pair up and print a redis-cli line to try";
-
-const DISK_HELP: &str = "\
-Example:
-  mcd disk verify /var/lib/mcd/web.img /mnt/other-host/web.img";
 
 const CONSOLE_HELP: &str = "\
 Examples:

@@ -55,22 +55,40 @@ pub(in crate::cli) struct DiskArgs {
     pub(in crate::cli) what: DiskCommand,
 }
 
-/// What can be done to disk images.
+/// What can be done to disks.
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum DiskCommand {
-    /// Compare two images, byte for byte, and say what their stamps say
+    /// Compare a guest's disks on its two nodes while it runs, or two images that no node uses
     #[command(
-        long_about = "Compares two images byte for byte, and says what their stamps say and what their checksums \
-        (CRC32C) are. Exit code 0 means that their contents are equal, 1 that they differ: the first difference is named."
+        long_about = "With --guest or --control: has the primary and its secondary compare their images of the guest's disks while it \
+            runs, each block as of one committed epoch, and tells the blocks that differ. With two images: compares them byte for byte, and \
+            says what their stamps and checksums (CRC32C) are.",
+        after_help = crate::cli::disk::HELP
     )]
-    Verify {
-        /// An image
-        #[arg(value_name = "IMAGE")]
-        one: PathBuf,
-        /// The image to compare it with
-        #[arg(value_name = "IMAGE")]
-        other: PathBuf,
-    },
+    Verify(VerifyArgs),
+}
+
+/// `mcd disk verify`.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct VerifyArgs {
+    /// Two images, which no node uses
+    #[arg(value_name = "IMAGE", num_args = 2, required_unless_present_any = ["guest", "control"], conflicts_with_all = ["guest", "control"])]
+    pub(in crate::cli) images: Vec<PathBuf>,
+    /// The guest whose primary on this host is asked, if its control socket is where it is by default
+    #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
+    pub(in crate::cli) guest: Option<GuestName>,
+    /// The control socket of the primary
+    #[arg(long, alias = "socket", value_name = "PATH", conflicts_with = "guest")]
+    pub(in crate::cli) control: Option<PathBuf>,
+    /// Only this disk: its number, counted from 0 in the order of --disk, or its serial number [default: all that the guest can write]
+    #[arg(long, value_name = "NUMBER|SERIAL", conflicts_with = "images")]
+    pub(in crate::cli) disk: Option<String>,
+    /// Print the result as JSON
+    #[arg(long, conflicts_with = "images")]
+    pub(in crate::cli) json: bool,
+    /// How long to wait for an answer of the node (the verify itself takes as long as it takes)
+    #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub(in crate::cli) timeout_ms: u64,
 }
 
 /// `mcd status`.

@@ -12,6 +12,7 @@ impl Primary {
             Command::Stop => self.stopped_by_operator = true,
             Command::Cont => self.stopped_by_operator = false,
             Command::Checkpoint => self.epochs.press(),
+            Command::VerifyDisks(choice) => self.verify_disks(choice),
             Command::Quit => self.quit(),
         }
     }

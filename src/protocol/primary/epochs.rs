@@ -47,6 +47,11 @@ impl Epochs {
         self.capturing.is_none() && self.in_flight.is_none()
     }
 
+    /// True if an epoch is being captured.
+    pub fn is_capturing(&self) -> bool {
+        self.capturing.is_some()
+    }
+
     /// True if somebody asked for a cut.
     pub fn is_pressed(&self) -> bool {
         self.pressed

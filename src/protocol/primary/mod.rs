@@ -13,6 +13,9 @@
 //! ```
 
 mod commands;
+mod compare;
+#[cfg(test)]
+mod compare_tests;
 mod digest;
 mod epochs;
 mod peer;
@@ -22,7 +25,8 @@ mod verdicts;
 
 use std::collections::VecDeque;
 
-pub use types::{Action, Command, ConnId, Input, OutputCut, PrimaryConfig};
+pub use compare::VerifyRefused;
+pub use types::{Action, Command, ConnId, DiskChoice, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
@@ -34,7 +38,9 @@ use super::mutant;
 use super::pages::PageSet;
 use super::record::Record;
 use super::resync::Ledger;
+use super::sums::Comparison;
 use super::types::{EpochId, Generation, InstanceId, Instant};
+use super::verify::Verify;
 
 /// What a primary is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +76,15 @@ pub struct Primary {
     peer: Option<Peer>,
     epochs: Epochs,
     ledger: Option<Ledger>,
+    /// Blocks that both nodes are summing, in a resync or for `verify`.
+    comparison: Option<Box<Comparison>>,
+    tickets: u64,
+    /// The verify under way, or the last one.
+    verify: Option<Box<Verify>>,
+    /// When the newcomer is told again how far it is.
+    progress_at: Instant,
+    /// When the verify may go on.
+    verify_at: Instant,
     arbitration: Arbitration,
     guard: StallGuard,
     /// False after a stall, until the arbiter has confirmed the record.
@@ -99,6 +114,11 @@ impl Primary {
             peer: None,
             epochs: Epochs::new(record.generation, now),
             ledger: None,
+            comparison: None,
+            tickets: 0,
+            verify: None,
+            progress_at: now,
+            verify_at: now,
             arbitration: Arbitration::new(config.arbiter_retry),
             guard: StallGuard::new(config.heartbeat.timeout, now),
             proven: true,
@@ -150,9 +170,9 @@ impl Primary {
         self.peer.as_ref().map_or(0, |peer| peer.features)
     }
 
-    /// Pages a newcomer still lacks, during a resync.
-    pub fn resync_pages_left(&self) -> Option<u64> {
-        self.ledger.as_ref().map(Ledger::pages_left)
+    /// What a newcomer still lacks, during a resync.
+    pub fn resync(&self) -> Option<&Ledger> {
+        self.ledger.as_ref()
     }
 
     /// Why the arbiter is out of reach, if it is.
@@ -203,6 +223,8 @@ impl Primary {
             Input::Captured { id } => self.captured(id),
             Input::CaptureFailed { why } => self.capture_failed(now, &why),
             Input::Pushed => self.pushed(),
+            Input::PeerSums { conn, first, sums } => self.peer_sums(conn, first, sums),
+            Input::OwnSums { ticket, sums } => self.own_sums(ticket, sums),
             Input::StorageSynced { conn } => self.storage_synced(conn),
             Input::Written { through } => self.written(through),
             Input::ReleaseExpired => self.prove_again(),
@@ -239,7 +261,8 @@ impl Primary {
             self.actions.push_back(Action::Ask(call));
         }
         self.mind_peer(now);
-        self.resync_step();
+        self.resync_step(now);
+        self.verify_step(now);
         self.consider_capture(now);
         self.sync_run();
     }
@@ -256,10 +279,12 @@ impl Primary {
         }
     }
 
-    fn resync_step(&mut self) {
+    fn resync_step(&mut self, now: Instant) {
         if self.phase != Phase::Resync {
             return;
         }
+        self.tell_progress(now);
+        self.compare_step();
         let Some(ledger) = &mut self.ledger else { return };
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
@@ -308,6 +333,7 @@ impl Primary {
 
     fn captured(&mut self, id: EpochId) {
         self.epochs.captured(id);
+        self.sum_frozen(id);
         if mutant::is("release-on-send") && self.phase == Phase::Protected {
             self.actions.push_back(Action::Release { through: id.epoch, before: Instant::from_us(u64::MAX) });
         }
@@ -373,6 +399,7 @@ impl Primary {
     // ---- the peer ----
 
     fn drop_connections(&mut self) {
+        self.stop_comparing();
         if let Some(peer) = self.peer.take() {
             for conn in [Some(peer.data), peer.heartbeat].into_iter().flatten() {
                 self.actions.push_back(Action::Close { conn });
@@ -421,6 +448,7 @@ impl Primary {
         self.phase = Phase::Resync;
         self.pairing_checked = false;
         self.begin_ledger();
+        self.progress_at = now;
         self.epochs.start(now);
         self.actions.push_back(Action::StartTracking { conn });
         if let Some(peer) = &self.peer {

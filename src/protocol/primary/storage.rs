@@ -2,7 +2,7 @@
 
 use super::{Action, Phase, Primary};
 use crate::protocol::layout::ImageLayout;
-use crate::protocol::messages::Message;
+use crate::protocol::messages::{Message, features};
 use crate::protocol::mutant;
 use crate::protocol::primary::ConnId;
 use crate::protocol::resync::Ledger;
@@ -12,7 +12,8 @@ impl Primary {
     /// What a newcomer lacks: everything but the storage it shares, which may be behind what this host has in its cache.
     pub(super) fn begin_ledger(&mut self) {
         let layout = ImageLayout::of(&self.config.shape);
-        let mut ledger = Ledger::new(layout.pages());
+        let compare = self.peer_features() & features::DISK_SUMS != 0;
+        let mut ledger = Ledger::new(&layout, compare);
         layout.shared().iter().for_each(|blocks| ledger.has(blocks.clone()));
         self.ledger = Some(ledger);
         self.storage_behind = self.config.shape.shares_storage() && !mutant::is("whole-before-the-storage");

@@ -1,5 +1,6 @@
 //! What goes into a primary and what comes out.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
@@ -7,6 +8,7 @@ use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{Hello, MachineShape, Message};
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, GuestName, Instant};
 
 /// Names a connection; the driver gives the numbers and never uses one twice.
@@ -48,8 +50,21 @@ pub enum Command {
     Cont,
     /// Cut an epoch now.
     Checkpoint,
+    /// Compare disks with the secondary's, while the guest runs.
+    VerifyDisks(DiskChoice),
     /// End this node. A protected guest goes on at the secondary; an unprotected one is shut down.
     Quit,
+}
+
+/// Which disks are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DiskChoice {
+    /// Every one that travels.
+    All,
+    /// The one with this number in the machine's shape.
+    Number(u64),
+    /// The one with this serial number, filled up with zero bytes.
+    Serial([u8; 20]),
 }
 
 /// What happened, told to the primary.
@@ -96,6 +111,22 @@ pub enum Input {
     },
     /// The background push asked for was read and handed to the link.
     Pushed,
+    /// The peer's sums of blocks.
+    PeerSums {
+        /// The connection.
+        conn: ConnId,
+        /// The index of the first block.
+        first: u64,
+        /// The sums; none if the newcomer's image is not worth a comparison.
+        sums: Vec<BlockSum>,
+    },
+    /// The sums asked for, of this node's blocks.
+    OwnSums {
+        /// The question's ticket.
+        ticket: u64,
+        /// The sums, or in words why there are none.
+        sums: Result<Vec<BlockSum>, String>,
+    },
     /// The storage shared with the newcomer on this connection has everything written before `StartTracking`, for good.
     StorageSynced {
         /// The connection.
@@ -175,6 +206,20 @@ pub enum Action {
     Push {
         /// Page indexes, rising.
         pages: Vec<u64>,
+    },
+    /// The next epoch that is cut freezes these blocks of a disk: they can be read as they were then. Those frozen before are let go.
+    Freeze {
+        /// Their indexes.
+        run: Range<u64>,
+    },
+    /// Sum these blocks of a disk, then say `OwnSums`.
+    Sum {
+        /// Names the question.
+        ticket: u64,
+        /// Their indexes.
+        run: Range<u64>,
+        /// The epoch they were frozen with; as they are, without one.
+        as_of: Option<EpochId>,
     },
     /// The epoch is committed on the peer: its dirt is safe there.
     Committed {

@@ -13,6 +13,7 @@
 mod digest;
 mod joining;
 mod storage;
+mod sums;
 mod types;
 
 use std::collections::VecDeque;
@@ -77,6 +78,10 @@ pub struct Secondary {
     /// When the newest committed epoch was received.
     received: Instant,
     record: Option<Record>,
+    /// The first of the blocks that are being summed for the primary.
+    summing: Option<u64>,
+    /// What this newcomer still lacks, as the primary said: pages of memory, then of each disk.
+    resync_left: Vec<u64>,
     inheritance: Option<Inheritance>,
     arbitration: Arbitration,
     arbiter_lost: Option<String>,
@@ -106,6 +111,8 @@ impl Secondary {
             committed: None,
             received: start,
             record: None,
+            summing: None,
+            resync_left: Vec::new(),
             inheritance: None,
             arbitration: Arbitration::new(config.retry),
             arbiter_lost: None,
@@ -175,6 +182,7 @@ impl Secondary {
             Input::Staged { conn, id, completes_resync, staged_bytes } => {
                 self.staged(now, conn, id, completes_resync, staged_bytes);
             }
+            Input::Summed { first, sums } => self.summed(first, sums),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
                     self.verdict(verdict);
@@ -253,6 +261,8 @@ impl Secondary {
                 }
             }
             Message::Paired { record } if on_data => self.paired(now, record),
+            Message::SumBlocks { first, count } if on_data => self.sum_blocks(now, first, count),
+            Message::ResyncLeft { left } if on_data => self.resync_left(now, left),
             Message::Written { through } if on_data && self.holds_epochs() => {
                 self.actions.push_back(Action::Forget { through });
             }

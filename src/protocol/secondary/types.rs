@@ -1,5 +1,6 @@
 //! What goes into a secondary and what comes out.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
@@ -9,6 +10,7 @@ use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
 use crate::protocol::record::Record;
 use crate::protocol::secondary::StorageTrouble;
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, GuestName, Instant};
 
 /// How a secondary behaves.
@@ -84,6 +86,13 @@ pub enum Input {
         /// Staging bytes in use.
         staged_bytes: u64,
     },
+    /// The sums asked for.
+    Summed {
+        /// The index of the first block.
+        first: u64,
+        /// The sums; none if the image is not worth a comparison.
+        sums: Vec<BlockSum>,
+    },
     /// The arbiter answered.
     Answer {
         /// The question's ticket.
@@ -149,6 +158,20 @@ pub enum Action {
     Commit {
         /// The epoch.
         id: EpochId,
+    },
+    /// Sum these blocks of a disk once every committed epoch is in the image and before the next one is, then say `Summed`.
+    Sum {
+        /// Their indexes.
+        run: Range<u64>,
+    },
+    /// Send sums of blocks.
+    SendSums {
+        /// The connection.
+        conn: ConnId,
+        /// The index of the first block.
+        first: u64,
+        /// The sums.
+        sums: Vec<BlockSum>,
     },
     /// Shared storage has the writes of every epoch up to `through`: forget those.
     Forget {

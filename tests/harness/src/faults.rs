@@ -64,7 +64,7 @@ impl World<'_> {
         self.start(StartAs::Secondary, other)?;
         self.wait("a resync to begin", DECISION_LIMIT, |world| {
             let status = world.status(world.runner);
-            Ok(status.filter(|status| status.resync.is_some_and(|resync| resync.pages_left > 0)).map(|_| ()))
+            Ok(status.filter(|status| status.resync.as_ref().is_some_and(|resync| resync.pages_left > 0)).map(|_| ()))
         })
     }
 

@@ -1,0 +1,21 @@
+//! The sums of blocks, by which two images of a disk are compared.
+
+use std::ops::Range;
+
+use super::journal::Block;
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::sums::BlockSum;
+
+/// The sum of a block: its BLAKE3 hash. Part of the protocol: both nodes must have one and the same.
+pub fn sum_of(block: &Block) -> BlockSum {
+    blake3::hash(block).into()
+}
+
+/// The sums of the blocks with the indexes `run`, which `read` reads.
+///
+/// # Errors
+/// Those of `read`.
+pub fn sum_run<E>(run: Range<u64>, mut read: impl FnMut(u64, &mut Block) -> Result<(), E>) -> Result<Vec<BlockSum>, E> {
+    let mut block = [0; PAGE_BYTES];
+    run.map(|index| read(index, &mut block).map(|()| sum_of(&block))).collect()
+}

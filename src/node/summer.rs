@@ -1,0 +1,106 @@
+//! Sums of a primary's own blocks: made by a thread of their own, because storage may be slow and the driver must not wait for it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crossbeam::channel::{Sender, unbounded};
+
+use super::events::NodeEvent;
+use super::priority;
+use crate::checkpoint::image::GuestImage;
+use crate::checkpoint::journal::DiskJournal;
+use crate::checkpoint::sums::sum_run;
+use crate::control::verify::{DiskVerify, VerifyReport, VerifyState};
+use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::types::EpochId;
+use crate::protocol::verify::{Outcome, Verify};
+
+/// A question.
+struct Job {
+    ticket: u64,
+    run: Range<u64>,
+    as_of: Option<EpochId>,
+}
+
+/// The thread. It ends with this handle, which does not wait for it.
+pub struct Summer {
+    jobs: Sender<Job>,
+}
+
+impl Summer {
+    /// Starts the thread for `image`, whose writes go through `journal`; answers go to `events`.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn start(image: GuestImage, journal: Arc<DiskJournal>, events: Sender<NodeEvent>) -> std::io::Result<Summer> {
+        // The protocol asks one question at a time.
+        let (jobs, queue) = unbounded::<Job>();
+        std::thread::Builder::new().name("mcd-sum".into()).spawn(move || {
+            priority::lower();
+            for Job { ticket, run, as_of } in queue {
+                let sums = sum_run(run, |index, block| {
+                    image.read(index, block).map_err(|error| error.to_string())?;
+                    match as_of {
+                        Some(epoch) => {
+                            journal.freezer().as_it_was(index, epoch, block).map_err(|error| error.to_string())
+                        }
+                        None => Ok(()),
+                    }
+                });
+                if let Some(epoch) = as_of {
+                    journal.freezer().thaw_of(epoch);
+                }
+                if events.send(NodeEvent::OwnSums { ticket, sums }).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Summer { jobs })
+    }
+
+    /// Sums these blocks, as they were when epoch `as_of` was cut, or as they are.
+    pub fn sum(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
+        // The thread ends only after this handle.
+        let _ = self.jobs.send(Job { ticket, run, as_of });
+    }
+}
+
+/// Notices when there is something new to tell of a verify.
+#[derive(Default)]
+pub struct VerifyWatch {
+    /// What was told last.
+    told: Option<Verify>,
+}
+
+impl VerifyWatch {
+    /// The report, if it is another than last time.
+    pub fn news(&mut self, verify: Option<&Verify>) -> Option<VerifyReport> {
+        if verify == self.told.as_ref() {
+            return None;
+        }
+        self.told = verify.cloned();
+        verify.map(report)
+    }
+}
+
+fn report(verify: &Verify) -> VerifyReport {
+    let disks: Vec<DiskVerify> = verify
+        .disks()
+        .iter()
+        .map(|disk| DiskVerify {
+            disk: disk.disk as u64,
+            blocks: disk.blocks,
+            compared: disk.compared,
+            different: disk.different,
+            ranges: disk.ranges.iter().map(|range| (range.start, range.end)).collect(),
+        })
+        .collect();
+    let (state, why) = match verify.outcome() {
+        Outcome::Running => (VerifyState::Running, None),
+        Outcome::Done if disks.iter().any(|disk| disk.different > 0) => (VerifyState::Different, None),
+        Outcome::Done => (VerifyState::Equal, None),
+        Outcome::Failed(why) => (VerifyState::Failed, Some(why.clone())),
+    };
+    let epochs = verify.epochs().map(|(first, last)| (first.to_string(), last.to_string()));
+    VerifyReport { state, why, block_bytes: PAGE_BYTES as u64, epochs, disks }
+}

@@ -1,0 +1,203 @@
+//! Blocks that are summed on both nodes: in a resync, so that a newcomer's disk gets only what it lacks, and to verify the disks of a pair.
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::types::{Action, ConnId, DiskChoice};
+use super::{Phase, Primary};
+use crate::protocol::event::Event;
+use crate::protocol::layout::ImageLayout;
+use crate::protocol::messages::{Channel, Message, features};
+use crate::protocol::sums::{BlockSum, Comparison};
+use crate::protocol::types::{EpochId, Instant};
+use crate::protocol::verify::{DiskFindings, Outcome, Verify};
+
+/// Time from one word to a newcomer about its resync to the next.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// The least time from one run of a verify to the next, so that a guest whose epochs follow each other closely is left its host: at most
+/// 50 MiB are compared in a second.
+const VERIFY_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Why disks cannot be verified now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum VerifyRefused {
+    /// There is nothing to compare with.
+    #[error("the guest is not protected: there is no secondary with a whole image to compare with")]
+    NotProtected,
+    /// The secondary is an older build.
+    #[error("the secondary's mcd is older and cannot sum its disks; run the same mcd on both hosts")]
+    Unable,
+    /// One at a time.
+    #[error("the disks are being verified already; mc-query-disk-verify says how far that is")]
+    Busy,
+    /// There is no such disk, or none at all.
+    #[error("the guest has no such disk that it can write; disks count from 0 in the order of --disk")]
+    NoSuchDisk,
+}
+
+impl Primary {
+    // ---- verify ----
+
+    /// Whether the disks can be verified now.
+    ///
+    /// # Errors
+    /// [`VerifyRefused`].
+    pub fn may_verify(&self, choice: DiskChoice) -> Result<(), VerifyRefused> {
+        if self.phase != Phase::Protected {
+            return Err(VerifyRefused::NotProtected);
+        }
+        if self.peer_features() & features::DISK_SUMS == 0 {
+            return Err(VerifyRefused::Unable);
+        }
+        if self.verify.as_ref().is_some_and(|verify| verify.is_running()) {
+            return Err(VerifyRefused::Busy);
+        }
+        if self.chosen(choice).is_empty() { Err(VerifyRefused::NoSuchDisk) } else { Ok(()) }
+    }
+
+    /// The verify under way, or the last one.
+    pub fn verify(&self) -> Option<&Verify> {
+        self.verify.as_deref()
+    }
+
+    /// The numbers of the disks meant, of those that travel.
+    fn chosen(&self, choice: DiskChoice) -> Vec<usize> {
+        let disks = self.config.shape.disks.iter().enumerate().filter(|(_, disk)| !disk.read_only && !disk.shared);
+        let chosen = disks.filter(|(number, disk)| match choice {
+            DiskChoice::All => true,
+            DiskChoice::Number(wanted) => *number as u64 == wanted,
+            DiskChoice::Serial(serial) => disk.serial == serial,
+        });
+        chosen.map(|(number, _)| number).collect()
+    }
+
+    pub(super) fn verify_disks(&mut self, choice: DiskChoice) {
+        if self.may_verify(choice).is_ok() {
+            let verify = Verify::new(&ImageLayout::of(&self.config.shape), &self.chosen(choice));
+            self.verify = Some(Box::new(verify));
+        }
+    }
+
+    /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may have been cut already.
+    pub(super) fn verify_step(&mut self, now: Instant) {
+        if self.phase != Phase::Protected || self.epochs.is_capturing() || now < self.verify_at {
+            return;
+        }
+        let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) else { return };
+        if let Some(run) = verify.next_run() {
+            self.verify_at = now + VERIFY_INTERVAL;
+            self.actions.push_back(Action::Freeze { run });
+        } else if *verify.outcome() == Outcome::Done {
+            let sum = |of: fn(&DiskFindings) -> u64| verify.disks().iter().map(of).sum();
+            let (blocks, different) = (sum(|disk| disk.blocks), sum(|disk| disk.different));
+            self.tell(Event::DisksVerified { blocks, different });
+        }
+    }
+
+    /// Epoch `id` was cut and is on its way: what it froze is summed here, and there behind it.
+    pub(super) fn sum_frozen(&mut self, id: EpochId) {
+        if self.phase == Phase::Protected
+            && let Some(run) = self.verify.as_mut().and_then(|verify| verify.cut(id))
+        {
+            self.compare(run, Some(id));
+        }
+    }
+
+    /// There is no peer to compare with any more.
+    pub(super) fn stop_comparing(&mut self) {
+        self.comparison = None;
+        self.verify_failed("the pair broke up meanwhile");
+    }
+
+    fn verify_failed(&mut self, why: &str) {
+        if let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) {
+            verify.fail(why);
+            self.tell(Event::DisksNotVerified { why: why.into() });
+        }
+    }
+
+    // ---- resync ----
+
+    pub(super) fn compare_step(&mut self) {
+        if let Some(run) = self.ledger.as_mut().and_then(|ledger| ledger.next_comparison()) {
+            self.compare(run, None);
+        }
+    }
+
+    pub(super) fn tell_progress(&mut self, now: Instant) {
+        let Some(peer) = &self.peer else { return };
+        if now < self.progress_at || peer.features & features::DISK_SUMS == 0 {
+            return;
+        }
+        self.progress_at = now + PROGRESS_INTERVAL;
+        let left = self.ledger.iter().flat_map(|ledger| ledger.parts()).map(|(_, left)| left).collect();
+        self.actions.push_back(Action::Send { conn: peer.data, message: Message::ResyncLeft { left } });
+    }
+
+    fn tell_comparisons(&mut self) {
+        if let Some((blocks, same)) = self.ledger.as_ref().and_then(|ledger| ledger.comparisons()) {
+            self.tell(Event::DisksCompared { blocks, same });
+        }
+    }
+
+    // ---- both ----
+
+    fn compare(&mut self, run: std::ops::Range<u64>, as_of: Option<EpochId>) {
+        let Some(peer) = &self.peer else { return };
+        self.tickets += 1;
+        let (ticket, conn, first) = (self.tickets, peer.data, run.start);
+        // A run has at most SUM_BLOCKS_MAX blocks.
+        let count = u32::try_from(run.end - run.start).unwrap_or(u32::MAX);
+        self.actions.push_back(Action::Send { conn, message: Message::SumBlocks { first, count } });
+        self.actions.push_back(Action::Sum { ticket, run: run.clone(), as_of });
+        self.comparison = Some(Box::new(Comparison::new(ticket, run)));
+    }
+
+    pub(super) fn peer_sums(&mut self, conn: ConnId, first: u64, sums: Vec<BlockSum>) {
+        if self.peer.as_ref().and_then(|peer| peer.channel_of(conn)) != Some(Channel::Data) {
+            return;
+        }
+        let Some(comparison) = &mut self.comparison else {
+            return self.lose_peer("it sent sums of blocks that nobody asked for");
+        };
+        if sums.is_empty() && self.phase == Phase::Resync && first == comparison.run().start {
+            let run = comparison.run();
+            self.comparison = None;
+            self.ledger.iter_mut().for_each(|ledger| ledger.incomparable(&run));
+            self.tell_comparisons();
+        } else if comparison.take_theirs(first, sums) {
+            self.compared();
+        } else {
+            self.lose_peer("it sent other sums of blocks than it was asked for");
+        }
+    }
+
+    pub(super) fn own_sums(&mut self, ticket: u64, sums: Result<Vec<BlockSum>, String>) {
+        if let Some(comparison) = self.comparison.as_mut().filter(|comparison| comparison.is(ticket)) {
+            comparison.take_own(sums);
+            self.compared();
+        }
+    }
+
+    /// Goes on once both nodes have answered.
+    fn compared(&mut self) {
+        let Some(comparison) = &self.comparison else { return };
+        let (Some(differing), run) = (comparison.differing(), comparison.run()) else { return };
+        self.comparison = None;
+        match (&mut self.ledger, &mut self.verify, differing) {
+            (Some(ledger), _, Ok(differing)) => {
+                ledger.compared(&run, &differing);
+                self.tell_comparisons();
+            }
+            (Some(ledger), _, Err(_)) => {
+                // They are pushed instead; who reads them then will say what is wrong.
+                ledger.incomparable(&run);
+                self.tell_comparisons();
+            }
+            (None, Some(verify), Ok(differing)) => verify.compared(&run, &differing),
+            (None, _, Err(why)) => self.verify_failed(&format!("the primary cannot sum its own image: {why}")),
+            (None, None, Ok(_)) => {}
+        }
+    }
+}
