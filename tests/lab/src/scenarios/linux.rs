@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::Play;
 use crate::disk::GUEST_IMAGE_PATH;
 use crate::error::LabError;
-use crate::guest::complaints;
+use crate::guest::{boot_complaints, complaints};
 use crate::report::{ClockFigures, DiskFigures};
 use crate::talk::Times;
 use crate::told::{Clocks, CpuClocks, DiskSpeed};
@@ -30,6 +30,10 @@ impl Play {
         world.ask_console("echo lab-$((6 * 7)) on $(uname -r)", "lab-42 on .*cloud")?;
         self.note("the shell on its console answers", since, None);
         let log = world.guest_log()?;
+        let bad = boot_complaints(&log);
+        if !bad.is_empty() {
+            return Err(LabError::Wrong(format!("the guest's kernel finds its machine odd:\n  {}", bad.join("\n  "))));
+        }
         let clocksource = self.check_clocks(world, "the boot")?.clocksource;
         self.measure_disk(world, false)?;
         Ok(Before { log, clocksource })
