@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use namespace::{in_namespace, next_packet, packet_socket, until_readable};
+use namespace::{in_namespace, next_packet, opened_once_free, packet_socket, until_readable};
 use netbuf::{FRAME_BYTES_MAX, PacketPort, TapError, TunTapPort};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -66,6 +66,6 @@ fn an_occupied_a_missing_and_a_wrong_interface_are_told_apart() {
         assert!(matches!(TunTapPort::create("mcdtest1"), Err(TapError::Occupied { .. })));
         assert!(matches!(TunTapPort::open("lo"), Err(TapError::NotATap { .. })));
         drop(port);
-        TunTapPort::create("mcdtest1").unwrap();
+        opened_once_free(|| TunTapPort::create("mcdtest1"));
     });
 }

@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use namespace::{in_namespace, until_readable};
+use namespace::{in_namespace, opened_once_free, until_readable};
 use netbuf::{FRAME_BYTES_MAX, PacketPort, TapError, TunTapPort, VNET_HEADER_BYTES, VnetTapPort};
 use std::io;
 use std::net::UdpSocket;
@@ -152,21 +152,11 @@ fn a_tap_can_be_used_with_and_without_headers_in_turn() {
         let mac = connect("mcdtest4");
         port.send(&[LACKS_CHECKSUM.to_vec(), datagram(mac, b"x")].concat()).expect("with a header");
         drop(port);
-        // A child that another test is starting has a copy of the descriptor until it runs its program.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-        let plain = loop {
-            match TunTapPort::open("mcdtest4") {
-                Err(TapError::Occupied { .. }) if std::time::Instant::now() < deadline => std::thread::yield_now(),
-                opened => break opened.unwrap(),
-            }
-        };
+        let plain = opened_once_free(|| TunTapPort::open("mcdtest4"));
         assert!(!plain.has_headers());
         plain.send(&datagram(mac, b"x")).expect("without one");
         drop(plain);
         assert!(matches!(VnetTapPort::open("lo"), Err(TapError::NotATap { .. })));
-        while let Err(error) = VnetTapPort::open("mcdtest4") {
-            assert!(matches!(error, TapError::Occupied { .. }) && std::time::Instant::now() < deadline, "{error}");
-            std::thread::yield_now();
-        }
+        opened_once_free(|| VnetTapPort::open("mcdtest4"));
     });
 }

@@ -4,6 +4,9 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use netbuf::TapError;
 
 /// Set in a test binary that runs again in a user namespace.
 const INSIDE: &str = "NETBUF_TEST_INSIDE";
@@ -76,4 +79,16 @@ pub fn until_readable(fd: RawFd) {
     let mut wait = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one live pollfd, and the count says one.
     assert_eq!(unsafe { libc::poll(&mut wait, 1, 30_000) }, 1, "no frame came");
+}
+
+/// Opens a tap that has just been let go: a child that another test is starting has a copy of its descriptor until it runs its program.
+#[allow(dead_code)] // not every test needs it
+pub fn opened_once_free<P: std::fmt::Debug>(open: impl Fn() -> Result<P, TapError>) -> P {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match open() {
+            Err(TapError::Occupied { .. }) if Instant::now() < deadline => std::thread::yield_now(),
+            opened => return opened.unwrap(),
+        }
+    }
 }
