@@ -64,8 +64,8 @@ struct Args {
     /// The memory of each host, in MiB
     #[arg(long, default_value_t = 1536)]
     memory: u32,
-    /// The processors of each host
-    #[arg(long, default_value_t = 2)]
+    /// The processors of each host. With two of them QEMU's emulation loses races: guests and whole hosts were reset as guests booted
+    #[arg(long, default_value_t = 1)]
     host_cpus: u32,
     /// Leave everything up at the end of a scenario and say how to look around; Ctrl-C ends it
     #[arg(long)]
