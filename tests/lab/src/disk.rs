@@ -13,7 +13,7 @@ use crate::error::LabError;
 /// How large a host's disk is, in bytes. It takes the space that is written.
 const HOST_DISK_BYTES: u64 = 256 << 20;
 /// How large the guest's disk is, in bytes.
-const GUEST_DISK_BYTES: u64 = 64 << 20;
+const GUEST_DISK_BYTES: u64 = 32 << 20;
 /// The guest's image on a host's disk.
 const GUEST_IMAGE: &str = "guest.img";
 /// Where a host has the guest's image.
