@@ -2,23 +2,23 @@
 //! only the holder of the disk's lock writes.
 
 mod rights;
+mod waits;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use mcd::control::Client;
 use mcd::control::status::{NodeStatus, Role, State};
 use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+use waits::*;
+
 /// The last block is not whole.
 const DISK_BYTES: u64 = (8 << 20) + 512;
 /// Blocks the guest's background writer works on; the client's follow.
@@ -191,39 +191,6 @@ impl Drop for World {
             }
         }
     }
-}
-
-fn quit(node: &mut Node) {
-    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
-    client.execute("quit", Value::Null, PATIENCE).expect("quit");
-    wait_ended(node);
-}
-
-fn wait_ended(node: &mut Node) {
-    let deadline = Instant::now() + PATIENCE;
-    while node.ended().is_none() {
-        assert!(Instant::now() < deadline, "{} does not end:\n{}", node.name(), node.log_tail(20));
-        std::thread::park_timeout(Duration::from_millis(2));
-    }
-}
-
-fn wait_for(node: &mut Node, what: &str, done: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = node.status()
-            && done(&status)
-        {
-            return status;
-        }
-        assert!(node.ended().is_none(), "{} ended and did not {what}:\n{}", node.name(), node.log_tail(20));
-        assert!(Instant::now() < deadline, "{} did not {what}:\n{}", node.name(), node.log_tail(20));
-        // A status is asked for again and again; this only keeps the asking from taking a core.
-        std::thread::park_timeout(Duration::from_millis(2));
-    }
-}
-
-fn from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A guest that works for clients is saved to a file, ends, and goes on from the file: alone, as a pair, with a disk.
 
 mod rights;
+mod waits;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -13,13 +14,13 @@ use std::time::{Duration, Instant};
 
 use mcd::checkpoint::snapshot::SnapshotReader;
 use mcd::checkpoint::stamp::Stamp;
-use mcd::control::Client;
-use mcd::control::status::{NodeStatus, State};
+use mcd::control::status::State;
 use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+use waits::*;
+
 const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/net/tun"];
 const REFUSED: Option<i32> = Some(4);
 /// Writes acknowledged before the snapshot, and again after it.
@@ -193,35 +194,6 @@ impl World {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
         command.args(["snapshot", "save"]).arg(self.file()).arg("--control").arg(node.control()).args(more);
         command.output().expect("mcd runs")
-    }
-}
-
-fn quit(node: &mut Node) {
-    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
-    client.execute("quit", Value::Null, PATIENCE).expect("quit");
-    wait_ended(node);
-}
-
-fn wait_ended(node: &mut Node) {
-    let deadline = Instant::now() + PATIENCE;
-    while node.ended().is_none() {
-        assert!(Instant::now() < deadline, "{} does not end:\n{}", node.name(), node.log_tail(20));
-        std::thread::park_timeout(Duration::from_millis(2));
-    }
-}
-
-fn wait_for(node: &mut Node, what: &str, done: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = node.status()
-            && done(&status)
-        {
-            return status;
-        }
-        assert!(node.ended().is_none(), "{} ended and did not {what}:\n{}", node.name(), node.log_tail(20));
-        assert!(Instant::now() < deadline, "{} did not {what}:\n{}", node.name(), node.log_tail(20));
-        // A status is asked for again and again; this only keeps the asking from taking a core.
-        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 

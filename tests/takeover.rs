@@ -1,6 +1,7 @@
 //! Real nodes, unmodified clients, and a host that dies under them.
 
 mod rights;
+mod waits;
 
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
@@ -10,7 +11,8 @@ use mcd::control::status::{NodeStatus, State};
 use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName, find_tool};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+use waits::*;
+
 /// Epochs a pair commits before its primary is killed: enough that the benchmark is in the middle of something.
 const EPOCHS_BETWEEN_KILLS: u64 = 300;
 const REQUESTS: &str = "20000";
@@ -102,21 +104,6 @@ impl Pair {
             ended || status.epochs.committed >= before + more
         });
         !ended
-    }
-}
-
-fn wait_for(node: &mut Node, what: &str, mut done: impl FnMut(&NodeStatus) -> bool) -> NodeStatus {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = node.status()
-            && done(&status)
-        {
-            return status;
-        }
-        assert!(node.ended().is_none(), "{} ended and did not {what}:\n{}", node.name(), node.log_tail(20));
-        assert!(Instant::now() < deadline, "{} did not {what}:\n{}", node.name(), node.log_tail(20));
-        // A status is asked for again and again; this only keeps the asking from taking a core.
-        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 

@@ -3,6 +3,8 @@
 mod full;
 #[path = "../rights/mod.rs"]
 mod rights;
+#[path = "../waits/mod.rs"]
+mod waits;
 mod world;
 
 use mcd::checkpoint::stamp::Stamp;

@@ -6,16 +6,17 @@ use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mcd::control::Client;
-use mcd::control::status::{NodeStatus, State};
+use mcd::control::status::State;
 use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use serde_json::Value;
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use crate::waits::*;
+
 /// The last block is not whole.
 pub const DISK_BYTES: u64 = (16 << 20) + 512;
 /// Blocks the guest's background writer works on; the client's follow.
@@ -289,39 +290,6 @@ pub fn start_verify(node: &Node) -> Child {
         std::thread::park_timeout(Duration::from_millis(2));
     }
     verify
-}
-
-pub fn quit(node: &mut Node) {
-    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
-    client.execute("quit", Value::Null, PATIENCE).expect("quit");
-    wait_ended(node);
-}
-
-pub fn wait_ended(node: &mut Node) {
-    let deadline = Instant::now() + PATIENCE;
-    while node.ended().is_none() {
-        assert!(Instant::now() < deadline, "{} does not end:\n{}", node.name(), node.log_tail(20));
-        std::thread::park_timeout(Duration::from_millis(2));
-    }
-}
-
-pub fn wait_for(node: &mut Node, what: &str, done: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = node.status()
-            && done(&status)
-        {
-            return status;
-        }
-        assert!(node.ended().is_none(), "{} ended and did not {what}:\n{}", node.name(), node.log_tail(20));
-        assert!(Instant::now() < deadline, "{} did not {what}:\n{}", node.name(), node.log_tail(20));
-        // A status is asked for again and again; this only keeps the asking from taking a core.
-        std::thread::park_timeout(Duration::from_millis(2));
-    }
-}
-
-pub fn from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
 pub fn says(output: &Output, part: &str) -> bool {
