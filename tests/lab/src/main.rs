@@ -24,7 +24,6 @@ mod told;
 mod world;
 
 use std::fs;
-use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -34,7 +33,7 @@ use std::time::Instant;
 use clap::Parser;
 use mcd::demo::fabric;
 use mcd::demo::nodes::RunDir;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use mcd::demo::trouble::catch_signals;
 
 use error::LabError;
 use host::{HostSettings, Site};
@@ -179,15 +178,4 @@ fn try_one(
         println!("{wrong}\nthe hosts' consoles are in {}\n", site.logs.display());
     }
     Ok(outcome)
-}
-
-/// The first signal asks for an orderly end, a second one ends at once; the hosts lose their power either way.
-fn catch_signals() -> io::Result<Arc<AtomicBool>> {
-    const KILLED_BY_SIGINT: i32 = 130;
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register_conditional_shutdown(signal, KILLED_BY_SIGINT, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
-    Ok(stop)
 }
