@@ -1,4 +1,4 @@
-//! Sums of a primary's own blocks: made by a thread of their own, because storage may be slow and the driver must not wait for it.
+//! Sums of a primary's own blocks: made by threads of their own, because storage may be slow and the driver must not wait for it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use crate::checkpoint::journal::DiskJournal;
 use crate::checkpoint::sums::sum_run;
 use crate::control::verify::{DiskVerify, VerifyReport, VerifyState};
 use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::sums::BlockSum;
 use crate::protocol::types::EpochId;
 use crate::protocol::verify::{Outcome, Verify};
 
@@ -22,46 +23,70 @@ struct Job {
     as_of: Option<EpochId>,
 }
 
-/// The thread. It ends with this handle, which does not wait for it.
+/// Two threads, of which one at a time has something to do. They end with this handle, which does not wait for them.
 pub struct Summer {
-    jobs: Sender<Job>,
+    /// For a resync: the guest is unprotected until it is done, so it goes beside the guest.
+    resync: Sender<Job>,
+    /// For a verify: nobody waits for it, so the guest goes first.
+    verify: Sender<Job>,
 }
 
 impl Summer {
-    /// Starts the thread for `image`, whose writes go through `journal`; answers go to `events`.
+    /// Starts the threads for `image`, whose writes go through `journal`; answers go to `events`.
     ///
     /// # Errors
-    /// If the thread cannot be started.
+    /// If a thread cannot be started.
     pub fn start(image: GuestImage, journal: Arc<DiskJournal>, events: Sender<NodeEvent>) -> std::io::Result<Summer> {
-        // The protocol asks one question at a time.
-        let (jobs, queue) = unbounded::<Job>();
-        std::thread::Builder::new().name("mcd-sum".into()).spawn(move || {
-            priority::lower();
-            for Job { ticket, run, as_of } in queue {
-                let sums = sum_run(run, |index, block| {
-                    image.read(index, block).map_err(|error| error.to_string())?;
-                    match as_of {
-                        Some(epoch) => {
-                            journal.freezer().as_it_was(index, epoch, block).map_err(|error| error.to_string())
-                        }
-                        None => Ok(()),
-                    }
-                });
-                if let Some(epoch) = as_of {
-                    journal.freezer().thaw_of(epoch);
-                }
-                if events.send(NodeEvent::OwnSums { ticket, sums }).is_err() {
-                    return;
-                }
-            }
-        })?;
-        Ok(Summer { jobs })
+        let worker = Worker { image, journal, events };
+        let resync = worker.clone().start("mcd-sum", || {})?;
+        let verify = worker.start("mcd-verify", priority::lower)?;
+        Ok(Summer { resync, verify })
     }
 
     /// Sums these blocks, as they were when epoch `as_of` was cut, or as they are.
     pub fn sum(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
+        let thread = if as_of.is_some() { &self.verify } else { &self.resync };
         // The thread ends only after this handle.
-        let _ = self.jobs.send(Job { ticket, run, as_of });
+        let _ = thread.send(Job { ticket, run, as_of });
+    }
+}
+
+/// What a thread works with.
+#[derive(Clone)]
+struct Worker {
+    image: GuestImage,
+    journal: Arc<DiskJournal>,
+    events: Sender<NodeEvent>,
+}
+
+impl Worker {
+    fn start(self, name: &str, begin: impl FnOnce() + Send + 'static) -> std::io::Result<Sender<Job>> {
+        // The protocol asks one question at a time.
+        let (jobs, queue) = unbounded::<Job>();
+        std::thread::Builder::new().name(name.into()).spawn(move || {
+            begin();
+            for Job { ticket, run, as_of } in queue {
+                let sums = self.sum(run, as_of);
+                if self.events.send(NodeEvent::OwnSums { ticket, sums }).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(jobs)
+    }
+
+    fn sum(&self, run: Range<u64>, as_of: Option<EpochId>) -> Result<Vec<BlockSum>, String> {
+        let sums = sum_run(run, |index, block| {
+            self.image.read(index, block).map_err(|error| error.to_string())?;
+            match as_of {
+                Some(epoch) => self.journal.freezer().as_it_was(index, epoch, block).map_err(|error| error.to_string()),
+                None => Ok(()),
+            }
+        });
+        if let Some(epoch) = as_of {
+            self.journal.freezer().thaw_of(epoch);
+        }
+        sums
     }
 }
 
