@@ -328,11 +328,6 @@ impl NodeDisks {
         !self.stamps.images.is_empty()
     }
 
-    /// The image's row of pages.
-    pub fn layout(&self) -> &ImageLayout {
-        &self.layout
-    }
-
     /// The journal.
     pub fn journal(&self) -> &Arc<DiskJournal> {
         &self.journal

@@ -1,6 +1,5 @@
 //! The driver of the node that holds the guest's image. It holds no rule.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,8 +58,6 @@ struct Image {
     machine: Machine,
     gate: Arc<OutputGate>,
     disks: NodeDisks,
-    /// Which of them this node has just made: nothing there is worth a comparison.
-    made: Vec<bool>,
     welcome: Welcome,
     applier: Applier,
     /// An epoch was committed with which it is whole.
@@ -268,7 +265,7 @@ impl<'a> SecondaryNode<'a> {
                 }
                 Action::BuildMachine(welcome) => self.build(welcome),
                 Action::Commit { id } => self.commit(id)?,
-                Action::Sum { run } => self.sum(run),
+                Action::Sum { run } => self.image.iter().for_each(|image| image.applier.sum(run.clone())),
                 Action::SendSums { conn, first, sums } => {
                     if let Some(why) = self.conns.send_sums(conn, first, &sums) {
                         self.protocol.handle(clock::now(), Input::Closed { conn, why });
@@ -300,16 +297,17 @@ impl<'a> SecondaryNode<'a> {
 
     fn build(&mut self, welcome: Welcome) {
         let input = match self.build_image(welcome) {
-            Ok(image) => {
+            Ok((image, made)) => {
                 self.image = Some(image);
-                Input::MachineReady
+                Input::MachineReady { made }
             }
             Err(error) => Input::MachineFailed { why: error.to_string() },
         };
         self.protocol.handle(clock::now(), input);
     }
 
-    fn build_image(&self, welcome: Welcome) -> Result<Image, NodeError> {
+    /// The image, and for each disk whether this node has just made it.
+    fn build_image(&self, welcome: Welcome) -> Result<(Image, Vec<bool>), NodeError> {
         let gate = open_gate(&self.context.config, &self.context.events)?;
         let config = &self.context.config;
         let (images, made) = disks::open_for(config, &welcome.shape)?;
@@ -333,7 +331,7 @@ impl<'a> SecondaryNode<'a> {
             let _ = events.send(event);
         };
         let applier = Applier::start(image, self.budget.clone(), tell)?;
-        Ok(Image { machine, gate, disks, made, welcome, applier, is_whole: false })
+        Ok((Image { machine, gate, disks, welcome, applier, is_whole: false }, made))
     }
 
     /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end the node instead.
@@ -345,16 +343,6 @@ impl<'a> SecondaryNode<'a> {
                 Ok(())
             }
             _ => Err(NodeError::NotStaged(id)),
-        }
-    }
-
-    fn sum(&mut self, run: Range<u64>) {
-        let Some(image) = &self.image else { return };
-        let made = image.disks.layout().disk_of(&run).and_then(|disk| image.made.get(disk));
-        if made == Some(&true) && !image.is_whole {
-            self.protocol.handle(clock::now(), Input::Summed { first: run.start, sums: Vec::new() });
-        } else {
-            image.applier.sum(run);
         }
     }
 

@@ -355,7 +355,7 @@ impl World {
         node.image = crate::guest::HOLES;
         let now = node.now;
         if let Role::Secondary(machine) = &mut node.role {
-            machine.handle(now, secondary::Input::MachineReady);
+            machine.handle(now, secondary::Input::MachineReady { made: Vec::new() });
         }
     }
 

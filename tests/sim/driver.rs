@@ -2,15 +2,21 @@
 
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
+use mcd::protocol::pages::PageSet;
 use mcd::protocol::primary::{self, Command, ConnId, OutputCut};
 use mcd::protocol::secondary;
 use mcd::protocol::types::{EpochId, Instant};
 
+use crate::disks::{Frozen, Question};
 use crate::guest::Output;
 use crate::net::{Item, ProcId};
-use crate::node::{Act, AnyPhase, HOLE, In, Job, Role, Sender};
+use crate::node::{Act, AnyPhase, In, Job, Role, Sender};
 use crate::plan::FaultKind;
 use crate::world::{Event, World};
+
+/// What a node says of a peer that does not keep to the protocol.
+const ODD: [&str; 6] =
+    ["out of turn", "out of order", "does not belong", "not on its way", "sums of blocks", "not agreed on"];
 
 /// Turns without time passing after which a machine is taken to spin.
 const TURNS_MAX: u32 = 5_000;
@@ -130,6 +136,11 @@ impl World {
             }
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
+            In::Summed { instance, first, sums } => {
+                if instance == self.procs[proc].me {
+                    self.feed_secondary(proc, now, secondary::Input::Summed { first, sums });
+                }
+            }
             In::Answer { ticket, answer } => {
                 if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
@@ -189,7 +200,7 @@ impl World {
         use mcd::protocol::event::Event as Told;
         let gone = matches!(event, Told::Suspected { .. } | Told::NewcomerLost { .. } | Told::Rejoining { .. });
         let text = event.to_string();
-        if ["out of turn", "out of order", "does not belong", "not on its way"].iter().any(|odd| text.contains(odd)) {
+        if ODD.iter().any(|odd| text.contains(odd)) {
             self.violate(format!("n{}: {text}; but every node keeps to the protocol", self.procs[proc].slot));
         }
         if gone && self.plan.only_narrow {
@@ -235,6 +246,7 @@ impl World {
             Action::StopTracking => {
                 self.drop_sender(proc);
                 self.pass_writes(proc);
+                self.procs[proc].frozen = None;
                 if let Some(guest) = &mut self.procs[proc].guest {
                     guest.take_dirt();
                     guest.tracking = false;
@@ -242,8 +254,8 @@ impl World {
             }
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
-            // Its disks have no sums: no node here offers them.
-            Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
+            Action::Freeze { run } => self.procs[proc].frozen = Some(Frozen::at_the_next_cut(run)),
+            Action::Sum { ticket, run, as_of } => self.ask_own_sums(proc, Question { ticket, run, as_of }),
             // The model keeps every epoch's dirt until the primary forgets the peer.
             Action::Committed { id } => self.procs[proc].disk.committed(id),
             Action::WriteThrough { through } => self.write_through(proc, through),
@@ -278,6 +290,7 @@ impl World {
             }
             Action::Tell(event) => {
                 self.mind_suspicion(proc, &event);
+                self.mind_disks(proc, &event);
                 self.note(proc, || format!("* {event}"));
             }
         }
@@ -303,6 +316,7 @@ impl World {
         let token = self.tokens;
         let node = &mut self.procs[proc];
         node.sender = Some(Sender { conn, token, jobs: Default::default() });
+        node.frozen = None;
         if let Some(guest) = &mut node.guest {
             guest.take_dirt();
             guest.tracking = true;
@@ -319,6 +333,9 @@ impl World {
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
         let dirt = guest.take_dirt();
+        if let Some(frozen) = &mut node.frozen {
+            frozen.cut(id, &guest.pages);
+        }
         if let Some(gate) = &node.output {
             gate.cut(output, id.epoch);
         }
@@ -340,7 +357,10 @@ impl World {
             .collect();
         pages.extend(node.disk.cut(id).into_iter().map(|(block, version)| (self.plan.pages + block, version)));
         if let Role::Primary(machine) = &mut node.role {
-            machine.note_dirt(&dirt);
+            let mut memory = PageSet::empty(self.plan.memory);
+            dirt.iter().for_each(|page| memory.insert(page));
+            machine.note_dirt(&memory);
+            machine.note_blocks(dirt.iter().filter(|page| *page >= self.plan.memory));
         }
         node.urgent.push_back(In::Primary(primary::Input::Captured { id }));
         self.stats.epochs += 1;
@@ -418,14 +438,9 @@ impl World {
             Action::Connect { conn, channel } => self.connect(proc, conn, channel),
             Action::Send { conn, message } => self.send(proc, conn, Item::Message(message)),
             Action::Close { conn } => self.close(proc, conn),
-            Action::BuildMachine(_) => {
-                let us = self.takes(self.plan.build_us);
-                let node = &mut self.procs[proc];
-                node.idle_until = node.idle_until.max(self.now + us);
-                node.image = vec![HOLE; self.plan.pages as usize];
-                node.urgent.push_back(In::Secondary(secondary::Input::MachineReady));
-            }
-            Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
+            Action::BuildMachine(_) => self.build_image(proc),
+            Action::Sum { run } => self.sum_image(proc, run),
+            Action::SendSums { conn, first, sums } => self.send(proc, conn, Item::Sums { first, sums }),
             Action::Commit { id } => self.commit(proc, id),
             Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),
             Action::TakeStorage => self.take_storage(proc),
@@ -465,33 +480,6 @@ impl World {
                 self.note(proc, || format!("* {event}"));
             }
         }
-    }
-
-    fn apply(&mut self, proc: ProcId, pages: &[(u64, u64)]) {
-        let node = &mut self.procs[proc];
-        if node.image.is_empty() {
-            return;
-        }
-        for (page, version) in pages {
-            node.image[*page as usize] = *version;
-        }
-    }
-
-    fn commit(&mut self, proc: ProcId, id: EpochId) {
-        let us = self.takes(self.plan.commit_us);
-        let node = &mut self.procs[proc];
-        node.idle_until = node.idle_until.max(self.now + us);
-        let me = node.me;
-        let Some(staged) = node.staged.take_if(|staged| staged.id == id) else {
-            self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
-            return;
-        };
-        for (page, version) in node.disk.keep(id, staged.pages, self.plan.pages) {
-            node.image[page as usize] = version;
-        }
-        node.image_state = (staged.counter, staged.life);
-        let check = self.model.committed(me, id, staged.completes);
-        self.check(check);
     }
 }
 

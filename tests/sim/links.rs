@@ -10,7 +10,7 @@ use mcd::wire::codec::{decode_message, encode_message};
 
 use crate::net::{Conn, End, Item, ProcId};
 use crate::node::{In, Role};
-use crate::stream::{Arrived, Receiver};
+use crate::stream::{Arrived, Receiver, sums_over_the_wire};
 use crate::world::{Event, World};
 
 impl World {
@@ -66,9 +66,19 @@ impl World {
         self.drive(proc);
     }
 
-    /// What arrives of an item that is sent: a message goes through its byte form.
+    /// What arrives of an item that is sent: a message goes through its byte form, and so do sums.
     fn over_the_wire(&mut self, item: Item) -> Option<Item> {
-        let Item::Message(message) = item else { return Some(item) };
+        let message = match item {
+            Item::Message(message) => message,
+            Item::Sums { first, sums } => match sums_over_the_wire(first, &sums) {
+                Ok((first, sums)) => return Some(Item::Sums { first, sums }),
+                Err(why) => {
+                    self.violate(format!("the wire spoils sums: {why}"));
+                    return None;
+                }
+            },
+            other => return Some(other),
+        };
         let mut bytes = std::mem::take(&mut self.scratch);
         bytes.clear();
         encode_message(&message, &mut bytes);
@@ -197,6 +207,9 @@ impl World {
             }
             (Role::Primary(_), Item::Message(message)) if greeted => {
                 In::Primary(primary::Input::Message { conn: local, message })
+            }
+            (Role::Primary(_), Item::Sums { first, sums }) if greeted => {
+                In::Primary(primary::Input::PeerSums { conn: local, first, sums })
             }
             (Role::Secondary(_), Item::Message(message)) => {
                 if matches!(message, Message::Welcome(_)) {

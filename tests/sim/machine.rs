@@ -6,6 +6,7 @@ use mcd::protocol::types::EpochId;
 use crate::guest::TORN;
 use crate::net::{Bulk, Item, ProcId};
 use crate::node::{HOLE, In, Job};
+use crate::plan::Plan;
 use crate::world::{Event, World};
 
 impl World {
@@ -72,13 +73,14 @@ impl World {
     }
 
     /// Reads a page while the guest runs: it may write the page that very moment.
-    fn read_page(&mut self, proc: ProcId, page: u64) -> u64 {
+    pub fn read_page(&mut self, proc: ProcId, page: u64) -> u64 {
         let torn = self.rng.chance(200) && self.guest_runs(proc);
-        let Some(guest) = &mut self.procs[proc].guest else { return HOLE };
+        let Some(guest) = &self.procs[proc].guest else { return HOLE };
         if torn && guest.tracking {
             self.versions += 1;
-            guest.write(page, self.versions);
-            return self.versions | TORN;
+            let version = self.versions;
+            self.guest_writes(proc, page, version);
+            return version | TORN;
         }
         guest.pages[page as usize]
     }
@@ -109,14 +111,10 @@ impl World {
             let writes = self.rng.range(1, self.plan.writes_max);
             let packets = if self.rng.chance(self.plan.emit_per_mille) { self.rng.range(1, 3) } else { 0 };
             for _ in 0..writes {
-                // Some pages are hot.
-                let pages = if self.rng.chance(500) { self.plan.pages.min(4) } else { self.plan.pages };
-                let page = self.rng.below(pages);
+                let page = self.page_to_write();
                 self.versions += 1;
                 let version = self.versions;
-                if let Some(guest) = &mut self.procs[proc].guest {
-                    guest.write(page, version);
-                }
+                self.guest_writes(proc, page, version);
             }
             self.use_disk(proc);
             for _ in 0..packets {
@@ -126,6 +124,16 @@ impl World {
         }
         let us = self.rng.range(self.plan.guest_step_us / 4, self.plan.guest_step_us * 2);
         self.after(us, Event::GuestStep(proc));
+    }
+
+    /// Some pages of memory are hot; a block of a disk is written now and then, or hardly ever.
+    fn page_to_write(&mut self) -> u64 {
+        let Plan { memory, pages, block_per_mille, .. } = self.plan;
+        if pages > memory && self.rng.chance(block_per_mille) {
+            return self.rng.range(memory, pages - 1);
+        }
+        let memory = if self.rng.chance(500) { memory.min(4) } else { memory };
+        self.rng.below(memory)
     }
 
     /// The guest sends its next packet, or keeps it while the gate has no room.

@@ -1,11 +1,14 @@
 //! The simulator: the real protocol machines in a world of virtual time, faults and a seed.
 //!
-//! `SIM_SEEDS=n` runs n seeds (from `SIM_FIRST` on), `SIM_SEED=k` replays one and prints its ladder.
+//! `SIM_SEEDS=n` runs n seeds (from `SIM_FIRST` on), `SIM_SEED=k` replays one and prints its ladder. `SIM_MUTANT=name` runs
+//! with the deliberate bugs of which that is (a part of) the name, instead of all of them.
 
 mod arbiter;
+mod disks;
 mod driver;
 mod faults;
 mod guest;
+mod image;
 mod links;
 mod machine;
 mod model;
@@ -89,15 +92,21 @@ impl Sum {
         all.late_releases += stats.late_releases;
         all.lost_guests += stats.lost_guests;
         all.epochs += stats.epochs;
+        all.blocks_compared += stats.blocks_compared;
+        all.blocks_same += stats.blocks_same;
+        all.verifies += stats.verifies;
         self.failed.extend(violation.map(|why| (seed, why)));
     }
 
     fn print(&self, seconds: f64) {
-        let Stats { simulated_us, events, faults, packets, takeovers, late_releases, lost_guests, epochs } = self.stats;
+        let Stats { simulated_us, events, faults, packets, takeovers, late_releases, lost_guests, epochs, .. } =
+            self.stats;
+        let Stats { blocks_compared, blocks_same, verifies, .. } = self.stats;
         println!(
             "{} seeds in {seconds:.1} s ({:.0} per minute); {:.0} simulated seconds per second; {events} events, {epochs} epochs, \
              {packets} packets, {faults} faults, {takeovers} takeovers, {lost_guests} guests lost to double faults, \
-             {late_releases} packets released late",
+             {late_releases} packets released late; {blocks_compared} blocks of newcomers' disks compared, {blocks_same} of them there \
+             already; {verifies} verifies",
             self.seeds,
             self.seeds as f64 * 60.0 / seconds,
             simulated_us as f64 / 1e6 / seconds,

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use mcd::protocol::echo::EchoJudge;
 use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::ConnId;
+use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::EpochId;
 
 use crate::stream::Receiver;
@@ -22,6 +23,11 @@ pub enum Item {
         pages: usize,
         what: Bulk,
     },
+    /// A secondary's sums of blocks.
+    Sums {
+        first: u64,
+        sums: Vec<BlockSum>,
+    },
     /// The sender closed.
     Fin,
 }
@@ -31,7 +37,7 @@ impl Item {
     pub fn pages(&self) -> usize {
         match self {
             Item::Bulk { pages, .. } => *pages,
-            Item::Message(_) | Item::Fin => 0,
+            Item::Message(_) | Item::Sums { .. } | Item::Fin => 0,
         }
     }
 
@@ -43,6 +49,7 @@ impl Item {
             Item::Message(message) => message.name().into(),
             Item::Bulk { pages, what: Bulk::Background, .. } => format!("background {pages} pages"),
             Item::Bulk { what: Bulk::Epoch(id, part), .. } => format!("epoch {id}, {part}"),
+            Item::Sums { first, sums } => format!("sums of {} blocks from {first} on", sums.len()),
             Item::Fin => "fin".into(),
         }
     }

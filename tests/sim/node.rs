@@ -7,8 +7,10 @@ use mcd::protocol::notebook::Notebook;
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
+use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
+use crate::disks::Frozen;
 use crate::guest::{Guest, Output};
 use crate::storage::Disk;
 
@@ -50,9 +52,24 @@ pub enum Role {
 pub enum In {
     Primary(primary::Input),
     Secondary(secondary::Input),
-    Background { conn: ConnId, pages: Vec<(u64, u64)> },
-    Epoch { conn: ConnId, staged: Staged },
-    Answer { ticket: u64, answer: ArbiterAnswer },
+    Background {
+        conn: ConnId,
+        pages: Vec<(u64, u64)>,
+    },
+    Epoch {
+        conn: ConnId,
+        staged: Staged,
+    },
+    Answer {
+        ticket: u64,
+        answer: ArbiterAnswer,
+    },
+    /// Sums that a life as a newcomer asked for, and those of another must not be told.
+    Summed {
+        instance: InstanceId,
+        first: u64,
+        sums: Vec<BlockSum>,
+    },
 }
 
 /// A polled action of either machine.
@@ -144,6 +161,8 @@ pub struct Proc {
     pub image_state: (u64, u64),
     pub staged: Option<Staged>,
     pub disk: Disk,
+    /// Blocks of its own disks that a cut froze, or will.
+    pub frozen: Option<Frozen>,
 }
 
 impl Proc {
@@ -184,6 +203,7 @@ impl Proc {
             image_state: (0, 0),
             staged: None,
             disk: Disk::default(),
+            frozen: None,
         }
     }
 

@@ -26,6 +26,7 @@ impl World {
                 self.start_later(slot, us);
             }
         }
+        self.verify_now_and_then();
         self.calm_since.is_some_and(|since| self.is_well(since))
     }
 

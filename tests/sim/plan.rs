@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::heartbeat::HeartbeatConfig;
-use mcd::protocol::messages::{DiskShape, MachineShape};
+use mcd::protocol::messages::{DiskShape, MachineShape, features};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::primary::PrimaryConfig;
 use mcd::protocol::secondary::SecondaryConfig;
@@ -79,8 +79,18 @@ const SECONDARY_PHASES: [&str; 7] = ["Building", "Joining", "Syncing", "Standby"
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub slots: usize,
+    /// Pages of an image: of memory, then of the disks of which each host has an image.
     pub pages: u64,
-    /// Blocks of the guest's disk on shared storage; 0 if it has none.
+    pub memory: u64,
+    /// Blocks of each such disk.
+    pub own: Vec<u64>,
+    /// Which hosts' builds can sum blocks.
+    pub sums: [bool; 3],
+    /// How many of the guest's writes go to them.
+    pub block_per_mille: u64,
+    /// The longest it usually takes to sum some.
+    pub sum_us: u64,
+    /// Blocks of the guest's disk on shared storage, which come behind the image's pages; 0 if it has none.
     pub blocks: u64,
     /// The longest a batch of writes to it usually takes.
     pub storage_us: u64,
@@ -144,9 +154,17 @@ impl Plan {
         }
         let trigger_count = if kinds.is_empty() { 0 } else { rng.below(4) };
         let triggers = (0..trigger_count).map(|_| Trigger::draw(rng, &kinds, timeout_us)).collect();
+        let memory = rng.range(4, 64);
+        // Each disk is asked for by itself.
+        let own: Vec<u64> = (0..rng.below(4)).map(|_| rng.range(1, 5)).collect();
         Plan {
             slots: if !recordless && rng.chance(400) { 3 } else { 2 },
-            pages: rng.range(4, 64),
+            pages: memory + own.iter().sum::<u64>(),
+            memory,
+            own,
+            sums: [rng.chance(850), rng.chance(850), rng.chance(850)],
+            sum_us: if rng.chance(300) { rng.range(1_000, 40_000) } else { rng.range(50, 3_000) },
+            block_per_mille: *rng.pick(&[3, 30, 200]),
             blocks: if rng.chance(500) { rng.range(1, 8) } else { 0 },
             storage_us: rng.range(100, 20_000),
             heartbeat_us,
@@ -198,20 +216,29 @@ impl Plan {
     }
 
     fn shape(&self) -> MachineShape {
-        let mut shape = MachineShape::bare(self.pages * PAGE_BYTES as u64, 1, [2, 0, 0, 0, 0, 1]);
-        let bytes = self.blocks * PAGE_BYTES as u64;
-        let disk = DiskShape { bytes, read_only: false, shared: true, serial: [0; 20] };
-        shape.disks.extend((bytes > 0).then_some(disk));
+        let mut shape = MachineShape::bare(self.memory * PAGE_BYTES as u64, 1, [2, 0, 0, 0, 0, 1]);
+        let disk = |blocks: u64, shared| DiskShape {
+            bytes: blocks * PAGE_BYTES as u64,
+            read_only: false,
+            shared,
+            serial: [0; 20],
+        };
+        shape.disks.extend(self.own.iter().map(|blocks| disk(*blocks, false)));
+        shape.disks.extend((self.blocks > 0).then(|| disk(self.blocks, true)));
         shape
     }
 
-    pub fn primary(&self) -> PrimaryConfig {
+    fn features(&self, slot: usize) -> u64 {
+        features::LZ4 | if self.sums[slot] { features::DISK_SUMS } else { 0 }
+    }
+
+    pub fn primary(&self, slot: usize) -> PrimaryConfig {
         let us = Duration::from_micros;
         PrimaryConfig {
             guest: Plan::guest_name(),
             shape: self.shape(),
             cpu: CPU.own_guest(),
-            features: 1,
+            features: self.features(slot),
             interval: us(self.epoch_us),
             interval_min: us(self.epoch_min_us),
             commit_on_output: self.commit_on_output,
@@ -222,11 +249,11 @@ impl Plan {
         }
     }
 
-    pub fn secondary(&self) -> SecondaryConfig {
+    pub fn secondary(&self, slot: usize) -> SecondaryConfig {
         SecondaryConfig {
             guest: Plan::guest_name(),
             cpu: CPU,
-            features: 1,
+            features: self.features(slot),
             staging_bytes_max: 1 << 30,
             retry: Duration::from_micros(self.retry_us),
             answer_timeout: Duration::from_micros(self.join_timeout_us),

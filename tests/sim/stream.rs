@@ -8,7 +8,9 @@ use std::sync::Arc;
 use mcd::checkpoint::stage::{StagedEpoch, Stager, StagingBudget};
 use mcd::protocol::messages::Message;
 use mcd::protocol::pages::PAGE_BYTES;
+use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::EpochId;
+use mcd::wire::sums::{decode_sums, encode_sums};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageDecoder, PageEncoder};
 
 use crate::node::Staged;
@@ -106,6 +108,18 @@ struct Pipe(VecDeque<u8>);
 impl Read for Pipe {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         if self.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { self.0.read(into) }
+    }
+}
+
+/// What a primary reads of a secondary's sums.
+pub fn sums_over_the_wire(first: u64, sums: &[BlockSum]) -> Result<(u64, Vec<BlockSum>), String> {
+    let mut batch = FrameBatch::new();
+    batch.push(FrameKind::Sums, &encode_sums(first, sums)).map_err(|error| error.to_string())?;
+    let mut reader = FrameReader::new(batch.as_bytes());
+    match reader.read() {
+        Ok(frame) if frame.kind == FrameKind::Sums => decode_sums(frame.payload).map_err(|error| error.to_string()),
+        Ok(frame) => Err(format!("a frame of kind {:?}", frame.kind)),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -9,9 +9,11 @@ use mcd::protocol::mutant;
 use mcd::protocol::primary::{Command, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::Secondary;
+use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::InstanceId;
 
 use crate::arbiter::Arbiter;
+use crate::disks::{HostDisks, Question};
 use crate::guest::{Guest, Output};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
@@ -39,6 +41,9 @@ pub enum Event {
     Rejoin(ProcId),
     Restored(ProcId),
     DiskWritten(ProcId),
+    SumsRead(ProcId, Question),
+    OwnSums { proc: ProcId, ticket: u64, sums: Result<Vec<BlockSum>, String> },
+    Summed { proc: ProcId, instance: InstanceId, run: std::ops::Range<u64>, sums: Vec<BlockSum> },
     Start(usize),
     Command(ProcId, Command),
     SnapshotEnds { proc: ProcId, stop: bool },
@@ -82,6 +87,9 @@ pub struct Stats {
     pub late_releases: u64,
     pub lost_guests: u64,
     pub epochs: u64,
+    pub blocks_compared: u64,
+    pub blocks_same: u64,
+    pub verifies: u64,
 }
 
 pub struct World {
@@ -97,6 +105,8 @@ pub struct World {
     pub weather: Weather,
     pub arbiter: Arbiter,
     pub storage: Storage,
+    /// Per host.
+    pub disks: Vec<HostDisks>,
     pub model: Model,
     pub trace: Trace,
     pub violation: Option<String>,
@@ -119,6 +129,7 @@ impl World {
         let mut rng = Rng::new(seed);
         let plan = Plan::draw(&mut rng);
         let (slots, storage) = (plan.slots, Storage::new(plan.blocks));
+        let disks = (0..slots).map(|_| HostDisks::draw(&plan, &mut rng)).collect();
         let mut world = World {
             rng,
             plan,
@@ -132,6 +143,7 @@ impl World {
             weather: Weather::default(),
             arbiter: Arbiter::default(),
             storage,
+            disks,
             model: Model::default(),
             trace: Trace::new(traced),
             violation: None,
@@ -142,7 +154,8 @@ impl World {
             instances: 0,
             scratch: Vec::new(),
             encoder: Encoder::new(),
-            versions: 0,
+            // What the hosts' disks begin with is below.
+            versions: 100,
             tokens: 0,
             protected_since: None,
         };
@@ -252,6 +265,9 @@ impl World {
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
             Event::DiskWritten(proc) => self.disk_written(proc),
+            Event::SumsRead(proc, question) => self.read_sums(proc, question),
+            Event::OwnSums { proc, ticket, sums } => self.own_sums(proc, ticket, sums),
+            Event::Summed { proc, instance, run, sums } => self.summed(proc, instance, run, sums),
             Event::Start(slot) => self.start(slot),
             Event::Command(proc, command) => self.command(proc, command),
             Event::SnapshotEnds { proc, stop } => self.snapshot_ends(proc, stop),
@@ -305,7 +321,7 @@ impl World {
         let proc = self.new_proc(slot, |plan, me, clock| {
             let claimed = claim(stands, me, cold).unwrap_or_else(|_| Record::first(me));
             record = Some(claimed);
-            Role::Primary(Box::new(Primary::new(plan.primary(), me, claimed, clock.local(now))))
+            Role::Primary(Box::new(Primary::new(plan.primary(slot), me, claimed, clock.local(now))))
         });
         if let Some(record) = record {
             self.arbiter.set(record);
@@ -313,6 +329,7 @@ impl World {
         }
         self.lost = false;
         self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
+        self.open_own_disks(proc);
         self.take_disk(proc);
         let output = Output::new(self.plan.output_cap);
         output.pass();
@@ -330,7 +347,12 @@ impl World {
             return;
         }
         let proc = self.new_proc(slot, |plan, me, _| {
-            Role::Secondary(Box::new(Secondary::new(plan.secondary(), me, 0, mcd::protocol::types::Instant::default())))
+            Role::Secondary(Box::new(Secondary::new(
+                plan.secondary(slot),
+                me,
+                0,
+                mcd::protocol::types::Instant::default(),
+            )))
         });
         let me = self.procs[proc].me;
         self.note(proc, || format!("starts as newcomer {me:?}"));
@@ -348,8 +370,9 @@ impl World {
         if !self.procs[proc].alive || !matches!(self.procs[proc].role, Role::Waiting) {
             return;
         }
-        let me = self.instance(self.procs[proc].slot);
-        let secondary = Secondary::new(self.plan.secondary(), me, 0, mcd::protocol::types::Instant::default());
+        let slot = self.procs[proc].slot;
+        let me = self.instance(slot);
+        let secondary = Secondary::new(self.plan.secondary(slot), me, 0, mcd::protocol::types::Instant::default());
         self.drop_disk(proc, true);
         let node = &mut self.procs[proc];
         node.forget();
@@ -384,7 +407,7 @@ impl World {
         output.pass();
         node.output = Some(output);
         let now = node.clock.local(self.now);
-        node.role = Role::Primary(Box::new(Primary::new(self.plan.primary(), node.me, record, now)));
+        node.role = Role::Primary(Box::new(Primary::new(self.plan.primary(node.slot), node.me, record, now)));
         self.mount_disk(proc);
         self.note(proc, || format!("runs the guest from packet {counter}"));
         self.after(0, Event::GuestStep(proc));
@@ -435,6 +458,9 @@ impl World {
             }
         }
         let slot = self.procs[proc].slot;
+        if host {
+            self.spoil_disks(slot);
+        }
         self.bury(proc);
         let us = self.rng.range(1_000, 300_000);
         self.start_later(slot, us);

@@ -9,6 +9,7 @@ use super::{Phase, Primary};
 use crate::protocol::event::Event;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Message, features};
+use crate::protocol::mutant;
 use crate::protocol::sums::{BlockSum, Comparison};
 use crate::protocol::types::{EpochId, Instant};
 use crate::protocol::verify::{DiskFindings, Outcome, Verify};
@@ -81,13 +82,17 @@ impl Primary {
 
     /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may have been cut already.
     pub(super) fn verify_step(&mut self, now: Instant) {
-        if self.phase != Phase::Protected || self.epochs.is_capturing() || now < self.verify_at {
+        let capturing = self.epochs.is_capturing() && !mutant::is("frozen-after-the-cut");
+        if self.phase != Phase::Protected || capturing || now < self.verify_at {
             return;
         }
         let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) else { return };
         if let Some(run) = verify.next_run() {
             self.verify_at = now + VERIFY_INTERVAL;
             self.actions.push_back(Action::Freeze { run });
+            if mutant::is("verify-asks-before-the-cut") {
+                self.sum_frozen(self.epochs.next_id());
+            }
         } else if *verify.outcome() == Outcome::Done {
             let sum = |of: fn(&DiskFindings) -> u64| verify.disks().iter().map(of).sum();
             let (blocks, different) = (sum(|disk| disk.blocks), sum(|disk| disk.different));
@@ -100,7 +105,7 @@ impl Primary {
         if self.phase == Phase::Protected
             && let Some(run) = self.verify.as_mut().and_then(|verify| verify.cut(id))
         {
-            self.compare(run, Some(id));
+            self.compare(run, Some(id).filter(|_| !mutant::is("verify-of-what-is-there-now")));
         }
     }
 
@@ -164,7 +169,10 @@ impl Primary {
         if sums.is_empty() && self.phase == Phase::Resync && first == comparison.run().start {
             let run = comparison.run();
             self.comparison = None;
-            self.ledger.iter_mut().for_each(|ledger| ledger.incomparable(&run));
+            self.ledger.iter_mut().for_each(|ledger| match mutant::is("made-image-taken-for-equal") {
+                true => ledger.compared(&run, &[]),
+                false => ledger.incomparable(&run),
+            });
             self.tell_comparisons();
         } else if comparison.take_theirs(first, sums) {
             self.compared();
@@ -174,7 +182,9 @@ impl Primary {
     }
 
     pub(super) fn own_sums(&mut self, ticket: u64, sums: Result<Vec<BlockSum>, String>) {
-        if let Some(comparison) = self.comparison.as_mut().filter(|comparison| comparison.is(ticket)) {
+        let asked =
+            |comparison: &&mut Box<Comparison>| comparison.is(ticket) || mutant::is("own-sums-of-an-earlier-question");
+        if let Some(comparison) = self.comparison.as_mut().filter(asked) {
             comparison.take_own(sums);
             self.compared();
         }

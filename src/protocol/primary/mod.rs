@@ -200,7 +200,12 @@ impl Primary {
     /// The same for the blocks of disks that travel in it, by their index in the [image's row](crate::protocol::layout).
     pub fn note_blocks(&mut self, blocks: impl Iterator<Item = u64>) {
         if let Some(ledger) = &mut self.ledger {
-            blocks.for_each(|block| ledger.settle(block));
+            for block in blocks {
+                ledger.settle(block);
+                if mutant::is("block-too-many-settled") {
+                    ledger.settle(block + 1);
+                }
+            }
         }
     }
 

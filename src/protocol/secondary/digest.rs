@@ -13,13 +13,13 @@ impl Secondary {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
         let Secondary {
-            config: _, me, phase, conns, data, heartbeat, step_at, welcome, life, guard, generation, expected, committed, received: _,
+            config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation, expected, committed, received: _,
             record, inheritance, summing, resync_left, arbitration, arbiter_lost, cause: _, no_primary: _, quitting, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
         welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
         (generation, expected, committed, record, arbiter_lost.is_some(), quitting).hash(into);
-        (summing, resync_left).hash(into);
+        (made, summing, resync_left).hash(into);
         (life.is_some(), guard.is_some(), inheritance.as_ref().map(|inheritance| inheritance.digest())).hash(into);
         if let Some((pulse, judge)) = life {
             pulse.digest(now, into);

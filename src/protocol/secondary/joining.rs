@@ -92,10 +92,11 @@ impl Secondary {
         Ok(())
     }
 
-    pub(super) fn open_heartbeat(&mut self, now: Instant) {
+    pub(super) fn machine_ready(&mut self, now: Instant, made: Vec<bool>) {
         if self.phase != Phase::Building {
             return;
         }
+        self.made = made;
         let conn = self.new_conn();
         self.phase = Phase::Joining;
         self.heartbeat = Some(conn);

@@ -70,6 +70,8 @@ pub struct Secondary {
     /// When to try again (Connecting) or to give up waiting (Greeting, Joining).
     step_at: Option<Instant>,
     welcome: Option<Welcome>,
+    /// For each disk whether this newcomer has just made its image.
+    made: Vec<bool>,
     life: Option<(Pulse, Judge)>,
     guard: Option<StallGuard>,
     generation: Generation,
@@ -104,6 +106,7 @@ impl Secondary {
             heartbeat: None,
             step_at: Some(start),
             welcome: None,
+            made: Vec::new(),
             life: None,
             guard: None,
             generation: Generation(0),
@@ -177,7 +180,7 @@ impl Secondary {
             Input::Moved { conn, ago } => self.moved(now, conn, ago),
             Input::Closed { conn, why } => self.closed(now, conn, &why),
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
-            Input::MachineReady => self.open_heartbeat(now),
+            Input::MachineReady { made } => self.machine_ready(now, made),
             Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
             Input::Staged { conn, id, completes_resync, staged_bytes } => {
                 self.staged(now, conn, id, completes_resync, staged_bytes);

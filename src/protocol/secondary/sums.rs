@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::{Action, Phase, Secondary};
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::features;
+use crate::protocol::mutant;
 use crate::protocol::sums::{BlockSum, SUM_BLOCKS_MAX};
 use crate::protocol::types::Instant;
 
@@ -12,7 +13,11 @@ impl Secondary {
     /// The primary asks for sums. It asks for one run of blocks at a time, so no peer can make this node do more than that.
     pub(super) fn sum_blocks(&mut self, now: Instant, first: u64, count: u32) {
         match self.summable(first, u64::from(count)) {
-            Ok(run) => {
+            Ok((disk, _)) if self.is_all_to_come(disk) => {
+                let conn = self.data;
+                self.actions.extend(conn.map(|conn| Action::SendSums { conn, first, sums: Vec::new() }));
+            }
+            Ok((_, run)) => {
                 self.summing = Some(first);
                 self.actions.push_back(Action::Sum { run });
             }
@@ -20,7 +25,13 @@ impl Secondary {
         }
     }
 
-    fn summable(&self, first: u64, count: u64) -> Result<Range<u64>, &'static str> {
+    /// An image that was made just now has nothing that a comparison could find, until it is whole.
+    fn is_all_to_come(&self, disk: usize) -> bool {
+        (self.phase == Phase::Syncing || mutant::is("made-for-ever")) && self.made.get(disk) == Some(&true)
+    }
+
+    /// The blocks asked for, and the disk they are on.
+    fn summable(&self, first: u64, count: u64) -> Result<(usize, Range<u64>), &'static str> {
         if !self.has_sums() || !matches!(self.phase, Phase::Syncing | Phase::Paired) {
             return Err("it asked for sums of blocks out of turn");
         }
@@ -29,8 +40,11 @@ impl Secondary {
         }
         let run = first..first.saturating_add(count);
         let layout = self.welcome.as_ref().map(|welcome| ImageLayout::of(&welcome.shape));
-        let on_a_disk = layout.is_some_and(|layout| layout.disk_of(&run).is_some() && !layout.is_shared(first));
-        if on_a_disk && count <= SUM_BLOCKS_MAX { Ok(run) } else { Err("it asked for sums of blocks that no disk has") }
+        let disk = layout.and_then(|layout| layout.disk_of(&run).filter(|_| !layout.is_shared(first)));
+        match disk {
+            Some(disk) if count <= SUM_BLOCKS_MAX => Ok((disk, run)),
+            _ => Err("it asked for sums of blocks that no disk has"),
+        }
     }
 
     fn has_sums(&self) -> bool {

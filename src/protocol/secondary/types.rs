@@ -69,7 +69,10 @@ pub enum Input {
         why: String,
     },
     /// The machine asked for is built.
-    MachineReady,
+    MachineReady {
+        /// For each disk of its shape whether its image was made just now: nothing there is worth a comparison.
+        made: Vec<bool>,
+    },
     /// The machine asked for cannot be built on this host.
     MachineFailed {
         /// Why, in words.
@@ -90,7 +93,7 @@ pub enum Input {
     Summed {
         /// The index of the first block.
         first: u64,
-        /// The sums; none if the image is not worth a comparison.
+        /// The sums.
         sums: Vec<BlockSum>,
     },
     /// The arbiter answered.
@@ -170,7 +173,7 @@ pub enum Action {
         conn: ConnId,
         /// The index of the first block.
         first: u64,
-        /// The sums.
+        /// The sums; none if the image is not worth a comparison.
         sums: Vec<BlockSum>,
     },
     /// Shared storage has the writes of every epoch up to `through`: forget those.

@@ -1,0 +1,48 @@
+//! The image of a newcomer: built, filled behind the epochs, and brought from commit to commit.
+
+use mcd::protocol::secondary;
+use mcd::protocol::types::EpochId;
+
+use crate::net::ProcId;
+use crate::node::{HOLE, In};
+use crate::world::World;
+
+impl World {
+    /// Memory of a new machine has nothing but holes; its disks have what lies there, or are made.
+    pub fn build_image(&mut self, proc: ProcId) {
+        let us = self.takes(self.plan.build_us);
+        let (blocks, made) = self.find_disks(self.procs[proc].slot);
+        let node = &mut self.procs[proc];
+        node.idle_until = node.idle_until.max(self.now + us);
+        node.image = vec![HOLE; self.plan.memory as usize];
+        node.image.extend(blocks);
+        node.urgent.push_back(In::Secondary(secondary::Input::MachineReady { made }));
+    }
+
+    pub fn apply(&mut self, proc: ProcId, pages: &[(u64, u64)]) {
+        if self.procs[proc].image.is_empty() {
+            return;
+        }
+        for (page, version) in pages {
+            self.procs[proc].image[*page as usize] = *version;
+            self.store_own(proc, *page, *version);
+        }
+    }
+
+    pub fn commit(&mut self, proc: ProcId, id: EpochId) {
+        let us = self.takes(self.plan.commit_us);
+        let node = &mut self.procs[proc];
+        node.idle_until = node.idle_until.max(self.now + us);
+        let me = node.me;
+        let Some(staged) = node.staged.take_if(|staged| staged.id == id) else {
+            self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
+            return;
+        };
+        let (state, completes) = ((staged.counter, staged.life), staged.completes);
+        let pages = node.disk.keep(id, staged.pages, self.plan.pages);
+        node.image_state = state;
+        self.apply(proc, &pages);
+        let check = self.model.committed(me, id, completes);
+        self.check(check);
+    }
+}
