@@ -148,6 +148,8 @@ impl World {
         }
         let Question { ticket, run, as_of } = question;
         let sums = match as_of {
+            // A resync goes on without what cannot be read just then.
+            None if self.calm_since.is_none() && self.rng.chance(20) => Err("the storage is slow".into()),
             None => Ok(run.map(|block| sum_of(self.read_page(proc, block))).collect()),
             Some(epoch) => {
                 let then =
@@ -200,8 +202,11 @@ impl World {
 
     // ---- the operator ----
 
-    /// An operator verifies the disks of a pair.
+    /// An operator verifies the disks of a pair, until the run is about to be over.
     pub fn verify_now_and_then(&mut self) {
+        if !self.plan.verifies || self.protected_since.is_some_and(|(at, _)| self.now > at + 20_000) {
+            return;
+        }
         for slot in 0..self.slots.len() {
             let Some(proc) = self.slots[slot] else { continue };
             let Role::Primary(machine) = &self.procs[proc].role else { continue };
@@ -209,6 +214,12 @@ impl World {
                 self.command(proc, Command::VerifyDisks(DiskChoice::All));
             }
         }
+    }
+
+    /// A verify is under way somewhere.
+    pub fn is_verifying(&self) -> bool {
+        let running = |role: &Role| matches!(role, Role::Primary(machine) if machine.verify().is_some_and(|verify| verify.is_running()));
+        self.procs.iter().any(|proc| proc.alive && running(&proc.role))
     }
 
     /// No disk here ever breaks: a verify has to find each block, and none different.

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 53] = [
+const MUTANTS: [(&str, &str); 54] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -74,6 +74,7 @@ const MUTANTS: [(&str, &str); 53] = [
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
     ("different-block-taken-for-equal", "a newcomer's block that differs is taken for equal, and not pushed"),
     ("made-image-taken-for-equal", "a newcomer's disk that was made just now is taken for the guest's"),
+    ("unreadable-taken-for-equal", "blocks that a primary cannot sum are taken for equal"),
     ("own-sums-of-an-earlier-question", "a primary takes its own sums for an earlier question as those for this one"),
     ("block-too-many-settled", "a block of a disk that travels settles the block after it too"),
     ("whole-while-comparing", "an image counts as whole while some of its blocks are being compared"),

@@ -88,6 +88,8 @@ pub struct Plan {
     pub sums: [bool; 3],
     /// How many of the guest's writes go to them.
     pub block_per_mille: u64,
+    /// An operator verifies them now and then; where nobody does, what is wrong with them has to show itself at a takeover.
+    pub verifies: bool,
     /// The longest it usually takes to sum some.
     pub sum_us: u64,
     /// Blocks of the guest's disk on shared storage, which come behind the image's pages; 0 if it has none.
@@ -164,6 +166,7 @@ impl Plan {
             own,
             sums: [rng.chance(850), rng.chance(850), rng.chance(850)],
             sum_us: if rng.chance(300) { rng.range(1_000, 40_000) } else { rng.range(50, 3_000) },
+            verifies: rng.chance(600),
             block_per_mille: *rng.pick(&[3, 30, 200]),
             blocks: if rng.chance(500) { rng.range(1, 8) } else { 0 },
             storage_us: rng.range(100, 20_000),

@@ -77,3 +77,106 @@ impl Secondary {
         Some(totals.zip(&self.resync_left).map(|(total, left)| (total, total.min(*left))).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::protocol::cpu::HostCpu;
+    use crate::protocol::messages::{DiskShape, MachineShape, Message, Welcome, features};
+    use crate::protocol::record::Record;
+    use crate::protocol::secondary::{Action, Input, Phase, Secondary, SecondaryConfig};
+    use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId, Instant};
+
+    const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
+    const OLD: InstanceId = InstanceId(1);
+    const NEW: InstanceId = InstanceId(2);
+    const DATA: u64 = 1;
+    const BEATS: u64 = 2;
+
+    fn take(node: &mut Secondary, input: Input) -> Vec<Action> {
+        node.handle(Instant::from_us(0), input);
+        std::iter::from_fn(|| node.poll_action()).collect()
+    }
+
+    fn message(node: &mut Secondary, conn: u64, message: Message) -> Vec<Action> {
+        take(node, Input::Message { conn, message })
+    }
+
+    fn ask(node: &mut Secondary, first: u64) -> Vec<Action> {
+        message(node, DATA, Message::SumBlocks { first, count: 3 })
+    }
+
+    fn commit(node: &mut Secondary, generation: u64, completes_resync: bool) {
+        let id = EpochId { generation: Generation(generation), epoch: 0 };
+        take(node, Input::Staged { conn: DATA, id, completes_resync, staged_bytes: 0 });
+    }
+
+    /// In a resync: four pages of memory, then two disks of three blocks each, of which `made` are made just now.
+    fn syncing(made: [bool; 2]) -> Secondary {
+        let disk = DiskShape { bytes: 3 * 4096, read_only: false, shared: false, serial: [0; 20] };
+        let shape = MachineShape { disks: vec![disk; 2], ..MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]) };
+        let config = SecondaryConfig {
+            guest: GuestName::new("web").expect("a name"),
+            cpu: CPU,
+            features: features::DISK_SUMS,
+            staging_bytes_max: u64::MAX,
+            retry: Duration::from_secs(1),
+            answer_timeout: Duration::from_secs(1),
+        };
+        let welcome = Message::Welcome(Welcome {
+            instance: OLD,
+            generation: Generation(1),
+            shape,
+            tsc_khz: 1000,
+            features: features::DISK_SUMS,
+            interval_us: 1000,
+            heartbeat_interval_us: 10_000_000,
+            heartbeat_timeout_us: 1_000_000_000,
+        });
+        let mut node = Secondary::new(config, NEW, 0, Instant::from_us(0));
+        take(&mut node, Input::Tick);
+        take(&mut node, Input::Connected { conn: DATA });
+        message(&mut node, DATA, welcome.clone());
+        take(&mut node, Input::MachineReady { made: made.to_vec() });
+        take(&mut node, Input::Connected { conn: BEATS });
+        message(&mut node, BEATS, welcome);
+        assert_eq!(node.phase(), Phase::Syncing);
+        node
+    }
+
+    #[test]
+    fn an_image_made_just_now_is_not_summed_until_it_is_whole() {
+        let mut node = syncing([false, true]);
+        commit(&mut node, 1, false);
+        let nothing = Action::SendSums { conn: DATA, first: 7, sums: Vec::new() };
+        assert_eq!(ask(&mut node, 7), [nothing.clone()]);
+        assert_eq!(ask(&mut node, 7), [nothing], "nothing is being summed");
+        assert_eq!(ask(&mut node, 4), [Action::Sum { run: 4..7 }], "the other disk was there");
+        let sums = vec![[9; 32]; 3];
+        let answer = take(&mut node, Input::Summed { first: 4, sums: sums.clone() });
+        assert_eq!(answer, [Action::SendSums { conn: DATA, first: 4, sums }]);
+    }
+
+    #[test]
+    fn a_whole_image_is_summed_whoever_made_it() {
+        let mut node = syncing([true, true]);
+        commit(&mut node, 1, true);
+        let record = Record::first(OLD).next_paired(OLD, NEW);
+        message(&mut node, DATA, Message::Paired { record });
+        commit(&mut node, 2, false);
+        assert_eq!((node.phase(), ask(&mut node, 7)), (Phase::Paired, vec![Action::Sum { run: 7..10 }]));
+    }
+
+    #[test]
+    fn blocks_that_no_disk_has_are_not_asked_for() {
+        for (first, count) in [(3, 3), (5, 3), (4, 0), (8, 3), (10, 1), (u64::MAX, 3)] {
+            let mut node = syncing([true, false]);
+            let actions = message(&mut node, DATA, Message::SumBlocks { first, count });
+            assert!(actions.contains(&Action::Close { conn: DATA }), "{first} {count}: {actions:?}");
+        }
+        let mut node = syncing([false, false]);
+        ask(&mut node, 4);
+        assert!(ask(&mut node, 4).contains(&Action::Close { conn: DATA }), "asked again too early");
+    }
+}
