@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 54] = [
+const MUTANTS: [(&str, &str); 55] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -83,8 +83,9 @@ const MUTANTS: [(&str, &str); 54] = [
         "verify-asks-before-the-cut",
         "a verify asks the secondary ahead of the epoch of which the primary reads its own blocks",
     ),
+    ("verify-waits-for-ever", "a verify does not go on when the primary's sums come after the secondary's"),
     ("verify-of-what-is-there-now", "a verify reads the primary's blocks as they are, not as they were at the cut"),
-    ("frozen-after-the-cut", "a verify freezes its blocks with an epoch that may have been cut already"),
+    ("frozen-after-the-cut", "a verify freezes blocks for an epoch that is being cut already"),
     ("summed-behind-a-later-epoch", "a secondary sums its blocks when it gets to it, whatever it has applied since"),
 ];
 

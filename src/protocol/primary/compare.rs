@@ -186,6 +186,9 @@ impl Primary {
             |comparison: &&mut Box<Comparison>| comparison.is(ticket) || mutant::is("own-sums-of-an-earlier-question");
         if let Some(comparison) = self.comparison.as_mut().filter(asked) {
             comparison.take_own(sums);
+            if self.ledger.is_none() && mutant::is("verify-waits-for-ever") {
+                return;
+            }
             self.compared();
         }
     }

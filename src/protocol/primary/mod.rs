@@ -267,6 +267,9 @@ impl Primary {
         }
         self.mind_peer(now);
         self.resync_step(now);
+        if mutant::is("frozen-after-the-cut") {
+            self.consider_capture(now);
+        }
         self.verify_step(now);
         self.consider_capture(now);
         self.sync_run();
