@@ -112,8 +112,7 @@ impl World {
             let packets = if self.rng.chance(self.plan.emit_per_mille) { self.rng.range(1, 3) } else { 0 };
             for _ in 0..writes {
                 let page = self.page_to_write();
-                self.versions += 1;
-                let version = self.versions;
+                let version = self.version_to_write(page);
                 self.guest_writes(proc, page, version);
             }
             self.use_disk(proc);
@@ -134,6 +133,15 @@ impl World {
         }
         let memory = if self.rng.chance(500) { memory.min(4) } else { memory };
         self.rng.below(memory)
+    }
+
+    /// Something new; in a block of a disk now and then what it, or another one, had before.
+    fn version_to_write(&mut self, page: u64) -> u64 {
+        if page >= self.plan.memory && self.rng.chance(300) {
+            return self.rng.below(3);
+        }
+        self.versions += 1;
+        self.versions
     }
 
     /// The guest sends its next packet, or keeps it while the gate has no room.
