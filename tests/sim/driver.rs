@@ -265,7 +265,7 @@ impl World {
                 }
             }
             Action::Snapshot => self.write_snapshot(proc),
-            Action::NoSnapshot { why } => self.note(proc, || format!("no snapshot: {why}")),
+            Action::NoSnapshot { why } => self.no_snapshot(proc, why),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit => {

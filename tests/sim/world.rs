@@ -41,7 +41,7 @@ pub enum Event {
     DiskWritten(ProcId),
     Start(usize),
     Command(ProcId, Command),
-    SnapshotEnds { proc: ProcId, stop: bool },
+    SnapshotEnds { proc: ProcId, stop: bool, written: bool },
     Fault,
     FaultAt(FaultKind, usize),
     Operator,
@@ -118,7 +118,7 @@ impl World {
     pub fn new(seed: u64, traced: bool) -> World {
         let mut rng = Rng::new(seed);
         let plan = Plan::draw(&mut rng);
-        let (slots, storage) = (plan.slots, Storage::new(plan.blocks));
+        let (slots, storage) = (plan.slots, Storage::new(plan.blocks, plan.slots, plan.device));
         let mut world = World {
             rng,
             plan,
@@ -254,7 +254,7 @@ impl World {
             Event::DiskWritten(proc) => self.disk_written(proc),
             Event::Start(slot) => self.start(slot),
             Event::Command(proc, command) => self.command(proc, command),
-            Event::SnapshotEnds { proc, stop } => self.snapshot_ends(proc, stop),
+            Event::SnapshotEnds { proc, stop, written } => self.snapshot_ends(proc, stop, written),
             Event::Fault => self.fault(),
             Event::FaultAt(kind, slot) => self.inject(kind, slot),
             Event::Operator => return self.operator(),

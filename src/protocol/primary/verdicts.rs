@@ -148,7 +148,7 @@ impl Primary {
     pub(super) fn handle_fenced(&mut self, input: Input) {
         match input {
             Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
-            Input::Snapshot => self.freeze(),
+            Input::Snapshot { stop } => self.take_snapshot(stop),
             Input::Hello { conn, .. } => {
                 let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();
                 self.refuse(conn, RefuseReason::NotPrimary, detail);
