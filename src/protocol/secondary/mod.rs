@@ -75,8 +75,8 @@ pub struct Secondary {
     generation: Generation,
     expected: Option<EpochId>,
     committed: Option<EpochId>,
-    /// When the newest committed epoch was received.
-    received: Instant,
+    /// When the newest committed epoch began to arrive.
+    began: Instant,
     record: Option<Record>,
     /// The first of the blocks that are being summed for the primary.
     summing: Option<u64>,
@@ -109,7 +109,7 @@ impl Secondary {
             generation: Generation(0),
             expected: None,
             committed: None,
-            received: start,
+            began: start,
             record: None,
             summing: None,
             resync_left: Vec::new(),
@@ -179,8 +179,8 @@ impl Secondary {
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
             Input::MachineReady => self.open_heartbeat(now),
             Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
-            Input::Staged { conn, id, completes_resync, staged_bytes } => {
-                self.staged(now, conn, id, completes_resync, staged_bytes);
+            Input::Staged { conn, id, completes_resync, staged_bytes, began } => {
+                self.staged(now, conn, (id, began), completes_resync, staged_bytes);
             }
             Input::Summed { first, sums } => self.summed(first, sums),
             Input::Answer { ticket, answer } => {
@@ -283,7 +283,14 @@ impl Secondary {
         }
     }
 
-    fn staged(&mut self, now: Instant, conn: ConnId, id: EpochId, completes_resync: bool, staged_bytes: u64) {
+    fn staged(
+        &mut self,
+        now: Instant,
+        conn: ConnId,
+        (id, began): (EpochId, Instant),
+        completes_resync: bool,
+        staged_bytes: u64,
+    ) {
         if self.data != Some(conn) {
             return;
         }
@@ -302,7 +309,7 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
-        self.received = now;
+        self.began = began;
         if let Some((_, judge)) = &mut self.life {
             judge.overtaken();
         }
@@ -447,7 +454,7 @@ impl Secondary {
         }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
-        self.actions.push_back(Action::Promote { record, epoch, received: self.received, cause: self.cause.clone() });
+        self.actions.push_back(Action::Promote { record, epoch, began: self.began, cause: self.cause.clone() });
     }
 
     fn tell(&mut self, event: Event) {
