@@ -323,11 +323,6 @@ impl NodeDisks {
         Ok(NodeDisks { layout, journal, images, backends, gates, stamps, stamped: None, shared })
     }
 
-    /// Whether the guest can write to any.
-    pub fn is_written(&self) -> bool {
-        !self.stamps.images.is_empty()
-    }
-
     /// The journal.
     pub fn journal(&self) -> &Arc<DiskJournal> {
         &self.journal

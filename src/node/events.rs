@@ -12,7 +12,7 @@ use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::sums::BlockSum;
-use crate::protocol::types::{EpochId, InstanceId};
+use crate::protocol::types::{EpochId, InstanceId, Instant};
 use crate::wire::{LinkCloser, LinkWriter};
 
 /// Where the result of a command goes.
@@ -76,6 +76,8 @@ pub enum NodeEvent {
         conn: ConnId,
         /// The epoch.
         epoch: Box<StagedEpoch>,
+        /// When it began to arrive.
+        began: Instant,
     },
     /// Background pages arrived.
     Background {

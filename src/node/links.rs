@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::Sender;
 
 use super::events::NodeEvent;
-use super::priority;
+use super::{clock, priority};
 use crate::checkpoint::stage::{Stager, StagingBudget};
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Hello, Message, RefuseReason};
 use crate::protocol::primary::ConnId;
+use crate::protocol::types;
 use crate::wire::link::{Link, LinkError, LinkReader, Listener};
 use crate::wire::sums::decode_sums;
 use crate::wire::{FrameKind, LinkCloser, LinkWriter, WireError};
@@ -183,7 +184,7 @@ pub fn connect(
                     return;
                 }
                 priority::raise();
-                let end = Receiver { conn, budget, stager: None, events: &events }.run(reader);
+                let end = Receiver { conn, budget, stager: None, began: clock::now(), events: &events }.run(reader);
                 closer.shutdown();
                 end
             }
@@ -200,6 +201,8 @@ struct Receiver<'a> {
     budget: Arc<StagingBudget>,
     /// There is one once the primary's welcome told the guest's size.
     stager: Option<Stager>,
+    /// When the epoch that is arriving, or the last one, began to.
+    began: types::Instant,
     events: &'a Sender<NodeEvent>,
 }
 
@@ -234,12 +237,13 @@ impl Receiver<'_> {
         let conn = self.conn;
         match message {
             Message::EpochBegin { id, completes_resync } => {
+                self.began = clock::now();
                 self.stager()?.begin(id, completes_resync).map_err(|error| error.to_string())?;
                 Ok(None)
             }
             Message::EpochEnd { id, pages, state_bytes, digest } => {
                 let epoch = self.stager()?.end(id, pages, state_bytes, digest).map_err(|error| error.to_string())?;
-                Ok(Some(NodeEvent::Staged { conn, epoch: Box::new(epoch) }))
+                Ok(Some(NodeEvent::Staged { conn, epoch: Box::new(epoch), began: self.began }))
             }
             message => {
                 if let Message::Welcome(welcome) = &message {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
 
-use self::snapshot::Saving;
+use self::snapshot::Snapshots;
 use super::announce::Announcer;
 use super::config::Compress;
 use super::conns::{Conns, LinkNews};
@@ -73,7 +73,7 @@ pub struct PrimaryNode {
     on_its_way: Option<OnItsWay>,
     announcer: Announcer,
     replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
-    saving: Option<Saving>,
+    snapshots: Snapshots,
     /// The guest asked for a reset.
     restart: bool,
     end: Option<PrimaryEnd>,
@@ -107,7 +107,7 @@ impl PrimaryNode {
             on_its_way: None,
             announcer,
             replies: Vec::new(),
-            saving: None,
+            snapshots: Snapshots::default(),
             restart: false,
             end: None,
         }
@@ -312,7 +312,7 @@ impl PrimaryNode {
                     self.machine.kick_net();
                 }
                 Action::Run(run) => self.run_guest(run)?,
-                Action::Snapshot => self.begin_snapshot()?,
+                Action::Snapshot => self.begin_snapshot(),
                 Action::NoSnapshot { why } => self.snapshot_refused(why),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence()?,

@@ -189,11 +189,11 @@ impl<'a> SecondaryNode<'a> {
                 self.conns.remove(conn);
                 Some(Input::Foreign { conn, why })
             }
-            NodeEvent::Staged { conn, epoch } => {
+            NodeEvent::Staged { conn, epoch, began } => {
                 self.stages.heard_us = clock::monotonic_us();
                 let (id, completes_resync) = (epoch.id, epoch.completes_resync);
                 self.staged = Some(epoch);
-                Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used() })
+                Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used(), began })
             }
             NodeEvent::Background { conn, payload } => match &self.image {
                 Some(image) if self.protocol.takes_pages(conn) => {
@@ -277,7 +277,7 @@ impl<'a> SecondaryNode<'a> {
                 Action::TakeStorage => self.take_storage(),
                 Action::WriteKept => self.write_kept(),
                 Action::Ask(call) => self.context.arbiter.ask(call),
-                Action::Promote { record, epoch, received, cause } => self.promote(record, epoch, received, cause)?,
+                Action::Promote { record, epoch, began, cause } => self.promote(record, epoch, began, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
                 Action::Exit(ending) => self.end = Some(SecondaryEnd::Over(ending)),
                 Action::Tell(event) => self.context.tell(&event),
@@ -360,13 +360,13 @@ impl<'a> SecondaryNode<'a> {
         self.protocol.handle(clock::now(), input);
     }
 
-    fn promote(&mut self, record: Record, epoch: EpochId, received: Instant, cause: String) -> Result<(), NodeError> {
+    fn promote(&mut self, record: Record, epoch: EpochId, began: Instant, cause: String) -> Result<(), NodeError> {
         let Some(Image { mut machine, gate, disks, welcome, applier, .. }) = self.image.take() else {
             return Err(NodeError::GuestFailed("there is no image to take over with".into()));
         };
         let state = applier.finish(epoch)?;
         let applied_us = clock::monotonic_us();
-        let clocks = guest_clock::step(self.context.config.guest_clock, received, clock::now());
+        let clocks = guest_clock::step(self.context.config.guest_clock, began, clock::now());
         machine.restore_later(&state, clocks.forward)?;
         gate.drain_input();
         let restored_us = clock::monotonic_us();

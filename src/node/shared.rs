@@ -14,6 +14,7 @@ use crate::device::image::{ImageError, RawImage};
 use crate::device::shared::{SharedImage, is_block_device};
 use crate::protocol::primary::ConnId;
 use crate::protocol::secondary::StorageTrouble;
+use crate::protocol::shared::Fencing;
 use crate::protocol::types::EpochId;
 
 /// Why a node cannot use shared storage.
@@ -105,10 +106,12 @@ fn unfenced(
     is_device: impl Fn(&Path) -> bool,
 ) -> Result<(), SharedError> {
     // A script that says "the peer is down" made sure of it.
-    if matches!(arbiter, ArbiterConfig::Command { .. }) {
-        return Ok(());
-    }
-    match disks.iter().find(|disk| disk.shared && !disk.fenced && is_device(&disk.path)) {
+    let by_arbiter = matches!(arbiter, ArbiterConfig::Command { .. });
+    let is_unfenced = |disk: &&DiskConfig| {
+        let lock_reaches_hosts = !is_device(&disk.path);
+        disk.shared && !Fencing { lock_reaches_hosts, by_arbiter, by_operator: disk.fenced }.is_enough()
+    };
+    match disks.iter().find(is_unfenced) {
         Some(disk) => Err(SharedError::Unfenced { path: disk.path.clone() }),
         None => Ok(()),
     }

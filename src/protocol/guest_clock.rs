@@ -4,8 +4,9 @@
 //! may count that time or not. If they do, its wall clock stays right, and its timers fire when they were due, as after any time without
 //! a CPU; if they do not, it is behind by so much, at each takeover a little more, until the guest asks a time server. They never go back.
 //!
-//! The new node counts from when it had received the epoch, by its own clock: no two hosts' clocks need to agree. The time the epoch was
-//! on its way, well under a millisecond on a quiet link, is not counted, so that the guest is never ahead.
+//! The new node counts from when the epoch began to arrive, by its own clock: no two hosts' clocks need to agree. Its first word leaves the
+//! old node right after the pause; the time that word was on its way, well under a millisecond on a quiet link, is not counted, so that the
+//! guest is never ahead.
 
 use std::time::Duration;
 
@@ -34,9 +35,9 @@ pub struct ClockStep {
     pub behind: Duration,
 }
 
-/// The step for a guest that goes on at `now` from an epoch that was received at `received`.
-pub fn step(policy: ClockPolicy, received: Instant, now: Instant) -> ClockStep {
-    let lost = now.since(received);
+/// The step for a guest that goes on at `now` from an epoch that began to arrive at `began`.
+pub fn step(policy: ClockPolicy, began: Instant, now: Instant) -> ClockStep {
+    let lost = now.since(began);
     match policy {
         ClockPolicy::Correct if lost <= FORWARD_MAX => ClockStep { forward: lost, behind: Duration::ZERO },
         ClockPolicy::Correct | ClockPolicy::Continue => ClockStep { forward: Duration::ZERO, behind: lost },
@@ -47,26 +48,26 @@ pub fn step(policy: ClockPolicy, received: Instant, now: Instant) -> ClockStep {
 mod tests {
     use super::*;
 
-    const RECEIVED: Instant = Instant::from_us(7_000_000);
+    const BEGAN: Instant = Instant::from_us(7_000_000);
 
     #[test]
     fn clocks_count_the_takeover_unless_they_shall_not_or_it_took_too_long() {
-        let after = |lost| RECEIVED + lost;
+        let after = |lost| BEGAN + lost;
         let lost = Duration::from_millis(150);
         let forward = ClockStep { forward: lost, behind: Duration::ZERO };
         let left = |lost| ClockStep { forward: Duration::ZERO, behind: lost };
-        assert_eq!(step(ClockPolicy::Correct, RECEIVED, after(lost)), forward);
-        assert_eq!(step(ClockPolicy::Continue, RECEIVED, after(lost)), left(lost));
-        assert_eq!(step(ClockPolicy::Correct, RECEIVED, after(FORWARD_MAX)).forward, FORWARD_MAX);
+        assert_eq!(step(ClockPolicy::Correct, BEGAN, after(lost)), forward);
+        assert_eq!(step(ClockPolicy::Continue, BEGAN, after(lost)), left(lost));
+        assert_eq!(step(ClockPolicy::Correct, BEGAN, after(FORWARD_MAX)).forward, FORWARD_MAX);
         let long = FORWARD_MAX + Duration::from_micros(1);
-        assert_eq!(step(ClockPolicy::Correct, RECEIVED, after(long)), left(long));
+        assert_eq!(step(ClockPolicy::Correct, BEGAN, after(long)), left(long));
     }
 
     #[test]
     fn clocks_never_go_back() {
         for policy in [ClockPolicy::Correct, ClockPolicy::Continue] {
             let nothing = ClockStep { forward: Duration::ZERO, behind: Duration::ZERO };
-            assert_eq!(step(policy, RECEIVED, RECEIVED.before(Duration::from_secs(1))), nothing);
+            assert_eq!(step(policy, BEGAN, BEGAN.before(Duration::from_secs(1))), nothing);
         }
     }
 }

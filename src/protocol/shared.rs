@@ -30,6 +30,24 @@ impl MachineShape {
     }
 }
 
+/// What keeps the other host from writing to the storage of a shared disk when it must not any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fencing {
+    /// The storage's lock keeps programs of both hosts out: true of a file, not of a block device.
+    pub lock_reaches_hosts: bool,
+    /// Whoever gives the guest to a node has made sure that the other host is off.
+    pub by_arbiter: bool,
+    /// The operator says that something else does it.
+    pub by_operator: bool,
+}
+
+impl Fencing {
+    /// True if a frozen or cut-off primary cannot write late: without that, shared storage must not be used.
+    pub fn is_enough(self) -> bool {
+        self.lock_reaches_hosts || self.by_arbiter || self.by_operator || mutant::is("device-without-fencing")
+    }
+}
+
 /// What was written in one epoch.
 pub trait Layer: Default {
     /// True if nothing was.

@@ -45,7 +45,9 @@ fn secondary_input(event: Event) -> Option<secondary::Input> {
         Event::Connected(conn) => Input::Connected { conn },
         Event::Closed(conn) => Input::Closed { conn, why: String::new() },
         Event::Message(conn, message) => Input::Message { conn, message },
-        Event::Staged(conn, id, completes_resync) => Input::Staged { conn, id, completes_resync, staged_bytes: 0 },
+        Event::Staged(conn, id, completes_resync) => {
+            Input::Staged { conn, id, completes_resync, staged_bytes: 0, began: Instant::from_us(0) }
+        }
         Event::Answer(ticket, answer) => Input::Answer { ticket, answer },
         Event::Primary(_) => return None,
     })

@@ -125,7 +125,7 @@ impl World {
                 }
                 let (id, completes_resync) = (staged.id, staged.completes);
                 self.procs[proc].staged = Some(staged);
-                let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0 };
+                let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0, began: now };
                 self.feed_secondary(proc, now, staged);
             }
             In::Primary(primary::Input::OutputWaiting) => {
@@ -277,7 +277,7 @@ impl World {
                 }
             }
             Action::Snapshot => self.write_snapshot(proc),
-            Action::NoSnapshot { why } => self.note(proc, || format!("no snapshot: {why}")),
+            Action::NoSnapshot { why } => self.no_snapshot(proc, why),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit => {
@@ -446,7 +446,7 @@ impl World {
             Action::TakeStorage => self.take_storage(proc),
             Action::WriteKept => self.write_kept(proc),
             Action::Ask(call) => self.ask_arbiter(proc, call),
-            Action::Promote { record, epoch, received: _, cause } => {
+            Action::Promote { record, epoch, began: _, cause } => {
                 self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
                 let node = &mut self.procs[proc];
                 let (counter, _) = node.image_state;

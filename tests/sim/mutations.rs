@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 55] = [
+const MUTANTS: [(&str, &str); 58] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -66,7 +66,10 @@ const MUTANTS: [(&str, &str); 55] = [
         "a flush is answered when its writes are committed, not when they are in the storage",
     ),
     ("newest-kept-writes-only", "an heir writes what it kept of the newest epoch, and forgets those before it"),
+    ("device-without-fencing", "a block device is shared though nothing keeps the other host from writing late"),
     ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
+    ("two-snapshots-at-once", "a second snapshot is begun while one is being written"),
+    ("snapshot-without-its-disks", "a guest that goes on writing to its disk is saved without it"),
     (
         "stopped-snapshot-goes-on",
         "a guest that is to stop with its snapshot runs on while the arbiter is asked about its peer",

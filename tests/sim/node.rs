@@ -143,6 +143,8 @@ pub struct Proc {
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
+    /// Snapshots that were asked for and not answered yet: whether the guest is to stop with it.
+    pub stop_wishes: VecDeque<bool>,
     /// A snapshot of its guest is being written: the guest must not run.
     pub saving: bool,
     /// What it wrote down where the arbiter keeps no record.
@@ -188,6 +190,7 @@ impl Proc {
             capture_fails: false,
             quits: 0,
             may_exit: false,
+            stop_wishes: VecDeque::new(),
             saving: false,
             notebook: Notebook::default(),
             conns: Vec::new(),

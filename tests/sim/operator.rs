@@ -100,33 +100,51 @@ impl World {
 
     /// An operator wants a snapshot, if one may be taken now.
     pub fn take_snapshot(&mut self, proc: ProcId) {
+        let stop = self.rng.chance(500);
         let node = &mut self.procs[proc];
         if node.alive && node.is_primary() {
-            node.inbox.push_back(In::Primary(primary::Input::Snapshot));
-            self.note(proc, || "operator: snapshot".into());
+            node.inbox.push_back(In::Primary(primary::Input::Snapshot { stop }));
+            node.stop_wishes.push_back(stop);
+            self.note(proc, || format!("operator: snapshot, stop {stop}"));
             self.drive(proc);
         }
     }
 
-    /// The guest stands still: it is written for a while.
+    /// The answer to the oldest wish for a snapshot.
+    pub fn no_snapshot(&mut self, proc: ProcId, why: &'static str) {
+        self.procs[proc].stop_wishes.pop_front();
+        self.note(proc, || format!("no snapshot: {why}"));
+    }
+
+    /// The guest stands still: it is written for a while, or cannot be.
     pub fn write_snapshot(&mut self, proc: ProcId) {
         let runs = self.procs[proc].guest.as_ref().is_some_and(|guest| guest.runs);
         if runs {
             self.violate(format!("n{} writes a snapshot of a guest that runs", self.procs[proc].slot));
         }
+        let (slot, has_disk) = (self.procs[proc].slot, self.plan.blocks > 0 || !self.plan.own.is_empty());
+        let Some(stop) = self.procs[proc].stop_wishes.pop_front() else {
+            return self.violate(format!("n{slot} writes a snapshot that nobody asked for"));
+        };
+        if self.procs[proc].saving {
+            self.violate(format!("n{slot} writes two snapshots at once"));
+        }
+        if has_disk && !stop {
+            self.violate(format!("n{slot} writes a snapshot of a guest that goes on writing to its disk"));
+        }
         self.procs[proc].saving = true;
         let us = self.rng.below(self.plan.fault_len_us);
-        let stop = self.rng.chance(500);
-        self.after(us, Event::SnapshotEnds { proc, stop });
+        let written = self.rng.chance(800);
+        self.after(us, Event::SnapshotEnds { proc, stop, written });
     }
 
-    pub fn snapshot_ends(&mut self, proc: ProcId, stop: bool) {
+    pub fn snapshot_ends(&mut self, proc: ProcId, stop: bool, written: bool) {
         let node = &mut self.procs[proc];
         if node.alive && node.is_primary() {
             // What is stopped with its snapshot never runs again.
-            node.saving = stop;
-            node.inbox.push_back(In::Primary(primary::Input::SnapshotEnded { stop }));
-            self.note(proc, || format!("snapshot written, stop {stop}"));
+            node.saving = stop && written;
+            node.inbox.push_back(In::Primary(primary::Input::SnapshotEnded { written }));
+            self.note(proc, || format!("snapshot over, written {written}, stop {stop}"));
             self.drive(proc);
         }
     }

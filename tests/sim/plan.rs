@@ -8,6 +8,7 @@ use mcd::protocol::messages::{DiskShape, MachineShape, features};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::primary::PrimaryConfig;
 use mcd::protocol::secondary::SecondaryConfig;
+use mcd::protocol::shared::Fencing;
 use mcd::protocol::types::GuestName;
 
 use crate::rng::Rng;
@@ -94,6 +95,8 @@ pub struct Plan {
     pub sum_us: u64,
     /// Blocks of the guest's disk on shared storage, which come behind the image's pages; 0 if it has none.
     pub blocks: u64,
+    /// That storage is a block device: its lock keeps only the programs of one host apart.
+    pub device: bool,
     /// The longest a batch of writes to it usually takes.
     pub storage_us: u64,
     pub heartbeat_us: u64,
@@ -154,11 +157,14 @@ impl Plan {
             // Nothing tells a secondary that was cut off of a guest that was shut down: docs/arbiters.md says so.
             kinds.retain(|kind| !matches!(kind, FaultKind::Command | FaultKind::Shutdown));
         }
+        let device = rng.chance(400);
+        let fencing = Fencing { lock_reaches_hosts: !device, by_arbiter: recordless, by_operator: false };
         let trigger_count = if kinds.is_empty() { 0 } else { rng.below(4) };
         let triggers = (0..trigger_count).map(|_| Trigger::draw(rng, &kinds, timeout_us)).collect();
         let memory = rng.range(4, 64);
         // Each disk is asked for by itself.
-        let own: Vec<u64> = (0..rng.below(4)).map(|_| rng.range(1, 5)).collect();
+        let disks = if rng.chance(600) { rng.range(1, 3) } else { 0 };
+        let own: Vec<u64> = (0..disks).map(|_| rng.range(1, 5)).collect();
         Plan {
             slots: if !recordless && rng.chance(400) { 3 } else { 2 },
             pages: memory + own.iter().sum::<u64>(),
@@ -168,7 +174,8 @@ impl Plan {
             sum_us: if rng.chance(300) { rng.range(1_000, 40_000) } else { rng.range(50, 3_000) },
             verifies: rng.chance(600),
             block_per_mille: *rng.pick(&[3, 30, 200]),
-            blocks: if rng.chance(500) { rng.range(1, 8) } else { 0 },
+            blocks: if fencing.is_enough() && rng.chance(600) { rng.range(1, 8) } else { 0 },
+            device,
             storage_us: rng.range(100, 20_000),
             heartbeat_us,
             timeout_us,

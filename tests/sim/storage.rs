@@ -36,15 +36,24 @@ impl Layer for Written {
 #[derive(Debug, Default)]
 pub struct Storage {
     pub blocks: Vec<u64>,
-    /// Who may write.
-    lock: Option<ProcId>,
+    /// Who may write. Of a block device each host has a lock of its own.
+    locks: Vec<Option<ProcId>>,
+    /// The lock that counts on each host.
+    lock_of: Vec<usize>,
     /// The versions that a flush vouched for.
     vouched: Vec<u64>,
 }
 
 impl Storage {
-    pub fn new(blocks: u64) -> Storage {
-        Storage { blocks: vec![0; blocks as usize], lock: None, vouched: vec![0; blocks as usize] }
+    /// Of `blocks` blocks, for as many hosts as there are `slots`.
+    pub fn new(blocks: u64, slots: usize, device: bool) -> Storage {
+        let empty = vec![0; blocks as usize];
+        let lock_of = (0..slots).map(|slot| if device { slot } else { 0 }).collect();
+        Storage { blocks: empty.clone(), locks: vec![None; slots], lock_of, vouched: empty }
+    }
+
+    fn lock(&mut self, slot: usize) -> &mut Option<ProcId> {
+        &mut self.locks[self.lock_of[slot]]
     }
 }
 
@@ -278,9 +287,10 @@ impl World {
 
     fn store(&mut self, proc: ProcId, block: u64, version: u64) {
         let (slot, me) = (self.procs[proc].slot, self.procs[proc].me);
+        let locked = *self.storage.lock(slot) == Some(proc);
         let there = &mut self.storage.blocks[block as usize];
         let alone = self.arbiter.record.is_some_and(|record| record.owner == me && record.state != RecordState::Paired);
-        if self.storage.lock != Some(proc) {
+        if !locked {
             self.violate(format!("disk: n{slot} writes block {block} without the lock"));
         } else if version < *there {
             let there = *there;
@@ -293,19 +303,17 @@ impl World {
     }
 
     fn unlock(&mut self, proc: ProcId) {
-        if self.storage.lock == Some(proc) {
-            self.storage.lock = None;
-        }
+        self.storage.lock(self.procs[proc].slot).take_if(|holder| *holder == proc);
     }
 
     // ---- beginnings and ends ----
 
     /// A node starts the guest: whoever else has the lock is switched off by the one who starts it.
     pub fn take_disk(&mut self, proc: ProcId) {
-        if let Some(holder) = self.storage.lock.filter(|holder| *holder != proc) {
+        for holder in self.storage.locks.clone().into_iter().flatten().filter(|holder| *holder != proc) {
             self.end(holder);
         }
-        self.storage.lock = Some(proc);
+        *self.storage.lock(self.procs[proc].slot) = Some(proc);
         self.mount_disk(proc);
     }
 
@@ -325,7 +333,7 @@ impl World {
     pub fn drop_disk(&mut self, proc: ProcId, host_lives: bool) {
         let stopping = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Stopping);
         let under_way = self.procs[proc].disk.writing.take().map(|batch| batch.blocks).unwrap_or_default();
-        let holds_lock = self.storage.lock == Some(proc);
+        let holds_lock = *self.storage.lock(self.procs[proc].slot) == Some(proc);
         if holds_lock && host_lives {
             self.sync(proc);
         }
@@ -341,10 +349,12 @@ impl World {
     // ---- the heir ----
 
     pub fn take_storage(&mut self, proc: ProcId) {
-        let input = match self.storage.lock {
-            Some(holder) if holder != proc => secondary::Input::StorageRefused(StorageTrouble::Locked("in use".into())),
-            _ => {
-                self.storage.lock = Some(proc);
+        let input = match self.storage.lock(self.procs[proc].slot) {
+            Some(holder) if *holder != proc => {
+                secondary::Input::StorageRefused(StorageTrouble::Locked("in use".into()))
+            }
+            lock => {
+                *lock = Some(proc);
                 secondary::Input::StorageLocked
             }
         };

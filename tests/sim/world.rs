@@ -46,7 +46,7 @@ pub enum Event {
     Summed { proc: ProcId, instance: InstanceId, run: std::ops::Range<u64>, sums: Vec<BlockSum> },
     Start(usize),
     Command(ProcId, Command),
-    SnapshotEnds { proc: ProcId, stop: bool },
+    SnapshotEnds { proc: ProcId, stop: bool, written: bool },
     Fault,
     FaultAt(FaultKind, usize),
     Operator,
@@ -128,7 +128,7 @@ impl World {
     pub fn new(seed: u64, traced: bool) -> World {
         let mut rng = Rng::new(seed);
         let plan = Plan::draw(&mut rng);
-        let (slots, storage) = (plan.slots, Storage::new(plan.blocks));
+        let (slots, storage) = (plan.slots, Storage::new(plan.blocks, plan.slots, plan.device));
         let disks = (0..slots).map(|_| HostDisks::draw(&plan, &mut rng)).collect();
         let mut world = World {
             rng,
@@ -270,7 +270,7 @@ impl World {
             Event::Summed { proc, instance, run, sums } => self.summed(proc, instance, run, sums),
             Event::Start(slot) => self.start(slot),
             Event::Command(proc, command) => self.command(proc, command),
-            Event::SnapshotEnds { proc, stop } => self.snapshot_ends(proc, stop),
+            Event::SnapshotEnds { proc, stop, written } => self.snapshot_ends(proc, stop, written),
             Event::Fault => self.fault(),
             Event::FaultAt(kind, slot) => self.inject(kind, slot),
             Event::Operator => return self.operator(),

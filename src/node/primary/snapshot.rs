@@ -1,4 +1,4 @@
-//! Saving the guest to a file while it stands still. The driver goes on meanwhile: epochs, acks, heartbeats and the control socket do not wait
+//! Saving the guest to a file while it stands still: when it may, the protocol says. The driver goes on meanwhile: epochs, acks, heartbeats and the control socket do not wait
 //! for the file.
 
 use std::path::PathBuf;
@@ -18,8 +18,16 @@ use crate::node::events::{NodeEvent, Reply, SnapshotRequest};
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::primary::Input;
 
+/// The snapshots of a primary.
+#[derive(Default)]
+pub(super) struct Snapshots {
+    /// One that was asked for, until the protocol has said whether it may be.
+    asked: Option<(SnapshotRequest, Reply)>,
+    saving: Option<Saving>,
+}
+
 /// A snapshot in the making.
-pub(super) struct Saving {
+struct Saving {
     request: SnapshotRequest,
     reply: Option<Reply>,
     began_us: u64,
@@ -33,6 +41,18 @@ pub(super) struct Saving {
 }
 
 impl Saving {
+    fn new(request: SnapshotRequest, reply: Reply) -> Saving {
+        Saving {
+            request,
+            reply: Some(reply),
+            began_us: clock::monotonic_us(),
+            cancelled: Arc::new(AtomicBool::new(false)),
+            thread: None,
+            head: None,
+            written: None,
+        }
+    }
+
     fn answer(&mut self, result: Result<Value, String>) {
         if let Some(reply) = self.reply.take() {
             // The client may have given up waiting.
@@ -58,55 +78,34 @@ impl Drop for Saving {
 }
 
 impl PrimaryNode {
-    /// An operator wants one.
+    /// An operator wants one. The protocol answers at once.
     pub(super) fn snapshot_asked(&mut self, request: SnapshotRequest, reply: Reply) -> Option<Input> {
-        let refused = if self.saving.is_some() {
-            Some("a snapshot of this guest is being written already")
-        } else if self.disks.is_written() && !request.stop {
-            Some(
-                "this guest writes to disks, which would go on without its snapshot: take it with --stop, which ends the guest \
-                 and leaves its images as they are at that moment",
-            )
-        } else {
-            None
-        };
-        if let Some(why) = refused {
-            let _ = reply.send(Err(why.to_owned()));
-            return None;
-        }
-        self.saving = Some(Saving {
-            request,
-            reply: Some(reply),
-            began_us: clock::monotonic_us(),
-            cancelled: Arc::new(AtomicBool::new(false)),
-            thread: None,
-            head: None,
-            written: None,
-        });
-        Some(Input::Snapshot)
+        let stop = request.stop;
+        self.snapshots.asked = Some((request, reply));
+        Some(Input::Snapshot { stop })
     }
 
     /// The rules do not allow one now.
     pub(super) fn snapshot_refused(&mut self, why: &str) {
-        if let Some(mut saving) = self.saving.take() {
-            saving.answer(Err(why.to_owned()));
+        if let Some((_, reply)) = self.snapshots.asked.take() {
+            // The client may have given up waiting.
+            let _ = reply.send(Err(why.to_owned()));
         }
     }
 
     /// The guest stands still for it.
-    pub(super) fn begin_snapshot(&mut self) -> Result<(), NodeError> {
-        let Some(mut saving) = self.saving.take() else {
-            self.protocol.handle(clock::now(), Input::SnapshotEnded { stop: false });
-            return Ok(());
+    pub(super) fn begin_snapshot(&mut self) {
+        let Some((request, reply)) = self.snapshots.asked.take() else {
+            return self.protocol.handle(clock::now(), Input::SnapshotEnded { written: false });
         };
+        let mut saving = Saving::new(request, reply);
         match self.start_writing(&mut saving) {
-            Ok(()) => self.saving = Some(saving),
+            Ok(()) => self.snapshots.saving = Some(saving),
             Err(error) => {
                 saving.answer(Err(error.to_string()));
-                self.protocol.handle(clock::now(), Input::SnapshotEnded { stop: false });
+                self.protocol.handle(clock::now(), Input::SnapshotEnded { written: false });
             }
         }
-        Ok(())
     }
 
     fn start_writing(&mut self, saving: &mut Saving) -> Result<(), NodeError> {
@@ -145,18 +144,18 @@ impl PrimaryNode {
 
     /// The file is there, or not.
     pub(super) fn snapshot_written(&mut self, result: Result<Written, SnapshotError>) -> Option<Input> {
-        let mut saving = self.saving.take()?;
+        let mut saving = self.snapshots.saving.take()?;
         if let Some(thread) = saving.thread.take() {
             let _ = thread.join();
         }
-        let stop = result.is_ok() && saving.request.stop;
+        let ended = Input::SnapshotEnded { written: result.is_ok() };
         match (result, &saving.head) {
             (Ok(written), Some(head)) => {
                 let value = saved(&saving.request.path, head, written, clock::monotonic_us() - saving.began_us);
                 tracing::info!(at = %head.at, bytes = written.bytes, pages = written.pages, "snapshot written");
-                if stop {
+                if saving.request.stop {
                     saving.written = Some(value);
-                    self.saving = Some(saving);
+                    self.snapshots.saving = Some(saving);
                 } else {
                     saving.answer(Ok(value));
                 }
@@ -167,17 +166,17 @@ impl PrimaryNode {
                 saving.answer(Err(error.to_string()));
             }
         }
-        Some(Input::SnapshotEnded { stop })
+        Some(ended)
     }
 
     /// The guest is not ours any more: so is a snapshot in the making.
     pub(super) fn cancel_snapshot(&mut self) {
-        self.saving = None;
+        self.snapshots.saving = None;
     }
 
     /// The node ends: what is said to whoever waits for the snapshot, and its id, if the guest stopped with it.
     pub(super) fn end_snapshot(&mut self, end: &PrimaryEnd) -> Option<SnapshotId> {
-        let mut saving = self.saving.take()?;
+        let mut saving = self.snapshots.saving.take()?;
         let id = saving.stopped_with().filter(|_| *end == PrimaryEnd::Quit)?;
         let written = saving.written.take();
         saving.answer(written.ok_or_else(String::new));

@@ -1,10 +1,22 @@
-//! What operators and the guest itself ask of a primary: stop, go on, checkpoint, end.
+//! What operators and the guest itself ask of a primary: stop, go on, checkpoint, a snapshot, end.
 
 use super::{Action, Command, Phase, Primary};
 use crate::protocol::arbitration::ArbiterRequest;
 use crate::protocol::event::Event;
 use crate::protocol::messages::Message;
 use crate::protocol::mutant;
+
+/// A snapshot of the guest, for which it stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Snapshot {
+    /// It is being written.
+    Writing {
+        /// The guest stops with it.
+        stop: bool,
+    },
+    /// It is written and the guest stopped with it: it never runs again.
+    Stopped,
+}
 
 impl Primary {
     pub(super) fn command(&mut self, command: Command) {
@@ -31,12 +43,20 @@ impl Primary {
     }
 
     /// Whether a snapshot may be taken now; if not, why. While another node may run the guest already, what this one has may be a life that
-    /// nobody was told of.
-    pub(super) fn may_snapshot(&self) -> Result<(), &'static str> {
+    /// nobody was told of. And disks are not in a snapshot: a guest that goes on writes to them, and its memory as of the snapshot would not
+    /// know what they hold.
+    fn may_snapshot(&self, stop: bool) -> Result<(), &'static str> {
+        let writes = self.config.shape.disks.iter().any(|disk| !disk.read_only);
         match self.phase {
-            _ if self.frozen => Err("a snapshot of this guest is being written already"),
             Phase::Fenced => Err("this node is fenced: another node runs the guest; ask that one"),
             Phase::Stopping => Err("the guest is being shut down"),
+            _ if self.snapshot.is_some() && !mutant::is("two-snapshots-at-once") => {
+                Err("a snapshot of this guest is being written already")
+            }
+            _ if writes && !stop && !mutant::is("snapshot-without-its-disks") => Err(
+                "this guest writes to disks, which would go on without its snapshot: take it with --stop, which ends the guest and \
+                 leaves its images as they are at that moment",
+            ),
             Phase::Deciding => Err("the peer is suspected and the arbiter has not answered yet; ask again when it has"),
             _ if !self.proven => {
                 Err("this node stood still and asks the arbiter whether it still has the guest; ask again")
@@ -46,24 +66,32 @@ impl Primary {
     }
 
     /// Stops the guest for a snapshot. Epochs, acks and heartbeats go on: what it said before is released as ever.
-    pub(super) fn freeze(&mut self) {
-        if let Err(why) = self.may_snapshot() {
+    pub(super) fn take_snapshot(&mut self, stop: bool) {
+        if let Err(why) = self.may_snapshot(stop) {
             return self.actions.push_back(Action::NoSnapshot { why });
         }
-        self.frozen = true;
+        self.snapshot = Some(Snapshot::Writing { stop });
         self.sync_run();
         self.actions.push_back(Action::Snapshot);
     }
 
-    /// The snapshot is over; the guest goes on, or stops for good if that was asked for. It must not run meanwhile, or the snapshot would not be
-    /// of its last moment.
-    pub(super) fn thaw(&mut self, stop: bool) {
-        self.frozen = stop && !mutant::is("stopped-snapshot-goes-on");
+    /// The snapshot is over; the guest goes on, or stops for good if that was asked for and the snapshot is there. It must not run meanwhile,
+    /// or the snapshot would not be of its last moment.
+    pub(super) fn snapshot_ended(&mut self, written: bool) {
+        let stop = written && self.snapshot == Some(Snapshot::Writing { stop: true });
+        self.snapshot = (stop && !mutant::is("stopped-snapshot-goes-on")).then_some(Snapshot::Stopped);
         match self.phase {
             _ if !stop => {}
-            Phase::Deciding => self.quitting = true,
+            // The answer says whether there is anything left to stop.
+            Phase::Deciding => {}
             _ => self.shut_down(),
         }
+    }
+
+    /// True if this node ends with the arbiter's answer: an operator wants that, or the guest has stopped with its snapshot. Of the two only
+    /// the operator's word counts as having asked once.
+    pub(super) fn ends_with_the_answer(&self) -> bool {
+        self.quitting || self.snapshot == Some(Snapshot::Stopped)
     }
 
     /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
@@ -93,7 +121,7 @@ impl Primary {
 
     pub(super) fn sync_run(&mut self) {
         let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
-        let frozen = self.frozen && !mutant::is("runs-while-it-is-saved");
+        let frozen = self.snapshot.is_some() && !mutant::is("runs-while-it-is-saved");
         let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !frozen;
         if wanted != self.guest_runs {
             self.guest_runs = wanted;

@@ -14,14 +14,14 @@ impl Primary {
         #[rustfmt::skip]
         let Primary {
             config, me, record, phase, peer, epochs, ledger, comparison, tickets, verify, progress_at, verify_at, arbitration, guard, proven, pairing_checked, storage_behind, arbiter_lost,
-            stopped_by_operator, stopped_by_full_output, frozen, quitting, guest_runs, actions,
+            stopped_by_operator, stopped_by_full_output, snapshot, quitting, guest_runs, actions,
         } = self;
         (me, record, phase, ledger, proven, pairing_checked, storage_behind, arbiter_lost.is_some()).hash(into);
         (comparison, tickets, verify).hash(into);
         if self.peer_features() & features::DISK_SUMS != 0 {
             (progress_at.since(now), verify_at.since(now)).hash(into);
         }
-        (stopped_by_operator, stopped_by_full_output, frozen, quitting, guest_runs).hash(into);
+        (stopped_by_operator, stopped_by_full_output, snapshot, quitting, guest_runs).hash(into);
         peer.is_some().hash(into);
         if let Some(peer) = peer {
             peer.digest(now, into);

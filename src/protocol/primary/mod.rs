@@ -13,6 +13,8 @@
 //! ```
 
 mod commands;
+#[cfg(test)]
+mod commands_tests;
 mod compare;
 #[cfg(test)]
 mod compare_tests;
@@ -96,8 +98,8 @@ pub struct Primary {
     arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
-    /// A snapshot is being written; the guest stands still for it.
-    frozen: bool,
+    /// A snapshot, for which the guest stands still.
+    snapshot: Option<commands::Snapshot>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
     guest_runs: bool,
@@ -127,7 +129,7 @@ impl Primary {
             arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
-            frozen: false,
+            snapshot: None,
             quitting: false,
             guest_runs: true,
             actions: VecDeque::new(),
@@ -240,8 +242,8 @@ impl Primary {
             }
             Input::Command(command) => self.command(command),
             Input::GuestShutdown => self.shut_down(),
-            Input::Snapshot => self.freeze(),
-            Input::SnapshotEnded { stop } => self.thaw(stop),
+            Input::Snapshot { stop } => self.take_snapshot(stop),
+            Input::SnapshotEnded { written } => self.snapshot_ended(written),
         }
         self.on_time(now);
     }

@@ -150,12 +150,15 @@ pub enum Input {
     Command(Command),
     /// The guest shut itself down.
     GuestShutdown,
-    /// An operator wants a snapshot of the guest.
-    Snapshot,
-    /// The snapshot is written, or failed.
-    SnapshotEnded {
-        /// The guest is to stop for good.
+    /// An operator wants a snapshot of the guest. Answered at once, by `Snapshot` or `NoSnapshot`.
+    Snapshot {
+        /// The guest is to stop for good with it.
         stop: bool,
+    },
+    /// The snapshot is over.
+    SnapshotEnded {
+        /// It is written; if not, it failed.
+        written: bool,
     },
 }
 

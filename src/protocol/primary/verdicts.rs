@@ -116,7 +116,7 @@ impl Primary {
         } else {
             Event::NewcomerLost { why: "it went away as its image became whole".into() }
         });
-        if self.quitting {
+        if self.ends_with_the_answer() {
             self.shut_down();
         }
     }
@@ -140,7 +140,7 @@ impl Primary {
         self.guest_runs = false;
         self.actions.push_back(Action::Fence);
         self.tell(Event::Fenced { why });
-        if self.quitting {
+        if self.ends_with_the_answer() {
             self.actions.push_back(Action::Exit);
         }
     }
@@ -148,7 +148,7 @@ impl Primary {
     pub(super) fn handle_fenced(&mut self, input: Input) {
         match input {
             Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
-            Input::Snapshot => self.freeze(),
+            Input::Snapshot { stop } => self.take_snapshot(stop),
             Input::Hello { conn, .. } => {
                 let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();
                 self.refuse(conn, RefuseReason::NotPrimary, detail);

@@ -13,7 +13,7 @@ impl Secondary {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
         let Secondary {
-            config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation, expected, committed, received: _,
+            config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation, expected, committed, began: _,
             record, inheritance, summing, resync_left, arbitration, arbiter_lost, cause: _, no_primary: _, quitting, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
@@ -32,7 +32,7 @@ impl Secondary {
         for action in actions {
             match action {
                 Action::Tell(_) => {}
-                Action::Promote { record, epoch, received: _, cause: _ } => (record, epoch).hash(into),
+                Action::Promote { record, epoch, began: _, cause: _ } => (record, epoch).hash(into),
                 Action::Send { conn, message: Message::Heartbeat(beat) } => (conn, beat.unnumbered()).hash(into),
                 other => other.hash(into),
             }

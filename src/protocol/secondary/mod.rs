@@ -77,8 +77,8 @@ pub struct Secondary {
     generation: Generation,
     expected: Option<EpochId>,
     committed: Option<EpochId>,
-    /// When the newest committed epoch was received.
-    received: Instant,
+    /// When the newest committed epoch began to arrive.
+    began: Instant,
     record: Option<Record>,
     /// The first of the blocks that are being summed for the primary.
     summing: Option<u64>,
@@ -112,7 +112,7 @@ impl Secondary {
             generation: Generation(0),
             expected: None,
             committed: None,
-            received: start,
+            began: start,
             record: None,
             summing: None,
             resync_left: Vec::new(),
@@ -182,8 +182,8 @@ impl Secondary {
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
             Input::MachineReady { made } => self.machine_ready(now, made),
             Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
-            Input::Staged { conn, id, completes_resync, staged_bytes } => {
-                self.staged(now, conn, id, completes_resync, staged_bytes);
+            Input::Staged { conn, id, completes_resync, staged_bytes, began } => {
+                self.staged(now, conn, (id, began), completes_resync, staged_bytes);
             }
             Input::Summed { first, sums } => self.summed(first, sums),
             Input::Answer { ticket, answer } => {
@@ -286,7 +286,14 @@ impl Secondary {
         }
     }
 
-    fn staged(&mut self, now: Instant, conn: ConnId, id: EpochId, completes_resync: bool, staged_bytes: u64) {
+    fn staged(
+        &mut self,
+        now: Instant,
+        conn: ConnId,
+        (id, began): (EpochId, Instant),
+        completes_resync: bool,
+        staged_bytes: u64,
+    ) {
         if self.data != Some(conn) {
             return;
         }
@@ -305,7 +312,7 @@ impl Secondary {
         }
         self.expected = Some(id.next());
         self.committed = Some(id);
-        self.received = now;
+        self.began = began;
         if let Some((_, judge)) = &mut self.life {
             judge.overtaken();
         }
@@ -450,7 +457,7 @@ impl Secondary {
         }
         self.phase = Phase::Promoted;
         self.tell(Event::Takeover { generation: record.generation, epoch });
-        self.actions.push_back(Action::Promote { record, epoch, received: self.received, cause: self.cause.clone() });
+        self.actions.push_back(Action::Promote { record, epoch, began: self.began, cause: self.cause.clone() });
     }
 
     fn tell(&mut self, event: Event) {

@@ -88,6 +88,8 @@ pub enum Input {
         completes_resync: bool,
         /// Staging bytes in use.
         staged_bytes: u64,
+        /// When it began to arrive.
+        began: Instant,
     },
     /// The sums asked for.
     Summed {
@@ -193,8 +195,8 @@ pub enum Action {
         record: Record,
         /// The newest committed epoch.
         epoch: EpochId,
-        /// When it was received: the guest's clocks count from there (see `guest_clock`).
-        received: Instant,
+        /// When it began to arrive: the guest's clocks count from there (see `guest_clock`).
+        began: Instant,
         /// What made the primary suspect.
         cause: String,
     },

@@ -16,6 +16,7 @@ mod host;
 mod image;
 mod kernel;
 mod net;
+mod post_mortem;
 mod report;
 mod scenarios;
 mod talk;

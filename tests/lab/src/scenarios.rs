@@ -131,29 +131,43 @@ impl Play {
         stop: &Arc<AtomicBool>,
     ) -> Result<(), LabError> {
         let mut world = World::new(guest, options.connections, site.clone(), stop.clone())?;
+        let result = self.faults_in(&mut world, options);
+        if let Err(error) = &result
+            && !matches!(error, LabError::Interrupted | LabError::HostGone { .. })
+        {
+            match world.post_mortem() {
+                Ok(path) => println!("what was found then is in {}", path.display()),
+                Err(error) => println!("nobody could look what was wrong: {error}"),
+            }
+        }
+        result
+    }
+
+    fn faults_in(&mut self, world: &mut World, options: &Options) -> Result<(), LabError> {
+        let guest = world.guest();
         let since = Instant::now();
         world.power_on(&[HostName::A, HostName::B])?;
         self.note("both hosts boot", since, None);
         let since = Instant::now();
         world.start_guest(HostName::A)?;
         self.note("the guest boots on host a and serves", since, None);
-        let before = if guest.is_linux() { Some(self.meet(&mut world)?) } else { None };
-        self.protect(&mut world)?;
+        let before = if guest.is_linux() { Some(self.meet(world)?) } else { None };
+        self.protect(world)?;
         if guest.is_linux() {
-            self.measure_disk(&mut world, true)?;
+            self.measure_disk(world, true)?;
         }
         let rounds = options.rounds.unwrap_or(guest.power_cuts());
         for round in 1..=rounds {
-            self.lose_primary(&mut world, round, rounds)?;
+            self.lose_primary(world, round, rounds)?;
         }
-        self.lose_secondary(&mut world)?;
-        self.cut_link(&mut world)?;
+        self.lose_secondary(world)?;
+        self.cut_link(world)?;
         let since = Instant::now();
         let keys = world.read_back()?;
         self.clients = world.clients();
         self.note(format!("{keys} keys are read back for the last time"), since, None);
         if let Some(before) = &before {
-            self.question(&mut world, before)?;
+            self.question(world, before)?;
         }
         if options.stay {
             println!("{}Ctrl-C ends it", world.doors());
@@ -164,9 +178,9 @@ impl Play {
             }
         }
         if let Some(before) = &before {
-            self.start_server_anew(&mut world)?;
-            self.compare_images(&mut world, before)?;
-            self.lose_both(&mut world)?;
+            self.start_server_anew(world)?;
+            self.compare_images(world, before)?;
+            self.lose_both(world)?;
         }
         Ok(())
     }

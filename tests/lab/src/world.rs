@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -268,6 +269,11 @@ impl World {
         self.wait("the guest to boot and serve", self.guest.boot_limit(), |_| Ok(answers_ping(&dial).then_some(())))
     }
 
+    /// Whether the guest's server answers a new client.
+    pub fn guest_serves(&self) -> bool {
+        answers_ping(&self.dial())
+    }
+
     /// Which guest it is about.
     pub fn guest(&self) -> Guest {
         self.guest
@@ -355,6 +361,18 @@ impl World {
 
     fn gauges(&self) -> impl Iterator<Item = &Arc<Gauge>> {
         self.session.iter().flat_map(|session| session.load.gauges())
+    }
+
+    /// How long each client has not been answered, for people.
+    pub fn silences(&self) -> String {
+        let line =
+            |(number, gauge): (usize, &Arc<Gauge>)| format!("client {number}: {} ms\n", gauge.silence_us() / 1000);
+        self.gauges().enumerate().map(line).collect()
+    }
+
+    /// Where the scenario's logs go.
+    pub fn logs(&self) -> &Path {
+        &self.site.logs
     }
 
     /// Forgets how long clients have waited, and tells the time.
