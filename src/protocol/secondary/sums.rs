@@ -109,7 +109,7 @@ mod tests {
 
     fn commit(node: &mut Secondary, generation: u64, completes_resync: bool) {
         let id = EpochId { generation: Generation(generation), epoch: 0 };
-        take(node, Input::Staged { conn: DATA, id, completes_resync, staged_bytes: 0 });
+        take(node, Input::Staged { conn: DATA, id, completes_resync, began: Instant::from_us(0), staged_bytes: 0 });
     }
 
     /// In a resync: four pages of memory, then two disks of three blocks each, of which `made` are made just now.
@@ -150,8 +150,9 @@ mod tests {
         let mut node = syncing([false, true]);
         commit(&mut node, 1, false);
         let nothing = Action::SendSums { conn: DATA, first: 7, sums: Vec::new() };
-        assert_eq!(ask(&mut node, 7), [nothing.clone()]);
-        assert_eq!(ask(&mut node, 7), [nothing], "nothing is being summed");
+        for _ in 0..2 {
+            assert_eq!(ask(&mut node, 7), std::slice::from_ref(&nothing), "and nothing is being summed");
+        }
         assert_eq!(ask(&mut node, 4), [Action::Sum { run: 4..7 }], "the other disk was there");
         let sums = vec![[9; 32]; 3];
         let answer = take(&mut node, Input::Summed { first: 4, sums: sums.clone() });
