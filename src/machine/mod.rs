@@ -254,6 +254,8 @@ impl Machine {
             self.bus.unquiesce();
             return stopped;
         }
+        // Every interrupt on its way has arrived.
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Harvest));
         self.running = false;
         self.times = PauseTimes { stop_us: elapsed_us(start), ..PauseTimes::default() };
         Ok(())

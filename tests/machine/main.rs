@@ -6,6 +6,7 @@ mod dirt;
 mod disk;
 mod events;
 mod fit;
+mod interrupts;
 mod pause;
 mod state;
 mod support;

@@ -93,7 +93,7 @@ fn io_in_flight_is_neither_lost_nor_doubled() {
 }
 
 /// The sections of a state: (kind, instance, payload).
-fn sections(state: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
+pub fn sections(state: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
     let mut found = Vec::new();
     let mut rest = state;
     while !rest.is_empty() {
@@ -106,9 +106,10 @@ fn sections(state: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
 }
 
 const VCPU_RUN: u16 = 2;
-const LAPIC: u16 = 8;
+pub const LAPIC: u16 = 8;
 const MSRS: u16 = 9;
 const PIT: u16 = 16;
+pub const IRQ_CHIP: u16 = 17;
 const XSAVE: u16 = 5;
 const CLOCK: u16 = 18;
 

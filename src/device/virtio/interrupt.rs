@@ -4,7 +4,7 @@
 //! synchronous, so that no capture misses an interrupt that is on its way.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
@@ -52,6 +52,9 @@ impl Interrupt {
     /// wants no interrupts at all but sleeps in the wait port, so with `ring_always` the doorbell rings regardless; without, for
     /// what it sees anyway when its notify returns, its word counts for the doorbell too.
     pub(super) fn used<M: GuestMemory>(&mut self, transport: &mut Transport, queue: usize, mem: &M, ring_always: bool) {
+        // What was used must be visible before the driver's word is read (virtio 1.2, 2.7.7.2): a driver that asks for interrupts again
+        // looks at the used ring after that. Without the fence each side could miss what the other wrote, and both would sleep.
+        fence(Ordering::SeqCst);
         let avail = transport.queues.get(queue).map_or(0, |q| q.avail_ring());
         let flags = mem.load::<u16>(GuestAddress(avail), Ordering::Acquire).map_or(0, u16::from_le);
         let wanted = flags & AVAIL_NO_INTERRUPT == 0;

@@ -2,8 +2,9 @@
 //!
 //! The value is allocated once per vCPU and filled again in every pause. The orders of the calls are load-bearing:
 //!
-//! Saving: MP_STATE first, because reading it makes KVM digest a pending INIT or SIPI, which changes registers. Then registers,
-//! FPU, control, LAPIC, MSRs; the events on their way in last, because the calls before may move them.
+//! Saving, what only the vCPU itself changes: FPU, control, MSRs. Then, when nothing else of the machine runs, MP_STATE first, because
+//! reading it makes KVM digest a pending INIT or SIPI, which changes registers (and then all is read again); registers, LAPIC; the
+//! events on their way in last, because the calls before may move them.
 //!
 //! Restoring: TSC frequency, MP_STATE, then sregs before the LAPIC (they carry the APIC base and with it the mode the LAPIC's
 //! registers are read in), the LAPIC before the MSRs (the TSC deadline is dropped unless the LAPIC's timer is in deadline mode),
@@ -84,33 +85,40 @@ impl VcpuState {
         })
     }
 
-    /// Takes the state of `vcpu`, whose last KVM_RUN returned EINTR with every register synchronised into its run page.
-    ///
-    /// Each call to KVM costs about 5 µs, so general registers, sregs and events come from the run page. Only where another vCPU
-    /// could have sent an INIT since is that not enough: then the registers are asked for again, and if they moved, all are.
-    pub(in crate::machine) fn harvest(&mut self, vcpu: &VcpuFd, alone: bool) -> Result<(), StateError> {
-        self.mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?.mp_state;
-        let synced = vcpu.sync_regs();
-        self.regs = synced.regs;
-        self.sregs = synced.sregs;
-        let moved = !alone && vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))? != synced.regs;
-        if moved {
-            self.regs = vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?;
-            self.sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
-        }
+    /// Takes what only `vcpu` itself changes. Its last KVM_RUN returned EINTR with every register synchronised into its run page.
+    pub(in crate::machine) fn harvest_own(&mut self, vcpu: &VcpuFd) -> Result<(), StateError> {
         // SAFETY: the buffer was made with as many bytes as KVM_CAP_XSAVE2 names, and no feature that would enlarge the area
         // is enabled after the vCPU was made.
         unsafe { vcpu.get_xsave2(&mut self.xsave) }.map_err(kvm("KVM_GET_XSAVE2"))?;
         self.xcrs = vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?;
         self.debugregs = vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?;
-        self.lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
         let read = vcpu.get_msrs(&mut self.msrs).map_err(kvm("KVM_GET_MSRS"))?;
         if let Some(stuck) = self.msrs.as_slice().get(read) {
             return Err(StateError::Msr { call: "read", index: stuck.index });
         }
         let msr = |index| self.msrs.as_slice().iter().find(|entry| entry.index == index).map_or(0, |entry| entry.data);
         self.tsc.observe(vcpu, msr(MSR_TSC), msr(MSR_TSC_ADJUST), self.tsc_khz);
-        self.events = if moved { vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))? } else { synced.events };
+        Ok(())
+    }
+
+    /// Takes the rest, once nothing else of the machine runs.
+    ///
+    /// Each call to KVM costs about 5 µs, so general registers and sregs come from the run page, and so do the events of a vCPU that is
+    /// alone. Only where another vCPU could have sent an INIT since is that not enough: then the registers are asked for again, and if
+    /// they moved, all are.
+    pub(in crate::machine) fn harvest_rest(&mut self, vcpu: &VcpuFd, alone: bool) -> Result<(), StateError> {
+        self.mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?.mp_state;
+        let synced = vcpu.sync_regs();
+        self.regs = synced.regs;
+        self.sregs = synced.sregs;
+        if !alone && vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))? != synced.regs {
+            self.regs = vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?;
+            self.sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
+            self.harvest_own(vcpu)?;
+        }
+        self.lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
+        // Another vCPU may have sent an NMI after the run page was written.
+        self.events = if alone { synced.events } else { vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))? };
         Ok(())
     }
 

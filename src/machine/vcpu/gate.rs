@@ -26,15 +26,19 @@ use crate::machine::futex;
 pub(in crate::machine) enum Order {
     /// Run the guest.
     Run,
-    /// Finish pending I/O, save the vCPU's state into its slot, stand still.
+    /// Finish pending I/O and stand still. What only this vCPU can change of its state goes into the slot.
     Park,
+    /// Stand still and complete the slot: no other vCPU and no device runs any more, so every interrupt on its way has arrived.
+    Harvest,
     /// While parked: put the slot's state into the vCPU.
     Apply,
     /// End the thread.
     Quit,
 }
 
-const ORDER_BITS: u32 = 2;
+const ORDER_BITS: u32 = 3;
+/// The word for `Harvest` before any other.
+const FIRST_WORD: u32 = 2;
 
 /// One order: the word as a whole, unlike any order shortly before or after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +50,8 @@ impl Ticket {
         match self.0 & ((1 << ORDER_BITS) - 1) {
             0 => Order::Run,
             1 => Order::Park,
-            2 => Order::Apply,
+            2 => Order::Harvest,
+            3 => Order::Apply,
             _ => Order::Quit,
         }
     }
@@ -100,8 +105,8 @@ impl Milestone {
 }
 
 /// The pause word of one vCPU, and two milestones on the way of each order: *stopped* (the vCPU is out of the guest and its I/O
-/// is complete: guest memory stands still) and *settled* (its state is in the slot: all is done). Between the two the vCPU
-/// thread is busy reading its state, which a controller can use to copy memory.
+/// is complete: guest memory stands still as far as it goes) and *settled* (its state is in the slot: all is done). Between the two
+/// the vCPU thread is busy reading its state, which a controller can use to copy memory.
 pub(in crate::machine) struct Gate {
     word: AtomicU32,
     vcpu_sleeps: AtomicBool,
@@ -111,10 +116,10 @@ pub(in crate::machine) struct Gate {
 }
 
 impl Gate {
-    /// A gate that says `Park`, with nothing done yet.
+    /// A gate that says `Harvest`, with nothing done yet: the machine does not run.
     pub(in crate::machine) fn new(patience: Patience) -> Gate {
         Gate {
-            word: AtomicU32::new(1),
+            word: AtomicU32::new(FIRST_WORD),
             vcpu_sleeps: AtomicBool::new(false),
             stopped: Milestone::default(),
             settled: Milestone::default(),
@@ -133,8 +138,9 @@ impl Gate {
         let code = match order {
             Order::Run => 0,
             Order::Park => 1,
-            Order::Apply => 2,
-            Order::Quit => 3,
+            Order::Harvest => 2,
+            Order::Apply => 3,
+            Order::Quit => 4,
         };
         let word = (sequence << ORDER_BITS) | code;
         self.word.store(word, Ordering::SeqCst);
@@ -218,7 +224,7 @@ mod tests {
                     runs += 1;
                     std::hint::spin_loop();
                 }
-                Order::Park | Order::Apply => {
+                Order::Park | Order::Harvest | Order::Apply => {
                     parks += 1;
                     gate.stop(ticket);
                     gate.settle(ticket);

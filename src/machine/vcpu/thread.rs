@@ -5,8 +5,11 @@
 //! only after a KVM_RUN that returned EINTR: with `immediate_exit` set, KVM completes what is pending and comes back without
 //! running a single instruction of the guest. Saving earlier would lose a read or do a write twice after a restore.
 //!
-//! **The thread harvests its own state** when it parks. KVM moves a vCPU's state to whichever thread asks for it; the thread that
-//! ran it asks cheapest, and several vCPUs are saved at the same time.
+//! **The thread harvests its own state**, in two parts. KVM moves a vCPU's state to whichever thread asks for it; the thread that
+//! ran it asks cheapest, and several vCPUs are saved at the same time. What only the vCPU itself can change is read as soon as it is
+//! parked. What others can change (another vCPU by an interrupt, an NMI or an INIT it sends; a device by its line) is read when none
+//! of them runs any more. Read earlier, an interrupt that was sent in between would be in nobody's state: its sender has sent it and
+//! the I/O APIC may wait for its end, but it never comes.
 
 use std::sync::Arc;
 
@@ -53,6 +56,8 @@ pub(super) struct VcpuThread {
 struct Progress {
     /// The last KVM_RUN returned EINTR (or never will again): no I/O is pending.
     complete: bool,
+    /// What only this vCPU changes is in the slot, as of the last KVM_RUN.
+    own_harvested: bool,
     /// The guest ended this vCPU: it is not entered again.
     ended: bool,
     /// The guest sleeps in the wait port.
@@ -76,7 +81,7 @@ enum Exit {
 impl VcpuThread {
     /// The thread's life.
     pub(super) fn run(mut self) {
-        let mut progress = Progress { complete: false, ended: false, wait: None, rings_seen: 0 };
+        let mut progress = Progress { complete: false, own_harvested: false, ended: false, wait: None, rings_seen: 0 };
         loop {
             let ticket = self.gate.current();
             match ticket.order() {
@@ -87,11 +92,12 @@ impl VcpuThread {
                 }
                 Order::Run if progress.ended => self.gate.wait_after(ticket),
                 Order::Run => self.advance(&mut progress),
-                Order::Park | Order::Apply if !progress.complete => {
+                Order::Park | Order::Harvest | Order::Apply if !progress.complete => {
                     self.page.set_immediate_exit(true);
                     self.enter(&mut progress);
                 }
                 Order::Park => self.park(ticket, &mut progress),
+                Order::Harvest => self.harvest(ticket, &progress),
                 Order::Apply => self.apply(ticket, &mut progress),
             }
         }
@@ -110,7 +116,7 @@ impl VcpuThread {
     }
 
     fn enter(&mut self, progress: &mut Progress) {
-        progress.complete = false;
+        (progress.complete, progress.own_harvested) = (false, false);
         match self.run_once() {
             Exit::Served => {}
             Exit::Interrupted => {
@@ -126,13 +132,28 @@ impl VcpuThread {
         }
     }
 
-    /// Stands still: state into the slot, then wait for the next order.
+    /// Stands still: what nobody else changes goes into the slot; then waits for the next order.
     fn park(&mut self, ticket: Ticket, progress: &mut Progress) {
         self.gate.stop(ticket);
         {
             let mut slot = self.slot.lock();
+            slot.result = slot.state.harvest_own(&self.fd);
+        }
+        progress.own_harvested = true;
+        self.leave(ticket);
+    }
+
+    /// The machine stands still: completes the slot, then waits for the next order.
+    fn harvest(&mut self, ticket: Ticket, progress: &Progress) {
+        {
+            let mut slot = self.slot.lock();
             slot.state.ended = progress.ended;
-            slot.result = slot.state.harvest(&self.fd, self.alone);
+            if !progress.own_harvested {
+                slot.result = slot.state.harvest_own(&self.fd);
+            }
+            if slot.result.is_ok() {
+                slot.result = slot.state.harvest_rest(&self.fd, self.alone);
+            }
         }
         self.gate.settle(ticket);
         self.leave(ticket);
@@ -173,7 +194,8 @@ impl VcpuThread {
     fn read_back(&mut self, state: &mut VcpuState) -> Result<(), StateError> {
         self.page.set_immediate_exit(true);
         let _ = self.fd.run();
-        state.harvest(&self.fd, self.alone)
+        state.harvest_own(&self.fd)?;
+        state.harvest_rest(&self.fd, self.alone)
     }
 
     /// Waits for the next order, and lets the vCPU into the guest again only then.

@@ -24,7 +24,10 @@ const QUESTIONS_HERE: [(&str, &[&str]); 3] = [
 ];
 /// What is asked in a host.
 const QUESTIONS_HOST: [&str; 5] =
-    ["mcd status", "ip -s link", "cat /proc/interrupts", "top -b -n 1 | head -n 12", "dmesg | tail -n 20"];
+    ["mcd status", "cat /proc/net/dev", "cat /proc/interrupts", "top -b -n 1 | head -n 12", "dmesg | tail -n 20"];
+/// What keeps the machine's state, and ends it.
+const SAVE_MACHINE: &str = "mcd snapshot save /disk/post-mortem.snap --guest lab --stop";
+const SAVE_LIMIT: Duration = Duration::from_secs(120);
 /// What is asked in the guest, over its network and over its console.
 const QUESTION_GUEST: &str = "cat /proc/interrupts; netstat -tn; ps; dmesg | tail -n 20";
 
@@ -59,6 +62,10 @@ impl World {
             let console = self.ask_console("echo a''live", "alive");
             section("the guest's console", &console.map_or_else(|error| error.to_string(), |()| "answers".to_owned()));
         }
+        // The machine as it is, for whoever wants to see its registers. It stays on the host's disk.
+        let runner = self.runner;
+        let saved = self.host(runner).and_then(|host| host.run(SAVE_MACHINE, SAVE_LIMIT));
+        section(SAVE_MACHINE, &saved.unwrap_or_else(|error| error.to_string()));
         let path = self.logs().join("post-mortem.log");
         fs::write(&path, found).map_err(LabError::io(format!("write {}", path.display())))?;
         Ok(path)
