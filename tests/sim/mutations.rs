@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 58] = [
+const MUTANTS: [(&str, &str); 59] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -74,6 +74,7 @@ const MUTANTS: [(&str, &str); 58] = [
         "stopped-snapshot-goes-on",
         "a guest that is to stop with its snapshot runs on while the arbiter is asked about its peer",
     ),
+    ("snapshot-counts-as-quit", "a snapshot that stops its guest and one quit count as an operator who asks twice"),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
     ("different-block-taken-for-equal", "a newcomer's block that differs is taken for equal, and not pushed"),
     ("made-image-taken-for-equal", "a newcomer's disk that was made just now is taken for the guest's"),

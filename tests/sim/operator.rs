@@ -106,6 +106,11 @@ impl World {
             node.inbox.push_back(In::Primary(primary::Input::Snapshot { stop }));
             node.stop_wishes.push_back(stop);
             self.note(proc, || format!("operator: snapshot, stop {stop}"));
+            if self.rng.chance(600) {
+                // And that is all that was wanted of this node.
+                let us = self.rng.below(self.plan.fault_len_us);
+                self.after(us, Event::Command(proc, Command::Quit));
+            }
             self.drive(proc);
         }
     }

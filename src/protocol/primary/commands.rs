@@ -83,7 +83,7 @@ impl Primary {
         match self.phase {
             _ if !stop => {}
             // The answer says whether there is anything left to stop.
-            Phase::Deciding => {}
+            Phase::Deciding => self.quitting |= mutant::is("snapshot-counts-as-quit"),
             _ => self.shut_down(),
         }
     }
