@@ -32,8 +32,9 @@ test: setup ## formatting, lints, documentation and every test
 lint: setup ## the quick half of test: formatting, lints, documentation
 	@scripts/lint
 
-bench: build ## measure takeover, pauses and latency on this machine; results in target/bench/
-	@bench/run $(MCD)
+bench: build ## measure takeover, pauses and latency on this machine, and draw them; results in target/bench/
+	@$(CARGO) build --release --locked --package mcd-bench
+	@target/release/mcd-bench --mcd $(MCD)
 
 lab: build setup-lab ## two virtual hosts with ordinary KVM, power cuts (SCENARIOS= only some); report in target/lab/
 	@$(CARGO) build --release --locked --package mcd-lab
