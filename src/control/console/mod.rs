@@ -173,7 +173,7 @@ impl Console {
             clients: Arc::default(),
         };
         let wake = Arc::clone(&stop);
-        thread::Builder::new().name("mcd-console".to_owned()).spawn(move || host.run(&socket, &wake))?;
+        thread::Builder::new().name("mcd-console".to_owned()).spawn(move || host.run(socket, &wake))?;
         self.stop = Some(stop);
         Ok(())
     }
@@ -222,7 +222,8 @@ struct Host {
 }
 
 impl Host {
-    fn run(&self, socket: &BoundSocket, stop: &EventFd) {
+    /// Takes clients until it is told to stop. The socket is gone before `self` is: whoever waits for the last reader finds no path any more.
+    fn run(&self, socket: BoundSocket, stop: &EventFd) {
         loop {
             let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
             let mut fds = [readable(stop.as_fd()), readable(socket.listener.as_fd())];
