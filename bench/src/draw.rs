@@ -1,7 +1,9 @@
 //! The pictures. Light colours on white, so that they can be read on paper too.
 
+use std::ops::Range;
 use std::path::Path;
 
+use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::figures::{Epochs, Latency, Takeover};
@@ -67,17 +69,12 @@ pub fn pauses(path: &Path, epochs: &[Epochs]) -> Result<(), String> {
     let largest = epochs.iter().map(pages).fold(100.0, f64::max);
     let highest = epochs.iter().map(|epochs| epochs.pause_us.p99 as f64).fold(100.0, f64::max);
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
-    root.fill(&WHITE).map_err(text)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption("How long an epoch stops the guest, 10 ms interval", (FONT, 18))
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(64)
-        .build_cartesian_2d((20.0..largest * 1.3).log_scale(), (50.0..highest * 1.5).log_scale())
-        .map_err(text)?;
-    let mesh = &mut chart.configure_mesh();
-    mesh.light_line_style(TRANSPARENT).x_label_formatter(&|x| format!("{x}")).y_label_formatter(&|y| format!("{y}"));
-    mesh.x_desc("pages written in the epoch (4 KiB each)").y_desc("pause, µs").draw().map_err(text)?;
+    let mut chart = log_chart(
+        &root,
+        "How long an epoch stops the guest, 10 ms interval",
+        ("pages written in the epoch (4 KiB each)", 20.0..largest * 1.3),
+        ("pause, µs", 50.0..highest * 1.5),
+    )?;
     let low = epochs.iter().map(|epochs| (pages(epochs), epochs.pause_floor_us.low));
     let high = epochs.iter().rev().map(|epochs| (pages(epochs), epochs.pause_floor_us.high));
     let band = Polygon::new(low.chain(high).collect::<Vec<_>>(), GREY.mix(0.4));
@@ -98,17 +95,12 @@ pub fn latencies(path: &Path, measured: &[(u64, Latency)]) -> Result<(), String>
     let intervals = measured.iter().map(|(interval_ms, _)| *interval_ms as f64);
     let range = intervals.clone().fold(f64::MAX, f64::min) * 0.8..intervals.fold(1.0, f64::max) * 1.25;
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
-    root.fill(&WHITE).map_err(text)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption("Latency of a client with one request in flight", (FONT, 18))
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(64)
-        .build_cartesian_2d(range.log_scale(), (lowest * 0.7..highest * 2.0).log_scale())
-        .map_err(text)?;
-    let mesh = &mut chart.configure_mesh();
-    mesh.light_line_style(TRANSPARENT).x_label_formatter(&|x| format!("{x}")).y_label_formatter(&|y| format!("{y}"));
-    mesh.x_desc("--interval-ms: the longest an epoch lasts").y_desc("µs").draw().map_err(text)?;
+    let mut chart = log_chart(
+        &root,
+        "Latency of a client with one request in flight",
+        ("--interval-ms: the longest an epoch lasts", range),
+        ("µs", lowest * 0.7..highest * 2.0),
+    )?;
     let curves: [Row<Latency, u64>; 4] = [
         ("protected p99", ORANGE, |latency| latency.protected.p99),
         ("protected p50", BLUE, |latency| latency.protected.p50),
@@ -128,6 +120,27 @@ type LogChart<'a, 'b> = ChartContext<
     SVGBackend<'b>,
     Cartesian2d<plotters::coord::combinators::LogCoord<f64>, plotters::coord::combinators::LogCoord<f64>>,
 >;
+
+/// An empty chart of two axes, each with what it shows and from where to where.
+fn log_chart<'a, 'b>(
+    root: &DrawingArea<SVGBackend<'b>, Shift>,
+    caption: &str,
+    (x_shows, x): (&str, Range<f64>),
+    (y_shows, y): (&str, Range<f64>),
+) -> Result<LogChart<'a, 'b>, String> {
+    root.fill(&WHITE).map_err(text)?;
+    let mut chart = ChartBuilder::on(root)
+        .caption(caption, (FONT, 18))
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(64)
+        .build_cartesian_2d(x.log_scale(), y.log_scale())
+        .map_err(text)?;
+    let mesh = &mut chart.configure_mesh();
+    mesh.light_line_style(TRANSPARENT).x_label_formatter(&|x| format!("{x}")).y_label_formatter(&|y| format!("{y}"));
+    mesh.x_desc(x_shows).y_desc(y_shows).draw().map_err(text)?;
+    Ok(chart)
+}
 
 fn curve(
     chart: &mut LogChart<'_, '_>,

@@ -23,22 +23,21 @@ use crate::machine::futex;
 
 /// What a vCPU thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub(in crate::machine) enum Order {
     /// Run the guest.
-    Run,
+    Run = 0,
     /// Finish pending I/O and stand still. What only this vCPU can change of its state goes into the slot.
-    Park,
+    Park = 1,
     /// Stand still and complete the slot: no other vCPU and no device runs any more, so every interrupt on its way has arrived.
-    Harvest,
+    Harvest = 2,
     /// While parked: put the slot's state into the vCPU.
-    Apply,
+    Apply = 3,
     /// End the thread.
-    Quit,
+    Quit = 4,
 }
 
 const ORDER_BITS: u32 = 3;
-/// The word for `Harvest` before any other.
-const FIRST_WORD: u32 = 2;
 
 /// One order: the word as a whole, unlike any order shortly before or after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,10 +115,10 @@ pub(in crate::machine) struct Gate {
 }
 
 impl Gate {
-    /// A gate that says `Harvest`, with nothing done yet: the machine does not run.
+    /// A gate that says `Park`, with nothing done yet.
     pub(in crate::machine) fn new(patience: Patience) -> Gate {
         Gate {
-            word: AtomicU32::new(FIRST_WORD),
+            word: AtomicU32::new(Order::Park as u32),
             vcpu_sleeps: AtomicBool::new(false),
             stopped: Milestone::default(),
             settled: Milestone::default(),
@@ -135,14 +134,7 @@ impl Gate {
     /// Controller: gives an order and wakes a parked thread. A thread in the guest must be kicked too.
     pub(in crate::machine) fn give(&self, order: Order) -> Ticket {
         let sequence = (self.word.load(Ordering::SeqCst) >> ORDER_BITS).wrapping_add(1);
-        let code = match order {
-            Order::Run => 0,
-            Order::Park => 1,
-            Order::Harvest => 2,
-            Order::Apply => 3,
-            Order::Quit => 4,
-        };
-        let word = (sequence << ORDER_BITS) | code;
+        let word = (sequence << ORDER_BITS) | order as u32;
         self.word.store(word, Ordering::SeqCst);
         if self.vcpu_sleeps.load(Ordering::SeqCst) {
             futex::wake_all(&self.word);

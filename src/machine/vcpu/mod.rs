@@ -136,7 +136,9 @@ impl Vcpu {
                 }
             })
             .map_err(|reason| MachineError::Start { what: "a vCPU thread", reason })?;
-        let vcpu = Vcpu { cpu, gate, page, doorbell, slot, thread_id, thread: Some(thread), ticket };
+        let mut vcpu = Vcpu { cpu, gate, page, doorbell, slot, thread_id, thread: Some(thread), ticket };
+        vcpu.wait_stopped()?;
+        vcpu.order(Order::Harvest);
         vcpu.wait_settled("start")?;
         Ok(vcpu)
     }

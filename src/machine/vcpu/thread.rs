@@ -56,8 +56,6 @@ pub(super) struct VcpuThread {
 struct Progress {
     /// The last KVM_RUN returned EINTR (or never will again): no I/O is pending.
     complete: bool,
-    /// What only this vCPU changes is in the slot, as of the last KVM_RUN.
-    own_harvested: bool,
     /// The guest ended this vCPU: it is not entered again.
     ended: bool,
     /// The guest sleeps in the wait port.
@@ -81,7 +79,7 @@ enum Exit {
 impl VcpuThread {
     /// The thread's life.
     pub(super) fn run(mut self) {
-        let mut progress = Progress { complete: false, own_harvested: false, ended: false, wait: None, rings_seen: 0 };
+        let mut progress = Progress { complete: false, ended: false, wait: None, rings_seen: 0 };
         loop {
             let ticket = self.gate.current();
             match ticket.order() {
@@ -92,11 +90,11 @@ impl VcpuThread {
                 }
                 Order::Run if progress.ended => self.gate.wait_after(ticket),
                 Order::Run => self.advance(&mut progress),
-                Order::Park | Order::Harvest | Order::Apply if !progress.complete => {
+                Order::Park | Order::Apply if !progress.complete => {
                     self.page.set_immediate_exit(true);
                     self.enter(&mut progress);
                 }
-                Order::Park => self.park(ticket, &mut progress),
+                Order::Park => self.park(ticket),
                 Order::Harvest => self.harvest(ticket, &progress),
                 Order::Apply => self.apply(ticket, &mut progress),
             }
@@ -116,7 +114,7 @@ impl VcpuThread {
     }
 
     fn enter(&mut self, progress: &mut Progress) {
-        (progress.complete, progress.own_harvested) = (false, false);
+        progress.complete = false;
         match self.run_once() {
             Exit::Served => {}
             Exit::Interrupted => {
@@ -133,13 +131,12 @@ impl VcpuThread {
     }
 
     /// Stands still: what nobody else changes goes into the slot; then waits for the next order.
-    fn park(&mut self, ticket: Ticket, progress: &mut Progress) {
+    fn park(&mut self, ticket: Ticket) {
         self.gate.stop(ticket);
         {
             let mut slot = self.slot.lock();
             slot.result = slot.state.harvest_own(&self.fd);
         }
-        progress.own_harvested = true;
         self.leave(ticket);
     }
 
@@ -148,9 +145,6 @@ impl VcpuThread {
         {
             let mut slot = self.slot.lock();
             slot.state.ended = progress.ended;
-            if !progress.own_harvested {
-                slot.result = slot.state.harvest_own(&self.fd);
-            }
             if slot.result.is_ok() {
                 slot.result = slot.state.harvest_rest(&self.fd, self.alone);
             }
