@@ -1,17 +1,21 @@
-//! Builds the built-in guest (`guest/`) with a cargo of its own, and tells the crate where the ELF is.
+//! Builds the built-in guest (`guest/`) with a cargo of its own, and tells the crate where the ELF
+//! is.
 //!
-//! The guest needs other flags than this crate, so nothing that was meant for this crate reaches it: not the caller's RUSTFLAGS,
-//! not clippy's wrapper, not a profile from the environment. It is built in release form always, under `OUT_DIR`, so that cargo
-//! leaves it alone until one of its files changes.
+//! The guest needs other flags than this crate, so nothing that was meant for this crate reaches
+//! it: not the caller's RUSTFLAGS, not clippy's wrapper, not a profile from the environment. It is
+//! built in release form always, under `OUT_DIR`, so that cargo leaves it alone until one of its
+//! files changes.
 
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// The guest runs on the bare machine, but the host's target will do: nothing of the host's libraries is linked.
+/// The guest runs on the bare machine, but the host's target will do: nothing of the host's
+/// libraries is linked.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// Fixed address, no vector instructions beyond the ones every x86-64 has, and no stack protector's or unwinder's tables.
+/// Fixed address, no vector instructions beyond the ones every x86-64 has, and no stack protector's
+/// or unwinder's tables.
 const FLAGS: &[&str] = &["-Crelocation-model=static", "-Ctarget-cpu=x86-64", "-Cforce-unwind-tables=no"];
 /// Variables of cargo's that the guest's cargo needs too.
 const KEPT: &[&str] = &[

@@ -1,4 +1,5 @@
-//! Tells the linker how to lay out the guest's image. Only the `mcd-guest` binary is affected; the library also builds for a host.
+//! Tells the linker how to lay out the guest's image. Only the `mcd-guest` binary is affected; the
+//! library also builds for a host.
 
 fn main() {
     let here = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_default();

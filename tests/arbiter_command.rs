@@ -1,4 +1,5 @@
-//! The `command:` arbiter with real scripts: what each way to end means, and that no script can hold a node up.
+//! The `command:` arbiter with real scripts: what each way to end means, and that no script can
+//! hold a node up.
 
 use mcd::arbiter::command::CommandArbiter;
 use mcd::arbiter::{Arbiter, ArbiterError, Swap};
@@ -38,7 +39,8 @@ impl Place {
 
     fn script(&self, body: &str) -> PathBuf {
         let path = self.path("fence");
-        // Written by another process: a file that one thread writes while another starts a process cannot be run for a moment.
+        // Written by another process: a file that one thread writes while another starts a process
+        // cannot be run for a moment.
         let mut install = Command::new("install");
         install.args(["-m", "755", "/dev/stdin"]).arg(&path).stdin(Stdio::piped());
         let mut install = install.spawn().unwrap();
@@ -48,8 +50,8 @@ impl Place {
     }
 }
 
-fn arbiter(script: impl AsRef<Path>, patience: Duration) -> CommandArbiter {
-    CommandArbiter::new(script, &GuestName::new("web").unwrap(), patience).unwrap()
+fn arbiter(script: impl AsRef<Path>, timeout: Duration) -> CommandArbiter {
+    CommandArbiter::new(script, &GuestName::new("web").unwrap(), timeout).unwrap()
 }
 
 fn pair() -> Record {

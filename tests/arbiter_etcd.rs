@@ -1,4 +1,5 @@
-//! The `etcd:` arbiter with a real etcd, which is stopped, frozen, killed and restarted; and with clients that race.
+//! The `etcd:` arbiter with a real etcd, which is stopped, frozen, killed and restarted; and with
+//! clients that race.
 
 mod etcd;
 
@@ -213,7 +214,8 @@ fn no_generation_is_won_twice_while_etcd_is_killed_again_and_again() {
     let count = all.len() as u64;
     all.dedup();
     assert_eq!(all.len() as u64, count, "a generation was won twice");
-    // A win whose answer was lost is known to nobody if the other racer built on it before it was asked again.
+    // A win whose answer was lost is known to nobody if the other racer built on it before it was
+    // asked again.
     assert!(last - count <= 2 * kills, "{count} of {last} generations have a winner");
     println!("{last} generations over {kills} kills, {} of them without a known winner", last - count);
 }
@@ -234,7 +236,8 @@ fn a_frozen_or_dead_etcd_is_out_of_reach_and_comes_back() {
     let taken = first.next_solo(S);
     unreachable(hasty.swap(Some(&first), &taken));
     etcd.signal(Signal::SIGCONT);
-    // What was asked of the frozen one may be carried out now or never: asking again tells, and it is won once in any case.
+    // What was asked of the frozen one may be carried out now or never: asking again tells, and it
+    // is won once in any case.
     assert_eq!(settle(&mut patient, Some(&first), &taken), Ok(()));
     assert_eq!(patient.read().unwrap(), Some(taken));
 
@@ -252,17 +255,18 @@ fn endpoints_are_tried_in_turn() {
     }
     let directory = directory();
     let etcd = Etcd::alone(directory.path());
-    // Nobody listens at the one; the other takes connections and says nothing; and something else than etcd answers at the third.
+    // Nobody listens at the one; the other takes connections and says nothing; and something else
+    // than etcd answers at the third.
     let dead = format!("http://127.0.0.1:{}", free_port());
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let mute = format!("http://{}", silent.local_addr().unwrap());
-    let (stranger, _web) = web_server("<html>hello</html>");
-    let mut arbiter = EtcdArbiter::new(config(&[&dead, &mute, &stranger, &etcd.url], 8_000), &guest()).unwrap();
+    let (unknown_peer, _web) = web_server("<html>hello</html>");
+    let mut arbiter = EtcdArbiter::new(config(&[&dead, &mute, &unknown_peer, &etcd.url], 8_000), &guest()).unwrap();
     assert_eq!(settle(&mut arbiter, None, &Record::first(P)), Ok(()));
     assert_eq!(etcd.arbiter(LONG_MS).read().unwrap(), Some(Record::first(P)));
-    let mut hopeless = EtcdArbiter::new(config(&[&dead, &mute, &stranger], 6_000), &guest()).unwrap();
+    let mut hopeless = EtcdArbiter::new(config(&[&dead, &mute, &unknown_peer], 6_000), &guest()).unwrap();
     let said = unreachable(hopeless.read());
-    for part in [&dead, &mute, &stranger, "refused", "timeout", "no etcd"] {
+    for part in [&dead, &mute, &unknown_peer, "refused", "timeout", "no etcd"] {
         assert!(said.contains(part), "{part} in {said}");
     }
 }
@@ -338,7 +342,8 @@ fn an_answer_that_was_lost_is_found_again() {
     let first = Record::first(P);
     assert_eq!(settle(&mut etcd.arbiter(LONG_MS), None, &first), Ok(()));
 
-    // In one question: the first endpoint's answer is lost, the second shows that the swap was carried out.
+    // In one question: the first endpoint's answer is lost, the second shows that the swap was
+    // carried out.
     let (lossy, thread) = swallow_one_answer(&etcd.url);
     let mut arbiter = EtcdArbiter::new(config(&[&lossy, &etcd.url], LONG_MS), &guest()).unwrap();
     let second = first.next_paired(P, S);
@@ -412,7 +417,8 @@ fn certificates_are_renewed_under_a_running_node() {
         std::fs::copy(new.path(name), old.path(name)).unwrap();
     }
     etcd.start();
-    // What it read at first is good for nothing now; after one question without an answer it has the new files.
+    // What it read at first is good for nothing now; after one question without an answer it has
+    // the new files.
     unreachable(arbiter.read());
     assert_eq!(arbiter.read().unwrap(), None);
 }

@@ -54,7 +54,8 @@ fn start_racer(directory: &Path, instance: u32) -> Child {
 
 #[test]
 fn each_generation_is_won_once() {
-    // In memory where there is such a directory: on a disk the race is the same and only fsync takes longer.
+    // In memory where there is such a directory: on a disk the race is the same and only fsync
+    // takes longer.
     let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
     let racers: Vec<_> = (1..=3).map(|instance| start_racer(directory.path(), instance)).collect();
     let mut winners = BTreeMap::new();
@@ -117,6 +118,7 @@ fn a_full_disk_leaves_the_old_record() {
         drop(file);
         assert_eq!(arbiter.swap(Some(&first), &second).unwrap(), Swap::Won);
         assert_eq!(arbiter.read().unwrap(), Some(second));
-        // The thread that works for the arbiter lives in this namespace too; without it the disk can go.
+        // The thread that works for the arbiter lives in this namespace too; without it the disk
+        // can go.
     });
 }

@@ -1,4 +1,5 @@
-//! What `mcd` says to what it cannot do: one clear line on stderr, the right exit code, nothing started, no panic.
+//! What `mcd` says to what it cannot do: one clear line on stderr, the right exit code, nothing
+//! started, no panic.
 
 use std::fs;
 use std::path::Path;
@@ -230,7 +231,8 @@ fn the_documented_example_is_right_in_every_line() {
         ("primary", ["peer", "peer-heartbeat", "guest-gateway"].as_slice()),
         ("secondary", &["memory", "cpus", "rng", "mac", "guest-gateway", "kernel", "initrd", "append"]),
     ] {
-        // All that is commented out as well, but for the second answer to a question answered before.
+        // All that is commented out as well, but for the second answer to a question answered
+        // before.
         let keys: String = text
             .lines()
             .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))

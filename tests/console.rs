@@ -77,8 +77,8 @@ fn the_terminal_is_raw_meanwhile_and_as_before_afterwards() {
     let slave = || pty.slave.try_clone().expect("clone");
     let mut mcd = client(&guest.path, slave(), slave());
     let mut console = guest.accept();
-    // The guest speaks once the terminal is raw: the greeting of `mcd` comes after that, but goes to stderr. So keys are
-    // typed only after the guest's words came through.
+    // The guest speaks once the terminal is raw: the greeting of `mcd` comes after that, but goes
+    // to stderr. So keys are typed only after the guest's words came through.
     console.write_all(b"login:").expect("write");
     assert_eq!(read(&keyboard, 6), b"login:");
     assert!(is_raw(&pty.slave));

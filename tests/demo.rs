@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use mcd::control::Client;
 use mcd::control::status::{NodeStatus, Role};
-use mcd::demo::fabric;
+use mcd::demo::namespaces;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// False, said why, where this host cannot run the demo.
 fn can_run() -> bool {
@@ -23,12 +23,12 @@ fn can_run() -> bool {
     let able = open("/dev/kvm").and_then(|()| open("/dev/net/tun")).and_then(|()| {
         // Without root it makes itself a user namespace; whether it may is seen by trying.
         let mut command = Command::new("true");
-        if !fabric::has_rights() {
-            fabric::start_in_user_namespace(&mut command);
+        if !namespaces::has_rights() {
+            namespaces::start_in_user_namespace(&mut command);
         }
         command.status().map(drop).map_err(|error| format!("network namespaces need root or user namespaces ({error})"))
     });
-    let able = able.and_then(|()| fabric::find_tool("ip").map(drop).ok_or_else(|| "no command ip".to_owned()));
+    let able = able.and_then(|()| namespaces::find_tool("ip").map(drop).ok_or_else(|| "no command ip".to_owned()));
     if let Err(why) = &able {
         assert!(std::env::var_os("MCD_REQUIRE_KVM").is_none_or(|v| v != "1"), "{why}");
         println!("skipped: {why}");
@@ -42,7 +42,8 @@ fn demo(dir: &Path, flags: &[&str]) -> Command {
     command
 }
 
-/// Starts the demo and reads what it says until a line holds `part`. All it says is passed on, for whoever reads of a failure.
+/// Starts the demo and reads what it says until a line holds `part`. All it says is passed on, for
+/// whoever reads of a failure.
 fn start_and_wait_for(dir: &Path, flags: &[&str], part: &str) -> Child {
     let mut child = demo(dir, flags).stderr(Stdio::inherit()).spawn().unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -53,7 +54,8 @@ fn start_and_wait_for(dir: &Path, flags: &[&str], part: &str) -> Child {
     child
 }
 
-/// Processes, other than zombies, with `dir` in their command line: the nodes are told their files' names.
+/// Processes, other than zombies, with `dir` in their command line: the nodes are told their files'
+/// names.
 fn processes_of(dir: &Path) -> Vec<(Pid, String)> {
     let dir = dir.to_str().unwrap();
     let entries = fs::read_dir("/proc").unwrap().filter_map(|entry| {
@@ -67,17 +69,17 @@ fn processes_of(dir: &Path) -> Vec<(Pid, String)> {
 /// One node of a demo.
 struct Node {
     control: PathBuf,
-    /// Its process and its keeper, which has the same command line.
+    /// Its process and its memory holder process, which has the same command line.
     processes: Vec<Pid>,
 }
 
 impl Node {
     fn status(&self) -> Option<NodeStatus> {
-        Client::connect(&self.control, PATIENCE).ok()?.status(PATIENCE).ok()
+        Client::connect(&self.control, WAIT_MAX).ok()?.status(WAIT_MAX).ok()
     }
 
     fn until(&self, reached: impl Fn(&NodeStatus) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         while !self.status().is_some_and(|status| reached(&status)) {
             assert!(Instant::now() < deadline, "{}: {:?}", self.control.display(), self.status());
             std::thread::sleep(Duration::from_millis(1));
@@ -85,9 +87,10 @@ impl Node {
     }
 }
 
-/// The demo's nodes, the one that runs the guest first. On a busy machine that need not be the one that booted it.
+/// The demo's nodes, the one that runs the guest first. On a busy machine that need not be the one
+/// that booted it.
 fn the_pair(dir: &Path) -> (Node, Node) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     loop {
         let mut nodes: Vec<Node> = Vec::new();
         for (pid, line) in processes_of(dir) {
@@ -110,7 +113,7 @@ fn the_pair(dir: &Path) -> (Node, Node) {
 }
 
 fn until_gone(dir: &Path) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     while let Some((_, process)) = processes_of(dir).first() {
         assert!(Instant::now() < deadline, "left behind: {process}");
         std::thread::sleep(Duration::from_millis(10));

@@ -1,5 +1,5 @@
-//! A guest whose disk is on storage that both hosts share: nothing of an epoch is there before it is committed, nothing committed is lost, and
-//! only the holder of the disk's lock writes.
+//! A guest whose disk is on storage that both hosts share: nothing of an epoch is there before it
+//! is committed, nothing committed is lost, and only the holder of the disk's lock writes.
 
 mod rights;
 mod waits;
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mcd::control::status::{NodeStatus, Role, State};
-use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
+use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use nix::sys::signal::Signal;
@@ -29,7 +29,8 @@ const CLIENT_BLOCKS: u64 = 64;
 const PIPELINED: u64 = 30;
 /// How often a primary is killed, unless `MCD_SHARED_ROUNDS` says otherwise.
 const ROUNDS: u64 = 4;
-/// A node that is killed is missed at once, by its sockets. One that a busy test host lets stand still is not to be, unless a test wants it.
+/// A node that is killed is missed at once, by its sockets. One that a busy test host lets stand
+/// still is not to be, unless a test wants it.
 const NEVER_SUSPECT: &str = "--heartbeat-timeout-ms=20000";
 const SUSPECT: &str = "--heartbeat-timeout-ms=2000";
 
@@ -40,10 +41,10 @@ struct Guest {
 }
 
 impl Guest {
-    fn connect(fabric: &Fabric) -> Guest {
-        let to = fabric.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
+    fn connect(namespaces: &Namespaces) -> Guest {
+        let to = namespaces.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
         let to = to.expect("a connection");
-        to.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        to.set_read_timeout(Some(WAIT_MAX)).expect("a time-out");
         to.set_nodelay(true).expect("an option");
         let from = BufReader::new(to.try_clone().expect("a descriptor"));
         Guest { to, from }
@@ -68,7 +69,7 @@ impl Guest {
 
 /// A pair, the image that both hosts use, and what the guest acknowledged.
 struct World {
-    fabric: Fabric,
+    namespaces: Namespaces,
     dir: RunDir,
     rng: Rng,
     primary: Node,
@@ -98,30 +99,31 @@ fn settings(dir: &RunDir, suspicion: &str, mode: &str) -> NodeSettings {
 
 impl World {
     fn start(seed: u64, suspicion: &'static str) -> World {
-        let fabric = Fabric::new().expect("namespaces");
+        let namespaces = Namespaces::new().expect("namespaces");
         let dir = RunDir::new().expect("a directory");
         File::create(image(&dir)).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
         let node = |role, host, name| {
             let settings = settings(&dir, suspicion, ",mode=shared");
-            Node::start(role, host, name, &settings, &fabric, &dir).expect("a node")
+            Node::start(role, host, name, &settings, &namespaces, &dir).expect("a node")
         };
         let mut primary = node(StartAs::Primary, HostName::A, "n0");
         wait_for(&mut primary, "run the guest", |status| status.running);
         let secondary = node(StartAs::Secondary, HostName::B, "n1");
         wait_for(&mut primary, "be protected", |status| status.protected);
         let written = vec![0; CLIENT_BLOCKS as usize];
-        World { fabric, dir, rng: Rng::new(seed), primary, secondary, started: 2, suspicion, written, next_seed: 1 }
+        World { namespaces, dir, rng: Rng::new(seed), primary, secondary, started: 2, suspicion, written, next_seed: 1 }
     }
 
     fn node(&mut self, role: StartAs, host: HostName, mode: &str) -> Node {
         let name = format!("n{}", self.started);
         self.started += 1;
         let settings = settings(&self.dir, self.suspicion, mode);
-        Node::start(role, host, &name, &settings, &self.fabric, &self.dir).expect("a node")
+        Node::start(role, host, &name, &settings, &self.namespaces, &self.dir).expect("a node")
     }
 
-    /// Sends writes, kills the primary when some are acknowledged, and waits for the rest, which its heir acknowledges. What is acknowledged is
-    /// in the image already, whoever wrote it.
+    /// Sends writes, kills the primary when some are acknowledged, and waits for the rest, which
+    /// its new primary acknowledges. What is acknowledged is in the image already, whoever wrote
+    /// it.
     fn write_and_kill(&mut self, guest: &mut Guest) {
         let mut sent = Vec::new();
         for _ in 0..PIPELINED {
@@ -170,7 +172,7 @@ impl World {
         }
     }
 
-    /// The heir goes on; a newcomer joins it where the primary died.
+    /// The new primary goes on; a newcomer joins it where the primary died.
     fn protect_again(&mut self) {
         wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
         wait_ended(&mut self.primary);
@@ -200,14 +202,15 @@ fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
         let seed = from_environment("MCD_DISK_SEED").unwrap_or_else(|| getrandom::u64().expect("a random number"));
         println!("{rounds} rounds, MCD_DISK_SEED={seed}");
         let mut world = World::start(seed, NEVER_SUSPECT);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         for _ in 0..rounds {
             assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")), "+OK");
             world.write_and_kill(&mut guest);
             world.check(&mut guest);
             world.protect_again();
         }
-        // A planned end: the guest goes on at the secondary, and at last is shut down, with writes that nobody flushed.
+        // A planned end: the guest goes on at the secondary, and at last is shut down, with writes
+        // that nobody flushed.
         quit(&mut world.primary);
         wait_for(&mut world.secondary, "take over", |status| status.running);
         assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")), "+OK");
@@ -217,7 +220,7 @@ fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
         let host = world.primary.host();
         world.primary = world.node(StartAs::Primary, host, ",mode=shared");
         wait_for(&mut world.primary, "run the guest", |status| status.running);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         world.check(&mut guest);
         drop(guest);
         // After both hosts died, too, but only if an operator says so.
@@ -228,7 +231,7 @@ fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
         assert!(refused.log_tail(3).contains("use `mcd cold-start`"), "{}", refused.log_tail(3));
         world.primary = world.node(StartAs::ColdStart, host.other(), ",mode=shared");
         wait_for(&mut world.primary, "run the guest", |status| status.running);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         world.check(&mut guest);
     });
 }
@@ -237,7 +240,7 @@ fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
 fn nothing_is_in_the_image_before_its_epoch_is_committed() {
     rights::run("nothing_is_in_the_image_before_its_epoch_is_committed", &["/dev/kvm", "/dev/net/tun"], || {
         let mut world = World::start(1, NEVER_SUSPECT);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 5")), "+OK");
         assert_eq!(world.seed_in_image(RUN_BLOCKS), 5);
         // Nothing is committed any more; the guest runs on and writes.
@@ -248,7 +251,7 @@ fn nothing_is_in_the_image_before_its_epoch_is_committed() {
         world.secondary.signal(Signal::SIGCONT).expect("it lives");
         assert_eq!(guest.line(), "+OK");
         assert_eq!(world.seed_in_image(RUN_BLOCKS), 6);
-        // Once more, and the primary dies with it: the heir does it again.
+        // Once more, and the primary dies with it: the new primary does it again.
         world.secondary.signal(Signal::SIGSTOP).expect("it lives");
         guest.send(&format!("DISK WRITE {RUN_BLOCKS} 7"));
         wait_for(&mut world.primary, "hold the write", |status| status.held_disk_bytes >= 4096);
@@ -269,7 +272,7 @@ fn an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more() {
     let name = "an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more";
     rights::run(name, &["/dev/kvm", "/dev/net/tun"], || {
         let mut world = World::start(1, SUSPECT);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
         world.primary.signal(Signal::SIGSTOP).expect("it lives");
         let locked = |status: &NodeStatus| status.alarms.iter().any(|alarm| alarm.starts_with("MC_DISK_LOCKED"));
@@ -303,7 +306,7 @@ fn nodes_that_do_not_agree_on_the_storage_are_no_pair() {
         let mut world = World::start(1, NEVER_SUSPECT);
         quit(&mut world.secondary);
         wait_for(&mut world.primary, "go on alone", |status| status.state == State::Solo);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 3")), "+OK");
         assert_eq!(world.seed_in_image(RUN_BLOCKS), 3);
         for (role, mode, part) in [

@@ -1,5 +1,5 @@
-//! The house has floors. A room imports from its own floor or those under it, never upwards and never in a circle; `protocol/` is pure;
-//! and the machine knows nothing of replication.
+//! The house has floors. A room imports from its own floor or those under it, never upwards and
+//! never in a circle; `protocol/` is pure; and the machine knows nothing of replication.
 
 #[expect(dead_code, reason = "another test uses the rest")]
 mod source;
@@ -34,8 +34,8 @@ const STRANGERS: [(&str, &[&str]); 6] = [
     ("device", &["mcd", "protocol", "record"]),
 ];
 
-/// What `protocol/` may take from the standard library. All else there may touch a clock, a file, a thread or a random number; a hash map's
-/// order is random too.
+/// What `protocol/` may take from the standard library. All else there may touch a clock, a file, a
+/// thread or a random number; a hash map's order is random too.
 const PURE_STD: [&str; 25] = [
     "array",
     "borrow",
@@ -93,9 +93,11 @@ struct PathUse {
     line: usize,
 }
 
-/// Every path in a file that begins at `crate`, `mcd`, `super` or another crate, written out from its root.
+/// Every path in a file that begins at `crate`, `mcd`, `super` or another crate, written out from
+/// its root.
 ///
-/// `module` is the module the file is, from the crate's root. `use` trees are spread into one path for each leaf.
+/// `module` is the module the file is, from the crate's root. `use` trees are spread into one path
+/// for each leaf.
 fn paths(tokens: &[Token], module: &[String]) -> Vec<PathUse> {
     let mut walker = Walker { tokens, at: 0, module: module.to_vec(), depth: 0, inline: Vec::new(), found: Vec::new() };
     while walker.at < tokens.len() {
@@ -260,7 +262,7 @@ fn violations<'a>(files: impl Iterator<Item = (&'a str, &'a str)>, crates: &BTre
         let uses = paths(&code, scope_of(&module));
         for found in &uses {
             let at = format!("{path}:{}", found.line);
-            wrong.extend(stranger(&room, found, &at));
+            wrong.extend(unknown_peer(&room, found, &at));
             if found.segments[0] != "mcd" {
                 continue;
             }
@@ -287,7 +289,7 @@ fn violations<'a>(files: impl Iterator<Item = (&'a str, &'a str)>, crates: &BTre
     wrong
 }
 
-fn stranger(room: &str, found: &PathUse, at: &str) -> Option<String> {
+fn unknown_peer(room: &str, found: &PathUse, at: &str) -> Option<String> {
     let mut matching = STRANGERS.iter().filter(|(who, what)| *who == room && starts_with(&found.segments, what));
     matching.next().map(|_| format!("{at}: {room} must not know {}", found.segments.join("::")))
 }
@@ -364,7 +366,7 @@ fn told(files: &[(&str, &str)]) -> Vec<String> {
     violations(files.iter().copied(), &crates.into())
 }
 
-fn told_once(files: &[(&str, &str)], part: &str) {
+fn reported_once(files: &[(&str, &str)], part: &str) {
     let wrong = told(files);
     assert!(
         wrong.len() == 1 && wrong[0].contains(part),
@@ -409,19 +411,19 @@ fn upward_imports_are_caught_however_they_are_written() {
         "/* \" */ use crate::node::run; // \"",
         "const S: &str = r#\" \" \"#; use crate::node::run;",
     ] {
-        told_once(&[("src/wire/codec.rs", code)], "wire (floor 3) looks up to node (floor 5)");
+        reported_once(&[("src/wire/codec.rs", code)], "wire (floor 3) looks up to node (floor 5)");
     }
-    told_once(&[("src/wire/mod.rs", "use super::node::run;")], "looks up to node");
-    told_once(&[("src/protocol/mod.rs", "use crate::wire::Link;")], "looks up to wire");
-    told_once(&[("src/machine/vcpu.rs", "use crate::{checkpoint};")], "looks up to checkpoint");
-    told_once(&[("src/attic/mod.rs", "")], "has no floor");
-    told_once(&[("src/wire/mod.rs", "use crate::attic::Box;")], "in no room");
+    reported_once(&[("src/wire/mod.rs", "use super::node::run;")], "looks up to node");
+    reported_once(&[("src/protocol/mod.rs", "use crate::wire::Link;")], "looks up to wire");
+    reported_once(&[("src/machine/vcpu.rs", "use crate::{checkpoint};")], "looks up to checkpoint");
+    reported_once(&[("src/attic/mod.rs", "")], "has no floor");
+    reported_once(&[("src/wire/mod.rs", "use crate::attic::Box;")], "in no room");
 }
 
 #[test]
 fn circles_are_caught() {
     let device = ("src/device/mod.rs", "use crate::machine::memory::GuestRam;");
-    told_once(&[device, ("src/machine/mod.rs", "use crate::device::Bus;")], "device and machine import each other");
+    reported_once(&[device, ("src/machine/mod.rs", "use crate::device::Bus;")], "device and machine import each other");
     assert!(told(&[device, ("src/machine/mod.rs", "")]).is_empty());
     let long = [
         ("src/wire/mod.rs", "use crate::arbiter::A;"),
@@ -449,14 +451,14 @@ fn impurity_is_caught() {
         ("fn f() { unsafe { g() } }", "unsafe"),
         ("fn f() { println!(\"x\"); }", "println"),
     ] {
-        told_once(&[("src/protocol/types.rs", code)], part);
+        reported_once(&[("src/protocol/types.rs", code)], part);
         assert!(told(&[("src/wire/codec.rs", code)]).is_empty(), "{code} is allowed above");
     }
 }
 
 #[test]
 fn the_machine_knows_nothing_of_replication() {
-    told_once(&[("src/machine/mod.rs", "use netbuf::OutputBuffer;")], "machine must not know netbuf");
-    told_once(&[("src/device/net.rs", "fn f() { netbuf::push() }")], "device must not know netbuf");
-    told_once(&[("src/machine/mod.rs", "use crate::protocol::primary::Primary;")], "must not know");
+    reported_once(&[("src/machine/mod.rs", "use netbuf::OutputBuffer;")], "machine must not know netbuf");
+    reported_once(&[("src/device/net.rs", "fn f() { netbuf::push() }")], "device must not know netbuf");
+    reported_once(&[("src/machine/mod.rs", "use crate::protocol::primary::Primary;")], "must not know");
 }

@@ -1,4 +1,5 @@
-//! The built-in guest on a real tap: unmodified clients, many connections, ping, idleness, and pauses under load.
+//! The built-in guest on a real tap: unmodified clients, many connections, ping, idleness, and
+//! pauses under load.
 //!
 //! Each test has a network namespace to itself, in which its guest is 10.77.0.2.
 
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mcd::demo::fabric::find_tool;
+use mcd::demo::namespaces::find_tool;
 use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent, NetBackend, Transmit};
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PageSet;
@@ -22,9 +23,10 @@ use nix::sched::{CloneFlags, unshare};
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const SERVER: SocketAddr = SocketAddr::V4(SocketAddrV4::new(GUEST, 6379));
 const MEMORY_BYTES: u64 = 96 << 20;
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Runs `body`, the body of test `name`, in a network namespace of its own; in a user namespace too where that is needed.
+/// Runs `body`, the body of test `name`, in a network namespace of its own; in a user namespace too
+/// where that is needed.
 fn in_a_network(name: &str, body: impl FnOnce()) {
     rights::run(name, &["/dev/kvm", "/dev/net/tun"], || {
         unshare(CloneFlags::CLONE_NEWNET).expect("who may make namespaces may make this one");
@@ -71,7 +73,7 @@ fn boot(cpus: u8) -> Machine {
         Machine::new(&shape, CpuModel::Host, Arc::new(Tap(tap)), Vec::new(), Box::new(io::stderr())).expect("machine");
     machine.boot_builtin(&GuestNet { ipv4: GUEST, prefix_len: 24, gateway: None }).expect("boot");
     machine.resume().expect("resume");
-    assert_eq!(machine.events().recv_timeout(PATIENCE), Ok(MachineEvent::Booted));
+    assert_eq!(machine.events().recv_timeout(WAIT_MAX), Ok(MachineEvent::Booted));
     machine
 }
 
@@ -79,9 +81,9 @@ struct Client(TcpStream);
 
 impl Client {
     fn connect() -> Client {
-        let stream = TcpStream::connect_timeout(&SERVER, PATIENCE).expect("connect");
+        let stream = TcpStream::connect_timeout(&SERVER, WAIT_MAX).expect("connect");
         stream.set_nodelay(true).expect("nodelay");
-        stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        stream.set_read_timeout(Some(WAIT_MAX)).expect("timeout");
         Client(stream)
     }
 
@@ -174,7 +176,7 @@ fn the_guest_answers_ping() {
         let _machine = boot(1);
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::RAW, Some(socket2::Protocol::ICMPV4))
             .expect("raw socket");
-        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        socket.set_read_timeout(Some(WAIT_MAX)).expect("timeout");
         // Echo request 7/1 with twelve bytes of payload.
         let mut request = vec![8, 0, 0, 0, 0, 7, 0, 1];
         request.extend(b"are you here");
@@ -202,17 +204,18 @@ fn an_idle_guest_dirties_next_to_nothing() {
             let mut client = Client::connect();
             client.ask("PING", "+PONG\r\n");
             machine.pause().expect("pause");
-            machine.track_dirt(true).expect("track");
-            let mut dirt = PageSet::empty(machine.memory().pages());
-            // A packet of the exchange above, or one of the host's own, may still come in one or the other epoch.
+            machine.track_dirty(true).expect("track");
+            let mut dirty = PageSet::empty(machine.memory().pages());
+            // A packet of the exchange above, or one of the host's own, may still come in one or
+            // the other epoch.
             let quietest = (0..6).map(|_| {
-                dirt.clear();
+                dirty.clear();
                 machine.resume().expect("resume");
                 // An idle stretch is what this test looks at: there is no event to wait for.
                 std::thread::sleep(Duration::from_millis(50));
                 machine.pause().expect("pause");
-                machine.collect_dirt(&mut dirt).expect("collect");
-                dirt.iter().collect::<Vec<u64>>()
+                machine.collect_dirty(&mut dirty).expect("collect");
+                dirty.iter().collect::<Vec<u64>>()
             });
             let quietest = quietest.min_by_key(Vec::len).expect("six epochs");
             assert!(quietest.len() <= 2, "pages {quietest:x?} in 50 idle milliseconds, {cpus} vCPUs");
@@ -246,16 +249,16 @@ fn pauses_under_load_lose_nothing() {
                     })
                     .collect();
                 machine.pause().expect("pause");
-                machine.track_dirt(true).expect("track");
-                let mut dirt = PageSet::empty(machine.memory().pages());
+                machine.track_dirty(true).expect("track");
+                let mut dirty = PageSet::empty(machine.memory().pages());
                 while pauses < 200 {
                     machine.resume().expect("resume");
                     // An epoch's length; what happens in it is up to the load.
                     std::thread::sleep(Duration::from_millis(5));
                     machine.pause().expect("pause");
-                    dirt.clear();
-                    machine.collect_dirt(&mut dirt).expect("collect");
-                    most = most.max(dirt.count());
+                    dirty.clear();
+                    machine.collect_dirty(&mut dirty).expect("collect");
+                    most = most.max(dirty.count());
                     pauses += 1;
                 }
                 machine.resume().expect("resume");
@@ -267,7 +270,7 @@ fn pauses_under_load_lose_nothing() {
             control.ask("DIRTY CHECK", ":0\r\n");
             control.ask("DIRTY 0 0", "+OK\r\n");
             control.send(b"SHUTDOWN\r\n");
-            let event = machine.events().recv_timeout(PATIENCE);
+            let event = machine.events().recv_timeout(WAIT_MAX);
             assert_eq!(event, Ok(MachineEvent::Shutdown));
         }
     });

@@ -1,4 +1,5 @@
-//! A guest that works for clients is saved to a file, ends, and goes on from the file: alone, as a pair, with a disk.
+//! A guest that works for clients is saved to a file, ends, and goes on from the file: alone, as a
+//! pair, with a disk.
 
 mod rights;
 mod waits;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use mcd::checkpoint::snapshot::SnapshotReader;
 use mcd::checkpoint::stamp::Stamp;
 use mcd::control::status::State;
-use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
+use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use serde_json::Value;
 
@@ -33,10 +34,10 @@ struct Guest {
 }
 
 impl Guest {
-    fn connect(fabric: &Fabric) -> Guest {
-        let to = fabric.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
+    fn connect(namespaces: &Namespaces) -> Guest {
+        let to = namespaces.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
         let to = to.expect("a connection");
-        to.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        to.set_read_timeout(Some(WAIT_MAX)).expect("a time-out");
         to.set_nodelay(true).expect("an option");
         let from = BufReader::new(to.try_clone().expect("a descriptor"));
         Guest { to, from }
@@ -74,8 +75,8 @@ struct Writer {
 }
 
 impl Writer {
-    fn start(fabric: &Fabric) -> Writer {
-        let mut guest = Guest::connect(fabric);
+    fn start(namespaces: &Namespaces) -> Writer {
+        let mut guest = Guest::connect(namespaces);
         let (acknowledged, enough) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (count, end) = (acknowledged.clone(), enough.clone());
         let thread = std::thread::spawn(move || {
@@ -96,7 +97,7 @@ impl Writer {
 
     /// Waits for more of them; how many there are then.
     fn wait_more(&self) -> u64 {
-        let (wanted, deadline) = (self.count() + SOME_WRITES, Instant::now() + PATIENCE);
+        let (wanted, deadline) = (self.count() + SOME_WRITES, Instant::now() + WAIT_MAX);
         while self.count() < wanted {
             assert!(!self.thread.is_finished() && Instant::now() < deadline, "no more writes than {}", self.count());
             std::thread::park_timeout(Duration::from_millis(2));
@@ -112,7 +113,8 @@ impl Writer {
     }
 }
 
-/// The guest has the keys of the writes up to some moment, all of them and none of a later one; how many.
+/// The guest has the keys of the writes up to some moment, all of them and none of a later one; how
+/// many.
 fn keys(guest: &mut Guest, written: u64) -> u64 {
     let held = (0..written).take_while(|number| guest.get(&format!("key{number}")).is_some()).count() as u64;
     for number in 0..written {
@@ -123,7 +125,7 @@ fn keys(guest: &mut Guest, written: u64) -> u64 {
 }
 
 struct World {
-    fabric: Fabric,
+    namespaces: Namespaces,
     dir: RunDir,
     started: u32,
     cpus: u8,
@@ -133,8 +135,8 @@ struct World {
 
 impl World {
     fn new(cpus: u8, disk: bool) -> World {
-        let (fabric, dir) = (Fabric::new().expect("namespaces"), RunDir::new().expect("a directory"));
-        World { fabric, dir, started: 0, cpus, disk }
+        let (namespaces, dir) = (Namespaces::new().expect("namespaces"), RunDir::new().expect("a directory"));
+        World { namespaces, dir, started: 0, cpus, disk }
     }
 
     fn image(&self, host: HostName) -> PathBuf {
@@ -162,7 +164,7 @@ impl World {
         };
         let name = format!("n{}", self.started);
         self.started += 1;
-        Node::start(role, host, &name, &settings, &self.fabric, &self.dir).expect("a node")
+        Node::start(role, host, &name, &settings, &self.namespaces, &self.dir).expect("a node")
     }
 
     fn primary(&mut self, host: HostName) -> Node {
@@ -218,7 +220,7 @@ fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
     rights::run("a_guest_goes_on_from_a_snapshot_that_was_taken_under_load", &DEVICES, || {
         let mut world = World::new(1, false);
         let mut node = world.primary(HostName::A);
-        let writer = Writer::start(&world.fabric);
+        let writer = Writer::start(&world.namespaces);
         let before = writer.wait_more();
         let said = good(&world.save(&node, &[]));
         let after = writer.count();
@@ -233,7 +235,7 @@ fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
         // On the other host, and twice: what a life did is not in the file.
         for round in 0..2 {
             let mut node = world.restored(HostName::B);
-            let mut guest = Guest::connect(&world.fabric);
+            let mut guest = Guest::connect(&world.namespaces);
             let held = keys(&mut guest, written);
             assert!((before..=after + 1).contains(&held), "{held} keys, {before} to {after} acknowledged");
             assert_eq!(guest.get("life"), None);
@@ -260,19 +262,20 @@ fn a_protected_pair_is_saved_and_goes_on_as_one() {
         let mut primary = world.primary(HostName::A);
         let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
         wait_for(&mut primary, "be protected", |status| status.protected);
-        let writer = Writer::start(&world.fabric);
+        let writer = Writer::start(&world.namespaces);
         let before = writer.wait_more();
         refused(&world.save(&secondary, &[]), "ask the primary");
         good(&world.save(&primary, &[]));
         let after = writer.count();
         assert_eq!(wait_for(&mut primary, "answer", |_| true).state, State::Protected);
         writer.wait_more();
-        // The epochs that were committed meanwhile and since are whole: the heir has every write that was acknowledged.
+        // The epochs that were committed meanwhile and since are whole: the new primary has every
+        // write that was acknowledged.
         primary.kill().expect("a process to kill");
         wait_for(&mut secondary, "take over", |status| status.running);
         writer.wait_more();
         let written = writer.end();
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         assert_eq!(keys(&mut guest, written), written);
         wait_ended(&mut primary);
         // While it runs there, nobody else has it.
@@ -281,7 +284,7 @@ fn a_protected_pair_is_saved_and_goes_on_as_one() {
         drop(guest);
         quit(&mut secondary);
         let _node = world.restored(HostName::A);
-        let held = keys(&mut Guest::connect(&world.fabric), written);
+        let held = keys(&mut Guest::connect(&world.namespaces), written);
         assert!((before..=after + 1).contains(&held), "{held} keys, {before} to {after} acknowledged");
     });
 }
@@ -295,7 +298,7 @@ fn a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images() {
         let mut primary = world.primary(HostName::A);
         let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
         wait_for(&mut primary, "be protected", |status| status.protected);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         for block in 0..50 {
             assert_eq!(guest.ask(&format!("DISK WRITE {block} {}", block + 7)), "+OK");
         }
@@ -315,7 +318,7 @@ fn a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images() {
         // The secondary's image is of its last epoch, not of the snapshot.
         world.not_restored(HostName::B, REFUSED, &["b.img", "when the snapshot was taken", &head.at.to_string()]);
         let mut node = world.restored(HostName::A);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         for block in 0..50 {
             let answer = guest.ask(&format!("DISK READ {block}"));
             assert!(answer.starts_with(':'), "block {block}: {answer}");
@@ -332,7 +335,7 @@ fn a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images() {
         assert!(std::fs::read(&image).expect("an image") != at_that_moment);
         // From the image alone it starts as ever.
         let mut node = world.primary(HostName::A);
-        assert_eq!(Guest::connect(&world.fabric).ask("DISK READ 60"), ":99");
+        assert_eq!(Guest::connect(&world.namespaces).ask("DISK READ 60"), ":99");
         quit(&mut node);
     });
 }

@@ -1,5 +1,5 @@
-//! The house's style, as far as a test can tell it: files that can be read in one sitting, reasons for every `unsafe`, and no panic in
-//! place of an error.
+//! The house's style, as far as a test can tell it: files that can be read in one sitting, reasons
+//! for every `unsafe`, and no panic in place of an error.
 
 mod source;
 
@@ -37,7 +37,8 @@ fn unexplained_unsafe(file: &SourceFile) -> Vec<String> {
     for at in (0..code.len()).filter(|at| text(*at) == "unsafe") {
         let public = at > 0 && text(at - 1) == "pub";
         let reason = match (text(at + 1), text(at + 3)) {
-            // A function tells its callers what they must keep to; a private one has them all in sight.
+            // A function tells its callers what they must keep to; a private one has them all in
+            // sight.
             ("extern", "fn") | ("fn" | "trait", _) if public => "# Safety",
             ("extern", "{") | ("{" | "impl", _) => "SAFETY:",
             _ => continue,

@@ -8,12 +8,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mcd::control::status::{NodeStatus, State};
-use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName, find_tool};
+use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces, find_tool};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 
 use waits::*;
 
-/// Epochs a pair commits before its primary is killed: enough that the benchmark is in the middle of something.
+/// Epochs a pair commits before its primary is killed: enough that the benchmark is in the middle
+/// of something.
 const EPOCHS_BETWEEN_KILLS: u64 = 300;
 const REQUESTS: &str = "20000";
 
@@ -27,7 +28,7 @@ fn with_redis_tools(name: &str, body: impl FnOnce()) {
 }
 
 struct Pair {
-    fabric: Fabric,
+    namespaces: Namespaces,
     settings: NodeSettings,
     dir: RunDir,
     primary: Node,
@@ -37,23 +38,24 @@ struct Pair {
 
 impl Pair {
     fn start(cpus: u8) -> Pair {
-        let fabric = Fabric::new().expect("namespaces");
+        let namespaces = Namespaces::new().expect("namespaces");
         let settings = NodeSettings {
             program: vec![env!("CARGO_BIN_EXE_mcd").into()],
             memory_mib: 64,
             cpus,
             interval_ms: 10,
-            // A node that is killed is missed at once, by its sockets. One that a busy test host lets stand still is not to be.
+            // A node that is killed is missed at once, by its sockets. One that a busy test host
+            // lets stand still is not to be.
             flags: ["--heartbeat-interval-ms=200", "--heartbeat-timeout-ms=20000"].map(str::to_owned).to_vec(),
             ..NodeSettings::default()
         };
         let dir = RunDir::new().expect("a directory");
         let mut primary =
-            Node::start(StartAs::Primary, HostName::A, "n0", &settings, &fabric, &dir).expect("a primary");
+            Node::start(StartAs::Primary, HostName::A, "n0", &settings, &namespaces, &dir).expect("a primary");
         wait_for(&mut primary, "run the guest", |status| status.running);
         let secondary =
-            Node::start(StartAs::Secondary, HostName::B, "n1", &settings, &fabric, &dir).expect("a secondary");
-        let mut pair = Pair { fabric, settings, dir, primary, secondary, started: 2 };
+            Node::start(StartAs::Secondary, HostName::B, "n1", &settings, &namespaces, &dir).expect("a secondary");
+        let mut pair = Pair { namespaces, settings, dir, primary, secondary, started: 2 };
         pair.wait_protected();
         pair
     }
@@ -70,21 +72,21 @@ impl Pair {
         let takeover = status.takeover.expect("it was waited for");
         assert!(takeover.clock_forward_ms > 0.0 && takeover.clock_behind_ms == 0.0, "{takeover:?}");
         // The tap is free once the dead process is gone.
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         while self.primary.ended().is_none() {
             assert!(Instant::now() < deadline, "{} outlives SIGKILL", self.primary.name());
             std::thread::park_timeout(Duration::from_millis(2));
         }
         let name = format!("n{}", self.started);
         self.started += 1;
-        let newcomer = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.fabric, &self.dir);
+        let newcomer = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.namespaces, &self.dir);
         let survivor = std::mem::replace(&mut self.secondary, newcomer.expect("a newcomer"));
         self.primary = survivor;
         self.wait_protected();
     }
 
     fn client(&self, program: &str, arguments: &[&str]) -> Command {
-        let mut command = self.fabric.lan.command(find_tool(program).expect("checked above"));
+        let mut command = self.namespaces.lan.command(find_tool(program).expect("checked above"));
         command.args(["-h", &GUEST_IPV4.to_string()]).args(arguments);
         command
     }
@@ -107,7 +109,8 @@ impl Pair {
     }
 }
 
-/// Runs redis-benchmark while primaries are killed; its counter must be exact afterwards. Gives back how many were killed.
+/// Runs redis-benchmark while primaries are killed; its counter must be exact afterwards. Gives
+/// back how many were killed.
 fn benchmark_survives(pair: &mut Pair, arguments: &[&str]) -> u32 {
     pair.redis_cli(&["FLUSHALL"]);
     let mut all = vec!["-t", "ping,set,get,incr", "-c", "20", "-n", REQUESTS, "--csv"];

@@ -1,15 +1,15 @@
-//! The exact bytes of version 2, for every kind of frame, message and page record. A change here is a change of the protocol: it needs a new
-//! version, never a new expectation.
+//! The exact bytes of version 2, for every kind of frame, message and page record. A change here is
+//! a change of the protocol: it needs a new version, never a new expectation.
 
-use mcd::checkpoint::sums::sum_of;
+use mcd::checkpoint::block_hashes::sum_of;
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{
     Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome,
 };
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
+use mcd::wire::block_hashes::{decode_hashes, encode_hashes};
 use mcd::wire::codec::{decode_message, encode_message};
-use mcd::wire::sums::{decode_sums, encode_sums};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageDecoder, PageEncoder, PageKind};
 
 const A: InstanceId = InstanceId(0x000102030405060708090a0b0c0d0e0f);
@@ -166,16 +166,16 @@ fn disks_of_a_secondary() {
     message_is(Message::SumBlocks { first: 0x0102_0304, count: 256 }, &["0b", "0403020100000000", "00010000"]);
     message_is(Message::ResyncLeft { left: vec![] }, &["0c", "00"]);
     message_is(Message::ResyncLeft { left: vec![513, 0] }, &["0c", "02", "0102000000000000", "0000000000000000"]);
-    let mut payload = encode_sums(0x0102, &[[0xab; 32], [1; 32]]);
+    let mut payload = encode_hashes(0x0102, &[[0xab; 32], [1; 32]]);
     assert_eq!(hex(&payload), ["0201000000000000".to_owned(), "ab".repeat(32), "01".repeat(32)].concat());
-    assert_eq!(decode_sums(&payload).unwrap(), (0x0102, vec![[0xab; 32], [1; 32]]));
-    assert_eq!(decode_sums(&payload[..8]).unwrap(), (0x0102, vec![]));
+    assert_eq!(decode_hashes(&payload).unwrap(), (0x0102, vec![[0xab; 32], [1; 32]]));
+    assert_eq!(decode_hashes(&payload[..8]).unwrap(), (0x0102, vec![]));
     payload.pop();
-    assert!(decode_sums(&payload).is_err() && decode_sums(&payload[..7]).is_err() && decode_sums(&[]).is_err());
+    assert!(decode_hashes(&payload).is_err() && decode_hashes(&payload[..7]).is_err() && decode_hashes(&[]).is_err());
     // As long as they get.
-    let (mut batch, most) = (FrameBatch::new(), encode_sums(7, &[[0; 32]; 256]));
-    batch.push(FrameKind::Sums, &most).unwrap();
-    assert!(batch.push(FrameKind::Sums, &[most, vec![0]].concat()).is_err());
+    let (mut batch, most) = (FrameBatch::new(), encode_hashes(7, &[[0; 32]; 256]));
+    batch.push(FrameKind::Hashes, &most).unwrap();
+    assert!(batch.push(FrameKind::Hashes, &[most, vec![0]].concat()).is_err());
     let mut too_many = vec![0x0c, 8];
     too_many.extend_from_slice(&[0; 64]);
     assert!(decode_message(&too_many).is_err(), "no machine has so many disks");
@@ -195,7 +195,7 @@ fn every_kind_of_frame() {
         (FrameKind::Pages, "0200"),
         (FrameKind::Background, "0300"),
         (FrameKind::State, "0400"),
-        (FrameKind::Sums, "0600"),
+        (FrameKind::Hashes, "0600"),
     ];
     for (kind, number) in expected {
         let mut batch = FrameBatch::new();
@@ -206,12 +206,12 @@ fn every_kind_of_frame() {
         let frame = reader.read().unwrap();
         assert_eq!((frame.kind, frame.payload), (kind, b"123456789".as_slice()));
     }
-    let mut nudge = FrameBatch::new();
-    nudge.push(FrameKind::Nudge, &[]).unwrap();
-    assert_eq!(hex(nudge.as_bytes()), "4d434431020005000000000000000000".to_owned() + "00000000");
-    assert!(nudge.push(FrameKind::Nudge, b"1").is_err());
+    let mut probe = FrameBatch::new();
+    probe.push(FrameKind::Probe, &[]).unwrap();
+    assert_eq!(hex(probe.as_bytes()), "4d434431020005000000000000000000".to_owned() + "00000000");
+    assert!(probe.push(FrameKind::Probe, b"1").is_err());
     let mut kinds = expected.map(|(kind, _)| kind).to_vec();
-    kinds.insert(4, FrameKind::Nudge);
+    kinds.insert(4, FrameKind::Probe);
     assert_eq!(kinds, FrameKind::ALL);
     let mut batch = FrameBatch::new();
     batch.push(FrameKind::State, &[]).unwrap();
@@ -228,8 +228,9 @@ fn every_kind_of_page() {
     assert_eq!(encoder.encode(3, &raw, &mut chunk), PageKind::Raw);
     assert_eq!(hex(&chunk[..22]), "0201000000000000000000".to_owned() + "0300000000000000" + "01" + "0010");
     assert_eq!(chunk[22..], raw);
-    // What the compressor writes may change from release to release; what the decoder must understand may not.
-    // Here: one literal 0x41, a match of 4095 - 5 bytes at distance 1, and five literals.
+    // What the compressor writes may change from release to release; what the decoder must
+    // understand may not. Here: one literal 0x41, a match of 4095 - 5 bytes at distance 1, and five
+    // literals.
     let mut lz4 = vec![0x1f, 0x41, 0x01, 0x00];
     let mut rest = 4096 - 1 - 5 - 4 - 15;
     while rest >= 255 {

@@ -1,5 +1,6 @@
-//! What comes off the wire is a stranger's until it is checked: every round trip is exact, every cut is an error, and no bytes whatever
-//! make the readers panic or take memory beyond the caps.
+//! What comes off the wire is an unknown peer's until it is checked: every round trip is exact,
+//! every cut is an error, and no bytes whatever make the readers panic or take memory beyond the
+//! caps.
 
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{
@@ -391,7 +392,7 @@ fn each_failure_has_its_own_name_and_one_line() {
         let error = drain(&header(PROTOCOL_VERSION, kind as u16, announced + 1));
         assert!(matches!(error, WireError::TooLarge { .. }), "{error}");
         let whole = drain(&header(PROTOCOL_VERSION, kind as u16, announced));
-        assert!(matches!(whole, WireError::ClosedMidFrame { .. }) || kind == FrameKind::Nudge, "{whole}");
+        assert!(matches!(whole, WireError::ClosedMidFrame { .. }) || kind == FrameKind::Probe, "{whole}");
     }
     assert!(matches!(drain(&header(PROTOCOL_VERSION, 1, u32::MAX)), WireError::TooLarge { .. }));
     let mut damaged = header(PROTOCOL_VERSION, 4, 3);

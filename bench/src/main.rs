@@ -1,6 +1,7 @@
 //! Measures mcd on this machine with `mcd demo`, keeps the raw figures, and draws them.
 //!
-//! Whatever is in one picture was measured in one run, one thing after the other, on a machine that should have nothing else to do.
+//! Whatever is in one picture was measured in one run, one thing after the other, on a machine that
+//! should have nothing else to do.
 
 mod draw;
 mod figures;

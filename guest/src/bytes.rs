@@ -49,7 +49,8 @@ pub fn zeroed(count: usize) -> Result<Vec<u8>, OutOfMemory> {
     Ok(bytes)
 }
 
-/// `text` as a decimal number the way RESP clients write one: an optional minus, no leading zero, nothing else.
+/// `text` as a decimal number the way RESP clients write one: an optional minus, no leading zero,
+/// nothing else.
 pub fn parse_integer(text: &[u8]) -> Option<i64> {
     let (negative, digits) = match text {
         [b'-', rest @ ..] => (true, rest),

@@ -1,6 +1,7 @@
 //! From time stamp counter ticks to nanoseconds, as the kvmclock ABI defines it.
 
-/// `ticks` in nanoseconds: shifted by `shift` (left if positive), then multiplied by `multiplier` / 2^32.
+/// `ticks` in nanoseconds: shifted by `shift` (left if positive), then multiplied by `multiplier` /
+/// 2^32.
 pub fn scale(ticks: u64, multiplier: u32, shift: i8) -> u64 {
     let shifted = if shift < 0 {
         ticks.checked_shr(u32::from(shift.unsigned_abs())).unwrap_or(0)

@@ -160,7 +160,8 @@ impl Connection {
                 // What was flushed and is not freed yet may be enough.
                 Ok(Err(_)) if shared.store.tidy_all() => {}
                 Ok(Err(_)) => {
-                    // The rest of the command cannot even be told from the next one without taking it in.
+                    // The rest of the command cannot even be told from the next one without taking
+                    // it in.
                     self.refuse(ProtocolError::Memory, shared);
                     self.input = Vec::new();
                     return true;
@@ -234,7 +235,8 @@ impl Connection {
             Outcome::Dirty => self.task = Some(Task::Dirty),
         }
         if reply.is_broken() {
-            // Half a reply went into the buffer for want of memory. The client sees the connection end there.
+            // Half a reply went into the buffer for want of memory. The client sees the connection
+            // end there.
             self.is_closing = true;
         }
     }
@@ -255,7 +257,8 @@ impl Connection {
         replies.shrink_to(2 * REPLY_BYTES_AT_ONCE);
     }
 
-    /// Closes our side once all is said, or once the client has closed its side and nothing is left to do for it.
+    /// Closes our side once all is said, or once the client has closed its side and nothing is left
+    /// to do for it.
     fn close_if_done(&mut self, socket: &mut Socket<'_>) {
         let peer_closed = socket.state() == State::CloseWait && !socket.can_recv() && self.task.is_none();
         let idle_input = self.input.is_empty() || !self.may_have_command();

@@ -1,8 +1,9 @@
 //! The memory writer behind `DIRTY`: puts a known load of dirty pages on the checkpoints.
 //!
-//! One word is written into each page of a region in turn, in small batches spread over time. The server asks through a [`Board`];
-//! a [`Writer`], on another vCPU if there is one, takes the plan and works on it. Each word says which plan wrote it and which
-//! write of that plan it was, so that a torn or stale page shows ([`Board::wrong_pages`]).
+//! One word is written into each page of a region in turn, in small batches spread over time. The
+//! server asks through a [`Board`]; a [`Writer`], on another vCPU if there is one, takes the plan
+//! and works on it. Each word says which plan wrote it and which write of that plan it was, so that
+//! a torn or stale page shows ([`Board::wrong_pages`]).
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -79,7 +80,8 @@ impl Board {
         (self.plan(), self.written.load(Ordering::Acquire))
     }
 
-    /// How many pages of the region do not hold what the writer last wrote there. Only when [settled](Board::is_settled).
+    /// How many pages of the region do not hold what the writer last wrote there. Only when
+    /// [settled](Board::is_settled).
     pub fn wrong_pages(&self) -> u64 {
         let (plan, sequence) = (self.plan(), self.taken.load(Ordering::Acquire));
         let mut wrong = 0;
@@ -88,8 +90,9 @@ impl Board {
             if written <= page {
                 continue;
             }
-            // SAFETY: the page lies in the region, which stays the writer's until the next plan is settled; only the caller could
-            // ask for one. It was written, and aligned words are read whole.
+            // SAFETY: the page lies in the region, which stays the writer's until the next plan is
+            // settled; only the caller could ask for one. It was written, and aligned words are
+            // read whole.
             let word = unsafe { ((plan.base + page * PAGE_BYTES) as *const u64).read_volatile() };
             let started = self.started.load(Ordering::Acquire);
             let oldest = last_write(written, page, plan.pages);
@@ -174,8 +177,8 @@ impl Writer {
         Writer { sequence: 0, plan, pacer: None, written: 0, batch_at_us: 0 }
     }
 
-    /// Takes a new plan if there is one and writes what is due. In how many microseconds it wants to be called again; `None` if
-    /// it has nothing to write.
+    /// Takes a new plan if there is one and writes what is due. In how many microseconds it wants
+    /// to be called again; `None` if it has nothing to write.
     pub fn step(&mut self, board: &Board, now_us: u64) -> Option<u64> {
         let sequence = board.sequence.load(Ordering::Acquire);
         if sequence != self.sequence {
@@ -205,7 +208,8 @@ impl Writer {
         board.started.store(self.written + writes, Ordering::Release);
         for number in self.written..self.written + writes {
             let address = self.plan.base + number % self.plan.pages * PAGE_BYTES;
-            // SAFETY: the address lies in the region of the plan in force, which is ours (`Board::ask`'s promise).
+            // SAFETY: the address lies in the region of the plan in force, which is ours
+            // (`Board::ask`'s promise).
             unsafe { (address as *mut u64).write_volatile(tag | ((number + 1) & COUNT_MASK)) };
         }
         self.written += writes;
@@ -250,7 +254,8 @@ mod tests {
         assert_eq!(writer.step(&board, 0), None);
         assert!(board.is_settled());
         let base = memory.as_mut_ptr() as u64;
-        // SAFETY: `memory` outlives the board's use of it and is not used otherwise while the plan is in force.
+        // SAFETY: `memory` outlives the board's use of it and is not used otherwise while the plan
+        // is in force.
         unsafe { board.ask(Plan { base, pages: 10, per_second: 1_000 }) };
         assert!(!board.is_settled());
         let mut now_us = 0;

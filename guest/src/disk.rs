@@ -1,5 +1,5 @@
-//! What `DISK` writes: blocks whose every word follows from a number, so that a torn or stale one shows; and a writer that works in
-//! the background.
+//! What `DISK` writes: blocks whose every word follows from a number, so that a torn or stale one
+//! shows; and a writer that works in the background.
 
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = 4096;

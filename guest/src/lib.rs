@@ -1,4 +1,5 @@
-//! The parts of the built-in guest that touch no bare machine: RESP, the key-value store, the commands and the TCP server.
+//! The parts of the built-in guest that touch no bare machine: RESP, the key-value store, the
+//! commands and the TCP server.
 //!
 //! They build for the guest (no_std) and, for tests, for any host.
 #![cfg_attr(not(test), no_std)]

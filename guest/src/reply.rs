@@ -16,8 +16,8 @@ pub enum Dialect {
 
 /// Appends replies to a buffer.
 ///
-/// If memory runs out the buffer ends in the middle of a reply: [`ReplyWriter::is_broken`] says so, and the connection cannot
-/// go on.
+/// If memory runs out the buffer ends in the middle of a reply: [`ReplyWriter::is_broken`] says so,
+/// and the connection cannot go on.
 pub struct ReplyWriter<'a> {
     out: &'a mut Vec<u8>,
     dialect: Dialect,

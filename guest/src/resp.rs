@@ -1,6 +1,7 @@
 //! Reading commands: RESP arrays of bulk strings, and inline commands as a person types them.
 //!
-//! The parser keeps its place in a command that has arrived in part, so that a large one is looked at once, not once per packet.
+//! The parser keeps its place in a command that has arrived in part, so that a large one is looked
+//! at once, not once per packet.
 
 use alloc::vec::Vec;
 
@@ -45,7 +46,8 @@ impl From<OutOfMemory> for ProtocolError {
 }
 
 impl ProtocolError {
-    /// The error as the client reads it, without a marker for [`ProtocolError::ExpectedBulk`]'s byte.
+    /// The error as the client reads it, without a marker for [`ProtocolError::ExpectedBulk`]'s
+    /// byte.
     pub fn text(self) -> &'static str {
         match self {
             ProtocolError::ArrayLength => "ERR Protocol error: invalid multibulk length",
@@ -65,7 +67,8 @@ impl ProtocolError {
 pub enum Progress {
     /// The command is not complete.
     NeedMore,
-    /// One command is complete: its arguments are at hand, and it was so many bytes long. It may have no argument at all.
+    /// One command is complete: its arguments are at hand, and it was so many bytes long. It may
+    /// have no argument at all.
     Ready(usize),
 }
 
@@ -98,8 +101,9 @@ impl Parser {
         Parser::default()
     }
 
-    /// Looks at `input`, which begins where the current command began. After [`Progress::Ready`], use [`Parser::argument`], then
-    /// [`Parser::next_command`], and leave the command's bytes out of the next `input`. Until then it gives the same again.
+    /// Looks at `input`, which begins where the current command began. After [`Progress::Ready`],
+    /// use [`Parser::argument`], then [`Parser::next_command`], and leave the command's bytes out
+    /// of the next `input`. Until then it gives the same again.
     ///
     /// # Errors
     /// [`ProtocolError`] if the client cannot be understood; the parser is of no use then.

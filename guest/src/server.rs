@@ -1,7 +1,7 @@
 //! The TCP server: a pool of sockets on one interface, and the store behind them.
 //!
-//! Every connection of smoltcp needs a socket of its own that listens beforehand, so a few always do; as soon as one of them is
-//! taken another joins them, before the next packet is looked at.
+//! Every connection of smoltcp needs a socket of its own that listens beforehand, so a few always
+//! do; as soon as one of them is taken another joins them, before the next packet is looked at.
 
 use alloc::vec::Vec;
 
@@ -23,20 +23,22 @@ pub const PORT: u16 = 6379;
 pub const SOCKETS_MAX: usize = 1024;
 /// Sockets that listen for the next clients.
 const BACKLOG: usize = 16;
-/// Size of a socket's receive buffer. One more byte would need window scaling, with which smoltcp 0.14 takes the first window for a
-/// larger one than it has announced: a client that sends too much could then write beyond the buffer's end, which panics.
+/// Size of a socket's receive buffer. One more byte would need window scaling, with which smoltcp
+/// 0.14 takes the first window for a larger one than it has announced: a client that sends too much
+/// could then write beyond the buffer's end, which panics.
 const RECEIVE_BUFFER_BYTES: usize = (64 << 10) - 1;
 /// Size of a socket's send buffer.
 const SEND_BUFFER_BYTES: usize = 64 << 10;
-/// Sockets made at the start, so that clients are served when the store has taken all memory: so many, or what fits into an eighth
-/// of it.
+/// Sockets made at the start, so that clients are served when the store has taken all memory: so
+/// many, or what fits into an eighth of it.
 const SOCKETS_AT_START: u64 = 80;
 /// Packets taken in before the commands in them are run.
 const PACKETS_AT_ONCE: usize = 64;
 
-/// How much faster the network stack's clock runs than the guest's. The stack never retransmits earlier than after one second of
-/// its clock, for networks that are far; ours is near, and after a takeover a client should not wait so long for a reply that
-/// died with the old host. So its second is a tenth of ours, and the durations given to it are ten times what is meant.
+/// How much faster the network stack's clock runs than the guest's. The stack never retransmits
+/// earlier than after one second of its clock, for networks that are far; ours is near, and after a
+/// takeover a client should not wait so long for a reply that died with the old host. So its second
+/// is a tenth of ours, and the durations given to it are ten times what is meant.
 const CLOCK_SPEED: u64 = 10;
 /// A client that finishes its handshake does so within this time.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30 * CLOCK_SPEED);
@@ -46,9 +48,11 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(600 * CLOCK_SPEED);
 const KEEP_ALIVE: Duration = Duration::from_secs(60 * CLOCK_SPEED);
 /// How long an acknowledgement waits for data to travel with.
 const ACK_DELAY: Duration = Duration::from_millis(10 * CLOCK_SPEED);
-/// The longest wait when there is work that could not be done, for want of room in the device: it wakes us when there is room.
+/// The longest wait when there is work that could not be done, for want of room in the device: it
+/// wakes us when there is room.
 const STUCK_WAIT_US: u64 = 1_000;
-/// The longest wait while a client waits for the memory writer, which works on another vCPU and cannot wake us.
+/// The longest wait while a client waits for the memory writer, which works on another vCPU and
+/// cannot wake us.
 const WRITER_WAIT_US: u64 = 1_000;
 
 /// The machine as the commands see it.
@@ -213,8 +217,8 @@ impl Server {
         if server.listening.len() < BACKLOG { Err(OutOfMemory) } else { Ok(server) }
     }
 
-    /// Takes packets in, runs commands, sends packets out. Whether there was anything to do: if not, nothing is to be done before
-    /// [`Server::wait_us`] is over or the device has something.
+    /// Takes packets in, runs commands, sends packets out. Whether there was anything to do: if
+    /// not, nothing is to be done before [`Server::wait_us`] is over or the device has something.
     pub fn poll<H: Host>(&mut self, device: &mut (impl Device + ?Sized), host: &mut H) -> bool {
         let now = stack_time(host.now_us());
         let mut progress = false;

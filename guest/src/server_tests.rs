@@ -121,7 +121,8 @@ impl World {
         }
     }
 
-    /// Sends all of `bytes` and gives `expected` bytes of replies, or what came before the server closed.
+    /// Sends all of `bytes` and gives `expected` bytes of replies, or what came before the server
+    /// closed.
     fn exchange(&mut self, handle: SocketHandle, bytes: &[u8], expected: usize) -> Vec<u8> {
         let (mut sent, mut replies) = (0, Vec::new());
         for _ in 0..3_000 {

@@ -1,7 +1,8 @@
 //! The key-value store: a linear hash table.
 //!
-//! It grows by splitting one bucket at a time, so no command ever waits for a whole table to be copied (and a checkpoint never
-//! sees a whole table dirtied), and every piece of memory is asked for in a way that can fail.
+//! It grows by splitting one bucket at a time, so no command ever waits for a whole table to be
+//! copied (and a checkpoint never sees a whole table dirtied), and every piece of memory is asked
+//! for in a way that can fail.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -186,7 +187,8 @@ impl Store {
         had_garbage
     }
 
-    /// A number that depends on every key and value, but neither on their order nor on the store's history.
+    /// A number that depends on every key and value, but neither on their order nor on the store's
+    /// history.
     pub fn digest(&self) -> u64 {
         let mut sum = 0u64;
         for entry in self.segments.iter().flatten().flatten() {
@@ -202,7 +204,8 @@ impl Store {
 
     /// The bucket for `hash`; none in a table that has no bucket yet.
     fn place(&self, hash: u64) -> Option<usize> {
-        // With 2^k <= buckets < 2^(k+1), buckets below `buckets - 2^k` are split already: those use one bit more.
+        // With 2^k <= buckets < 2^(k+1), buckets below `buckets - 2^k` are split already: those use
+        // one bit more.
         let low = 1usize << self.buckets.checked_ilog2()?;
         let wide = hash as usize & (low * 2 - 1);
         Some(if wide < self.buckets { wide } else { wide & (low - 1) })
@@ -237,7 +240,8 @@ impl Store {
         bucket.push(entry);
         self.entries += 1;
         if self.entries > self.buckets * LOAD_MAX {
-            // A split that finds no memory is made up for by a later one; the table only gets slower.
+            // A split that finds no memory is made up for by a later one; the table only gets
+            // slower.
             let _ = self.split();
         }
         Ok(())

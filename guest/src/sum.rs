@@ -14,7 +14,8 @@ pub struct Checksum {
 }
 
 impl Checksum {
-    /// Adds the page at `page`. Other vCPUs and devices may write it meanwhile: each word is then the old or the new one.
+    /// Adds the page at `page`. Other vCPUs and devices may write it meanwhile: each word is then
+    /// the old or the new one.
     ///
     /// # Safety
     /// 4096 bytes at `page`, aligned to 8, must be readable.
@@ -23,7 +24,8 @@ impl Checksum {
         let mut at = 0;
         while at < PAGE_WORDS {
             for (index, lane) in lanes.iter_mut().enumerate() {
-                // SAFETY: `at + index` is below PAGE_WORDS, which the caller promised to be readable.
+                // SAFETY: `at + index` is below PAGE_WORDS, which the caller promised to be
+                // readable.
                 let word = unsafe { page.add(at + index).read_volatile() };
                 *lane = (*lane ^ word).wrapping_mul(SPREAD).rotate_left(29);
             }

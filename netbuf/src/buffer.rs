@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 use std::io;
 use thiserror::Error;
 
-/// Longest frame a buffer takes, in bytes: a virtio-net header, an Ethernet header with a VLAN tag, and the largest IP packet.
+/// Longest frame a buffer takes, in bytes: a virtio-net header, an Ethernet header with a VLAN tag,
+/// and the largest IP packet.
 pub const FRAME_BYTES_MAX: usize = VNET_HEADER_BYTES + 14 + 4 + 65_535;
 
 const _: () = assert!(FRAME_BYTES_MAX <= QUEUE_FRAME_BYTES_MAX);
@@ -62,8 +63,8 @@ pub struct RestartError {
     pub packets: usize,
 }
 
-/// A release that the sink ended early. What it took before is gone from the buffer; the packet it failed on and all after it stay, in
-/// order, and are released by the next call.
+/// A release that the sink ended early. What it took before is gone from the buffer; the packet it
+/// failed on and all after it stay, in order, and are released by the next call.
 #[derive(Debug, Error)]
 #[error("release stopped after {} packets: {source}", released.packets)]
 pub struct ReleaseError {
@@ -116,8 +117,8 @@ struct SealedEpoch {
 
 /// Holds a guest's packets until their epoch is committed. See the crate's page for the four verbs.
 ///
-/// Invariant I4 (in order, once): a packet leaves by exactly one of [`release`](Self::release), [`First::take`] and
-/// [`discard`](Self::discard), and releases leave in the order of the pushes.
+/// Invariant I4 (in order, once): a packet leaves by exactly one of [`release`](Self::release),
+/// [`First::take`] and [`discard`](Self::discard), and releases leave in the order of the pushes.
 #[derive(Debug)]
 pub struct OutputBuffer {
     limits: Limits,
@@ -125,14 +126,15 @@ pub struct OutputBuffer {
     frames: FrameQueue,
     held: Sealed,
     open: Sealed,
-    /// Sealed epochs with packets left, oldest first. An epoch without packets leaves no entry, so this is bounded by `packets_max`.
+    /// Sealed epochs with packets left, oldest first. An epoch without packets leaves no entry, so
+    /// this is bounded by `packets_max`.
     sealed: VecDeque<SealedEpoch>,
     newest_sealed: Option<u64>,
 }
 
 impl OutputBuffer {
-    /// An empty buffer with nothing sealed. Memory is taken as packets come and kept for later ones; it stays within about
-    /// 4/3 of `limits.bytes_max`, and 4 bytes per packet.
+    /// An empty buffer with nothing sealed. Memory is taken as packets come and kept for later
+    /// ones; it stays within about 4/3 of `limits.bytes_max`, and 4 bytes per packet.
     pub fn new(limits: Limits) -> OutputBuffer {
         OutputBuffer {
             limits,
@@ -147,8 +149,8 @@ impl OutputBuffer {
     /// Holds `frame` in the open epoch.
     ///
     /// # Errors
-    /// [`PushError::Full`] if a limit is reached (keep the packet and try again after a release), [`PushError::TooLarge`] or
-    /// [`PushError::Empty`] if it can never be taken.
+    /// [`PushError::Full`] if a limit is reached (keep the packet and try again after a release),
+    /// [`PushError::TooLarge`] or [`PushError::Empty`] if it can never be taken.
     pub fn push(&mut self, frame: &[u8]) -> Result<(), PushError> {
         let bytes_max = FRAME_BYTES_MAX.min(self.limits.bytes_max);
         if frame.is_empty() {
@@ -168,7 +170,8 @@ impl OutputBuffer {
         Ok(())
     }
 
-    /// Closes the open epoch under the number `epoch` and opens the next one. An epoch may be empty, and numbers may be skipped.
+    /// Closes the open epoch under the number `epoch` and opens the next one. An epoch may be
+    /// empty, and numbers may be skipped.
     ///
     /// # Errors
     /// [`SealError`] if `epoch` is not above the newest sealed one.
@@ -186,7 +189,8 @@ impl OutputBuffer {
         Ok(closed)
     }
 
-    /// Gives every packet of the sealed epochs up to and with `through` to `sink`, in order. Open packets are never given.
+    /// Gives every packet of the sealed epochs up to and with `through` to `sink`, in order. Open
+    /// packets are never given.
     ///
     /// `through` need not have been sealed: all sealed epochs up to it are released.
     ///
@@ -210,14 +214,16 @@ impl OutputBuffer {
         Ok(released)
     }
 
-    /// The first packet that a release through `through` would give, to be released one at a time: look at it, send it, and
-    /// [`take`](First::take) it. Dropped untaken, it stays first. With this a caller can ask before each packet whether it still may.
+    /// The first packet that a release through `through` would give, to be released one at a time:
+    /// look at it, send it, and [`take`](First::take) it. Dropped untaken, it stays first. With
+    /// this a caller can ask before each packet whether it still may.
     pub fn first(&mut self, through: u64) -> Option<First<'_>> {
         let releasable = self.sealed.front().is_some_and(|oldest| oldest.epoch <= through);
         releasable.then_some(First { buffer: self })
     }
 
-    /// Drops every packet, sealed and open: they never happened. Epoch numbers go on rising; see [`restart`](Self::restart).
+    /// Drops every packet, sealed and open: they never happened. Epoch numbers go on rising; see
+    /// [`restart`](Self::restart).
     pub fn discard(&mut self) -> Discarded {
         let dropped = Discarded { packets: self.held.packets, bytes: self.held.bytes };
         self.frames.clear();
@@ -227,10 +233,12 @@ impl OutputBuffer {
         dropped
     }
 
-    /// Begins a new generation: epoch numbers may start from 0 again. Open packets stay and belong to the epoch sealed next.
+    /// Begins a new generation: epoch numbers may start from 0 again. Open packets stay and belong
+    /// to the epoch sealed next.
     ///
     /// # Errors
-    /// [`RestartError`] if sealed packets are held, because their numbers would mix with the new ones.
+    /// [`RestartError`] if sealed packets are held, because their numbers would mix with the new
+    /// ones.
     pub fn restart(&mut self) -> Result<(), RestartError> {
         if !self.sealed.is_empty() {
             return Err(RestartError { packets: self.held.packets - self.open.packets });

@@ -1,5 +1,5 @@
-//! Output buffers for fault tolerance by checkpoints: a guest's packets are held until the epoch that produced them is
-//! committed elsewhere.
+//! Output buffers for fault tolerance by checkpoints: a guest's packets are held until the epoch
+//! that produced them is committed elsewhere.
 //!
 //! Four verbs carry it:
 //!
@@ -12,10 +12,12 @@
 //! - **hold** ([`OutputBuffer::push`]): a packet joins the open epoch;
 //! - **seal** ([`OutputBuffer::seal`]): the open epoch gets its number and is closed;
 //! - **release** ([`OutputBuffer::release`]): sealed packets leave, in order and exactly once;
-//! - **discard** ([`OutputBuffer::discard`]): every packet held is dropped, because it never happened.
+//! - **discard** ([`OutputBuffer::discard`]): every packet held is dropped, because it never
+//!   happened.
 //!
-//! The buffer is bounded by bytes and by packets. It knows nothing of guests, sockets or clocks. Packets enter and leave a host through
-//! a [`PacketPort`]: [`VnetTapPort`] or the plain [`TunTapPort`] for a real tap interface, [`MemoryPort`] for tests.
+//! The buffer is bounded by bytes and by packets. It knows nothing of guests, sockets or clocks.
+//! Packets enter and leave a host through a [`PacketPort`]: [`VnetTapPort`] or the plain
+//! [`TunTapPort`] for a real tap interface, [`MemoryPort`] for tests.
 //!
 //! ```
 //! use netbuf::{Limits, OutputBuffer};

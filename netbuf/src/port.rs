@@ -4,37 +4,42 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-/// Bytes of the virtio-net header (virtio 1.2, 5.1.6) in front of each frame of a port that has them.
+/// Bytes of the virtio-net header (virtio 1.2, 5.1.6) in front of each frame of a port that has
+/// them.
 pub const VNET_HEADER_BYTES: usize = 12;
 
-/// One non-blocking door for Ethernet frames. A frame has no header in front of it, or in some ports a virtio-net header, always.
+/// One non-blocking door for Ethernet frames. A frame has no header in front of it, or in some
+/// ports a virtio-net header, always.
 ///
 /// Frames may be sent and received by several threads at once.
 pub trait PacketPort: Send + Sync {
     /// Sends one frame whole, or not at all.
     ///
     /// # Errors
-    /// `WouldBlock` if there is no room now; any other error says that this frame cannot be sent (for a tap: it is down).
+    /// `WouldBlock` if there is no room now; any other error says that this frame cannot be sent
+    /// (for a tap: it is down).
     fn send(&self, frame: &[u8]) -> io::Result<()>;
 
-    /// Receives one frame into `buf` and returns its length. A frame longer than `buf` is cut: give room for
-    /// [`FRAME_BYTES_MAX`](crate::FRAME_BYTES_MAX).
+    /// Receives one frame into `buf` and returns its length. A frame longer than `buf` is cut: give
+    /// room for [`FRAME_BYTES_MAX`](crate::FRAME_BYTES_MAX).
     ///
     /// # Errors
     /// `WouldBlock` if no frame is waiting; any other error says that the port is broken.
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize>;
 
-    /// A descriptor that polls readable when a frame waits. It belongs to the port: never close it or read from it.
+    /// A descriptor that polls readable when a frame waits. It belongs to the port: never close it
+    /// or read from it.
     fn as_raw_fd(&self) -> RawFd;
 
-    /// True if a virtio-net header of [`VNET_HEADER_BYTES`] is in front of every frame, sent or received. What is sent may then
-    /// lack its checksum, or be a large TCP segment that is yet to be cut, as its header says.
+    /// True if a virtio-net header of [`VNET_HEADER_BYTES`] is in front of every frame, sent or
+    /// received. What is sent may then lack its checksum, or be a large TCP segment that is yet to
+    /// be cut, as its header says.
     fn has_headers(&self) -> bool {
         false
     }
 
-    /// From now on frames received may lack their checksum, as their header says, or may not. Means nothing to a port without
-    /// headers. Frames that wait already stay as they are.
+    /// From now on frames received may lack their checksum, as their header says, or may not. Means
+    /// nothing to a port without headers. Frames that wait already stay as they are.
     ///
     /// # Errors
     /// What the system says; frames then stay as they were.
@@ -51,7 +56,8 @@ pub struct MemoryPort {
 }
 
 impl MemoryPort {
-    /// Makes a pair. Each direction holds what a socket's send buffer holds (about 200 KiB); then a send would block.
+    /// Makes a pair. Each direction holds what a socket's send buffer holds (about 200 KiB); then a
+    /// send would block.
     ///
     /// # Errors
     /// Those of `socketpair(2)`.

@@ -1,11 +1,13 @@
 //! A first-in, first-out queue of byte frames that does not allocate per frame.
 //!
-//! Frames lie one after another in blocks of a fixed size, each with its length in front; a frame never straddles two blocks, so that it
-//! can be lent out as one slice. Emptied blocks are kept and used again: after the first burst the queue allocates nothing.
+//! Frames lie one after another in blocks of a fixed size, each with its length in front; a frame
+//! never straddles two blocks, so that it can be lent out as one slice. Emptied blocks are kept and
+//! used again: after the first burst the queue allocates nothing.
 
 use std::collections::VecDeque;
 
-/// Bytes in a block. Four times the largest frame, so that at most a quarter of a block is lost at its end.
+/// Bytes in a block. Four times the largest frame, so that at most a quarter of a block is lost at
+/// its end.
 const BLOCK_BYTES: usize = 256 * 1024;
 
 /// Bytes of the length in front of each frame.

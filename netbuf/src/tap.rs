@@ -76,14 +76,16 @@ impl TunTapPort {
     /// [`TapError::Missing`] if it does not exist, and the other kinds as they say.
     pub fn open(name: &str) -> Result<TunTapPort, TapError> {
         check_name(name)?;
-        // Without this look the kernel would create the tap: down, outside of every bridge, and gone with this process.
+        // Without this look the kernel would create the tap: down, outside of every bridge, and
+        // gone with this process.
         match nix::net::if_::if_nametoindex(name) {
             Ok(_) => attach(name),
             Err(_) => Err(TapError::Missing { name: name.to_owned() }),
         }
     }
 
-    /// Creates the tap `name`, or opens it if it exists. A tap made here is down, and is gone when the port is dropped.
+    /// Creates the tap `name`, or opens it if it exists. A tap made here is down, and is gone when
+    /// the port is dropped.
     ///
     /// # Errors
     /// As [`TapError`] says.
@@ -116,14 +118,16 @@ fn attach(name: &str) -> Result<TunTapPort, TapError> {
 fn set_nonblocking(iface: &Iface) -> io::Result<()> {
     let fd = iface.as_raw_fd();
     let mut on: libc::c_int = 1;
-    // SAFETY: the descriptor is open for as long as `iface` lives, and FIONBIO reads one int from a pointer that is valid here.
+    // SAFETY: the descriptor is open for as long as `iface` lives, and FIONBIO reads one int from a
+    // pointer that is valid here.
     match unsafe { libc::ioctl(fd, libc::FIONBIO, &mut on) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Tells the failures of opening the device (ENOENT, ENODEV, ENXIO, EACCES) and of taking the interface (EBUSY, EPERM, EINVAL) apart.
+/// Tells the failures of opening the device (ENOENT, ENODEV, ENXIO, EACCES) and of taking the
+/// interface (EBUSY, EPERM, EINVAL) apart.
 pub(crate) fn explain(name: &str, source: io::Error) -> TapError {
     let name = name.to_owned();
     match source.raw_os_error().map(Errno::from_raw) {

@@ -1,8 +1,9 @@
 //! The tap interface as a packet port that leaves checksums and segmentation to the kernel.
 //!
-//! The kernel puts a virtio-net header in front of each frame (`IFF_VNET_HDR`) and reads one from each frame sent. So a guest's
-//! large segments go out as one frame, to be cut by the card or the next tap, and frames between guests of one host need no
-//! checksum at all. Headers are always there; what they may say is set by the driver's agreement.
+//! The kernel puts a virtio-net header in front of each frame (`IFF_VNET_HDR`) and reads one from
+//! each frame sent. So a guest's large segments go out as one frame, to be cut by the card or the
+//! next tap, and frames between guests of one host need no checksum at all. Headers are always
+//! there; what they may say is set by the driver's agreement.
 
 use crate::port::{PacketPort, VNET_HEADER_BYTES};
 use crate::tap::{TapError, check_name, explain};
@@ -18,7 +19,8 @@ mod ioctls {
     use nix::libc::{c_int, ifreq};
     use nix::{ioctl_write_int_bad, ioctl_write_ptr_bad, request_code_write};
 
-    // The kernel's numbers say "an int" for all three; the first takes an interface request all the same, the second a number.
+    // The kernel's numbers say "an int" for all three; the first takes an interface request all the
+    // same, the second a number.
     ioctl_write_ptr_bad!(tun_set_interface, request_code_write!(b'T', 202, size_of::<c_int>()), ifreq);
     ioctl_write_int_bad!(tun_set_offload, request_code_write!(b'T', 208, size_of::<c_int>()));
     ioctl_write_ptr_bad!(tun_set_header_bytes, request_code_write!(b'T', 216, size_of::<c_int>()), c_int);
@@ -42,14 +44,16 @@ impl VnetTapPort {
     /// [`TapError::Missing`] if it does not exist, and the other kinds as they say.
     pub fn open(name: &str) -> Result<VnetTapPort, TapError> {
         check_name(name)?;
-        // Without this look the kernel would create the tap: down, outside of every bridge, and gone with this process.
+        // Without this look the kernel would create the tap: down, outside of every bridge, and
+        // gone with this process.
         match nix::net::if_::if_nametoindex(name) {
             Ok(_) => attach(name),
             Err(_) => Err(TapError::Missing { name: name.to_owned() }),
         }
     }
 
-    /// Creates the tap `name`, or opens it if it exists. A tap made here is down, and is gone when the port is dropped.
+    /// Creates the tap `name`, or opens it if it exists. A tap made here is down, and is gone when
+    /// the port is dropped.
     ///
     /// # Errors
     /// As [`TapError`] says.
@@ -104,7 +108,8 @@ impl PacketPort for VnetTapPort {
     }
 
     fn receive_unchecked(&self, allowed: bool) -> io::Result<()> {
-        // The call takes a lock of the whole network stack, so it is made only when it changes something.
+        // The call takes a lock of the whole network stack, so it is made only when it changes
+        // something.
         if self.receives_unchecked.load(Ordering::SeqCst) != allowed {
             // SAFETY: the descriptor is open, and the call takes a number.
             unsafe { ioctls::tun_set_offload(self.fd.as_raw_fd(), if allowed { RECEIVE_UNCHECKED } else { 0 }) }?;

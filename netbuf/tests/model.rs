@@ -1,4 +1,5 @@
-//! The output buffer against a model so naive that it is plainly right, over random sequences of operations.
+//! The output buffer against a model so naive that it is plainly right, over random sequences of
+//! operations.
 
 use netbuf::{Limits, OutputBuffer, PushError};
 use proptest::prelude::*;
@@ -81,7 +82,8 @@ impl Model {
         Some(open)
     }
 
-    /// Releases up to `takes` packets; returns how many, and whether the sink was asked for one more.
+    /// Releases up to `takes` packets; returns how many, and whether the sink was asked for one
+    /// more.
     fn release(&mut self, through: u64, takes: usize) -> (usize, bool) {
         let mut done = 0;
         while self.held.first().is_some_and(|(epoch, _)| epoch.is_some_and(|epoch| epoch <= through)) {

@@ -14,7 +14,8 @@ const GUEST: [u8; 4] = [10, 9, 0, 2];
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const PORT: u16 = 7000;
 
-/// Header: the checksum is to be filled in, from byte 34 on, at 34 + 6 (UDP behind Ethernet and IPv4).
+/// Header: the checksum is to be filled in, from byte 34 on, at 34 + 6 (UDP behind Ethernet and
+/// IPv4).
 const LACKS_CHECKSUM: [u8; VNET_HEADER_BYTES] = [1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
 
 fn ip(arguments: &str) {
@@ -53,8 +54,8 @@ fn pseudo_header(udp_bytes: usize) -> u32 {
     sum(&[HOST, GUEST].concat(), 17 + udp_bytes as u32)
 }
 
-/// An Ethernet frame with a UDP datagram from the guest to the host that lacks its checksum as the header says: the field holds
-/// what is not covered by it.
+/// An Ethernet frame with a UDP datagram from the guest to the host that lacks its checksum as the
+/// header says: the field holds what is not covered by it.
 fn datagram(to: [u8; 6], payload: &[u8]) -> Vec<u8> {
     let udp_bytes = 8 + payload.len();
     let mut packet = vec![0x45, 0];
@@ -102,7 +103,8 @@ fn checksums_are_left_to_the_other_side_as_headers_say() {
         let mac = connect("mcdtest2");
         let socket = UdpSocket::bind(("10.9.0.1", PORT)).expect("socket");
         socket.set_read_timeout(Some(Duration::from_secs(30))).expect("time-out");
-        // To the host: without its checksum and without a header that says so the first is wrong, so only the second arrives.
+        // To the host: without its checksum and without a header that says so the first is wrong,
+        // so only the second arrives.
         port.send(&[vec![0; VNET_HEADER_BYTES], datagram(mac, b"wrong")].concat()).expect("send");
         port.send(&[LACKS_CHECKSUM.to_vec(), datagram(mac, b"right")].concat()).expect("send");
         assert_eq!(receive(&socket).expect("datagram"), b"right");

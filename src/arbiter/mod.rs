@@ -1,7 +1,8 @@
 //! Floor 3: the third party that decides who runs a guest.
 //!
-//! An arbiter keeps one [`Record`] per guest and replaces it only by compare-and-swap: of two nodes that start from the same record, one
-//! wins. A node that gets no answer knows nothing, and must act so.
+//! An arbiter keeps one [`Record`] per guest and replaces it only by compare-and-swap: of two nodes
+//! that start from the same record, one wins. A node that gets no answer knows nothing, and must
+//! act so.
 
 pub mod command;
 pub mod etcd;
@@ -18,7 +19,8 @@ use thiserror::Error;
 pub use crate::protocol::record::Swap;
 pub use spec::{ArbiterSpec, SpecError};
 
-/// Keeps the record of one guest. Every call may take as long as the arbiter's patience allows, so callers give it a thread.
+/// Keeps the record of one guest. Every call may take as long as the arbiter's timeout allows, so
+/// callers give it a thread.
 pub trait Arbiter: Send {
     /// The guest's record; `None` if it has none yet.
     ///
@@ -29,14 +31,15 @@ pub trait Arbiter: Send {
     /// Puts `new` in place of `expected` (`None`: no record), if that is what stands.
     ///
     /// # Errors
-    /// [`ArbiterError`]: the swap may have been carried out or not. Asking again tells: a swap that finds its own `new` was won before.
+    /// [`ArbiterError`]: the swap may have been carried out or not. Asking again tells: a swap that
+    /// finds its own `new` was won before.
     fn swap(&mut self, expected: Option<&Record>, new: &Record) -> Result<Swap, ArbiterError>;
 
     /// The arbiter in a few words, for logs and status.
     fn describe(&self) -> String;
 
-    /// What makes the question in hand end soon, from another thread, when nobody wants its answer any more; `None` where every answer
-    /// comes soon anyway.
+    /// What makes the question in hand end soon, from another thread, when nobody wants its answer
+    /// any more; `None` where every answer comes soon anyway.
     fn canceller(&self) -> Option<Canceller> {
         None
     }

@@ -1,4 +1,5 @@
-//! The arbiter `none`: nobody decides. What a node then does alone is the operator's choice, made beforehand.
+//! The arbiter `none`: nobody decides. What a node then does alone is the operator's choice, made
+//! beforehand.
 
 use super::{Arbiter, ArbiterError, Swap};
 use crate::protocol::record::{Record, RecordState};
@@ -6,7 +7,8 @@ use crate::protocol::record::{Record, RecordState};
 /// What a node without arbiter does when its peer is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnPeerLoss {
-    /// Nothing, until the peer is back or a person decides: never two nodes that run the guest, and no takeover by itself.
+    /// Nothing, until the peer is back or a person decides: never two nodes that run the guest, and
+    /// no takeover by itself.
     Wait,
     /// Goes on alone. If only the link is cut, both nodes run the guest.
     Continue,
@@ -26,8 +28,9 @@ impl NoArbiter {
     }
 }
 
-/// True for a swap by which one node of a pair goes on without the other, or a newcomer without the primary that was about to record it.
-/// That primary itself may go on: nobody takes over from it then.
+/// True for a swap by which one node of a pair goes on without the other, or a newcomer without the
+/// primary that was about to record it. That primary itself may go on: nobody takes over from it
+/// then.
 fn parts_a_pair(expected: Option<&Record>, new: &Record) -> bool {
     let parts = |record: &Record| match record.state {
         RecordState::Paired => true,

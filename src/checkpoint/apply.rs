@@ -9,17 +9,17 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use thiserror::Error;
 
+use super::block_hashes::hash_run;
 use super::image::{GuestImage, ImagePageError};
 use super::stage::{StagedEpoch, StagingBudget};
-use super::sums::sum_run;
+use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::pages::PAGE_BYTES;
-use crate::protocol::shared::KeptWrites;
-use crate::protocol::sums::BlockSum;
+use crate::protocol::shared_disk::KeptWrites;
 use crate::protocol::types::EpochId;
 use crate::wire::{PageDecoder, PageError, PageKind};
 
-/// Why the image cannot be activated. Staged epochs were checked, so the first is a bug, and the second is one or a
-/// disk's storage that failed.
+/// Why the image cannot be activated. Staged epochs were checked, so the first is a bug, and the
+/// second is one or a disk's storage that failed.
 #[derive(Debug, Error)]
 pub enum ApplyError {
     /// Pages that were checked do not decode.
@@ -46,12 +46,12 @@ pub enum ApplyError {
 pub enum ApplyNews {
     /// The epoch that makes the image whole is in it.
     Whole(EpochId),
-    /// The sums asked for.
-    Summed {
+    /// The hashes asked for.
+    BlocksHashed {
         /// The index of the first block.
         first: u64,
-        /// The sums.
-        sums: Vec<BlockSum>,
+        /// The hashes.
+        hashes: Vec<BlockHash>,
     },
     /// The image is spoilt.
     Failed(String),
@@ -70,24 +70,25 @@ enum Job {
 pub struct Applier {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    /// The image is wanted: nobody waits for sums any more.
-    hurry: Arc<AtomicBool>,
+    /// The image is wanted: nobody waits for hashes any more.
+    abort: Arc<AtomicBool>,
 }
 
 impl Applier {
-    /// Starts the thread for `image`; applied bytes go back to `budget`. `tell` is called from the thread.
+    /// Starts the thread for `image`; applied bytes go back to `budget`. `tell` is called from the
+    /// thread.
     pub fn start(
         image: GuestImage,
         budget: Arc<StagingBudget>,
         tell: impl Fn(ApplyNews) + Send + 'static,
     ) -> std::io::Result<Applier> {
         let (jobs, queue) = unbounded();
-        let hurry = Arc::new(AtomicBool::new(false));
+        let abort = Arc::new(AtomicBool::new(false));
         let (newest, state, failed, tell) = (None, Vec::new(), None, Box::new(tell));
         let kept = KeptWrites::default();
-        let image = Image { image, budget, newest, state, kept, failed, tell, hurry: Arc::clone(&hurry) };
+        let image = Image { image, budget, newest, state, kept, failed, tell, abort: Arc::clone(&abort) };
         let thread = std::thread::Builder::new().name("mcd-apply".into()).spawn(move || image.run(&queue))?;
-        Ok(Applier { jobs: Some(jobs), thread: Some(thread), hurry })
+        Ok(Applier { jobs: Some(jobs), thread: Some(thread), abort })
     }
 
     /// Applies background pages. The queue is bounded by the staging budget they were taken from.
@@ -100,14 +101,15 @@ impl Applier {
         self.submit(Job::Epoch(epoch));
     }
 
-    /// Sums these blocks, as they are with all that was handed over before and nothing that is handed over later.
+    /// Hashes these blocks, as they are with all that was handed over before and nothing that is
+    /// handed over later.
     pub fn sum(&self, run: Range<u64>) {
         self.submit(Job::Sum(run));
     }
 
     /// Applies what is queued and gives the machine state of `epoch`, which must be the newest.
     pub fn finish(&self, epoch: EpochId) -> Result<Vec<u8>, ApplyError> {
-        self.hurry.store(true, Ordering::Relaxed);
+        self.abort.store(true, Ordering::Relaxed);
         let (reply, result) = bounded(1);
         self.submit(Job::Finish(epoch, reply));
         result.recv().map_err(|_| ApplyError::Gone)?
@@ -118,7 +120,8 @@ impl Applier {
         self.submit(Job::Forget(through));
     }
 
-    /// Writes what is kept of committed epochs to shared storage; returns when it has it for good. It stays kept, so this can be done again.
+    /// Writes what is kept of committed epochs to shared storage; returns when it has it for good.
+    /// It stays kept, so this can be done again.
     pub fn write_kept(&self) -> Result<(), ApplyError> {
         let (reply, result) = bounded(1);
         self.submit(Job::WriteKept(reply));
@@ -143,18 +146,19 @@ impl Drop for Applier {
 }
 
 /// Whether all pages of a chunk are in their places; if not, the others are of shared storage.
-struct Wholly(bool);
+struct WrittenWhere(bool);
 
 struct Image {
     image: GuestImage,
     budget: Arc<StagingBudget>,
     newest: Option<EpochId>,
     state: Vec<u8>,
-    /// Encoded pages with what goes to shared storage. They count as staged until they are forgotten.
+    /// Encoded pages with what goes to shared storage. They count as staged until they are
+    /// forgotten.
     kept: KeptWrites<Vec<Vec<u8>>>,
     failed: Option<ApplyError>,
     tell: Box<dyn Fn(ApplyNews) + Send>,
-    hurry: Arc<AtomicBool>,
+    abort: Arc<AtomicBool>,
 }
 
 impl Image {
@@ -187,7 +191,7 @@ impl Image {
         let (mut kept, mut kept_bytes) = (Vec::new(), 0);
         for chunk in epoch.chunks {
             match self.write(&chunk) {
-                Ok(Wholly(false)) => {
+                Ok(WrittenWhere(false)) => {
                     kept_bytes += chunk.len() as u64;
                     kept.push(chunk);
                 }
@@ -206,20 +210,20 @@ impl Image {
     }
 
     fn sum(&mut self, run: Range<u64>) {
-        /// Why there are no sums.
-        enum NoSums {
-            Hurry,
+        /// Why there are no hashes.
+        enum NoHashes {
+            Aborted,
             Unreadable(ImagePageError),
         }
         let first = run.start;
-        let sums = sum_run(run, |index, block| match self.hurry.load(Ordering::Relaxed) {
-            true => Err(NoSums::Hurry),
-            false => self.image.read(index, block).map_err(NoSums::Unreadable),
+        let hashes = hash_run(run, |index, block| match self.abort.load(Ordering::Relaxed) {
+            true => Err(NoHashes::Aborted),
+            false => self.image.read(index, block).map_err(NoHashes::Unreadable),
         });
-        match sums {
-            Ok(sums) => (self.tell)(ApplyNews::Summed { first, sums }),
-            Err(NoSums::Unreadable(error)) => self.note(Err(error.into())),
-            Err(NoSums::Hurry) => {}
+        match hashes {
+            Ok(hashes) => (self.tell)(ApplyNews::BlocksHashed { first, hashes }),
+            Err(NoHashes::Unreadable(error)) => self.note(Err(error.into())),
+            Err(NoHashes::Aborted) => {}
         }
     }
 
@@ -234,14 +238,14 @@ impl Image {
     }
 
     /// Writes pages to their places, but for those of shared storage.
-    fn write(&self, payload: &[u8]) -> Result<Wholly, ApplyError> {
+    fn write(&self, payload: &[u8]) -> Result<WrittenWhere, ApplyError> {
         let mut wholly = true;
         self.put(payload, |index| {
             let shared = self.image.is_shared(index);
             wholly &= !shared;
             !shared
         })?;
-        Ok(Wholly(wholly))
+        Ok(WrittenWhere(wholly))
     }
 
     /// Newest first, and of each block only the newest: see [`KeptWrites::newest_first`].

@@ -1,17 +1,18 @@
-//! The capture: all that happens between pause and resume, and nothing that could happen before or after.
+//! The capture: all that happens between pause and resume, and nothing that could happen before or
+//! after.
 
 use crossbeam::queue::ArrayQueue;
 use std::sync::Arc;
 
-use super::dirt::DirtBook;
+use super::dirty_pages::DirtyPages;
 use super::journal::{BlockSet, DiskJournal};
-use super::shared::SharedJournal;
+use super::shared_journal::SharedJournal;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 
-/// Pages whose room is touched before the first capture, so that a usual epoch never waits for the host's memory
-/// (never-touched memory costs 11 µs a page, 50 times the copy).
+/// Pages whose room is touched before the first capture, so that a usual epoch never waits for the
+/// host's memory (never-touched memory costs 11 µs a page, 50 times the copy).
 const WARM_PAGES: usize = 4096;
 /// Bytes in a huge page.
 const HUGE_BYTES: usize = 2 << 20;
@@ -64,13 +65,15 @@ impl Capture {
     }
 }
 
-/// Asks for huge pages under a buffer that is not touched yet: a copy of scattered pages into small ones waits for the address translation of
-/// each. It is advice only; without it the copy takes longer.
+/// Asks for huge pages under a buffer that is not touched yet: a copy of scattered pages into small
+/// ones waits for the address translation of each. It is advice only; without it the copy takes
+/// longer.
 fn advise_huge(buffer: &mut Vec<u8>) {
     let spare = buffer.spare_capacity_mut();
     let skip = spare.as_ptr().align_offset(HUGE_BYTES);
     let Some(aligned) = spare.get_mut(skip..) else { return };
-    // SAFETY: the range is the buffer's own memory, from a page boundary on; the advice changes none of its content.
+    // SAFETY: the range is the buffer's own memory, from a page boundary on; the advice changes
+    // none of its content.
     unsafe { libc::madvise(aligned.as_mut_ptr().cast(), aligned.len(), libc::MADV_HUGEPAGE) };
 }
 
@@ -112,11 +115,12 @@ impl CapturePool {
     }
 }
 
-/// Copies epoch `id` out of the paused machine. If it fails, the dirt it had read is still in the book, and what its disks' journal held is
-/// on its way as far as the journal knows: put both back.
+/// Copies epoch `id` out of the paused machine. If it fails, the dirty pages it had read is still
+/// in the book, and what its disks' journal held is on its way as far as the journal knows: put
+/// both back.
 pub fn capture(
     machine: &mut Machine,
-    dirt: &mut DirtBook,
+    dirty: &mut DirtyPages,
     journal: &DiskJournal,
     shared: Option<&SharedJournal>,
     id: EpochId,
@@ -125,9 +129,9 @@ pub fn capture(
     into.id = id;
     journal.cut(id);
     into.shared = shared.map(|shared| shared.cut(id));
-    // Guest memory stands still since the pause, while the vCPU threads go on reading their own state: copying meanwhile costs nothing,
-    // and no part of saving writes guest memory.
-    let taken = dirt.take(id, |set| machine.collect_dirt(set))?;
+    // Guest memory stands still since the pause, while the vCPU threads go on reading their own
+    // state: copying meanwhile costs nothing, and no part of saving writes guest memory.
+    let taken = dirty.take(id, |set| machine.collect_dirty(set))?;
     into.pages.extend(taken.iter());
     machine.memory().copy_pages(taken, &mut into.bytes);
     into.blocks = Some(journal.taken());

@@ -5,14 +5,14 @@
 //!                        └─ each block touched, whole ─▶ journal of the open epoch ─▶ capture, send, stage, apply
 //! ```
 //!
-//! A write that touches only a part of a block reads the rest back. That reads no slow disk: the host's page cache had to read the
-//! block for the write itself.
+//! A write that touches only a part of a block reads the rest back. That reads no slow disk: the
+//! host's page cache had to read the block for the write itself.
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::journal::{BLOCK_COST_BYTES, Block, DiskJournal, JournalMode, Promise, ZERO_COST_BYTES};
+use super::journal::{BLOCK_COST_BYTES, Block, DiskJournal, JournalMode, Reservation, ZERO_COST_BYTES};
 use crate::device::block::{BlockBackend, Stored};
 use crate::protocol::pages::PAGE_BYTES;
 
@@ -33,7 +33,8 @@ pub(super) enum Change<'a> {
 }
 
 impl DiskGate {
-    /// A gate before `image`, whose blocks have the indexes `blocks` (none: the guest cannot write it).
+    /// A gate before `image`, whose blocks have the indexes `blocks` (none: the guest cannot write
+    /// it).
     pub fn new(image: Arc<dyn BlockBackend>, journal: Arc<DiskJournal>, blocks: Range<u64>) -> DiskGate {
         DiskGate { image, journal, first_index: (!blocks.is_empty()).then_some(blocks.start) }
     }
@@ -54,29 +55,31 @@ impl DiskGate {
         };
         let end = offset.checked_add(bytes).filter(|end| *end <= self.image.bytes());
         let Some(end) = end else { return Err(io::ErrorKind::InvalidInput.into()) };
-        let Some(promise) = self.journal.promise(cost_bytes(offset, end, change)) else { return Ok(Stored::Full) };
+        let Some(reserve) = self.journal.reserve(cost_bytes(offset, end, change)) else { return Ok(Stored::Full) };
         let blocks = first_index + offset / BLOCK_BYTES..first_index + end.div_ceil(BLOCK_BYTES);
         self.journal
-            .freezer()
+            .copy_before_write()
             .about_to_write(blocks, |index, into| read_block(&*self.image, index - first_index, into));
         match apply(&*self.image) {
             Ok(Stored::Accepted) => {}
             Ok(Stored::Full) => return Ok(Stored::Full),
             Err(error) => {
-                // Part of it may be in the image: what is there now travels, so that the images stay equal if the storage lets us.
-                let kept = self.keep(&promise, first_index, offset, end, None);
+                // Part of it may be in the image: what is there now travels, so that the images
+                // stay equal if the storage lets us.
+                let kept = self.keep(&reserve, first_index, offset, end, None);
                 tracing::debug!(?kept, "after a failed write");
                 return Err(error);
             }
         }
-        self.keep(&promise, first_index, offset, end, Some(change))?;
+        self.keep(&reserve, first_index, offset, end, Some(change))?;
         Ok(Stored::Accepted)
     }
 
-    /// Keeps the blocks from `offset` to `end` as they are now; `change` says what is in those it covers wholly.
+    /// Keeps the blocks from `offset` to `end` as they are now; `change` says what is in those it
+    /// covers wholly.
     fn keep(
         &self,
-        promise: &Promise<'_>,
+        reserve: &Reservation<'_>,
         first_index: u64,
         offset: u64,
         end: u64,
@@ -88,15 +91,15 @@ impl DiskGate {
             let (index, at) =
                 (first_index + number, usize::try_from(start.saturating_sub(offset)).unwrap_or(usize::MAX));
             match change {
-                Some(Change::Zeros) if is_whole => promise.keep(index, None),
+                Some(Change::Zeros) if is_whole => reserve.keep(index, None),
                 Some(Change::Write(from)) if is_whole => {
                     let content = from.get(at..).and_then(|rest| rest.first_chunk());
-                    promise.keep(index, Some(content.ok_or(io::ErrorKind::InvalidInput)?));
+                    reserve.keep(index, Some(content.ok_or(io::ErrorKind::InvalidInput)?));
                 }
                 _ => {
                     let mut block = [0; PAGE_BYTES];
                     read_block(&*self.image, number, &mut block)?;
-                    promise.keep(index, Some(&block));
+                    reserve.keep(index, Some(&block));
                 }
             }
         }
@@ -154,3 +157,6 @@ impl BlockBackend for DiskGate {
         self.change(offset, bytes, &Change::Zeros, |image| image.write_zeroes(offset, bytes, may_unmap))
     }
 }
+
+#[cfg(test)]
+mod tests;

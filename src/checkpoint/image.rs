@@ -1,4 +1,5 @@
-//! The guest's image as one row of pages: its memory and the blocks of its disks, read and written by index.
+//! The guest's image as one row of pages: its memory and the blocks of its disks, read and written
+//! by index.
 
 use std::io;
 use std::sync::Arc;
@@ -138,7 +139,8 @@ impl ImageWriter<'_> {
     }
 }
 
-/// Writes blocks of disks; those that lie together are written together. What was put is there after [`DiskWriter::finish`].
+/// Writes blocks of disks; those that lie together are written together. What was put is there
+/// after [`DiskWriter::finish`].
 pub struct DiskWriter<'a> {
     disks: &'a [Arc<dyn BlockBackend>],
     run: Option<Run>,

@@ -1,7 +1,9 @@
-//! What the guest wrote to its disks in the open epoch, and in the one on its way: the disks' part of I5.
+//! What the guest wrote to its disks in the open epoch, and in the one on its way: the disks' part
+//! of I5.
 //!
-//! The journal keeps whole blocks as they are after each write, so an epoch holds each block once, with its content at the capture.
-//! What the journal holds is bounded: a write that finds no room waits, and the epoch is cut at once to make some.
+//! The journal keeps whole blocks as they are after each write, so an epoch holds each block once,
+//! with its content at the capture. What the journal holds is bounded: a write that finds no room
+//! waits, and the epoch is cut at once to make some.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -10,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
-use super::freeze::Freezer;
+use super::copy_before_write::CopyBeforeWrite;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 
@@ -66,7 +68,8 @@ impl BlockSet {
     pub(super) fn put(&mut self, index: u64, content: Option<&Block>) {
         let slot = self.slots.entry(index).or_default();
         match (content, *slot) {
-            // Its old room is lost until the epoch is cut; a block is seldom written and then discarded in one epoch.
+            // Its old room is lost until the epoch is cut; a block is seldom written and then
+            // discarded in one epoch.
             (None, _) => *slot = None,
             (Some(content), Some(at)) => {
                 if let Some(room) = self.bytes.get_mut(at..at + PAGE_BYTES) {
@@ -115,21 +118,23 @@ pub enum JournalMode {
 struct Kept {
     open: Arc<BlockSet>,
     taken: Option<(EpochId, Arc<BlockSet>)>,
-    /// An empty set whose memory was used before: memory touched for the first time costs the host more than the copy.
+    /// An empty set whose memory was used before: memory touched for the first time costs the host
+    /// more than the copy.
     spare: Option<Arc<BlockSet>>,
     /// Room promised to writes under way.
-    promised_bytes: u64,
-    told_full: bool,
+    reserved_bytes: u64,
+    full_reported: bool,
     was_full: bool,
 }
 
 impl Kept {
     fn used_bytes(&self) -> u64 {
         let taken = self.taken.as_ref().map_or(0, |(_, blocks)| blocks.cost_bytes());
-        self.open.cost_bytes() + taken + self.promised_bytes
+        self.open.cost_bytes() + taken + self.reserved_bytes
     }
 
-    /// The epoch on its way will not arrive: its blocks belong to the open one, unless they were written again.
+    /// The epoch on its way will not arrive: its blocks belong to the open one, unless they were
+    /// written again.
     fn put_back(&mut self) {
         let Some((_, taken)) = self.taken.take() else { return };
         let open = Arc::make_mut(&mut self.open);
@@ -142,7 +147,7 @@ impl Kept {
 
     fn forget(&mut self) {
         let was_full = self.was_full;
-        *self = Kept { promised_bytes: self.promised_bytes, was_full, ..Kept::default() };
+        *self = Kept { reserved_bytes: self.reserved_bytes, was_full, ..Kept::default() };
     }
 }
 
@@ -162,26 +167,26 @@ pub struct DiskJournal {
     /// Held for reading as long as a write takes, so that a change of mode finds none half done.
     mode: RwLock<JournalMode>,
     kept: Mutex<Kept>,
-    freezer: Freezer,
+    copy_before_write: CopyBeforeWrite,
     full_times: AtomicU64,
 }
 
 /// Room in the journal for a write that is under way. Dropping it gives back what was not used.
-pub struct Promise<'a> {
+pub struct Reservation<'a> {
     journal: &'a DiskJournal,
     bytes: u64,
 }
 
-impl Promise<'_> {
+impl Reservation<'_> {
     /// Keeps the content of block `index` after the write; `None` is zeros.
     pub fn keep(&self, index: u64, content: Option<&Block>) {
         Arc::make_mut(&mut self.journal.kept.lock().open).put(index, content);
     }
 }
 
-impl Drop for Promise<'_> {
+impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        self.journal.kept.lock().promised_bytes -= self.bytes;
+        self.journal.kept.lock().reserved_bytes -= self.bytes;
     }
 }
 
@@ -194,16 +199,17 @@ impl DiskJournal {
             listener,
             mode,
             kept: Mutex::default(),
-            freezer: Freezer::default(),
+            copy_before_write: CopyBeforeWrite::default(),
             full_times: AtomicU64::new(0),
         })
     }
 
-    /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for writes under way.
+    /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for
+    /// writes under way.
     pub fn set_mode(&self, mode: JournalMode) {
         let mut now = self.mode.write();
         *now = mode;
-        self.freezer.thaw();
+        self.copy_before_write.release();
         self.kept.lock().forget();
     }
 
@@ -212,17 +218,18 @@ impl DiskJournal {
         self.mode.read()
     }
 
-    /// Room for a write of `bytes` bytes of cost; `None` if there is not so much. A journal that is empty takes any.
-    pub fn promise(&self, bytes: u64) -> Option<Promise<'_>> {
+    /// Room for a write of `bytes` bytes of cost; `None` if there is not so much. A journal that is
+    /// empty takes any.
+    pub fn reserve(&self, bytes: u64) -> Option<Reservation<'_>> {
         let mut kept = self.kept.lock();
         let used = kept.used_bytes();
         if used == 0 || used.saturating_add(bytes) <= self.bytes_max {
-            kept.promised_bytes += bytes;
-            return Some(Promise { journal: self, bytes });
+            kept.reserved_bytes += bytes;
+            return Some(Reservation { journal: self, bytes });
         }
         kept.was_full = true;
         self.full_times.fetch_add(1, Ordering::Relaxed);
-        let tell = !mem::replace(&mut kept.told_full, true);
+        let tell = !mem::replace(&mut kept.full_reported, true);
         drop(kept);
         if tell {
             self.listener.journal_full();
@@ -230,21 +237,21 @@ impl DiskJournal {
         None
     }
 
-    /// Epoch `id` ends here; what is written from now on belongs to the next. Call it while the machine is paused; nothing is allocated or
-    /// copied, unless an epoch before it did not arrive.
+    /// Epoch `id` ends here; what is written from now on belongs to the next. Call it while the
+    /// machine is paused; nothing is allocated or copied, unless an epoch before it did not arrive.
     pub fn cut(&self, id: EpochId) {
         let mut kept = self.kept.lock();
         kept.put_back();
         let next = kept.spare.take().unwrap_or_default();
         let blocks = mem::replace(&mut kept.open, next);
         kept.taken = Some((id, blocks));
-        kept.told_full = false;
-        self.freezer.cut(id);
+        kept.full_reported = false;
+        self.copy_before_write.cut(id);
     }
 
     /// What freezes blocks at a cut.
-    pub fn freezer(&self) -> &Freezer {
-        &self.freezer
+    pub fn copy_before_write(&self) -> &CopyBeforeWrite {
+        &self.copy_before_write
     }
 
     /// The blocks of the epoch on its way.

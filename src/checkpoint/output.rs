@@ -45,7 +45,7 @@ struct Held {
     /// When the first frame of each epoch that has any was held.
     since_us: VecDeque<(u64, u64)>,
     open_since_us: Option<u64>,
-    told_full: bool,
+    full_reported: bool,
     was_full: bool,
     first_out_us: Option<u64>,
     lost_frames: u64,
@@ -86,7 +86,7 @@ impl OutputGate {
             mode: Mode::Closed,
             since_us: VecDeque::new(),
             open_since_us: None,
-            told_full: false,
+            full_reported: false,
             was_full: false,
             first_out_us: None,
             lost_frames: 0,
@@ -99,7 +99,8 @@ impl OutputGate {
     pub fn pass(&self) {
         let mut held = self.held.lock();
         let held = &mut *held;
-        // The open epoch is closed under the next free number so that it leaves behind the sealed ones.
+        // The open epoch is closed under the next free number so that it leaves behind the sealed
+        // ones.
         let last = held.buffer.newest_sealed().map_or(0, |newest| newest.saturating_add(1));
         if let Err(error) = held.buffer.seal(last) {
             tracing::error!(%error, "the open epoch's output is lost");
@@ -113,7 +114,8 @@ impl OutputGate {
     pub fn hold(&self) {
         let mut held = self.held.lock();
         if let Err(error) = held.buffer.restart() {
-            // A gate that passes holds nothing, so there is nothing sealed here; if there were, it would never have been released.
+            // A gate that passes holds nothing, so there is nothing sealed here; if there were, it
+            // would never have been released.
             tracing::error!(%error, "old output is thrown away");
             held.buffer.discard();
             let _ = held.buffer.restart();
@@ -141,10 +143,11 @@ impl OutputGate {
         if let Some(since_us) = held.open_since_us.take() {
             held.since_us.push_back((epoch, since_us));
         }
-        held.told_full = false;
+        held.full_reported = false;
     }
 
-    /// Lets the frames of epochs up to `through` go, in order, as long as `may` says so before each of them.
+    /// Lets the frames of epochs up to `through` go, in order, as long as `may` says so before each
+    /// of them.
     pub fn release(&self, through: u64, mut may: impl FnMut() -> bool) -> ReleaseEnd {
         let mut held = self.held.lock();
         let held = &mut *held;
@@ -167,7 +170,8 @@ impl OutputGate {
     }
 
     fn emit(&self, frame: &[u8], lost: &mut u64, first: &mut Option<u64>) {
-        // A port that does not take a frame is a wire that lost it: the guest's own protocols repeat it.
+        // A port that does not take a frame is a wire that lost it: the guest's own protocols
+        // repeat it.
         if self.port.send(frame).is_err() {
             *lost += 1;
         } else if first.is_none() {
@@ -193,7 +197,8 @@ impl OutputGate {
         }
     }
 
-    /// Sends a frame of the node's own if frames pass; not if they are held, for this node may not be the one any more then.
+    /// Sends a frame of the node's own if frames pass; not if they are held, for this node may not
+    /// be the one any more then.
     pub fn send_if_passing(&self, frame: &[u8]) {
         let mut held = self.held.lock();
         let held = &mut *held;
@@ -205,7 +210,8 @@ impl OutputGate {
     /// Throws away what the network sent while nobody ran the guest here.
     pub fn drain_input(&self) {
         let mut scratch = [0; 2048];
-        // A frame that is longer than the scratch is drained as well, and the count is bounded by the port's queue.
+        // A frame that is longer than the scratch is drained as well, and the count is bounded by
+        // the port's queue.
         for _ in 0..65_536 {
             if self.port.recv(&mut scratch).is_err() {
                 break;
@@ -244,7 +250,7 @@ impl Held {
     fn forget_times(&mut self) {
         self.since_us.clear();
         self.open_since_us = None;
-        self.told_full = false;
+        self.full_reported = false;
     }
 
     fn note_released(&mut self, through: u64, now_us: u64) {
@@ -269,7 +275,7 @@ impl NetBackend for OutputGate {
                     Ok(()) => {}
                     Err(PushError::Full { .. }) => {
                         held.was_full = true;
-                        let tell = !std::mem::replace(&mut held.told_full, true);
+                        let tell = !std::mem::replace(&mut held.full_reported, true);
                         drop(guard);
                         if tell {
                             self.listener.output_full();
@@ -309,7 +315,8 @@ impl NetBackend for OutputGate {
     }
 
     fn agreed(&self, offloads: Offloads) {
-        // If it fails, frames without a checksum are dropped by the device (and come again), or all have one: slow, not wrong.
+        // If it fails, frames without a checksum are dropped by the device (and come again), or all
+        // have one: slow, not wrong.
         if let Err(error) = self.port.receive_unchecked(offloads.guest_checksum) {
             tracing::warn!(%error, "the tap cannot be told which checksums the guest needs");
         }

@@ -1,21 +1,25 @@
-//! How pages are packed: with lz4 or not, and for links whose speed nobody told us, found out by sending.
+//! How pages are packed: with lz4 or not, and for links whose speed nobody told us, found out by
+//! sending.
 
 use std::time::Duration;
 
 use crate::wire::PageEncoder;
 
-/// Writes shorter than this say nothing of a link's speed: they go into the socket's buffer and return.
+/// Writes shorter than this say nothing of a link's speed: they go into the socket's buffer and
+/// return.
 const TELLING_BYTES: usize = 512 << 10;
-/// Below this many bytes a second a link is slower than lz4 (0.8 GB/s of pages on the build hosts), with room for its effort.
+/// Below this many bytes a second a link is slower than lz4 (0.8 GB/s of pages on the build hosts),
+/// with room for its effort.
 const SLOW_BYTES_PER_S: f64 = 300e6;
-/// Above this many it is not worth it. The gap keeps a link in between from changing its mind at every write.
+/// Above this many it is not worth it. The gap keeps a link in between from changing its mind at
+/// every write.
 const FAST_BYTES_PER_S: f64 = 600e6;
 
 /// What the operator wants and the peer can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
     /// No lz4.
-    Plain,
+    Uncompressed,
     /// Always lz4.
     Lz4,
     /// lz4 while the link is slower than it.
@@ -25,7 +29,7 @@ pub enum Packing {
 /// The encoder in use.
 pub struct Packer {
     packing: Packing,
-    plain: PageEncoder,
+    uncompressed: PageEncoder,
     lz4: PageEncoder,
     slow: bool,
 }
@@ -33,17 +37,17 @@ pub struct Packer {
 impl Packer {
     /// A packer for a link of unknown speed.
     pub fn new(packing: Packing) -> Packer {
-        Packer { packing, plain: PageEncoder::new(false), lz4: PageEncoder::new(true), slow: false }
+        Packer { packing, uncompressed: PageEncoder::new(false), lz4: PageEncoder::new(true), slow: false }
     }
 
     /// The encoder for the pages that come next.
     pub fn encoder(&mut self) -> &mut PageEncoder {
         let lz4 = match self.packing {
-            Packing::Plain => false,
+            Packing::Uncompressed => false,
             Packing::Lz4 => true,
             Packing::BySpeed => self.slow,
         };
-        if lz4 { &mut self.lz4 } else { &mut self.plain }
+        if lz4 { &mut self.lz4 } else { &mut self.uncompressed }
     }
 
     /// A write of `bytes` bytes took `time`.
@@ -85,7 +89,7 @@ mod tests {
 
     #[test]
     fn the_operators_word_stands_whatever_the_link() {
-        for (packing, expected) in [(Packing::Plain, PageKind::Raw), (Packing::Lz4, PageKind::Lz4)] {
+        for (packing, expected) in [(Packing::Uncompressed, PageKind::Raw), (Packing::Lz4, PageKind::Lz4)] {
             let mut packer = Packer::new(packing);
             for time in [Duration::from_secs(1), Duration::from_micros(1)] {
                 packer.wrote(1 << 20, time);

@@ -1,4 +1,5 @@
-//! The data connection's writing thread: encodes epochs and background pages and sends them, in the order they were handed over.
+//! The data connection's writing thread: encodes epochs and background pages and sends them, in the
+//! order they were handed over.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,7 +33,7 @@ pub enum SenderJob {
     /// Background pages, read when they are sent.
     Push(Vec<u64>),
     /// A frame that says nothing.
-    Nudge,
+    Probe,
 }
 
 /// What became of a job.
@@ -112,10 +113,10 @@ impl Sender {
         }
     }
 
-    /// Sends a nudge, unless something waits to be sent anyway.
-    pub fn nudge(&self) {
+    /// Sends a probe, unless something waits to be sent anyway.
+    pub fn probe(&self) {
         if self.jobs.as_ref().is_some_and(Queue::is_empty) {
-            self.submit(SenderJob::Nudge);
+            self.submit(SenderJob::Probe);
         }
     }
 
@@ -163,7 +164,7 @@ impl Stream {
                 sent?;
                 Ok(None)
             }
-            SenderJob::Nudge => Ok(self.writer.write(FrameKind::Nudge, &[]).map(|()| None)?),
+            SenderJob::Probe => Ok(self.writer.write(FrameKind::Probe, &[]).map(|()| None)?),
             SenderJob::Push(pages) => self.push(&pages).map(|bytes| Some(SenderReport::Pushed(bytes))),
         }
     }

@@ -1,4 +1,5 @@
-//! The thread that brings held writes into shared images, once they may go out, and gives the images up when its node lost the guest.
+//! The thread that brings held writes into shared images, once they may go out, and gives the
+//! images up when its node lost the guest.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -6,9 +7,9 @@ use std::time::Duration;
 
 use super::image::{DiskWriter, ImagePageError};
 use super::journal::BlockSet;
-use super::shared::SharedJournal;
+use super::shared_journal::SharedJournal;
 use crate::device::block::BlockBackend;
-use crate::device::shared::SharedImage;
+use crate::device::shared_image::SharedImage;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::primary::ConnId;
 
@@ -32,8 +33,8 @@ pub struct SharedWriter {
 }
 
 impl SharedWriter {
-    /// Starts the thread for `journal`. `disks` are those of `layout`; `images` are the shared ones among them, which are given up when the
-    /// journal is closed.
+    /// Starts the thread for `journal`. `disks` are those of `layout`; `images` are the shared ones
+    /// among them, which are given up when the journal is closed.
     ///
     /// # Errors
     /// If the host gives no thread.
@@ -76,8 +77,8 @@ impl Work {
                     }
                     self.done(&batch);
                 }
-                // The writes were answered, so they are not given up: until the storage takes them, or the guest goes on elsewhere, flushes
-                // and further writes wait.
+                // The writes were answered, so they are not given up: until the storage takes them,
+                // or the guest goes on elsewhere, flushes and further writes wait.
                 Err(error) => {
                     failing = true;
                     self.journal.listener.trouble(Some(error.to_string()));

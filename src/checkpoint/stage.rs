@@ -89,8 +89,9 @@ impl StagingBudget {
         self.spent.lock().bytes
     }
 
-    /// Spends `bytes`, waiting until earlier epochs gave theirs back; `own` of what is spent belongs to the caller.
-    /// False if they can never fit beside what the caller holds already, or if the budget is closed.
+    /// Spends `bytes`, waiting until earlier epochs gave theirs back; `own` of what is spent
+    /// belongs to the caller. False if they can never fit beside what the caller holds already, or
+    /// if the budget is closed.
     pub fn spend(&self, bytes: u64, own: u64) -> bool {
         if own.saturating_add(bytes) > self.bytes_max {
             return false;
@@ -113,7 +114,8 @@ impl StagingBudget {
         self.given_back.notify_all();
     }
 
-    /// Nothing is staged any more: whoever waits for room wakes and gives up, or it would wait for ever for epochs that nobody applies.
+    /// Nothing is staged any more: whoever waits for room wakes and gives up, or it would wait for
+    /// ever for epochs that nobody applies.
     pub fn close(&self) {
         self.spent.lock().closed = true;
         self.given_back.notify_all();

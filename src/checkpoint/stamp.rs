@@ -1,6 +1,7 @@
 //! The stamp beside a disk image: whose it is, how new, and whether it can be started from.
 //!
-//! A few lines of text in `IMAGE.mcd`. It is written whole, synced and renamed into place, so that a reader sees the old one or the new one.
+//! A few lines of text in `IMAGE.mcd`. It is written whole, synced and renamed into place, so that
+//! a reader sees the old one or the new one.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -11,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 use super::snapshot::SnapshotId;
-use crate::protocol::claim::may_start_from;
+use crate::protocol::claim::check_start_from;
 pub use crate::protocol::claim::{StampRefusal, StampState};
 use crate::protocol::types::{EpochId, Generation, GuestName};
 
@@ -136,12 +137,13 @@ impl Stamp {
         Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s, snapshot })
     }
 
-    /// Whether `guest` may start from the image, when `newest` is the newest generation on record, if there is a record.
+    /// Whether `guest` may start from the image, when `newest` is the newest generation on record,
+    /// if there is a record.
     ///
     /// # Errors
-    /// [`StampRefusal`]: see [`may_start_from`].
+    /// [`StampRefusal`]: see [`check_start_from`].
     pub fn may_start(&self, guest: &GuestName, newest: Option<Generation>) -> Result<(), StampRefusal> {
-        may_start_from((&self.guest, self.at, self.state), guest, newest)
+        check_start_from((&self.guest, self.at, self.state), guest, newest)
     }
 }
 

@@ -20,11 +20,11 @@ pub(super) fn config(args: &ArbiterArgs) -> Result<ArbiterConfig, Failure> {
     check_company(args, &spec)?;
     let timeout = |default| args.arbiter_timeout_ms.map_or(default, Duration::from_millis);
     Ok(match spec {
-        ArbiterSpec::File(directory) => ArbiterConfig::File { directory, timeout: timeout(file::PATIENCE_DEFAULT) },
-        ArbiterSpec::Command(script) => ArbiterConfig::Command { script, timeout: timeout(command::PATIENCE_DEFAULT) },
+        ArbiterSpec::File(directory) => ArbiterConfig::File { directory, timeout: timeout(file::TIMEOUT_DEFAULT) },
+        ArbiterSpec::Command(script) => ArbiterConfig::Command { script, timeout: timeout(command::TIMEOUT_DEFAULT) },
         ArbiterSpec::Etcd { endpoints, prefix } => {
             let (tls, login) = (tls(args, &endpoints)?, login(args)?);
-            ArbiterConfig::Etcd(EtcdConfig { endpoints, prefix, tls, login, patience: timeout(etcd::PATIENCE_DEFAULT) })
+            ArbiterConfig::Etcd(EtcdConfig { endpoints, prefix, tls, login, timeout: timeout(etcd::TIMEOUT_DEFAULT) })
         }
         ArbiterSpec::None => ArbiterConfig::None { on_peer_loss: on_peer_loss(args.on_peer_loss)? },
     })

@@ -1,4 +1,5 @@
-//! From flags to a [`NodeConfig`]: what is missing, what contradicts what, and what follows from what.
+//! From flags to a [`NodeConfig`]: what is missing, what contradicts what, and what follows from
+//! what.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -13,8 +14,8 @@ use crate::checkpoint::snapshot::SnapshotHead;
 use crate::control::console::ConsoleTo;
 use crate::machine::LinuxGuest;
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
+use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::guest_clock::ClockPolicy;
-use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
 

@@ -1,4 +1,5 @@
-//! `mcd disk`: whether two images of a disk are equal, while a guest runs on them or while no node uses them.
+//! `mcd disk`: whether two images of a disk are equal, while a guest runs on them or while no node
+//! uses them.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -20,7 +21,7 @@ use crate::protocol::pages::PAGE_BYTES;
 /// Bytes read of each image at a time.
 const PIECE_BYTES: usize = 1 << 20;
 /// The images could not be compared: the number that `cmp` and `diff` have for it.
-const TROUBLE: ExitStatus = ExitStatus::Usage;
+const PROBLEM: ExitStatus = ExitStatus::Usage;
 /// Time between two questions how far a verify is.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -48,7 +49,7 @@ pub(super) fn run(command: &DiskCommand) -> Result<(), Failure> {
 }
 
 fn trouble(error: impl ToString) -> Failure {
-    Failure { status: TROUBLE, line: error.to_string() }
+    Failure { status: PROBLEM, line: error.to_string() }
 }
 
 /// Has the nodes compare, and waits for it.
@@ -111,7 +112,7 @@ fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
     let compared = compare(&a, &b)
         .map_err(|error| trouble(format!("an image cannot be read ({error}): look after its storage")))?;
     let mut text = String::new();
-    for (path, image, sum) in [(one, &a, compared.sums[0]), (other, &b, compared.sums[1])] {
+    for (path, image, sum) in [(one, &a, compared.hashes[0]), (other, &b, compared.hashes[1])] {
         let stamp = match Stamp::read(path).map_err(trouble)? {
             Some(stamp) => format!("guest {}, {}, {}", stamp.guest, stamp.at, stamp.state),
             None => "no stamp".to_owned(),
@@ -134,19 +135,19 @@ fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
 /// What a comparison found.
 struct Compared {
     /// The CRC32C of each image.
-    sums: [u32; 2],
+    hashes: [u32; 2],
     /// The first byte that differs, among those both have.
     first_difference: Option<u64>,
 }
 
 fn compare(a: &dyn BlockBackend, b: &dyn BlockBackend) -> io::Result<Compared> {
-    let mut compared = Compared { sums: [0; 2], first_difference: None };
+    let mut compared = Compared { hashes: [0; 2], first_difference: None };
     let mut pieces = [vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]];
     let mut at = 0;
     while at < a.bytes().max(b.bytes()) {
         let mut lengths = [0; 2];
         for (((image, piece), sum), length) in
-            [a, b].into_iter().zip(&mut pieces).zip(&mut compared.sums).zip(&mut lengths)
+            [a, b].into_iter().zip(&mut pieces).zip(&mut compared.hashes).zip(&mut lengths)
         {
             let left = usize::try_from(image.bytes().saturating_sub(at)).unwrap_or(usize::MAX).min(PIECE_BYTES);
             let piece = piece.get_mut(..left).unwrap_or_default();

@@ -38,8 +38,9 @@ Exit codes:
   6  the guest asked to be restarted: start the node again";
 
 impl ExitStatus {
-    /// What a snapshot's error is to a script: like a bad `--kernel`, the file that a flag names is not what it should be.
-    pub(super) fn of_snapshot(error: &SnapshotError) -> ExitStatus {
+    /// What a snapshot's error is to a script: like a bad `--kernel`, the file that a flag names is
+    /// not what it should be.
+    pub(super) fn disks_of_snapshot(error: &SnapshotError) -> ExitStatus {
         match error {
             SnapshotError::Cpu { .. } | SnapshotError::Machine { .. } | SnapshotError::Memory { .. } => {
                 ExitStatus::Host
@@ -61,7 +62,7 @@ impl ExitStatus {
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }
-            NodeError::Snapshot(error) => ExitStatus::of_snapshot(error),
+            NodeError::Snapshot(error) => ExitStatus::disks_of_snapshot(error),
             NodeError::RunsElsewhere { .. } | NodeError::Refused(_) | NodeError::NotAPrimary(_) => ExitStatus::Refused,
             _ => ExitStatus::Failure,
         }

@@ -1,7 +1,8 @@
 //! `--config FILE`: a file of flags without their dashes.
 //!
-//! Every key becomes the flag of its name and is read by the same code, before the flags of the command line, of which
-//! the last one wins. So the file can never differ from the flags in what it takes or means.
+//! Every key becomes the flag of its name and is read by the same code, before the flags of the
+//! command line, of which the last one wins. So the file can never differ from the flags in what it
+//! takes or means.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -89,7 +90,8 @@ fn check_key(mcd: &Command, name: &str, key: &str) -> Result<(), String> {
     }
 }
 
-/// A file says how a node is, not that someone gave his word or what one start goes on from, and it names no further file.
+/// A file says how a node is, not that someone gave his word or what one start goes on from, and it
+/// names no further file.
 fn in_file(arg: &Arg) -> bool {
     arg.get_id() != "config"
         && arg.get_id() != "restore"
@@ -103,7 +105,8 @@ fn is_repeated(mcd: &Command, name: &str, key: &str) -> bool {
     arguments.any(|arg| arg.get_long() == Some(key) && matches!(arg.get_action(), ArgAction::Append))
 }
 
-/// Takes out of the file's flags those that may be repeated and are given on the command line too: that one wins, it does not add.
+/// Takes out of the file's flags those that may be repeated and are given on the command line too:
+/// that one wins, it does not add.
 pub(super) fn without_overridden(
     mut flags: Vec<OsString>,
     mcd: &Command,

@@ -1,4 +1,5 @@
-//! The command line: flags and files become plain checked values, commands become exit codes. Nothing else happens here.
+//! The command line: flags and files become plain checked values, commands become exit codes.
+//! Nothing else happens here.
 
 mod arbiter;
 mod args;
@@ -29,7 +30,8 @@ use exit::Failure;
 use crate::demo::{self, DemoOptions};
 use crate::node::{self, NodeEnd, NodeError};
 
-/// Runs `mcd` with these arguments, the program's name first. What goes wrong is one line on stderr.
+/// Runs `mcd` with these arguments, the program's name first. What goes wrong is one line on
+/// stderr.
 pub fn main(arguments: &[OsString]) -> ExitCode {
     let command = match parse(arguments) {
         Ok(Parsed::Command(command)) => command,

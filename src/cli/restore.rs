@@ -1,4 +1,5 @@
-//! `--restore FILE`: what the snapshot says takes the place of the flags that describe the machine, and none may say otherwise.
+//! `--restore FILE`: what the snapshot says takes the place of the flags that describe the machine,
+//! and none may say otherwise.
 
 use std::path::Path;
 
@@ -8,7 +9,8 @@ use super::values::Mac;
 use crate::checkpoint::snapshot::{SnapshotError, SnapshotHead, SnapshotReader};
 use crate::machine::CpuModel;
 
-/// Reads what the file of `--restore` says of itself, and checks that no flag contradicts it. Flags that are not given are filled in.
+/// Reads what the file of `--restore` says of itself, and checks that no flag contradicts it. Flags
+/// that are not given are filled in.
 pub(super) fn adopt(path: &Path, node: &mut NodeArgs, machine: &MachineArgs) -> Result<SnapshotHead, Failure> {
     let reader = SnapshotReader::open(path).map_err(|error| failure(&error))?;
     let head = reader.head().clone();
@@ -64,5 +66,5 @@ pub(super) fn mac_text(mac: [u8; 6]) -> String {
 
 /// What a snapshot's error is to a script and to a person.
 pub(super) fn failure(error: &SnapshotError) -> Failure {
-    Failure { status: ExitStatus::of_snapshot(error), line: error.to_string() }
+    Failure { status: ExitStatus::disks_of_snapshot(error), line: error.to_string() }
 }

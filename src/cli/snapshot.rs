@@ -11,7 +11,7 @@ use super::args::{SnapshotInfoArgs, SnapshotSaveArgs};
 use super::config;
 use super::exit::Failure;
 use super::restore::{failure, mac_text};
-use crate::checkpoint::snapshot::{SnapshotHead, SnapshotReader, SnapshotSums};
+use crate::checkpoint::snapshot::{SnapshotChecks, SnapshotHead, SnapshotReader};
 use crate::control::{Client, ClientError};
 
 /// How long a node that ends with its snapshot may take to close its control socket.
@@ -75,14 +75,14 @@ pub(super) fn info(args: &SnapshotInfoArgs) -> Result<(), Failure> {
     let checked = reader.check();
     let text = match &checked {
         _ if args.json => format!("{:#}\n", described(&head, bytes, checked.as_ref().ok())),
-        Ok(sums) => human(&head, bytes) + &whole(sums),
+        Ok(hashes) => human(&head, bytes) + &whole(hashes),
         Err(_) => human(&head, bytes),
     };
     print(&text)?;
     checked.map(|_| ()).map_err(|error| failure(&error))
 }
 
-fn described(head: &SnapshotHead, bytes: u64, sums: Option<&SnapshotSums>) -> Value {
+fn described(head: &SnapshotHead, bytes: u64, hashes: Option<&SnapshotChecks>) -> Value {
     let SnapshotHead { id, guest, at, taken_s, stopped, shape, cpu, build } = head;
     let disks = shape
         .disks
@@ -106,10 +106,10 @@ fn described(head: &SnapshotHead, bytes: u64, sums: Option<&SnapshotSums>) -> Va
         "tsc-khz": cpu.guest.tsc_khz,
         "build": build,
         "bytes": bytes,
-        "whole": sums.is_some(),
-        "pages": sums.map(|sums| sums.pages),
-        "state-bytes": sums.map(|sums| sums.state_bytes),
-        "digest": sums.map(|sums| format!("{:08x}", sums.digest)),
+        "whole": hashes.is_some(),
+        "pages": hashes.map(|hashes| hashes.pages),
+        "state-bytes": hashes.map(|hashes| hashes.state_bytes),
+        "digest": hashes.map(|hashes| format!("{:08x}", hashes.digest)),
     })
 }
 
@@ -132,8 +132,8 @@ fn human(head: &SnapshotHead, bytes: u64) -> String {
     text
 }
 
-fn whole(sums: &SnapshotSums) -> String {
-    let SnapshotSums { pages, state_bytes, digest } = sums;
+fn whole(hashes: &SnapshotChecks) -> String {
+    let SnapshotChecks { pages, state_bytes, digest } = hashes;
     format!("whole: {pages} pages that are not zeros, {state_bytes} bytes of machine state, crc32c {digest:08x}\n")
 }
 
@@ -155,7 +155,8 @@ fn print(text: &str) -> Result<(), Failure> {
 /// A time of day that is so many seconds after 1970 began, as people write it.
 fn utc(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Counted in years that begin in March, the leap day is a year's last and months follow one rule.
+    // Counted in years that begin in March, the leap day is a year's last and months follow one
+    // rule.
     let from_march = days + 719_468;
     let (era, day) = (from_march / 146_097, from_march % 146_097);
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;

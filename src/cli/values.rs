@@ -61,9 +61,11 @@ impl fmt::Display for Size {
 pub(super) struct Mac(pub(super) [u8; 6]);
 
 impl Mac {
-    /// The address of a guest that was given none: the same for the same name, and of the locally administered kind.
+    /// The address of a guest that was given none: the same for the same name, and of the locally
+    /// administered kind.
     pub(super) fn of_guest(guest: &GuestName) -> Mac {
-        // FNV-1a: the addresses must be spread and must never change from one build to the next, no more than that.
+        // FNV-1a: the addresses must be spread and must never change from one build to the next, no
+        // more than that.
         let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
         for byte in guest.as_str().bytes() {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
@@ -257,7 +259,8 @@ pub(super) fn device_name(text: &str) -> Result<String, String> {
 
 /// Checks a log filter, and keeps it as text.
 pub(super) fn log_filter(text: &str) -> Result<String, String> {
-    // The parser takes a lone word for a module whose every line is wanted: a misspelt level would silence all others.
+    // The parser takes a lone word for a module whose every line is wanted: a misspelt level would
+    // silence all others.
     let is_level = |part: &str| !part.is_empty() && part.parse::<LevelFilter>().is_ok();
     let levels = text.split(',').all(|part| part.rsplit('=').next().is_some_and(is_level));
     if !levels || text.parse::<Targets>().is_err() {

@@ -1,4 +1,5 @@
-//! Opening the socket: private to its user from its first moment, and never at the cost of a live one.
+//! Opening the socket: private to its user from its first moment, and never at the cost of a live
+//! one.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -113,7 +114,8 @@ mod tests {
     fn a_stale_socket_is_taken_over_and_a_file_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mcd.sock");
-        // Never listened on: a test that forks at this moment cannot keep it alive, as it could a dropped listener.
+        // Never listened on: a test that forks at this moment cannot keep it alive, as it could a
+        // dropped listener.
         Socket::new(Domain::UNIX, Type::STREAM, None).unwrap().bind(&SockAddr::unix(&path).unwrap()).unwrap();
         assert!(path.exists());
         drop(BoundSocket::new(&path).unwrap());

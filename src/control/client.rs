@@ -110,7 +110,8 @@ impl Client {
         Ok(client)
     }
 
-    /// Sends a command and waits for its answer, at most for `timeout`. `arguments` is an object, or `Null` for none.
+    /// Sends a command and waits for its answer, at most for `timeout`. `arguments` is an object,
+    /// or `Null` for none.
     ///
     /// # Errors
     /// [`ClientError::Refused`] if the node says no; the connection stays usable then.
@@ -128,7 +129,8 @@ impl Client {
             if self.keep_event(&message) {
                 continue;
             }
-            // An answer to a command that was given up, or one without an id because it could not be read.
+            // An answer to a command that was given up, or one without an id because it could not
+            // be read.
             if message.get("id") != Some(&id) && !(message.get("id").is_none() && message.contains_key("error")) {
                 continue;
             }

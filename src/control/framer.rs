@@ -1,7 +1,8 @@
 //! Cuts a stream of bytes into JSON values, without trusting it.
 //!
-//! Like QEMU's parser, it does not care for lines: a value may span several, and several may come in one read. Each byte
-//! is looked at once. It knows just enough JSON to find where a value ends; whether it is valid is the parser's business.
+//! Like QEMU's parser, it does not care for lines: a value may span several, and several may come
+//! in one read. Each byte is looked at once. It knows just enough JSON to find where a value ends;
+//! whether it is valid is the parser's business.
 
 use super::COMMAND_DEPTH_MAX;
 
@@ -54,8 +55,8 @@ impl Framer {
         Framer { state: State::Between, depth: 0, value: Vec::new(), bytes_max }
     }
 
-    /// Takes bytes up to the end of the next frame. Says how many it took, and the frame if there is one; with no frame
-    /// it took them all.
+    /// Takes bytes up to the end of the next frame. Says how many it took, and the frame if there
+    /// is one; with no frame it took them all.
     pub(super) fn feed(&mut self, bytes: &[u8]) -> (usize, Option<Frame>) {
         for (at, &byte) in bytes.iter().enumerate() {
             if let Some(frame) = self.step(byte) {
@@ -66,7 +67,8 @@ impl Framer {
     }
 
     fn step(&mut self, byte: u8) -> Option<Frame> {
-        // No UTF-8 text holds this byte: clients send it to get rid of whatever half command is on the way.
+        // No UTF-8 text holds this byte: clients send it to get rid of whatever half command is on
+        // the way.
         if byte == 0xFF {
             return Some(self.bad(BadFrame::Reset, State::Between));
         }

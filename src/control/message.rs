@@ -1,4 +1,5 @@
-//! The messages of QMP: what a command looks like, and how greeting, reply, error and event are written.
+//! The messages of QMP: what a command looks like, and how greeting, reply, error and event are
+//! written.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -113,7 +114,8 @@ pub(super) fn shorten(text: &str) -> String {
     text.chars().take(CHARS_MAX).chain("…".chars()).collect()
 }
 
-/// The version in QEMU's shape. `qemu` is where clients look for the numbers; `package` says whose they are.
+/// The version in QEMU's shape. `qemu` is where clients look for the numbers; `package` says whose
+/// they are.
 pub(super) fn version() -> Value {
     let number = |text: &str| text.parse::<u64>().unwrap_or(0);
     json!({
@@ -146,7 +148,8 @@ pub(super) fn reply(result: Result<Value, QmpError>, id: Option<Value>) -> Vec<u
     line(&Value::Object(members))
 }
 
-/// An event, stamped with the time of day. Without data (`Null`), the member is left out, as QEMU does.
+/// An event, stamped with the time of day. Without data (`Null`), the member is left out, as QEMU
+/// does.
 pub(super) fn event(name: &str, data: Value, now: SystemTime) -> Vec<u8> {
     let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut members = Map::new();

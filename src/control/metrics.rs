@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::status::EpochCounts;
 
-/// Median, 99th percentile and largest of something; the unit is in the name of the field that holds it.
+/// Median, 99th percentile and largest of something; the unit is in the name of the field that
+/// holds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quantiles {
     /// Half are at most this.
@@ -57,7 +58,8 @@ impl Distribution {
     const VALUE_MAX: u64 = 1 << 40;
 
     fn new() -> Distribution {
-        // The only errors are about the bounds, and these are constants: no input can bring one about.
+        // The only errors are about the bounds, and these are constants: no input can bring one
+        // about.
         let histogram = Histogram::new_with_bounds(1, Self::VALUE_MAX, 3).expect("constant bounds are accepted");
         Distribution { histogram, max: 0 }
     }
@@ -73,7 +75,8 @@ impl Distribution {
     }
 }
 
-/// What a node remembers of its epochs. Its size is bounded: the newest samples and a few histograms.
+/// What a node remembers of its epochs. Its size is bounded: the newest samples and a few
+/// histograms.
 pub struct EpochLog {
     samples: VecDeque<EpochSample>,
     samples_max: usize,

@@ -1,4 +1,5 @@
-//! Floor 4: how a person or a program talks to a node: a unix socket that speaks QMP as QEMU does, and what it tells.
+//! Floor 4: how a person or a program talks to a node: a unix socket that speaks QMP as QEMU does,
+//! and what it tells.
 //!
 //! ```text
 //!  client ──bytes──▶ reader ──commands──▶ executor ──▶ Handler (the node)
@@ -6,12 +7,13 @@
 //!    └──── writer ◀── outbox ◀────────────────┴──────────── EventSink (the node)
 //! ```
 //!
-//! Every client has a reader, an executor and a writer thread, so a command that waits (a checkpoint, a pause) holds up
-//! neither other clients nor commands sent out of band, and a client that does not read holds up nobody but itself.
-//! Everything a client can make grow is bounded: the size and depth of a command, commands waiting, replies waiting,
-//! events waiting, connections.
+//! Every client has a reader, an executor and a writer thread, so a command that waits (a
+//! checkpoint, a pause) holds up neither other clients nor commands sent out of band, and a client
+//! that does not read holds up nobody but itself. Everything a client can make grow is bounded: the
+//! size and depth of a command, commands waiting, replies waiting, events waiting, connections.
 //!
-//! * [`Server`] listens; the node gives it a [`Handler`] and emits events through its [`EventSink`].
+//! * [`Server`] listens; the node gives it a [`Handler`] and emits events through its
+//!   [`EventSink`].
 //! * [`Client`] is the blocking other side, for `mcd status` and the demo.
 //! * [`console`] is the guest's serial console: standard output, a file or a socket of its own.
 //! * [`status`] and [`metrics`] are the shapes of the answers, for both sides.
@@ -40,7 +42,8 @@ pub use server::{EventSink, Handler, Server};
 /// Most bytes of one command, and of one value nested in it.
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 
-/// Deepest nesting of a command. Below the limit of the JSON parser, so that ours is the one that speaks.
+/// Deepest nesting of a command. Below the limit of the JSON parser, so that ours is the one that
+/// speaks.
 pub const COMMAND_DEPTH_MAX: usize = 100;
 
 /// Most clients connected at once.

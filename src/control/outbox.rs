@@ -1,4 +1,5 @@
-//! What waits to be written to one client: replies in order, events between them, all of it bounded.
+//! What waits to be written to one client: replies in order, events between them, all of it
+//! bounded.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,7 +9,8 @@ use parking_lot::{Condvar, Mutex};
 /// Replies that may wait; then the executor waits, and in the end so does the client.
 const REPLIES_MAX: usize = 8;
 
-/// Events that may wait; the node never waits for a client, so one that lets more pile up is cut off.
+/// Events that may wait; the node never waits for a client, so one that lets more pile up is cut
+/// off.
 pub(super) const EVENTS_MAX: usize = 1024;
 
 /// Bytes of events that may wait.

@@ -21,25 +21,27 @@ use super::message::{self, QmpError};
 use super::session::{self, Session};
 use super::{CLIENTS_MAX, ControlError};
 
-/// How long a stranger at the cap waits for the place of one that was cut off, and a stopping server for its clients.
-const PARTING_TIME: Duration = Duration::from_secs(2);
+/// How long an unknown peer at the cap waits for the place of one that was cut off, and a stopping
+/// server for its clients.
+const CLIENT_DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a node offers on its control socket. Called from threads of the clients, several at a time.
 pub trait Handler: Send + Sync + 'static {
-    /// The names of all commands [`Handler::execute`] knows. `qmp_capabilities`, `query-version` and `query-commands`
-    /// are the server's own.
+    /// The names of all commands [`Handler::execute`] knows. `qmp_capabilities`, `query-version`
+    /// and `query-commands` are the server's own.
     fn commands(&self) -> &[&str];
 
     /// Carries out a command. `Value::Null` means "done, nothing to tell".
     ///
-    /// It may wait, but not for ever; only the client that asked waits with it. It must not drop the [`Server`].
+    /// It may wait, but not for ever; only the client that asked waits with it. It must not drop
+    /// the [`Server`].
     ///
     /// # Errors
     /// What the client is told.
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError>;
 
-    /// Whether a command may be sent out of band (`exec-oob`), ahead of commands that still wait. Such a command must
-    /// answer at once.
+    /// Whether a command may be sent out of band (`exec-oob`), ahead of commands that still wait.
+    /// Such a command must answer at once.
     fn allows_out_of_band(&self, command: &str) -> bool {
         let _ = command;
         false
@@ -80,9 +82,10 @@ impl Drop for Slot {
 }
 
 impl Registry {
-    /// Waits until at most `count` clients are left. False if that took longer than [`PARTING_TIME`].
+    /// Waits until at most `count` clients are left. False if that took longer than
+    /// [`CLIENT_DRAIN_TIMEOUT`].
     fn wait_until_at_most(&self, count: usize) -> bool {
-        let deadline = Instant::now() + PARTING_TIME;
+        let deadline = Instant::now() + CLIENT_DRAIN_TIMEOUT;
         let mut sessions = self.sessions.lock();
         while sessions.len() > count {
             if self.left.wait_until(&mut sessions, deadline).timed_out() {
@@ -115,8 +118,8 @@ pub struct EventSink {
 }
 
 impl EventSink {
-    /// Sends an event to every client that has negotiated. Never waits: a client that lets too many events pile up is
-    /// cut off. `data` is an object, or `Value::Null` for none.
+    /// Sends an event to every client that has negotiated. Never waits: a client that lets too many
+    /// events pile up is cut off. `data` is an object, or `Value::Null` for none.
     pub fn emit(&self, name: &str, data: Value) {
         let bytes: Arc<[u8]> = message::event(name, data, SystemTime::now()).into();
         for session in self.registry.sessions.lock().values() {
@@ -128,7 +131,8 @@ impl EventSink {
     }
 }
 
-/// A listening control socket. Dropping it lets commands under way finish, closes the connections and removes the socket.
+/// A listening control socket. Dropping it lets commands under way finish, closes the connections
+/// and removes the socket.
 pub struct Server {
     core: Arc<Core>,
     wake: Arc<EventFd>,
@@ -136,8 +140,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on a unix socket at `path` with mode 0600, making its directory if there is none. A socket left behind by
-    /// a process that is gone is replaced.
+    /// Listens on a unix socket at `path` with mode 0600, making its directory if there is none. A
+    /// socket left behind by a process that is gone is replaced.
     ///
     /// # Errors
     /// See [`ControlError`].
@@ -217,8 +221,8 @@ impl Acceptor {
         }
     }
 
-    /// Waits for a client or for the end. Out of file descriptors, the listener would be ready all the time: then only
-    /// the end is waited for, and not for long.
+    /// Waits for a client or for the end. Out of file descriptors, the listener would be ready all
+    /// the time: then only the end is waited for, and not for long.
     fn wait(&self, starved: bool) -> Result<(), Errno> {
         let wake = PollFd::new(self.wake.as_fd(), PollFlags::POLLIN);
         let listener = PollFd::new(self.socket.listener.as_fd(), PollFlags::POLLIN);

@@ -153,8 +153,8 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads until the client hangs up. When this ends, the executor sees the end of its queue, answers what is left,
-    /// and the writer closes the connection.
+    /// Reads until the client hangs up. When this ends, the executor sees the end of its queue,
+    /// answers what is left, and the writer closes the connection.
     fn run(mut self) -> io::Result<()> {
         let mut framer = Framer::new(COMMAND_BYTES_MAX);
         let mut buffer = vec![0; 16 << 10];

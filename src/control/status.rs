@@ -117,7 +117,8 @@ pub struct ResyncPart {
 }
 
 impl ResyncProgress {
-    /// The progress of these parts, each with its pages and how many of them are left: memory, then the disks.
+    /// The progress of these parts, each with its pages and how many of them are left: memory, then
+    /// the disks.
     pub fn of(parts: &[(u64, u64)], rate_bytes_s: Option<u64>) -> ResyncProgress {
         let sum = |of: fn(&(u64, u64)) -> u64| parts.iter().map(of).fold(0, u64::saturating_add);
         let (pages_total, pages_left) = (sum(|part| part.0), sum(|part| part.1));
@@ -223,8 +224,8 @@ pub struct NodeStatus {
 }
 
 impl NodeStatus {
-    /// The answer to `query-status`, in QEMU's shape and words: a secondary is `inmigrate` (it receives the guest's state),
-    /// a fenced node `postmigrate` (the guest runs elsewhere).
+    /// The answer to `query-status`, in QEMU's shape and words: a secondary is `inmigrate` (it
+    /// receives the guest's state), a fenced node `postmigrate` (the guest runs elsewhere).
     pub fn query_status(&self) -> Value {
         let status = match (self.role, self.running) {
             (_, true) => "running",

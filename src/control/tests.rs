@@ -13,7 +13,7 @@ use super::outbox::EVENTS_MAX;
 use super::*;
 
 /// Long enough never to be reached; no test's result depends on it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Commands: `echo` its arguments, `fail`, `wait` for the test, `panic`.
 struct TestNode {
@@ -63,7 +63,7 @@ fn bench() -> Bench {
 
 impl Bench {
     fn client(&self) -> Client {
-        Client::connect(&self.path, PATIENCE).unwrap()
+        Client::connect(&self.path, WAIT_MAX).unwrap()
     }
 }
 
@@ -127,21 +127,21 @@ fn a_client_negotiates_first() {
 fn commands_and_errors_reach_the_client() {
     let bench = bench();
     let mut client = bench.client();
-    assert_eq!(client.execute("echo", json!({"a": [1, null]}), PATIENCE).unwrap(), json!({"a": [1, null]}));
-    assert_eq!(client.execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
-    let refused = client.execute("fail", Value::Null, PATIENCE).unwrap_err();
+    assert_eq!(client.execute("echo", json!({"a": [1, null]}), WAIT_MAX).unwrap(), json!({"a": [1, null]}));
+    assert_eq!(client.execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
+    let refused = client.execute("fail", Value::Null, WAIT_MAX).unwrap_err();
     assert_eq!(refused.to_string(), "fail: not today");
     assert!(matches!(
         refused,
         ClientError::Refused { source: QmpError { class: ErrorClass::DeviceNotActive, .. }, .. }
     ));
-    let unknown = client.execute("no-such", Value::Null, PATIENCE).unwrap_err();
+    let unknown = client.execute("no-such", Value::Null, WAIT_MAX).unwrap_err();
     assert_eq!(unknown.to_string(), "no-such: The command no-such has not been found");
-    assert!(client.execute("query-version", Value::Null, PATIENCE).unwrap()["qemu"]["minor"].is_u64());
-    let names = client.execute("query-commands", Value::Null, PATIENCE).unwrap();
+    assert!(client.execute("query-version", Value::Null, WAIT_MAX).unwrap()["qemu"]["minor"].is_u64());
+    let names = client.execute("query-commands", Value::Null, WAIT_MAX).unwrap();
     assert!(names.as_array().unwrap().contains(&json!({"name": "echo"})));
     assert!(names.as_array().unwrap().contains(&json!({"name": "qmp_capabilities"})));
-    assert!(matches!(client.status(PATIENCE), Err(ClientError::Refused { .. })));
+    assert!(matches!(client.status(WAIT_MAX), Err(ClientError::Refused { .. })));
 }
 
 #[test]
@@ -189,8 +189,8 @@ fn a_command_that_waits_holds_up_neither_others_nor_what_is_out_of_band() {
     let bench = bench();
     let mut waiting = Raw::negotiated(&bench.path);
     waiting.send(r#"{"execute":"wait","id":1}{"execute":"echo","id":2}"#);
-    bench.entered.recv_timeout(PATIENCE).unwrap();
-    assert_eq!(bench.client().execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
+    bench.entered.recv_timeout(WAIT_MAX).unwrap();
+    assert_eq!(bench.client().execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
     assert_eq!(waiting.ask(r#"{"exec-oob":"echo","id":3}"#)["id"], 3);
     assert!(waiting.error(r#"{"exec-oob":"wait"}"#).contains("does not support OOB"));
     assert_eq!(waiting.ask(r#"{"exec-oob":"nope"}"#)["error"]["class"], "CommandNotFound");
@@ -207,26 +207,26 @@ fn a_client_gives_up_in_time() {
     assert_eq!(error.to_string(), "the node did not answer wait within 20 ms");
     bench.go_on.send(()).unwrap();
     // The late answer is not taken for that to the next command.
-    assert_eq!(client.execute("echo", json!({"a": 1}), PATIENCE).unwrap(), json!({"a": 1}));
+    assert_eq!(client.execute("echo", json!({"a": 1}), WAIT_MAX).unwrap(), json!({"a": 1}));
 }
 
 #[test]
 fn events_reach_all_that_have_negotiated() {
     let bench = bench();
-    let (mut one, mut two, mut stranger) = (bench.client(), bench.client(), Raw::connect(&bench.path));
+    let (mut one, mut two, mut unknown_peer) = (bench.client(), bench.client(), Raw::connect(&bench.path));
     let sink = bench.server.events();
     sink.emit("STOP", Value::Null);
     sink.emit("MC_TAKEOVER", json!({"generation": 2}));
     for client in [&mut one, &mut two] {
         // An answer that comes behind events is found, and the events are not lost.
-        assert_eq!(client.execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
-        let stop = client.next_event(PATIENCE).unwrap().unwrap();
+        assert_eq!(client.execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
+        let stop = client.next_event(WAIT_MAX).unwrap().unwrap();
         assert_eq!((stop.name.as_str(), stop.data), ("STOP", Value::Null));
         assert!(stop.timestamp_us > 1_600_000_000_000_000);
-        assert_eq!(client.next_event(PATIENCE).unwrap().unwrap().data, json!({"generation": 2}));
+        assert_eq!(client.next_event(WAIT_MAX).unwrap().unwrap().data, json!({"generation": 2}));
         assert_eq!(client.next_event(Duration::from_millis(1)).unwrap(), None);
     }
-    assert_eq!(stranger.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
+    assert_eq!(unknown_peer.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn a_client_that_does_not_read_is_cut_off_and_nobody_waits_for_it() {
     for _ in 0..EVENTS_MAX {
         sink.emit("NOISE", json!({"padding": padding}));
     }
-    assert_eq!(bench.client().execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
+    assert_eq!(bench.client().execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
     let mut rest = Vec::new();
     // It ends, instead of waiting for ever.
     let _ = deaf.lines.read_to_end(&mut rest);
@@ -259,7 +259,7 @@ fn commands_of_a_client_that_does_not_read_are_not_piled_up() {
             Ok(count) => (sent, idle) = (sent + count, 0),
             Err(_) => {
                 idle += 1;
-                assert_eq!(bench.client().execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
+                assert_eq!(bench.client().execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
             }
         }
         assert!(sent < 64 << 20, "the server takes without end");
@@ -270,21 +270,21 @@ fn commands_of_a_client_that_does_not_read_are_not_piled_up() {
 fn strangers_make_room_and_guests_do_not() {
     let bench = bench();
     let mut held: Vec<Client> = (0..10).map(|_| bench.client()).collect();
-    let strangers: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&bench.path).unwrap()).collect();
+    let unknown_peers: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&bench.path).unwrap()).collect();
     held.push(bench.client());
-    drop(strangers);
+    drop(unknown_peers);
     for client in &mut held {
-        assert_eq!(client.execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
+        assert_eq!(client.execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
     }
     while held.len() < CLIENTS_MAX {
         held.push(bench.client());
     }
-    let refused = Client::connect(&bench.path, PATIENCE).err().unwrap();
+    let refused = Client::connect(&bench.path, WAIT_MAX).err().unwrap();
     assert_eq!(refused.to_string(), "connect: 64 clients are connected already; try again later");
     held.pop();
     held.push(loop {
         // The place is free a moment after the client is gone.
-        match Client::connect(&bench.path, PATIENCE) {
+        match Client::connect(&bench.path, WAIT_MAX) {
             Ok(client) => break client,
             Err(ClientError::Refused { .. }) => {}
             Err(error) => panic!("{error}"),
@@ -295,8 +295,8 @@ fn strangers_make_room_and_guests_do_not() {
 #[test]
 fn a_handler_that_panics_costs_its_client_only() {
     let bench = bench();
-    assert!(matches!(bench.client().execute("panic", Value::Null, PATIENCE), Err(ClientError::Closed)));
-    assert_eq!(bench.client().execute("echo", Value::Null, PATIENCE).unwrap(), json!({}));
+    assert!(matches!(bench.client().execute("panic", Value::Null, WAIT_MAX), Err(ClientError::Closed)));
+    assert_eq!(bench.client().execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
 }
 
 #[test]
@@ -305,17 +305,17 @@ fn a_server_that_ends_answers_what_is_under_way() {
     let mut quitting = Raw::negotiated(&bench.path);
     let mut idle = bench.client();
     quitting.send(r#"{"execute":"wait","id":1}{"execute":"echo","id":2}"#);
-    bench.entered.recv_timeout(PATIENCE).unwrap();
+    bench.entered.recv_timeout(WAIT_MAX).unwrap();
     let sink = bench.server.events();
     let ending = std::thread::spawn(move || drop(bench.server));
-    assert!(matches!(idle.next_event(PATIENCE), Err(ClientError::Closed)));
+    assert!(matches!(idle.next_event(WAIT_MAX), Err(ClientError::Closed)));
     bench.go_on.send(()).unwrap();
     assert_eq!(quitting.read(), json!({"return": {}, "id": 1}));
     let second = quitting.read();
     assert_eq!(second["error"]["desc"], "the node is shutting down");
     ending.join().unwrap();
     assert!(!bench.path.exists());
-    let gone = Client::connect(&bench.path, PATIENCE).err().unwrap();
+    let gone = Client::connect(&bench.path, WAIT_MAX).err().unwrap();
     assert!(gone.to_string().starts_with("no node answers at "), "{gone}");
     sink.emit("STOP", Value::Null);
 }

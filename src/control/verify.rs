@@ -1,4 +1,5 @@
-//! What a node says of a verify of its guest's disks: the answer to `mc-query-disk-verify`, for both sides of the socket.
+//! What a node says of a verify of its guest's disks: the answer to `mc-query-disk-verify`, for
+//! both sides of the socket.
 
 use std::fmt;
 

@@ -1,4 +1,5 @@
-//! One checked connection: what is asked goes through the model, what is answered is compared with it.
+//! One checked connection: what is asked goes through the model, what is answered is compared with
+//! it.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -18,7 +19,7 @@ use super::resp::{Parser, Reply};
 /// Complaints kept in words; the rest are only counted.
 const COMPLAINTS_MAX: usize = 20;
 /// A connection that waits longer than this for a reply is given up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How often a waiting connection looks whether it is still wanted, in ms.
 const LOOK_MS: u16 = 100;
 
@@ -31,7 +32,8 @@ pub fn monotonic_us() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000)
 }
 
-/// Connects as every client here does: no delay of small segments, and a congestion control that is quick on short wires.
+/// Connects as every client here does: no delay of small segments, and a congestion control that is
+/// quick on short wires.
 pub fn connect(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_tcp_nodelay(true)?;
@@ -90,7 +92,8 @@ impl Tally {
 /// How long a connection waits and has waited for replies; read by others while it does.
 #[derive(Debug, Default)]
 pub struct Gauge {
-    /// Since when it waits for a reply, 0 while it does not. All times are those of [`monotonic_us`].
+    /// Since when it waits for a reply, 0 while it does not. All times are those of
+    /// [`monotonic_us`].
     waiting_since_us: AtomicU64,
     longest_us: AtomicU64,
     last_reply_us: AtomicU64,
@@ -102,8 +105,8 @@ impl Gauge {
         self.longest_us.store(0, Relaxed);
     }
 
-    /// The longest time without a reply while one was awaited, in µs, since the last [`Gauge::reset`]; counts the silence that
-    /// still lasts.
+    /// The longest time without a reply while one was awaited, in µs, since the last
+    /// [`Gauge::reset`]; counts the silence that still lasts.
     pub fn silence_us(&self) -> u64 {
         let lasting = match self.waiting_since_us.load(Relaxed) {
             0 => 0,
@@ -147,7 +150,7 @@ pub struct Broken;
 
 /// What a wrong answer means.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Judge {
+enum CheckAgainst {
     /// Under load: the reply is wrong.
     Reply,
     /// At the end: a write is lost.
@@ -164,7 +167,7 @@ pub struct Connection {
     out: Vec<u8>,
     tally: Arc<Tally>,
     gauge: Arc<Gauge>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Connection {
@@ -173,17 +176,18 @@ impl Connection {
         let stream = dial()?;
         stream.set_nonblocking(true)?;
         let (parser, asked, out) = Default::default();
-        Ok(Connection { name: name.into(), stream, parser, asked, out, tally, gauge, patience: PATIENCE })
+        Ok(Connection { name: name.into(), stream, parser, asked, out, tally, gauge, timeout: WAIT_MAX })
     }
 
     /// The same, given up after another time than a minute without a reply.
-    pub fn with_patience(self, patience: Duration) -> Connection {
-        Connection { patience, ..self }
+    pub fn with_timeout(self, timeout: Duration) -> Connection {
+        Connection { timeout, ..self }
     }
 
-    /// Sends `commands` in one go and takes all their replies. Returns once every one has been answered, rightly or not.
+    /// Sends `commands` in one go and takes all their replies. Returns once every one has been
+    /// answered, rightly or not.
     pub fn exchange(&mut self, model: &mut Model, commands: Vec<Command>) -> Result<(), Broken> {
-        self.talk(model, commands, Judge::Reply)
+        self.talk(model, commands, CheckAgainst::Reply)
     }
 
     /// Reads back every key the model is sure of. What differs is counted as a lost write.
@@ -192,12 +196,12 @@ impl Connection {
         self.expect_quiet()?;
         let keys: Vec<Key> = model.keys().filter(|key| model.is_certain(*key)).collect();
         for keys in keys.chunks(DEPTH) {
-            self.talk(model, keys.iter().map(|key| Command::Get(*key)).collect(), Judge::Final)?;
+            self.talk(model, keys.iter().map(|key| Command::Get(*key)).collect(), CheckAgainst::Final)?;
         }
         self.expect_quiet()
     }
 
-    fn talk(&mut self, model: &mut Model, commands: Vec<Command>, judge: Judge) -> Result<(), Broken> {
+    fn talk(&mut self, model: &mut Model, commands: Vec<Command>, check: CheckAgainst) -> Result<(), Broken> {
         self.out.clear();
         self.tally.requests.fetch_add(commands.len() as u64, Relaxed);
         for command in commands {
@@ -206,7 +210,7 @@ impl Connection {
             self.asked.push_back((command, right));
         }
         self.gauge.asked();
-        let result = self.pump(model, judge);
+        let result = self.pump(model, check);
         if result.is_err() {
             self.gauge.gave_up();
             self.asked.drain(..).for_each(|(command, _)| model.doubt(&command));
@@ -214,8 +218,9 @@ impl Connection {
         result
     }
 
-    /// Moves bytes both ways until everything is answered. Both at once: a server that cannot send stops reading.
-    fn pump(&mut self, model: &mut Model, judge: Judge) -> Result<(), Broken> {
+    /// Moves bytes both ways until everything is answered. Both at once: a server that cannot send
+    /// stops reading.
+    fn pump(&mut self, model: &mut Model, check: CheckAgainst) -> Result<(), Broken> {
         let mut sent = 0;
         while !self.asked.is_empty() {
             let left = self.out.get(sent..).unwrap_or_default();
@@ -224,7 +229,7 @@ impl Connection {
             let mut fds = [PollFd::new(self.stream.as_fd(), wanted)];
             match poll(&mut fds, PollTimeout::from(LOOK_MS)) {
                 Ok(0) => {
-                    self.check_patience()?;
+                    self.check_timeout()?;
                     continue;
                 }
                 Ok(_) | Err(nix::Error::EINTR) => {}
@@ -238,7 +243,7 @@ impl Connection {
                 }
             }
             if self.receive()? {
-                self.judge(model, judge)?;
+                self.check(model, check)?;
             }
         }
         if self.parser.rest().is_empty() { Ok(()) } else { Err(self.unasked()) }
@@ -258,7 +263,7 @@ impl Connection {
         }
     }
 
-    fn judge(&mut self, model: &mut Model, judge: Judge) -> Result<(), Broken> {
+    fn check(&mut self, model: &mut Model, check: CheckAgainst) -> Result<(), Broken> {
         while !self.asked.is_empty() {
             let reply = match self.parser.next_reply() {
                 Ok(Some(reply)) => reply,
@@ -274,7 +279,8 @@ impl Connection {
             self.tally.replies.fetch_add(1, Relaxed);
             model.heard(&reply);
             if reply != right {
-                let count = if judge == Judge::Final { &self.tally.lost_writes } else { &self.tally.wrong_replies };
+                let count =
+                    if check == CheckAgainst::Final { &self.tally.lost_writes } else { &self.tally.wrong_replies };
                 let what = format!("{}: {}: expected {right:?}, got {reply:?}", self.name, model.describe(&command));
                 self.tally.complain(count, what);
             } else if command.is_write() {
@@ -304,13 +310,13 @@ impl Connection {
         Broken
     }
 
-    fn check_patience(&self) -> Result<(), Broken> {
+    fn check_timeout(&self) -> Result<(), Broken> {
         if self.tally.over.load(Relaxed) {
             return Err(Broken);
         }
-        let patience_us = u64::try_from(self.patience.as_micros()).unwrap_or(u64::MAX);
-        if self.gauge.waits_since_before(monotonic_us().saturating_sub(patience_us)) {
-            let what = format!("{}: no reply for {:.1} s", self.name, self.patience.as_secs_f64());
+        let timeout_us = u64::try_from(self.timeout.as_micros()).unwrap_or(u64::MAX);
+        if self.gauge.waits_since_before(monotonic_us().saturating_sub(timeout_us)) {
+            let what = format!("{}: no reply for {:.1} s", self.name, self.timeout.as_secs_f64());
             self.tally.complain(&self.tally.silent, what);
             return Err(Broken);
         }

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use super::nodes::Node;
 use super::trouble::Trouble;
 
-/// Why a demo could not be brought to its end. Whether a client noticed something is another question: see
-/// [`super::report::Report::ok`].
+/// Why a demo could not be brought to its end. Whether a client noticed something is another
+/// question: see [`super::report::Report::ok`].
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
     /// As wherever nodes are run to be watched.
@@ -45,9 +45,9 @@ impl DemoError {
         move |source| trouble(source).into()
     }
 
-    /// `heir` has given up its image.
-    pub(super) fn lost(heir: &Node) -> DemoError {
-        DemoError::Lost { name: heir.name().to_owned(), log: heir.log_tail(12) }
+    /// `new_primary` has given up its image.
+    pub(super) fn lost(new_primary: &Node) -> DemoError {
+        DemoError::Lost { name: new_primary.name().to_owned(), log: new_primary.log_tail(12) }
     }
 
     /// The number for scripts.

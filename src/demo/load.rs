@@ -1,4 +1,5 @@
-//! The load: many long-lived connections that read and write their own keys at random and check every reply.
+//! The load: many long-lived connections that read and write their own keys at random and check
+//! every reply.
 
 use std::io;
 use std::sync::Arc;
@@ -39,7 +40,8 @@ pub enum Phase {
     Run,
     /// Every key has been read back; then as [`Phase::Hold`].
     Verify,
-    /// The same over new connections, the old ones having been closed: the server itself was started anew.
+    /// The same over new connections, the old ones having been closed: the server itself was
+    /// started anew.
     VerifyAnew,
     /// Over.
     End,
@@ -171,7 +173,8 @@ impl Worker {
         if let Some(connection) = &mut self.connection {
             return connection.verify(&mut self.model);
         }
-        // The broken connection has been counted. What it had been promised is checked all the same.
+        // The broken connection has been counted. What it had been promised is checked all the
+        // same.
         let name = format!("connection {} (checked over a new one)", self.number);
         let opened = Connection::open(name, &self.dial, self.tally.clone(), self.gauge.clone());
         let Ok(mut connection) = opened else { return Ok(()) };
@@ -188,10 +191,10 @@ mod tests {
     use crate::demo::probe::{Probe, ProbeMode};
     use crate::demo::test_server::{Fault, TestServer};
 
-    const PATIENCE: Duration = Duration::from_secs(30);
+    const WAIT_MAX: Duration = Duration::from_secs(30);
 
     fn until(what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_MAX;
         while !holds() {
             assert!(Instant::now() < deadline, "waited in vain until {what}");
             std::thread::yield_now();
@@ -209,11 +212,12 @@ mod tests {
             None => until("the load ran", || tally.requests.load(Relaxed) > 2000),
             Some(fault) => until(&format!("{fault:?} was noticed"), || !tally.is_clean()),
         }
-        // An answer left out has shifted all that follow: the last of that go is waited for longer than a test should last.
+        // An answer left out has shifted all that follow: the last of that go is waited for longer
+        // than a test should last.
         if fault != Some(Fault::DropReply) {
-            assert!(load.bring_to(Phase::Hold, PATIENCE));
+            assert!(load.bring_to(Phase::Hold, WAIT_MAX));
             let at_rest = tally.requests.load(Relaxed);
-            assert!(load.bring_to(Phase::Verify, PATIENCE));
+            assert!(load.bring_to(Phase::Verify, WAIT_MAX));
             assert!(tally.requests.load(Relaxed) > at_rest);
         }
         tally
@@ -257,14 +261,14 @@ mod tests {
             let load = Load::open(&options, &server.dial(), &tally).unwrap();
             load.ask(Phase::Run);
             until("the load ran", || tally.requests.load(Relaxed) > 1000);
-            assert!(load.bring_to(Phase::Hold, PATIENCE));
+            assert!(load.bring_to(Phase::Hold, WAIT_MAX));
             let before = tally.replies.load(Relaxed);
-            assert!(load.bring_to(Phase::VerifyAnew, PATIENCE));
+            assert!(load.bring_to(Phase::VerifyAnew, WAIT_MAX));
             assert!(tally.replies.load(Relaxed) > before || fault.is_some());
             assert_eq!(tally.is_clean(), fault.is_none(), "{:?}", tally.complaints.lock());
             if fault.is_none() {
                 drop(server);
-                assert!(load.bring_to(Phase::Hold, PATIENCE) && load.bring_to(Phase::VerifyAnew, PATIENCE));
+                assert!(load.bring_to(Phase::Hold, WAIT_MAX) && load.bring_to(Phase::VerifyAnew, WAIT_MAX));
                 assert_eq!(tally.resets.load(Relaxed), 2, "{:?}", tally.complaints.lock());
             }
         }
@@ -291,7 +295,7 @@ mod tests {
         let server = TestServer::start(Some(Fault::Mute), 1);
         let (tally, gauge, mut model) = (Arc::new(Tally::default()), Arc::new(Gauge::default()), Model::new("m"));
         let connection = Connection::open("one", &server.dial(), tally.clone(), gauge.clone()).unwrap();
-        let mut connection = connection.with_patience(Duration::from_millis(50));
+        let mut connection = connection.with_timeout(Duration::from_millis(50));
         let write = Command::Set(Key::Text(0), b"x".to_vec());
         connection.exchange(&mut model, vec![write.clone()]).unwrap();
         connection.exchange(&mut model, vec![write]).unwrap_err();

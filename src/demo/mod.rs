@@ -1,11 +1,12 @@
-//! The top floor: `mcd demo`, and the network, the checked client and the handling of nodes that the benches share with it.
+//! The top floor: `mcd demo`, and the network, the checked client and the handling of nodes that
+//! the benches share with it.
 
 pub mod ask;
 pub mod client;
 pub mod error;
-pub mod fabric;
 pub mod load;
 pub mod model;
+pub mod namespaces;
 pub mod nodes;
 pub mod probe;
 pub mod report;

@@ -66,8 +66,9 @@ pub struct Model {
     chain: Chain,
 }
 
-/// A number and a hash that stand for all replies of a connection, in order. Every value written carries them, so that a value read
-/// back proves what its writer had been told before: state that was rolled back shows, wherever it came from.
+/// A number and a hash that stand for all replies of a connection, in order. Every value written
+/// carries them, so that a value read back proves what its writer had been told before: state that
+/// was rolled back shows, wherever it came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Chain {
     replies: u64,

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
 
-use super::fabric::{Fabric, GUEST_IPV4, GUEST_PREFIX_LEN, HostName, TAP};
+use super::namespaces::{GUEST_IPV4, GUEST_PREFIX_LEN, HostName, Namespaces, TAP};
 use crate::control::metrics::EpochsReply;
 use crate::control::status::NodeStatus;
 use crate::control::{Client, ClientError};
@@ -122,22 +122,24 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node on `host`. `name` tells it from others of the run and names its files in `dir`.
+    /// Starts a node on `host`. `name` tells it from others of the run and names its files in
+    /// `dir`.
     ///
-    /// The node is killed when the calling thread ends, so call it from one that lasts as long as the run.
+    /// The node is killed when the calling thread ends, so call it from one that lasts as long as
+    /// the run.
     pub fn start(
         role: StartAs,
         host: HostName,
         name: &str,
         settings: &NodeSettings,
-        fabric: &Fabric,
+        namespaces: &Namespaces,
         dir: &RunDir,
     ) -> io::Result<Node> {
         let (control, log) = (dir.path().join(format!("{name}.sock")), dir.path().join(format!("{name}.log")));
         let mut command = match settings.program.split_first() {
-            None => fabric.host(host).command(std::env::current_exe()?),
+            None => namespaces.host(host).command(std::env::current_exe()?),
             Some((program, first)) => {
-                let mut command = fabric.host(host).command(program);
+                let mut command = namespaces.host(host).command(program);
                 command.args(first);
                 command
             }
@@ -261,7 +263,8 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // It may have ended by itself; either way it must be waited for, or it stays in the process table.
+        // It may have ended by itself; either way it must be waited for, or it stays in the process
+        // table.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

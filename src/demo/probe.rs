@@ -1,4 +1,5 @@
-//! The latency probe: one connection with one request in flight, SET then GET, each timed and checked.
+//! The latency probe: one connection with one request in flight, SET then GET, each timed and
+//! checked.
 
 use std::io;
 use std::sync::Arc;
@@ -47,7 +48,8 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Opens its connection; then it is idle. In [`ProbeMode::Watch`] it asks every `watch_interval`.
+    /// Opens its connection; then it is idle. In [`ProbeMode::Watch`] it asks every
+    /// `watch_interval`.
     pub fn open(dial: &Dial, tally: &Arc<Tally>, watch_interval: Duration) -> io::Result<Probe> {
         let steering = Arc::new(Steering::new(ProbeMode::Idle, 1));
         let (gauge, latencies) = (Arc::new(Gauge::default()), Arc::new(Mutex::new(histogram())));

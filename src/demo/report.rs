@@ -29,7 +29,8 @@ impl Pair {
 pub struct Round {
     /// How the secondary noticed: `closed` or `silence`.
     pub cause: String,
-    /// From the kill to the suspicion: `detect_ms` without the part that the node was alive and had nothing to say.
+    /// From the kill to the suspicion: `detect_ms` without the part that the node was alive and had
+    /// nothing to say.
     pub noticed_ms: f64,
     /// From the last sign of life to the suspicion.
     pub detect_ms: f64,
@@ -72,7 +73,8 @@ pub struct ClientReport {
     pub connections: u64,
 }
 
-/// The floor of a pause for the median dirty set, by the formula measured for hosts of this kind, in µs.
+/// The floor of a pause for the median dirty set, by the formula measured for hosts of this kind,
+/// in µs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct PauseFloor {
     /// If every page is copied from warm memory.
@@ -135,7 +137,8 @@ pub struct Report {
     pub client: ClientReport,
     /// All epochs.
     pub epochs: EpochsReport,
-    /// The epochs of a while in which the guest wrote memory and nothing else happened; only with such a load.
+    /// The epochs of a while in which the guest wrote memory and nothing else happened; only with
+    /// such a load.
     pub quiet_epochs: Option<EpochShape>,
     /// What protection adds to a request.
     pub latency_us: LatencyReport,

@@ -1,4 +1,5 @@
-//! The client's side of RESP, the protocol of the guest's key-value server: commands out, replies in.
+//! The client's side of RESP, the protocol of the guest's key-value server: commands out, replies
+//! in.
 
 use std::fmt;
 

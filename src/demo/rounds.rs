@@ -13,7 +13,8 @@ use crate::control::status::{NodeStatus, Role, State, TakeoverReport};
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
 
 impl<'a> Demo<'a> {
-    /// Lets the guest live until the random moment at which its host is to die. Both nodes know then that the guest is protected.
+    /// Lets the guest live until the random moment at which its host is to die. Both nodes know
+    /// then that the guest is protected.
     pub(super) fn come_to_the_moment(&mut self) -> Result<(), DemoError> {
         loop {
             let life_us = 500_000 + self.rng.below(2_000_000);
@@ -22,10 +23,12 @@ impl<'a> Demo<'a> {
                 Ok(demo.both_protected().then_some(()))
             })?;
             self.sample();
-            // The last moments are passed blindly, so that the kill falls anywhere in an epoch, not where a look ends.
+            // The last moments are passed blindly, so that the kill falls anywhere in an epoch, not
+            // where a look ends.
             thread::sleep(Duration::from_micros(self.rng.below(1 + self.options.interval_ms * 1000)));
-            // On a busy machine a node can stand still for so long that the other one gives it up, as it should. A guest whose
-            // only copy is on the host that dies would be lost, as it must.
+            // On a busy machine a node can stand still for so long that the other one gives it up,
+            // as it should. A guest whose only copy is on the host that dies would be lost, as it
+            // must.
             if self.both_protected() {
                 return Ok(());
             }
@@ -39,21 +42,22 @@ impl<'a> Demo<'a> {
         nodes.all(|node| node.status().is_some_and(|status| status.protected))
     }
 
-    /// Kills the primary and waits until the guest runs on the other host and every client has been answered. What it returns lacks
-    /// the resync that is to follow.
+    /// Kills the primary and waits until the guest runs on the other host and every client has been
+    /// answered. What it returns lacks the resync that is to follow.
     pub(super) fn kill(&mut self, round: u32) -> Result<Round, DemoError> {
-        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
+        let Some(new_primary) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
         self.gauges().for_each(|gauge| gauge.reset());
         let killed_us = monotonic_us();
         self.primary.kill().map_err(DemoError::io("kill a node"))?;
-        let dead = std::mem::replace(&mut self.primary, heir);
+        let dead = std::mem::replace(&mut self.primary, new_primary);
         let rounds = self.options.rounds;
         self.screen.say(format_args!("round {round} of {rounds}: SIGKILL to the node on host {}", dead.host()));
         self.bury_primary();
         let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
             demo.status = demo.primary.status();
             match &demo.status {
-                // It has given up its image: the other node was given the guest in the instant before it was killed.
+                // It has given up its image: the other node was given the guest in the instant
+                // before it was killed.
                 Some(status) if status.state == State::Connecting => Err(DemoError::lost(&demo.primary)),
                 status => Ok(status.as_ref().and_then(taken_over)),
             }
@@ -86,8 +90,8 @@ impl<'a> Demo<'a> {
         })
     }
 
-    /// Does `part`, and again if meanwhile the primary was fenced: on a busy machine it can stand still for so long that the
-    /// secondary takes over without being asked to.
+    /// Does `part`, and again if meanwhile the primary was fenced: on a busy machine it can stand
+    /// still for so long that the secondary takes over without being asked to.
     pub(super) fn steadily<T>(
         &mut self,
         mut part: impl FnMut(&mut Demo<'a>) -> Result<T, DemoError>,
@@ -104,20 +108,21 @@ impl<'a> Demo<'a> {
         }
     }
 
-    /// The primary is fenced, or has ended by itself: its heir is the primary now, and needs a secondary.
+    /// The primary is fenced, or has ended by itself: its new primary is the primary now, and needs
+    /// a secondary.
     pub(super) fn recover(&mut self) -> Result<(), DemoError> {
-        let Some(heir) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
-        let dead = std::mem::replace(&mut self.primary, heir);
+        let Some(new_primary) = self.secondary.take() else { return Err(DemoError::NoSecondary) };
+        let dead = std::mem::replace(&mut self.primary, new_primary);
         self.bury_primary();
         // The first packet may take its time where no client asks.
         let takeover = self.wait("the secondary to take over", TAKEOVER_LIMIT, |demo| {
             demo.status = demo.primary.status();
             Ok(demo.status.as_ref().filter(|status| status.role == Role::Primary).and_then(|s| s.takeover.clone()))
         })?;
-        let (dead_host, heir) = (dead.host(), self.primary.host());
+        let (dead_host, new_primary) = (dead.host(), self.primary.host());
         // A fenced node stays, silent, until it is told to go.
         drop(dead);
-        self.screen.say(format_args!("host {heir} took over from host {dead_host}: {takeover}"));
+        self.screen.say(format_args!("host {new_primary} took over from host {dead_host}: {takeover}"));
         self.protect()?;
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! The demo proper: protect a guest, put a checked load on it, kill its host again and again, say what came of it.
+//! The demo proper: protect a guest, put a checked load on it, kill its host again and again, say
+//! what came of it.
 
 use std::fs;
 use std::io;
@@ -13,8 +14,8 @@ use std::time::{Duration, Instant};
 use super::ask::{answers_ping, ask_dirty};
 use super::client::{Dial, Gauge, Tally, connect};
 use super::error::DemoError;
-use super::fabric::{self, Fabric, GUEST_IPV4, HostName};
 use super::load::{Load, LoadOptions, Phase};
+use super::namespaces::{self, GUEST_IPV4, HostName, Namespaces};
 use super::nodes::{Node, NodeSettings, RunDir, StartAs};
 use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochSamples, EpochShape, EpochsReport, LatencyReport, Pair, Report, Round};
@@ -74,7 +75,8 @@ pub struct DemoOptions {
 
 /// Runs the demo. What it finds is printed; the exit code is 0 only if no client noticed anything.
 ///
-/// Call it from the main thread, before others are started: without root it moves the process into a user namespace.
+/// Call it from the main thread, before others are started: without root it moves the process into
+/// a user namespace.
 pub fn run(options: DemoOptions) -> ExitCode {
     match run_to_report(&options) {
         Ok(true) => ExitCode::SUCCESS,
@@ -88,7 +90,7 @@ pub fn run(options: DemoOptions) -> ExitCode {
 
 fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     let stop = catch_signals().map_err(DemoError::io("watch for signals"))?;
-    fabric::gain_rights().map_err(Trouble::from)?;
+    namespaces::gain_rights().map_err(Trouble::from)?;
     fs::File::options().read(true).write(true).open("/dev/kvm").map_err(DemoError::NoKvm)?;
     let seed = match options.seed {
         Some(seed) => seed,
@@ -98,8 +100,8 @@ fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     if options.keep_logs {
         dir.keep();
     }
-    let fabric = Arc::new(Fabric::new().map_err(Trouble::from)?);
-    let mut demo = Demo::start(options, seed, stop, fabric, &dir)?;
+    let namespaces = Arc::new(Namespaces::new().map_err(Trouble::from)?);
+    let mut demo = Demo::start(options, seed, stop, namespaces, &dir)?;
     let report = demo.play()?;
     demo.screen.say(format_args!("done\n\n{report}"));
     if let Some(path) = &options.json {
@@ -121,7 +123,7 @@ pub(super) struct Demo<'a> {
     seed: u64,
     pub(super) rng: Rng,
     pub(super) stop: Arc<AtomicBool>,
-    pub(super) fabric: Arc<Fabric>,
+    pub(super) namespaces: Arc<Namespaces>,
     dir: &'a RunDir,
     nodes_started: u32,
     /// Takeovers that nobody ordered.
@@ -133,7 +135,7 @@ pub(super) struct Demo<'a> {
     pub(super) status: Option<NodeStatus>,
     sampled: Instant,
     epochs: EpochSamples,
-    /// The sums of nodes that are gone.
+    /// The hashes of nodes that are gone.
     counts: EpochCounts,
     wire_bytes: u64,
     /// Being collected, or collected.
@@ -150,7 +152,7 @@ impl<'a> Demo<'a> {
         options: &'a DemoOptions,
         seed: u64,
         stop: Arc<AtomicBool>,
-        fabric: Arc<Fabric>,
+        namespaces: Arc<Namespaces>,
         dir: &'a RunDir,
     ) -> Result<Demo<'a>, DemoError> {
         let &DemoOptions { memory_mib, cpus, interval_ms, .. } = options;
@@ -160,7 +162,7 @@ impl<'a> Demo<'a> {
         screen.say(format_args!(
             "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"
         ));
-        let primary = Node::start(StartAs::Primary, HostName::A, "a-1", &settings, &fabric, dir)
+        let primary = Node::start(StartAs::Primary, HostName::A, "a-1", &settings, &namespaces, dir)
             .map_err(DemoError::io("start a node"))?;
         Ok(Demo {
             options,
@@ -168,7 +170,7 @@ impl<'a> Demo<'a> {
             seed,
             rng: Rng::new(seed),
             stop,
-            fabric,
+            namespaces,
             dir,
             nodes_started: 1,
             unplanned: 0,
@@ -228,14 +230,15 @@ impl<'a> Demo<'a> {
 
     fn dial(&self) -> Dial {
         const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-        let fabric = self.fabric.clone();
+        let namespaces = self.namespaces.clone();
         let address = SocketAddr::from((GUEST_IPV4, GUEST_PORT));
         Arc::new(move || -> io::Result<TcpStream> {
-            fabric.lan.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
+            namespaces.lan.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
         })
     }
 
-    /// Waits until `check` gives something; meanwhile the nodes are watched and the screen is kept going.
+    /// Waits until `check` gives something; meanwhile the nodes are watched and the screen is kept
+    /// going.
     pub(super) fn wait<T>(
         &mut self,
         what: &str,
@@ -255,7 +258,8 @@ impl<'a> Demo<'a> {
         }
     }
 
-    /// Lets some time pass, which belongs to the play: a measurement, or a guest's life until it is killed.
+    /// Lets some time pass, which belongs to the play: a measurement, or a guest's life until it is
+    /// killed.
     pub(super) fn pass(&mut self, time: Duration) -> Result<(), DemoError> {
         let end = Instant::now() + time;
         self.wait("time to pass", time * 2 + RESYNC_LIMIT, |_| Ok((Instant::now() >= end).then_some(())))
@@ -337,7 +341,8 @@ impl<'a> Demo<'a> {
         Ok(seen.map_or(Pair::default(), |seen| Pair::of(&seen)))
     }
 
-    /// Lets the guest write memory while nobody asks it anything: every epoch is as long as it may be.
+    /// Lets the guest write memory while nobody asks it anything: every epoch is as long as it may
+    /// be.
     fn watch_quiet_epochs(&mut self) -> Result<EpochShape, DemoError> {
         self.sample();
         self.quiet = Some(EpochSamples::new());
@@ -346,14 +351,15 @@ impl<'a> Demo<'a> {
         Ok(self.quiet.take().unwrap_or_default().shape())
     }
 
-    /// Starts a secondary on the other host, if it has none, and waits until the guest is protected. Returns how long that took, in ms.
+    /// Starts a secondary on the other host, if it has none, and waits until the guest is
+    /// protected. Returns how long that took, in ms.
     pub(super) fn protect(&mut self) -> Result<f64, DemoError> {
         let started = Instant::now();
         let host = self.primary.host().other();
         if self.secondary.is_none() {
             self.nodes_started += 1;
             let name = format!("{host}-{}", self.nodes_started);
-            let node = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.fabric, self.dir);
+            let node = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.namespaces, self.dir);
             self.secondary = Some(node.map_err(DemoError::io("start a node"))?);
         }
         let limit = RESYNC_LIMIT + RESYNC_LIMIT_PER_GIB * self.options.memory_mib.div_ceil(1024);

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 
 use super::error::DemoError;
-use super::fabric::{self, GUEST_IPV4};
+use super::namespaces::{self, GUEST_IPV4};
 use super::run::{Demo, LOOK};
 use super::trouble::Trouble;
 
@@ -24,8 +24,8 @@ impl Demo<'_> {
     }
 
     fn invite(&self) {
-        let net = self.fabric.lan.path();
-        let user = if fabric::in_user_namespace() {
+        let net = self.namespaces.lan.path();
+        let user = if namespaces::in_user_namespace() {
             format!("--preserve-credentials --user=/proc/{}/ns/user ", std::process::id())
         } else {
             String::new()

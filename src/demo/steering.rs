@@ -52,7 +52,8 @@ impl<P: Copy + Eq> Steering<P> {
         self.changed.notify_all();
     }
 
-    /// Waits until something else than `phase` is wanted and tells what, or `phase` when `timeout` is over.
+    /// Waits until something else than `phase` is wanted and tells what, or `phase` when `timeout`
+    /// is over.
     pub fn wait_other(&self, phase: P, timeout: Option<Duration>) -> P {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let mut state = self.state.lock();

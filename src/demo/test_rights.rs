@@ -1,11 +1,13 @@
-//! Runs a test that needs network namespaces: as it is where it may, else again in a user namespace.
+//! Runs a test that needs network namespaces: as it is where it may, else again in a user
+//! namespace.
 
 use std::process::Command;
 
-use super::fabric::{has_rights, open_tun, start_in_user_namespace};
+use super::namespaces::{has_rights, open_tun, start_in_user_namespace};
 
-/// Runs `body`, the body of the test with the full path `name`. A test binary has many threads and cannot move into a user
-/// namespace, so an unprivileged one starts itself again, inside one, for this test alone.
+/// Runs `body`, the body of the test with the full path `name`. A test binary has many threads and
+/// cannot move into a user namespace, so an unprivileged one starts itself again, inside one, for
+/// this test alone.
 pub(crate) fn run(name: &str, body: impl FnOnce()) {
     const INSIDE: &str = "MCD_TEST_INSIDE";
     let failed = |why: String| {

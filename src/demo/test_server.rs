@@ -1,4 +1,5 @@
-//! A small key-value server inside the test process that can be told to be at fault, to see that the checker notices.
+//! A small key-value server inside the test process that can be told to be at fault, to see that
+//! the checker notices.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};

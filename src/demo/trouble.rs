@@ -1,4 +1,5 @@
-//! What can go wrong where nodes are run to be watched: in the demo, the failure-injection harness and the lab.
+//! What can go wrong where nodes are run to be watched: in the demo, the failure-injection harness
+//! and the lab.
 
 use std::io;
 use std::process::{ExitCode, ExitStatus};
@@ -7,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::fabric::FabricError;
+use super::namespaces::NamespaceError;
 use super::nodes::Node;
 
 /// The exit status of what a person interrupts, as shells have it.
@@ -18,7 +19,7 @@ const KILLED_BY_SIGINT: u8 = 130;
 pub enum Trouble {
     /// The network could not be made.
     #[error(transparent)]
-    Fabric(#[from] FabricError),
+    Namespaces(#[from] NamespaceError),
     /// The system refused something else.
     #[error("cannot {action}: {source}")]
     Io {
@@ -69,7 +70,7 @@ impl Trouble {
         const FAILURE: u8 = 1;
         const HOST_LACKS_SOMETHING: u8 = 3;
         ExitCode::from(match self {
-            Trouble::Fabric(_) => HOST_LACKS_SOMETHING,
+            Trouble::Namespaces(_) => HOST_LACKS_SOMETHING,
             Trouble::Interrupted => KILLED_BY_SIGINT,
             _ => FAILURE,
         })

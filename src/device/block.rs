@@ -7,16 +7,18 @@ use std::io;
 pub enum Stored {
     /// Taken: a later read sees it.
     Accepted,
-    /// No room, and nothing of it was taken: the device tries again at `kick` or at the guest's next notify. The guest waits.
+    /// No room, and nothing of it was taken: the device tries again at `kick` or at the guest's
+    /// next notify. The guest waits.
     Full,
 }
 
-/// The inside of a disk. Offsets and lengths are in bytes, multiples of 512, and inside of [`BlockBackend::bytes`].
+/// The inside of a disk. Offsets and lengths are in bytes, multiples of 512, and inside of
+/// [`BlockBackend::bytes`].
 ///
-/// A device calls from one thread of its own, one call at a time. **A pause of the machine waits for a `write`, `discard` or
-/// `write_zeroes` that has begun**, so that it belongs wholly to the epoch before the pause or wholly to the one after it: these
-/// three must not wait for a slow disk. `read` and `flush` may; a pause does not wait for them, and they may run in the middle of
-/// one.
+/// A device calls from one thread of its own, one call at a time. **A pause of the machine waits
+/// for a `write`, `discard` or `write_zeroes` that has begun**, so that it belongs wholly to the
+/// epoch before the pause or wholly to the one after it: these three must not wait for a slow disk.
+/// `read` and `flush` may; a pause does not wait for them, and they may run in the middle of one.
 pub trait BlockBackend: Send + Sync {
     /// The disk's size in bytes: a multiple of 512 that never changes.
     fn bytes(&self) -> u64;
@@ -39,8 +41,8 @@ pub trait BlockBackend: Send + Sync {
     /// Whatever the storage met; the guest is told of an I/O error.
     fn flush(&self) -> io::Result<()>;
 
-    /// The guest has no use for `bytes` bytes at `offset` any more: they read as zeros from now on. (On every node alike: two
-    /// images of one disk must stay equal.)
+    /// The guest has no use for `bytes` bytes at `offset` any more: they read as zeros from now on.
+    /// (On every node alike: two images of one disk must stay equal.)
     ///
     /// # Errors
     /// Whatever the storage met; the guest is told of an I/O error.

@@ -1,8 +1,9 @@
 //! Which device answers at which port and address.
 //!
-//! The ports are fixed. The virtio devices have a window of registers and an interrupt line each, numbered from 0: first the
-//! network card, then the disks in the order of the machine's shape, then the source of random bytes if there is one. With at
-//! most six disks the lines are 16 to 23, the last ones the I/O APIC has.
+//! The ports are fixed. The virtio devices have a window of registers and an interrupt line each,
+//! numbered from 0: first the network card, then the disks in the order of the machine's shape,
+//! then the source of random bytes if there is one. With at most six disks the lines are 16 to 23,
+//! the last ones the I/O APIC has.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -20,12 +21,13 @@ use super::virtio::rng::{RNG_STATE_VERSION, RngDevice};
 use super::{DeviceStateError, Signals};
 use crate::protocol::messages::MachineShape;
 
-/// Guest-physical address of the first virtio-mmio device; device n is at `+ n * VIRTIO_WINDOW_BYTES`.
+/// Guest-physical address of the first virtio-mmio device; device n is at `+ n *
+/// VIRTIO_WINDOW_BYTES`.
 pub const VIRTIO_BASE: u64 = 0xD000_0000;
 /// Bytes of a virtio-mmio device's window.
 pub const VIRTIO_WINDOW_BYTES: u64 = 0x1000;
-/// Interrupt line of the first virtio-mmio device; device n is on `+ n`. From here on the lines belong to the I/O APIC alone, so no
-/// ISA device shares them.
+/// Interrupt line of the first virtio-mmio device; device n is on `+ n`. From here on the lines
+/// belong to the I/O APIC alone, so no ISA device shares them.
 pub const VIRTIO_GSI: u32 = 16;
 
 /// Where a guest finds one virtio-mmio device.
@@ -125,11 +127,13 @@ pub struct DeviceId {
 }
 
 impl<M: GuestMemory + Clone + Send + Sync + 'static> Bus<M> {
-    /// The devices of a machine of `shape` with memory `mem`: a serial console, a network card in `net`, a disk in each of
-    /// `disks`, and perhaps a source of random bytes. Those with threads begin paused.
+    /// The devices of a machine of `shape` with memory `mem`: a serial console, a network card in
+    /// `net`, a disk in each of `disks`, and perhaps a source of random bytes. Those with threads
+    /// begin paused.
     ///
     /// # Errors
-    /// If there is not one backend of the right size for each disk, or the host gives no eventfd or thread.
+    /// If there is not one backend of the right size for each disk, or the host gives no eventfd or
+    /// thread.
     pub fn new(
         mem: M,
         shape: &MachineShape,
@@ -172,7 +176,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         } else if let Some(offset) = pci_offset(port) {
             self.pci.lock().read(offset, data);
         } else if matches!(port, KEYBOARD_COMMAND_PORT | POWER_PORT | POWER_STATUS_PORT) {
-            // No key was pressed and the controller is idle; the machine did not wake up from a sleep.
+            // No key was pressed and the controller is idle; the machine did not wake up from a
+            // sleep.
             data.fill(0);
         }
     }
@@ -195,7 +200,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         }
     }
 
-    /// The guest reads `data.len()` bytes at guest-physical `address`. Where nothing is, it reads ones.
+    /// The guest reads `data.len()` bytes at guest-physical `address`. Where nothing is, it reads
+    /// ones.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.virtio_at(address) {
             Some((Virtio::Net(net), offset)) => net.mmio_read(offset, data),
@@ -248,7 +254,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         self.disks.iter().for_each(BlkDevice::kick);
     }
 
-    /// Keeps every device thread out of guest memory and from changing a disk, and input out of the devices; returns when all have let go.
+    /// Keeps every device thread out of guest memory and from changing a disk, and input out of the
+    /// devices; returns when all have let go.
     pub fn quiesce(&self) {
         self.serial.lock().hold(true);
         self.disks.iter().for_each(BlkDevice::begin_quiesce);
@@ -269,7 +276,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         &self.devices
     }
 
-    /// Appends the saved state of a device; nothing if there is none such. The machine must be paused.
+    /// Appends the saved state of a device; nothing if there is none such. The machine must be
+    /// paused.
     pub fn save(&self, device: DeviceId, out: &mut Vec<u8>) {
         match device.kind {
             DeviceKind::Serial => self.serial.lock().save(out),
@@ -285,7 +293,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
     /// Takes over the saved state of a device. The machine must be paused.
     ///
     /// # Errors
-    /// [`DeviceStateError`] if there is no such device, or `bytes` are no state of it; it is as it was then.
+    /// [`DeviceStateError`] if there is no such device, or `bytes` are no state of it; it is as it
+    /// was then.
     pub fn restore(&self, device: DeviceId, bytes: &[u8]) -> Result<(), DeviceStateError> {
         let missing = || DeviceStateError::new("the machine has no such device");
         match device.kind {

@@ -1,7 +1,7 @@
 //! A disk kept in a raw image: a file or a block device, byte for byte.
 //!
-//! An image is locked for as long as it is open, so that two nodes never write one image (two that only read it may). What is
-//! written goes through the host's page cache; a flush is `fdatasync`.
+//! An image is locked for as long as it is open, so that two nodes never write one image (two that
+//! only read it may). What is written goes through the host's page cache; a flush is `fdatasync`.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::block::{BlockBackend, Stored};
-use super::shared;
+use super::shared_image;
 use crate::protocol::messages::SECTOR_BYTES;
 
 /// Bytes of zeros written at a time where the storage cannot make zeros by itself.
@@ -80,7 +80,7 @@ impl RawImage {
     /// As [`ImageError`] says.
     pub fn open(path: &Path, read_only: bool) -> Result<RawImage, ImageError> {
         let image = RawImage::open_unlocked(path, read_only)?;
-        if shared::is_taken(&image.file, read_only) {
+        if shared_image::is_taken(&image.file, read_only) {
             return Err(ImageError::InUse { path: path.to_path_buf() });
         }
         let locked = if read_only { image.file.try_lock_shared() } else { image.file.try_lock() };
@@ -145,7 +145,8 @@ impl RawImage {
         }
     }
 
-    /// Makes a range zeros in the ways `modes`, of which the storage may know none, and else by writing them.
+    /// Makes a range zeros in the ways `modes`, of which the storage may know none, and else by
+    /// writing them.
     fn make_zeros(&self, offset: u64, bytes: u64, modes: &[libc::c_int]) -> io::Result<Stored> {
         self.check(offset, bytes)?;
         if bytes == 0 {
@@ -206,7 +207,8 @@ impl BlockBackend for RawImage {
 fn fallocate(file: &File, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
     let range = (libc::off_t::try_from(offset), libc::off_t::try_from(bytes));
     let (Ok(offset), Ok(bytes)) = range else { return Err(io::ErrorKind::InvalidInput.into()) };
-    // SAFETY: the descriptor belongs to `file` and is open; the call takes numbers only and touches no memory of ours.
+    // SAFETY: the descriptor belongs to `file` and is open; the call takes numbers only and touches
+    // no memory of ours.
     match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, bytes) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

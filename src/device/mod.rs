@@ -1,4 +1,5 @@
-//! Floor 2: the devices of a machine. They know guest memory through vm-memory's trait and everything else through [`Signals`].
+//! Floor 2: the devices of a machine. They know guest memory through vm-memory's trait and
+//! everything else through [`Signals`].
 
 pub mod block;
 pub mod bus;
@@ -6,7 +7,7 @@ pub mod image;
 pub mod net;
 pub mod pci;
 pub mod serial;
-pub mod shared;
+pub mod shared_image;
 pub mod virtio;
 
 use thiserror::Error;

@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::RawFd;
 
-/// Bytes of the virtio-net header (virtio 1.2, 5.1.6) that a backend with offloads has in front of every frame.
+/// Bytes of the virtio-net header (virtio 1.2, 5.1.6) that a backend with offloads has in front of
+/// every frame.
 pub const NET_HEADER_BYTES: usize = 12;
 
 /// What became of a frame the guest sent.
@@ -11,7 +12,8 @@ pub const NET_HEADER_BYTES: usize = 12;
 pub enum Transmit {
     /// Taken (sent, held or dropped): the guest gets its buffer back.
     Accepted,
-    /// No room: the frame stays in the guest's queue, and the device tries again at the guest's next notify or at `kick_net`.
+    /// No room: the frame stays in the guest's queue, and the device tries again at the guest's
+    /// next notify or at `kick_net`.
     Full,
 }
 
@@ -20,7 +22,8 @@ pub enum Transmit {
 pub struct Offloads {
     /// A frame from the guest may lack its checksum; its header says where it goes.
     pub checksum: bool,
-    /// A frame from the guest may be a TCP segment larger than the wire's, over IPv4 or IPv6; its header says how to cut it.
+    /// A frame from the guest may be a TCP segment larger than the wire's, over IPv4 or IPv6; its
+    /// header says how to cut it.
     pub segmentation: bool,
     /// A frame to the guest may lack its checksum.
     pub guest_checksum: bool,
@@ -33,24 +36,29 @@ impl Offloads {
 
 /// The outside of a network device.
 ///
-/// Frames are Ethernet frames. If the backend can carry any [`Offloads`], each has a header of [`NET_HEADER_BYTES`] in front, in
-/// both directions and also while none are agreed on; the header of a frame from the guest names no work that was not agreed on.
+/// Frames are Ethernet frames. If the backend can carry any [`Offloads`], each has a header of
+/// [`NET_HEADER_BYTES`] in front, in both directions and also while none are agreed on; the header
+/// of a frame from the guest names no work that was not agreed on.
 pub trait NetBackend: Send + Sync {
-    /// Takes a frame from the guest. Called from a vCPU thread or the device thread, never from both at once; it must not block.
+    /// Takes a frame from the guest. Called from a vCPU thread or the device thread, never from
+    /// both at once; it must not block.
     fn transmit(&self, frame: &[u8]) -> Transmit;
-    /// Puts one frame for the guest into `buf` and returns its length; `None` if there is none now. Never blocks.
+    /// Puts one frame for the guest into `buf` and returns its length; `None` if there is none now.
+    /// Never blocks.
     ///
     /// # Errors
     /// Whatever the backend met; the device tries again a little later.
     fn receive(&self, buf: &mut [u8]) -> io::Result<Option<usize>>;
-    /// Readable (as `poll` has it) when [`NetBackend::receive`] may return a frame. Stays the same and open as long as the device.
+    /// Readable (as `poll` has it) when [`NetBackend::receive`] may return a frame. Stays the same
+    /// and open as long as the device.
     fn readable_fd(&self) -> RawFd;
 
     /// What it can carry. Never changes. The devices of both nodes must offer a guest the same.
     fn offloads(&self) -> Offloads {
         Offloads::NONE
     }
-    /// The driver has agreed to these and no others, or was reset. Called with every reset and restore; it must not block.
+    /// The driver has agreed to these and no others, or was reset. Called with every reset and
+    /// restore; it must not block.
     fn agreed(&self, offloads: Offloads) {
         let _ = offloads;
     }

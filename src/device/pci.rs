@@ -1,6 +1,8 @@
-//! The least of a PCI bus: its configuration ports, behind which there is a host bridge and nothing else.
+//! The least of a PCI bus: its configuration ports, behind which there is a host bridge and nothing
+//! else.
 //!
-//! No device of ours is on it. But a PC without these ports makes kernels complain at each boot, and some then look for a bus in other, riskier ways.
+//! No device of ours is on it. But a PC without these ports makes kernels complain at each boot,
+//! and some then look for a bus in other, riskier ways.
 
 use super::{DeviceStateError, StateReader};
 
@@ -42,7 +44,8 @@ impl PciPorts {
         }
     }
 
-    /// The guest writes `data` to the port at `offset`. The host bridge has nothing that could be set.
+    /// The guest writes `data` to the port at `offset`. The host bridge has nothing that could be
+    /// set.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         if let (0, Ok(address)) = (offset, data.try_into()) {
             self.address = u32::from_le_bytes(address);

@@ -1,5 +1,5 @@
-//! The serial console: a 16550 at port 0x3F8 on interrupt 4. What the guest writes goes to the console given to the machine; what a person types
-//! waits here until the guest takes it.
+//! The serial console: a 16550 at port 0x3F8 on interrupt 4. What the guest writes goes to the
+//! console given to the machine; what a person types waits here until the guest takes it.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -61,14 +61,16 @@ pub struct SerialPort {
     serial: Serial<SerialIrq, NoEvents, Console>,
     console: Console,
     signals: Arc<dyn Signals>,
-    /// Typed, and not yet in the FIFO. Not part of the saved state: for the guest it is still on the line.
+    /// Typed, and not yet in the FIFO. Not part of the saved state: for the guest it is still on
+    /// the line.
     waiting: VecDeque<u8>,
     /// The machine stands still: nothing goes into the FIFO, whose interrupt a capture could miss.
     held: bool,
 }
 
 impl SerialPort {
-    /// A serial port that writes to `console`. The writer must not block for long: a vCPU waits for it.
+    /// A serial port that writes to `console`. The writer must not block for long: a vCPU waits for
+    /// it.
     pub fn new(console: Box<dyn Write + Send>, signals: Arc<dyn Signals>) -> SerialPort {
         let console = Console(Arc::new(Mutex::new(console)));
         let irq = SerialIrq { signals: Arc::clone(&signals) };
@@ -108,7 +110,8 @@ impl SerialPort {
         self.waiting.drain(..taken);
     }
 
-    /// The guest writes register `register`. A console that fails loses the byte: the guest has no use for the error.
+    /// The guest writes register `register`. A console that fails loses the byte: the guest has no
+    /// use for the error.
     pub fn write(&mut self, register: u8, value: u8) {
         let _ = self.serial.write(register, value);
         if register != DATA_REGISTER {

@@ -1,10 +1,13 @@
-//! The CPU a guest is shown: the host's, freed of what cannot be saved, or a model that many hosts have.
+//! The CPU a guest is shown: the host's, freed of what cannot be saved, or a model that many hosts
+//! have.
 //!
-//! Two nodes can only be a pair if a guest sees the same CPU on both. [`CpuModel::Host`] gives it everything the host has, which needs equal
-//! hosts; [`CpuModel::Baseline`] gives it what any server CPU of the same maker of the last ten years has.
+//! Two nodes can only be a pair if a guest sees the same CPU on both. [`CpuModel::Host`] gives it
+//! everything the host has, which needs equal hosts; [`CpuModel::Baseline`] gives it what any
+//! server CPU of the same maker of the last ten years has.
 //!
-//! What no guest gets: virtualisation of its own (VMX, SVM: nested state), KVM's asynchronous page faults (tokens in flight), SGX (memory that
-//! cannot be read), processor trace, and KVM's features that need a part of the VMM which is not there.
+//! What no guest gets: virtualisation of its own (VMX, SVM: nested state), KVM's asynchronous page
+//! faults (tokens in flight), SGX (memory that cannot be read), processor trace, and KVM's features
+//! that need a part of the VMM which is not there.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -16,17 +19,19 @@ pub enum CpuModel {
     /// Everything the host's CPU has and that can be saved: for hosts with equal CPUs.
     #[default]
     Host,
-    /// The x86-64-v2 instructions (SSE4.2, POPCNT, CMPXCHG16B; no AVX) and a fixed family and model: for hosts whose CPUs have the same maker.
+    /// The x86-64-v2 instructions (SSE4.2, POPCNT, CMPXCHG16B; no AVX) and a fixed family and
+    /// model: for hosts whose CPUs have the same maker.
     Baseline,
 }
 
 /// Leaf of KVM's paravirtual features.
 const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
-/// What is taken out of it: asynchronous page faults (4, 10, 14), wide message-signalled interrupts (15) and migration control (17), which
-/// need more of a VMM than there is.
+/// What is taken out of it: asynchronous page faults (4, 10, 14), wide message-signalled interrupts
+/// (15) and migration control (17), which need more of a VMM than there is.
 const KVM_FEATURES_NO: u32 = 1 << 4 | 1 << 10 | 1 << 14 | 1 << 15 | 1 << 17;
-/// What the baseline leaves in it: kvmclock (0, 3, 24), the I/O delay (1), steal time (5), the end-of-interrupt hint (6) and polling (12):
-/// all that Debian's kernels of the last ten years know of and both makers' KVM has.
+/// What the baseline leaves in it: kvmclock (0, 3, 24), the I/O delay (1), steal time (5), the
+/// end-of-interrupt hint (6) and polling (12): all that Debian's kernels of the last ten years know
+/// of and both makers' KVM has.
 const KVM_FEATURES_BASELINE: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 24;
 
 /// Leaf 1, ECX.
@@ -46,14 +51,15 @@ const LEAF7_ECX_NO: u32 = 1 << 30;
 /// Leaf 0x8000_0001, ECX: SVM, and the monitoring that goes with it.
 const LEAF8001_ECX_NO: u32 = 1 << 2;
 
-/// Leaf 1 of the baseline. EAX: a family of each maker that kernels know and have no exceptions for.
+/// Leaf 1 of the baseline. EAX: a family of each maker that kernels know and have no exceptions
+/// for.
 const BASELINE_INTEL_SIGNATURE: u32 = 0x0f61;
 const BASELINE_AMD_SIGNATURE: u32 = 0x0006_0fb1;
 /// SSE3, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, x2APIC, POPCNT, TSC deadline, hypervisor.
 const BASELINE_LEAF1_ECX: u32 =
     1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 23 | LEAF1_ECX_TSC_DEADLINE | LEAF1_ECX_HYPERVISOR;
-/// All but thermal control, debug store, serial number and the like: FPU to CMOV (without VME's neighbours that hang on a model), CLFLUSH, MMX,
-/// FXSR, SSE, SSE2, HTT.
+/// All but thermal control, debug store, serial number and the like: FPU to CMOV (without VME's
+/// neighbours that hang on a model), CLFLUSH, MMX, FXSR, SSE, SSE2, HTT.
 const BASELINE_LEAF1_EDX: u32 = 0x178b_fbff;
 /// LAHF, legacy CR8.
 const BASELINE_LEAF8001_ECX: u32 = 1 | 1 << 4;
@@ -69,13 +75,15 @@ const BASELINE_WIDTHS: u32 = 48 << 8 | 40;
 /// The baseline's name, as leaves 0x8000_0002 to 4 have it.
 const BASELINE_NAME: &[u8; 48] = b"mcd baseline CPU (x86-64-v2)\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-/// Which memory has which caching: the default, eight ranges (base and mask), and the first MiB in pieces. Every model says that it has them.
+/// Which memory has which caching: the default, eight ranges (base and mask), and the first MiB in
+/// pieces. Every model says that it has them.
 pub(super) const MTRRS: [u32; 28] = [
     0x2ff, 0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e,
     0x20f, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
 ];
 
-/// The MSRs of the baseline: what every KVM saves for such a CPU. All others are those of features that it does not have.
+/// The MSRs of the baseline: what every KVM saves for such a CPU. All others are those of features
+/// that it does not have.
 const BASELINE_MSRS: [u32; 20] = [
     0x10,  // time stamp counter
     0x174, // SYSENTER
@@ -119,7 +127,8 @@ impl CpuModel {
         }
     }
 
-    /// The CPUID of this model on a host whose KVM supports `supported`, but for what differs from vCPU to vCPU.
+    /// The CPUID of this model on a host whose KVM supports `supported`, but for what differs from
+    /// vCPU to vCPU.
     ///
     /// # Errors
     /// [`MachineError::Kvm`] if there are more leaves than KVM takes.
@@ -204,7 +213,8 @@ fn reduce(entry: &mut kvm_cpuid_entry2, is_amd: bool) {
     }
 }
 
-/// Room for the topology of leaf 0xb, which hosts list in as many ways as there are; leaf 0x1f, which says the same, goes.
+/// Room for the topology of leaf 0xb, which hosts list in as many ways as there are; leaf 0x1f,
+/// which says the same, goes.
 fn add_topology(entries: &mut Vec<kvm_cpuid_entry2>) {
     /// KVM_CPUID_FLAG_SIGNIFCANT_INDEX.
     const INDEX_MATTERS: u32 = 1;
@@ -231,7 +241,8 @@ pub(super) fn number(cpuid: &mut CpuId, cpu: u8, cpus: u8) {
                 entry.ebx = entry.ebx & 0xffff | u32::from(cpus) << 16 | u32::from(cpu) << 24;
                 entry.edx = if cpus > 1 { entry.edx | LEAF1_EDX_HTT } else { entry.edx & !LEAF1_EDX_HTT };
             }
-            // Intel's caches: the third level is shared by all cores, the others by none; and the number of cores.
+            // Intel's caches: the third level is shared by all cores, the others by none; and the
+            // number of cores.
             4 if entry.eax & 0x1f != 0 => {
                 let level = entry.eax >> 5 & 7;
                 let sharing = if level >= 3 { (1 << id_bits) - 1 } else { 0 };

@@ -1,4 +1,5 @@
-//! The machine's side of its devices: what they can make happen, where their state goes, and whether its disks are the right ones.
+//! The machine's side of its devices: what they can make happen, where their state goes, and
+//! whether its disks are the right ones.
 
 use std::sync::Arc;
 
@@ -21,7 +22,8 @@ pub(super) struct MachineSignals {
 
 impl Signals for MachineSignals {
     fn set_irq(&self, gsi: u32, active: bool) {
-        // Synchronous on purpose: when this returns the interrupt is in the controllers' state, so no capture can miss it.
+        // Synchronous on purpose: when this returns the interrupt is in the controllers' state, so
+        // no capture can miss it.
         if let Err(error) = self.vm.set_irq_line(gsi, active) {
             tracing::error!(gsi, active, %error, "KVM refused an interrupt");
         }

@@ -1,4 +1,5 @@
-//! What the host's KVM can give a guest: capabilities, CPUID, MSRs, and a digest by which two hosts are compared.
+//! What the host's KVM can give a guest: capabilities, CPUID, MSRs, and a digest by which two hosts
+//! are compared.
 
 use std::arch::x86_64::__cpuid_count;
 use std::fs::OpenOptions;
@@ -42,7 +43,8 @@ pub(super) struct HostCaps {
     pub(super) cpuid: CpuId,
     /// Most vCPUs.
     pub(super) cpus_max: u8,
-    /// Guest-physical addresses have this many bits: the fewer of what the host has and what the guest is told.
+    /// Guest-physical addresses have this many bits: the fewer of what the host has and what the
+    /// guest is told.
     pub(super) address_bits: u32,
 }
 
@@ -69,7 +71,8 @@ pub(super) fn open() -> Result<Kvm, MachineError> {
     use std::os::fd::FromRawFd;
     // SAFETY: the descriptor was just opened on /dev/kvm and is handed over whole.
     let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
-    // The interface's version has been 12 ever since it was declared stable; anything else, or an error (-1), is no KVM.
+    // The interface's version has been 12 ever since it was declared stable; anything else, or an
+    // error (-1), is no KVM.
     if kvm.get_api_version() == KVM_API_VERSION { Ok(kvm) } else { Err(MachineError::NotKvm) }
 }
 
@@ -116,7 +119,8 @@ impl HostCaps {
     }
 }
 
-/// The MSRs that KVM lists, and the MTRRs: it keeps these too and does not list them (Linux 6.18). In one order on every kernel.
+/// The MSRs that KVM lists, and the MTRRs: it keeps these too and does not list them (Linux 6.18).
+/// In one order on every kernel.
 fn msrs_to_save(kvm_fd: &Kvm, listed: &[u32]) -> Result<Vec<u32>, MachineError> {
     let mut msrs: Vec<u32> = listed.iter().copied().filter(|index| !MTRRS.contains(index)).collect();
     let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
@@ -140,14 +144,17 @@ pub(super) fn power_on(vcpu: &VcpuFd) -> Result<(), StateError> {
     set_msrs(vcpu, &[msr(MSR_MISC_ENABLE, misc | FAST_STRINGS), msr(MSR_MTRR_DEFAULT_TYPE, MTRR_ON_WRITE_BACK)])
 }
 
-/// A digest of what a guest can see of this host's CPU as `model`: two hosts whose digests differ cannot take over from each other.
+/// A digest of what a guest can see of this host's CPU as `model`: two hosts whose digests differ
+/// cannot take over from each other.
 ///
-/// It covers the CPUID that guests are given, the MSRs and the size of the vector state that are saved, and, because some hosts
-/// let a guest's user mode execute CPUID unfiltered, the feature leaves of the bare CPU, unless the model is there to hide them. Names and
-/// frequencies are left out.
+/// It covers the CPUID that guests are given, the MSRs and the size of the vector state that are
+/// saved, and, because some hosts let a guest's user mode execute CPUID unfiltered, the feature
+/// leaves of the bare CPU, unless the model is there to hide them. Names and frequencies are left
+/// out.
 ///
 /// # Errors
-/// [`MachineError::Open`] without /dev/kvm, [`MachineError::Lacks`] or [`MachineError::Kvm`] if it cannot be asked.
+/// [`MachineError::Open`] without /dev/kvm, [`MachineError::Lacks`] or [`MachineError::Kvm`] if it
+/// cannot be asked.
 pub fn cpu_digest(model: CpuModel) -> Result<u64, MachineError> {
     let caps = HostCaps::ask(&open()?, model)?;
     let mut digest = Digest::new();
@@ -196,8 +203,8 @@ impl Machine {
         self.vcpus.first().map_or(0, |vcpu| vcpu.slot().state.tsc_khz())
     }
 
-    /// Restores what a machine that never ran saves, with a TSC of `tsc_khz`: what this host's KVM will not take at a takeover it refuses
-    /// now. Guest memory is not touched.
+    /// Restores what a machine that never ran saves, with a TSC of `tsc_khz`: what this host's KVM
+    /// will not take at a takeover it refuses now. Guest memory is not touched.
     ///
     /// # Errors
     /// As [`Machine::save`] and [`Machine::restore`].
@@ -213,7 +220,8 @@ fn is_name_or_frequency(function: u32) -> bool {
     matches!(function, 0x15 | 0x16 | 0x4000_0010 | 0x8000_0002..=0x8000_0004)
 }
 
-/// Leaves of the bare CPU that matter to programs, with masks over EAX to EDX that leave out what differs from core to core.
+/// Leaves of the bare CPU that matter to programs, with masks over EAX to EDX that leave out what
+/// differs from core to core.
 const BARE_LEAVES: [(u32, u32, [u32; 4]); 6] = [
     (0, 0, [u32::MAX; 4]),
     (1, 0, [u32::MAX, 0xff00, !LEAF1_ECX_OSXSAVE, u32::MAX]),

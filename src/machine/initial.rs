@@ -1,4 +1,5 @@
-//! What a vCPU starts with, and what the built-in guest is told of its network: the contract between `boot/` and the machine.
+//! What a vCPU starts with, and what the built-in guest is told of its network: the contract
+//! between `boot/` and the machine.
 //!
 //! `boot/` loads a guest into memory and returns one [`InitialVcpu`] per vCPU that starts at once:
 //!
@@ -14,14 +15,17 @@ use kvm_ioctls::VcpuFd;
 use super::error::{StateError, kvm};
 use super::state::vcpu::set_msrs;
 
-/// The state a vCPU starts with. vCPUs beyond the end of the list that boot returns wait for an INIT and a SIPI.
+/// The state a vCPU starts with. vCPUs beyond the end of the list that boot returns wait for an
+/// INIT and a SIPI.
 #[derive(Clone)]
 pub struct InitialVcpu {
     /// General registers.
     pub regs: kvm_regs,
-    /// Segments, control registers, descriptor tables. An `apic_base` of 0 stands for "the vCPU's own".
+    /// Segments, control registers, descriptor tables. An `apic_base` of 0 stands for "the vCPU's
+    /// own".
     pub sregs: kvm_sregs,
-    /// Floating point, if it is to differ from the reset state (which is: FCW 0x37F, MXCSR 0x1F80, all else 0).
+    /// Floating point, if it is to differ from the reset state (which is: FCW 0x37F, MXCSR 0x1F80,
+    /// all else 0).
     pub fpu: Option<kvm_fpu>,
     /// Model-specific registers, written in this order (kvmclock's MSR_KVM_SYSTEM_TIME_NEW is one).
     pub msrs: Vec<kvm_msr_entry>,

@@ -1,12 +1,15 @@
 //! Guest memory: where RAM lies, and how its pages are read and written from outside the guest.
 //!
-//! RAM starts at guest-physical 0. What fits below 3 GiB is contiguous; the rest goes from 4 GiB up, so that devices have the
-//! hole between. Everything outside this file numbers pages by *page index*, which skips the hole: index 0 is the first page of
-//! RAM, `pages() - 1` the last, whatever the layout.
+//! RAM starts at guest-physical 0. What fits below 3 GiB is contiguous; the rest goes from 4 GiB
+//! up, so that devices have the hole between. Everything outside this file numbers pages by *page
+//! index*, which skips the hole: index 0 is the first page of RAM, `pages() - 1` the last, whatever
+//! the layout.
 //!
 //! Two kinds of write are kept apart:
-//! - devices write through [`GuestRam::mmap`], which marks the VMM's own dirty bitmap (KVM's log does not see such writes);
-//! - the secondary applies an epoch through [`GuestRam::write_page`], which marks nothing: an image is not dirt.
+//! - devices write through [`GuestRam::mmap`], which marks the VMM's own dirty bitmap (KVM's log
+//!   does not see such writes);
+//! - the secondary applies an epoch through [`GuestRam::write_page`], which marks nothing: an image
+//!   is not dirty pages.
 
 use std::sync::Arc;
 
@@ -16,7 +19,7 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
 };
 
-use super::dirty::DirtBitmap;
+use super::dirty_log::DirtyBitmap0;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
 /// Where the hole begins: RAM below this address is contiguous from 0.
@@ -32,7 +35,7 @@ pub(super) fn end_of(memory_bytes: u64) -> u64 {
 }
 
 /// Guest memory as vm-memory sees it.
-pub type GuestMmap = GuestMemoryMmap<DirtBitmap>;
+pub type GuestMmap = GuestMemoryMmap<DirtyBitmap0>;
 
 /// What can go wrong with guest memory.
 #[derive(Debug, Error)]
@@ -86,7 +89,8 @@ pub enum MemoryError {
 /// One contiguous piece of RAM.
 #[derive(Clone, Copy, Debug)]
 pub struct RamRegion {
-    /// Page index of its first page; a multiple of 64, so that dirty words line up with a [`PageSet`].
+    /// Page index of its first page; a multiple of 64, so that dirty words line up with a
+    /// [`PageSet`].
     pub first_page: u64,
     /// How many pages it has.
     pub pages: u64,
@@ -100,8 +104,9 @@ pub struct RamRegion {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HostAddress(pub(super) *mut u8);
 
-// SAFETY: the pointer names a mapping shared by design (with the guest's vCPUs to begin with); it is only dereferenced by the
-// page copies below, which treat its bytes as changeable by others at any time.
+// SAFETY: the pointer names a mapping shared by design (with the guest's vCPUs to begin with); it
+// is only dereferenced by the page copies below, which treat its bytes as changeable by others at
+// any time.
 unsafe impl Send for HostAddress {}
 // SAFETY: as above.
 unsafe impl Sync for HostAddress {}
@@ -119,10 +124,12 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Maps `memory_bytes` bytes of zeroed guest memory; the host gives each page when it is first touched.
+    /// Maps `memory_bytes` bytes of zeroed guest memory; the host gives each page when it is first
+    /// touched.
     ///
     /// # Errors
-    /// [`MemoryError::Size`] if the size is zero, no multiple of 4096 or above the cap, [`MemoryError::Map`] if the host refuses.
+    /// [`MemoryError::Size`] if the size is zero, no multiple of 4096 or above the cap,
+    /// [`MemoryError::Map`] if the host refuses.
     pub fn new(memory_bytes: u64) -> Result<GuestRam, MemoryError> {
         let size_error = MemoryError::Size { bytes: memory_bytes };
         if memory_bytes == 0 || memory_bytes > MEMORY_BYTES_MAX || !memory_bytes.is_multiple_of(PAGE_BYTES as u64) {
@@ -140,7 +147,7 @@ impl GuestRam {
         let mut first_page = 0;
         for region in mmap.iter() {
             let pages = region.len() / PAGE_BYTES as u64;
-            let mapping: &MmapRegion<DirtBitmap> = region;
+            let mapping: &MmapRegion<DirtyBitmap0> = region;
             let host = HostAddress(mapping.as_ptr());
             regions.push(RamRegion { first_page, pages, address: region.start_addr().0, host });
             first_page += pages;
@@ -158,7 +165,7 @@ impl GuestRam {
         self.inner.pages * PAGE_BYTES as u64
     }
 
-    /// The memory as devices and loaders use it: writes through it are dirt.
+    /// The memory as devices and loaders use it: writes through it are dirty pages.
     pub fn mmap(&self) -> &GuestMmap {
         &self.inner.mmap
     }
@@ -190,8 +197,9 @@ impl GuestRam {
     /// [`MemoryError::NoSuchPage`].
     pub fn read_page(&self, page: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), MemoryError> {
         let from = self.host_page(page)?;
-        // SAFETY: `from` is a whole mapped page of guest memory (checked by host_page), `into` is 4096 bytes of our own, and the
-        // two cannot overlap because guest memory is never handed out as a Rust object.
+        // SAFETY: `from` is a whole mapped page of guest memory (checked by host_page), `into` is
+        // 4096 bytes of our own, and the two cannot overlap because guest memory is never handed
+        // out as a Rust object.
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), PAGE_BYTES) };
         Ok(())
     }
@@ -205,15 +213,18 @@ impl GuestRam {
             return Err(MemoryError::PageSize { bytes: bytes.len() });
         }
         let to = self.host_page(page)?;
-        // SAFETY: `to` is a whole mapped page of guest memory (checked by host_page), `bytes` is 4096 bytes long (checked above),
-        // and the two cannot overlap because guest memory is never handed out as a Rust object.
+        // SAFETY: `to` is a whole mapped page of guest memory (checked by host_page), `bytes` is
+        // 4096 bytes long (checked above), and the two cannot overlap because guest memory is never
+        // handed out as a Rust object.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, PAGE_BYTES) };
         Ok(())
     }
 
-    /// Appends the bytes of every page in `set` to `into`, in rising order of page index; pages beyond the guest's are left out.
+    /// Appends the bytes of every page in `set` to `into`, in rising order of page index; pages
+    /// beyond the guest's are left out.
     ///
-    /// Give a buffer that was used before: memory touched for the first time costs the host twenty times the copy itself.
+    /// Give a buffer that was used before: memory touched for the first time costs the host twenty
+    /// times the copy itself.
     pub fn copy_pages(&self, set: &PageSet, into: &mut Vec<u8>) {
         into.reserve(usize::try_from(set.count()).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES));
         for region in &self.inner.regions {
@@ -257,15 +268,17 @@ impl GuestRam {
         })
     }
 
-    /// Makes the host give every page now, so that neither the guest nor an apply pays for first touches later.
+    /// Makes the host give every page now, so that neither the guest nor an apply pays for first
+    /// touches later.
     ///
     /// # Errors
     /// [`MemoryError::Prefault`] if the host cannot.
     pub fn prefault(&self) -> Result<(), MemoryError> {
         for region in &self.inner.regions {
             let bytes = region.pages as usize * PAGE_BYTES;
-            // SAFETY: the range is one whole mapping of ours. MADV_HUGEPAGE is advice only, so its result does not matter;
-            // MADV_POPULATE_WRITE faults pages in without changing their content.
+            // SAFETY: the range is one whole mapping of ours. MADV_HUGEPAGE is advice only, so its
+            // result does not matter; MADV_POPULATE_WRITE faults pages in without changing their
+            // content.
             let result = unsafe {
                 libc::madvise(region.host.0.cast(), bytes, libc::MADV_HUGEPAGE);
                 libc::madvise(region.host.0.cast(), bytes, libc::MADV_POPULATE_WRITE)
@@ -281,17 +294,19 @@ impl GuestRam {
 
     fn host_page(&self, page: u64) -> Result<*mut u8, MemoryError> {
         let region = self.region_of(page).ok_or(MemoryError::NoSuchPage { page, pages: self.inner.pages })?;
-        // SAFETY: the page lies inside the region (region_of checked it), so the result stays inside one mapping.
+        // SAFETY: the page lies inside the region (region_of checked it), so the result stays
+        // inside one mapping.
         Ok(unsafe { region.host.0.add((page - region.first_page) as usize * PAGE_BYTES) })
     }
 }
 
-/// Appends page `page` of `region`, counted from the region's start. The caller has checked that it is below `region.pages`.
+/// Appends page `page` of `region`, counted from the region's start. The caller has checked that it
+/// is below `region.pages`.
 fn append_page(region: &RamRegion, page: u64, into: &mut Vec<u8>) {
     into.reserve(PAGE_BYTES);
     let length = into.len();
-    // SAFETY: the source is a whole page of a live mapping; reserve() made room for PAGE_BYTES bytes behind `length`, and they
-    // are written before set_len() makes them part of the vector.
+    // SAFETY: the source is a whole page of a live mapping; reserve() made room for PAGE_BYTES
+    // bytes behind `length`, and they are written before set_len() makes them part of the vector.
     unsafe {
         let from = region.host.0.add(page as usize * PAGE_BYTES);
         std::ptr::copy_nonoverlapping(from, into.as_mut_ptr().add(length), PAGE_BYTES);

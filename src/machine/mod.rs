@@ -1,4 +1,5 @@
-//! Floor 2: one virtual machine. It can be paused, read for dirt, saved, restored and resumed, and knows nothing of replication.
+//! Floor 2: one virtual machine. It can be paused, read for dirty pages, saved, restored and
+//! resumed, and knows nothing of replication.
 //!
 //! # A capture, step by step
 //!
@@ -8,33 +9,35 @@
 //!          quiesce devices  ─────────────────────────────────────────→ out of guest memory
 //!                                     completes pending I/O
 //!          ←──────────────── stopped
-//! collect_dirt(), copy_pages()        harvests its state into its slot
+//! collect_dirty(), copy_pages()        harvests its state into its slot
 //! save()   ←──────────────── settled
 //!          slots, chips, devices → bytes
 //! resume() order Run  ──────────────→ runs the guest
 //!          unquiesce devices  ───────────────────────────────────────→ works again
 //! ```
 //!
-//! [`Machine::pause`] returns as soon as guest memory stands still; the vCPU threads are then still reading their own state, and
-//! [`Machine::save`] waits for them. A controller that copies pages in between gets that time for nothing. (Harvesting writes no
-//! guest memory, so the dirty log may be read before it is over.)
+//! [`Machine::pause`] returns as soon as guest memory stands still; the vCPU threads are then still
+//! reading their own state, and [`Machine::save`] waits for them. A controller that copies pages in
+//! between gets that time for nothing. (Harvesting writes no guest memory, so the dirty log may be
+//! read before it is over.)
 //!
 //! # Rooms
 //!
-//! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty` what changed · `vcpu` threads and
-//! the pause word · `wait` the wait port · `saving` its state out and in · `state` the byte form of everything · `host` what this host
-//! can do · `cpuid` which of it a guest is shown · `initial` what a guest starts with · `boot` who gives it that.
+//! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty`
+//! what changed · `vcpu` threads and the pause word · `wait` the wait port · `saving` its state out
+//! and in · `state` the byte form of everything · `host` what this host can do · `cpuid` which of
+//! it a guest is shown · `initial` what a guest starts with · `boot` who gives it that.
 
 pub mod boot;
 mod cpuid;
 mod devices;
-pub mod dirty;
+pub mod dirty_log;
 mod error;
 mod futex;
 mod host;
 pub mod initial;
 pub mod memory;
-mod saving;
+mod save_restore;
 mod state;
 mod vcpu;
 pub mod wait;
@@ -58,11 +61,11 @@ pub use self::state::FormatError;
 pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 
 use self::devices::{MachineSignals, check_disks};
-use self::dirty::DirtyLog;
+use self::dirty_log::DirtyLog;
 use self::error::kvm;
 use self::host::HostCaps;
 use self::memory::GuestMmap;
-use self::vcpu::gate::{Order, Patience};
+use self::vcpu::gate::{Order, SpinLimit};
 use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
 use crate::device::Bus;
@@ -107,7 +110,8 @@ pub enum MachineEvent {
 /// How long the last pause took to stop the guest, and the last save to get its vCPUs' state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PauseTimes {
-    /// From the call of `pause` until every vCPU was out of the guest with its I/O complete, in microseconds.
+    /// From the call of `pause` until every vCPU was out of the guest with its I/O complete, in
+    /// microseconds.
     pub stop_us: u64,
     /// What `save` waited for vCPUs that were still reading their state, in microseconds.
     pub settle_us: u64,
@@ -117,7 +121,8 @@ pub struct PauseTimes {
 
 /// One virtual machine. Dropping it ends its threads.
 pub struct Machine {
-    // Field order is drop order: vCPU threads end before the devices they call and the VM they belong to.
+    // Field order is drop order: vCPU threads end before the devices they call and the VM they
+    // belong to.
     vcpus: Vec<Vcpu>,
     bus: Arc<Bus<GuestMmap>>,
     vm: Arc<VmFd>,
@@ -132,12 +137,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds a machine of `shape` with a CPU of `model`, paused and empty. Its network card is plugged into `net`, the disks of its shape keep their
-    /// bytes in `disks`, in the same order; what it writes to its serial port goes to `console`, which must not block for long.
+    /// Builds a machine of `shape` with a CPU of `model`, paused and empty. Its network card is
+    /// plugged into `net`, the disks of its shape keep their bytes in `disks`, in the same order;
+    /// what it writes to its serial port goes to `console`, which must not block for long.
     ///
     /// # Errors
-    /// Without /dev/kvm or what is needed of it, without memory, if the shape is not possible, or if `disks` are not those of
-    /// the shape.
+    /// Without /dev/kvm or what is needed of it, without memory, if the shape is not possible, or
+    /// if `disks` are not those of the shape.
     pub fn new(
         shape: &MachineShape,
         model: CpuModel,
@@ -164,7 +170,7 @@ impl Machine {
             .map_err(|reason| MachineError::Start { what: "the devices", reason })?;
         let bus = Arc::new(bus);
         let common =
-            Common { cpus: shape.cpus, caps, bus: Arc::clone(&bus), events: events_in, patience: patience(shape.cpus) };
+            Common { cpus: shape.cpus, caps, bus: Arc::clone(&bus), events: events_in, timeout: timeout(shape.cpus) };
         let mut machine = Machine {
             vcpus: Vec::new(),
             bus,
@@ -188,7 +194,8 @@ impl Machine {
     /// Loads the built-in guest and gives the vCPUs their first state; the next resume boots it.
     ///
     /// # Errors
-    /// [`MachineError::Boot`] if the machine's shape is not one the guest runs on; [`MachineError::Running`]; what KVM refuses.
+    /// [`MachineError::Boot`] if the machine's shape is not one the guest runs on;
+    /// [`MachineError::Running`]; what KVM refuses.
     pub fn boot_builtin(&mut self, net: &GuestNet) -> Result<(), MachineError> {
         self.need_paused("boot it")?;
         let vcpus = boot::builtin::load(&self.ram, &self.shape, net)?;
@@ -198,7 +205,8 @@ impl Machine {
     /// Loads a Linux guest and gives the first vCPU its first state; the next resume boots it.
     ///
     /// # Errors
-    /// [`MachineError::Boot`] if its files are not what they should be or do not fit; [`MachineError::Running`]; what KVM refuses.
+    /// [`MachineError::Boot`] if its files are not what they should be or do not fit;
+    /// [`MachineError::Running`]; what KVM refuses.
     pub fn boot_linux(&mut self, guest: &LinuxGuest) -> Result<(), MachineError> {
         self.need_paused("boot it")?;
         let windows = self.virtio_windows();
@@ -206,8 +214,8 @@ impl Machine {
         self.start_vcpus(vcpus)
     }
 
-    /// Gives each vCPU its first state. vCPUs beyond the end of `vcpus` wait for an INIT and a SIPI from another. Guest memory
-    /// must be loaded already.
+    /// Gives each vCPU its first state. vCPUs beyond the end of `vcpus` wait for an INIT and a SIPI
+    /// from another. Guest memory must be loaded already.
     ///
     /// # Errors
     /// [`MachineError::Running`], or what KVM refuses.
@@ -235,11 +243,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops the guest. When this returns, every vCPU is out of the guest with its I/O complete, no device thread is in guest
-    /// memory, and the vCPUs' state is being read by their own threads ([`Machine::save`] waits for it).
+    /// Stops the guest. When this returns, every vCPU is out of the guest with its I/O complete, no
+    /// device thread is in guest memory, and the vCPUs' state is being read by their own threads
+    /// ([`Machine::save`] waits for it).
     ///
     /// # Errors
-    /// [`MachineError::Stuck`] if a vCPU does not stop within ten seconds; the machine runs on then.
+    /// [`MachineError::Stuck`] if a vCPU does not stop within ten seconds; the machine runs on
+    /// then.
     pub fn pause(&mut self) -> Result<(), MachineError> {
         if !self.running {
             return Ok(());
@@ -289,38 +299,42 @@ impl Machine {
     ///
     /// # Errors
     /// What KVM refuses.
-    pub fn track_dirt(&mut self, on: bool) -> Result<(), MachineError> {
-        dirty::clear_bitmaps(&self.ram);
+    pub fn track_dirty(&mut self, on: bool) -> Result<(), MachineError> {
+        dirty_log::clear_bitmaps(&self.ram);
         self.map_memory(on)
     }
 
-    /// Adds every page written since the last call (or since tracking was switched on) to `into`. **Reading clears**: see
-    /// [`dirty`].
+    /// Adds every page written since the last call (or since tracking was switched on) to `into`.
+    /// **Reading clears**: see [`dirty`].
     ///
     /// # Errors
     /// What KVM refuses; pages may be missing from its log and present in `into` then.
-    pub fn collect_dirt(&mut self, into: &mut PageSet) -> Result<(), MachineError> {
+    pub fn collect_dirty(&mut self, into: &mut PageSet) -> Result<(), MachineError> {
         self.dirty_log
             .collect(&self.vm, &self.ram, into)
             .map_err(|errno| KvmError { call: "KVM_GET_DIRTY_LOG", errno }.into())
     }
 
-    /// Output has room again: a network device that had to leave frames in its queue looks again. Never blocks.
+    /// Output has room again: a network device that had to leave frames in its queue looks again.
+    /// Never blocks.
     pub fn kick_net(&self) {
         self.bus.kick_net();
     }
 
-    /// The way in for what a person types at the serial console. It does not keep the machine alive.
+    /// The way in for what a person types at the serial console. It does not keep the machine
+    /// alive.
     pub fn console_input(&self) -> ConsoleInput {
         ConsoleInput { bus: Arc::downgrade(&self.bus) }
     }
 
-    /// A backend of a disk has room again: a disk whose request had to wait asks again. Never blocks.
+    /// A backend of a disk has room again: a disk whose request had to wait asks again. Never
+    /// blocks.
     pub fn kick_disks(&self) {
         self.bus.kick_disks();
     }
 
-    /// Where the guest finds its virtio devices: the network card, the disks, the source of random bytes.
+    /// Where the guest finds its virtio devices: the network card, the disks, the source of random
+    /// bytes.
     pub fn virtio_windows(&self) -> Vec<VirtioWindow> {
         self.bus.virtio_windows()
     }
@@ -354,8 +368,8 @@ impl Machine {
                 memory_size: region.pages * PAGE_BYTES as u64,
                 userspace_addr: region.host.0 as u64,
             };
-            // SAFETY: the region is a mapping of that size which lives as long as `self.ram`, which lives as long as the VM is
-            // used; regions do not overlap.
+            // SAFETY: the region is a mapping of that size which lives as long as `self.ram`, which
+            // lives as long as the VM is used; regions do not overlap.
             unsafe { self.vm.set_user_memory_region(slot_region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(())
@@ -368,7 +382,8 @@ pub struct ConsoleInput {
 }
 
 impl ConsoleInput {
-    /// Hands bytes to the guest as fast as it takes them. Never blocks; a guest that takes none loses what is beyond 64 KiB.
+    /// Hands bytes to the guest as fast as it takes them. Never blocks; a guest that takes none
+    /// loses what is beyond 64 KiB.
     pub fn push(&self, bytes: &[u8]) {
         if let Some(bus) = self.bus.upgrade() {
             bus.console_input(bytes);
@@ -387,12 +402,12 @@ fn create_vm(kvm_fd: &kvm_ioctls::Kvm) -> Result<VmFd, MachineError> {
 }
 
 /// Looking before sleeping pays only where the other side has a core of its own.
-fn patience(cpus: u8) -> Patience {
+fn timeout(cpus: u8) -> SpinLimit {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if cores > usize::from(cpus) {
-        Patience { controller: Duration::from_micros(50), vcpu: Duration::from_micros(100) }
+        SpinLimit { controller: Duration::from_micros(50), vcpu: Duration::from_micros(100) }
     } else {
-        Patience { controller: Duration::ZERO, vcpu: Duration::ZERO }
+        SpinLimit { controller: Duration::ZERO, vcpu: Duration::ZERO }
     }
 }
 

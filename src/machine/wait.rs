@@ -1,10 +1,11 @@
 //! The wait port: how an idle guest sleeps, and the doorbell that wakes it.
 //!
-//! `out 0x600, eax` says that the guest has nothing to do for `eax` microseconds. The vCPU thread then sleeps until a device used
-//! a buffer, the time is over, or the machine is paused. Arrivals are counted, per vCPU: one that comes between the guest's last
-//! poll and its `out` finds the count moved and the wait returns at once. A pause does not end a wait: the thread comes back to it
-//! after the resume, so that an idle guest stays idle from epoch to epoch. In a restored machine no wait is pending: the guest's
-//! `out` is complete in its state, so it simply polls again.
+//! `out 0x600, eax` says that the guest has nothing to do for `eax` microseconds. The vCPU thread
+//! then sleeps until a device used a buffer, the time is over, or the machine is paused. Arrivals
+//! are counted, per vCPU: one that comes between the guest's last poll and its `out` finds the
+//! count moved and the wait returns at once. A pause does not end a wait: the thread comes back to
+//! it after the resume, so that an idle guest stays idle from epoch to epoch. In a restored machine
+//! no wait is pending: the guest's `out` is complete in its state, so it simply polls again.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ pub const WAIT_FOREVER: u32 = u32::MAX;
 pub(super) struct Doorbell {
     /// Goes up with each used buffer.
     rings: AtomicU32,
-    /// Goes up with each ring and each nudge: the word a waiter sleeps on.
+    /// Goes up with each ring and each probe: the word a waiter sleeps on.
     bell: AtomicU32,
     sleeps: AtomicBool,
 }
@@ -56,7 +57,7 @@ impl Doorbell {
     /// A device used a buffer.
     pub(super) fn ring(&self) {
         self.rings.fetch_add(1, Ordering::SeqCst);
-        self.nudge();
+        self.probe();
     }
 
     /// How many rings there have been.
@@ -65,15 +66,16 @@ impl Doorbell {
     }
 
     /// Makes a waiter look up, without counting as an arrival.
-    pub(super) fn nudge(&self) {
+    pub(super) fn probe(&self) {
         self.bell.fetch_add(1, Ordering::SeqCst);
         if self.sleeps.load(Ordering::SeqCst) {
             futex::wake_all(&self.bell);
         }
     }
 
-    /// Waits until the doorbell rings, `wait` is over, or `wanted` says that the thread is needed. `seen` is the count of rings
-    /// that earlier waits have answered; it is brought up to date when the wait is done.
+    /// Waits until the doorbell rings, `wait` is over, or `wanted` says that the thread is needed.
+    /// `seen` is the count of rings that earlier waits have answered; it is brought up to date when
+    /// the wait is done.
     pub(super) fn wait(&self, wait: Wait, seen: &mut u32, wanted: impl Fn() -> bool) -> Woken {
         loop {
             let bell = self.bell.load(Ordering::SeqCst);
@@ -143,7 +145,7 @@ mod tests {
             move || bell.wait(Wait::begin(WAIT_FOREVER), &mut 0, || wanted.load(Ordering::SeqCst))
         });
         wanted.store(true, Ordering::SeqCst);
-        bell.nudge();
+        bell.probe();
         assert_eq!(waiter.join().expect("waiter"), Woken::Wanted);
     }
 }

@@ -1,4 +1,5 @@
-//! Telling the network where the guest is now: RARP for the switches, gratuitous ARP for hosts when the address is known.
+//! Telling the network where the guest is now: RARP for the switches, gratuitous ARP for hosts when
+//! the address is known.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -10,8 +11,8 @@ const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_RARP: u16 = 0x8035;
 const FRAME_BYTES_MIN: usize = 60;
 
-/// When the frames are sent again, in ms after the first time: the first can be lost, or overtaken by a late frame of the host that died,
-/// which turns the switches back.
+/// When the frames are sent again, in ms after the first time: the first can be lost, or overtaken
+/// by a late frame of the host that died, which turns the switches back.
 const REPEATS_MS: [u64; 5] = [50, 150, 400, 1_000, 3_000];
 
 /// What is announced, and when it is once more.

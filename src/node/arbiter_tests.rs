@@ -7,20 +7,20 @@ use std::time::Duration;
 use crossbeam::channel::unbounded;
 
 use super::arbiter_thread::{ArbiterThread, Reach};
-use super::board::Board;
 use super::config::{ArbiterConfig, Compress, NodeConfig, OnPeerLoss};
 use super::events::NodeEvent;
 use super::open_arbiter;
+use super::status::StatusStore;
 use crate::arbiter::etcd::EtcdConfig;
 use crate::arbiter::{Arbiter, ArbiterError, Swap};
 use crate::control::console::ConsoleTo;
 use crate::control::status::Role;
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
-use crate::protocol::heartbeat::HeartbeatConfig;
+use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::record::Record;
 use crate::protocol::types::{GuestName, InstanceId};
 
-const PATIENCE: Duration = Duration::from_secs(1);
+const WAIT_MAX: Duration = Duration::from_secs(1);
 
 fn node(arbiter: ArbiterConfig) -> NodeConfig {
     NodeConfig {
@@ -46,24 +46,25 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
     }
 }
 
-/// Asks an arbiter for what a secondary asks for, and gives what it says, and the status of a node it was said to.
+/// Asks an arbiter for what a secondary asks for, and gives what it says, and the status of a node
+/// it was said to.
 fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus) {
     let config = node(arbiter);
     let (events, inbox) = unbounded();
-    let board = Board::new(&config, Role::Secondary, events.clone());
+    let status = StatusStore::new(&config, Role::Secondary, events.clone());
     let noticed = {
-        let board = board.clone();
-        move |Reach { lost, .. }: Reach| board.arbiter_noticed(lost)
+        let status = status.clone();
+        move |Reach { lost, .. }: Reach| status.arbiter_noticed(lost)
     };
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, noticed).unwrap();
-    assert!(board.status().alarms.is_empty() && board.status().arbiter.reachable);
+    assert!(status.status().alarms.is_empty() && status.status().arbiter.reachable);
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let new = expected.next_solo(InstanceId(2));
     thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected, new } });
     let Ok(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.recv() else {
         panic!("no answer, or the wrong one");
     };
-    (why, board.status())
+    (why, status.status())
 }
 
 #[test]
@@ -74,17 +75,17 @@ fn each_kind_says_what_is_wrong_and_what_it_means() {
         prefix: "/mcd".into(),
         tls: None,
         login: None,
-        patience: PATIENCE,
+        timeout: WAIT_MAX,
     };
     let kinds = [
         (
-            ArbiterConfig::File { directory: "/nonexistent/mcd".into(), timeout: PATIENCE },
+            ArbiterConfig::File { directory: "/nonexistent/mcd".into(), timeout: WAIT_MAX },
             "file",
             "mount the shared storage",
         ),
         (ArbiterConfig::Etcd(etcd), "etcd", "check that the cluster has a quorum"),
         (
-            ArbiterConfig::Command { script: "/nonexistent/fence".into(), timeout: PATIENCE },
+            ArbiterConfig::Command { script: "/nonexistent/fence".into(), timeout: WAIT_MAX },
             "command",
             "make it executable",
         ),

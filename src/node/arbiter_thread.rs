@@ -1,5 +1,6 @@
-//! The thread that talks to the arbiter, so that nobody else ever waits for it. When nobody asks it anything it looks whether the arbiter
-//! is there, so that people hear of an arbiter out of reach before it is needed.
+//! The thread that talks to the arbiter, so that nobody else ever waits for it. When nobody asks it
+//! anything it looks whether the arbiter is there, so that people hear of an arbiter out of reach
+//! before it is needed.
 
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -22,7 +23,8 @@ pub struct Reach {
     pub watched: bool,
 }
 
-/// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is answered or called off.
+/// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is
+/// answered or called off.
 pub struct ArbiterThread {
     calls: Option<Sender<ArbiterCall>>,
     cancel: Option<Canceller>,
@@ -30,7 +32,8 @@ pub struct ArbiterThread {
 }
 
 impl ArbiterThread {
-    /// Starts the thread; answers go to `events`, and `noticed` hears each time whether the arbiter answered.
+    /// Starts the thread; answers go to `events`, and `noticed` hears each time whether the arbiter
+    /// answered.
     pub fn start(
         arbiter: Box<dyn Arbiter>,
         events: Sender<NodeEvent>,

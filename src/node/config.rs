@@ -1,4 +1,5 @@
-//! What an operator decides about a node: plain values, already checked. `cli/` makes them from flags and files.
+//! What an operator decides about a node: plain values, already checked. `cli/` makes them from
+//! flags and files.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -7,12 +8,13 @@ use std::time::Duration;
 use crate::arbiter::etcd::EtcdConfig;
 use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
+use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::guest_clock::ClockPolicy;
-use crate::protocol::heartbeat::HeartbeatConfig;
 use crate::protocol::messages::MachineShape;
 use crate::protocol::types::GuestName;
 
-/// What every node needs to know, in either role: a secondary becomes a primary by takeover, and then uses all of it.
+/// What every node needs to know, in either role: a secondary becomes a primary by takeover, and
+/// then uses all of it.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
     /// The guest.
@@ -35,7 +37,8 @@ pub struct NodeConfig {
     pub interval_min: Duration,
     /// Cut an epoch as soon as output waits and no commit is on its way.
     pub commit_on_output: bool,
-    /// How often heartbeats are sent and when a silent peer is suspected; the timeout is at least twice the interval.
+    /// How often heartbeats are sent and when a silent peer is suspected; the timeout is at least
+    /// twice the interval.
     pub heartbeat: HeartbeatConfig,
     /// How pages are packed for the wire.
     pub compress: Compress,
@@ -64,7 +67,8 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Both nodes use this very image, on storage they share; never with `read_only`.
     pub shared: bool,
-    /// The operator's word that a host which lost the guest cannot write this shared block device: something else than mcd sees to it.
+    /// The operator's word that a host which lost the guest cannot write this shared block device:
+    /// something else than mcd sees to it.
     pub fenced: bool,
     /// The serial number the guest sees, filled up with zero bytes; a secondary's is the primary's.
     pub serial: [u8; 20],
@@ -79,7 +83,8 @@ pub struct PrimaryStart {
     pub boot: GuestBoot,
     /// The guest's address, if known: where it runs is announced by ARP then, not by RARP alone.
     pub guest_ip: Option<Ipv4Addr>,
-    /// The operator's word that both nodes of the guest are dead: claim it whatever the arbiter has on record.
+    /// The operator's word that both nodes of the guest are dead: claim it whatever the arbiter has
+    /// on record.
     pub both_nodes_are_dead: bool,
 }
 

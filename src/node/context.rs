@@ -8,12 +8,12 @@ use crossbeam::channel::{Receiver, Sender};
 use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
 use super::arbiter_thread::{ArbiterThread, Reach};
-use super::board::Board;
 use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::status::StatusStore;
 use crate::arbiter::Arbiter;
 use crate::checkpoint::capture::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
@@ -29,37 +29,38 @@ use crate::protocol::primary::PrimaryConfig;
 pub const RETRY: Duration = Duration::from_millis(200);
 /// How long a newcomer may take to build its machine and open its second connection.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB, about 1 ms on a fast link).
+/// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB,
+/// about 1 ms on a fast link).
 const PUSH_PAGES_MAX: usize = 512;
 
 /// A context whose arbiter nobody may ask yet but the one who claims the guest.
-pub struct Unarbitrated {
+pub struct ContextWithoutArbiter {
     pub config: NodeConfig,
     pub guest_ip: Option<Ipv4Addr>,
     pub inbox: Receiver<NodeEvent>,
     pub events: Sender<NodeEvent>,
-    pub board: Arc<Board>,
+    pub status: Arc<StatusStore>,
     pub sink: EventSink,
     pub console: Console,
     pub cpu: HostCpu,
 }
 
-impl Unarbitrated {
+impl ContextWithoutArbiter {
     /// Hands the arbiter to its thread.
     pub fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
-        let notice = notice(self.board.clone(), self.sink.clone());
+        let notice = notice(self.status.clone(), self.sink.clone());
         let arbiter = ArbiterThread::start(arbiter, self.events.clone(), notice)?;
         let captures = CapturePool::default();
         let warming = captures.clone();
         std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;
-        let Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu } = self;
-        Ok(Context { config, guest_ip, inbox, events, board, sink, console, arbiter, cpu, captures })
+        let ContextWithoutArbiter { config, guest_ip, inbox, events, status, sink, console, cpu } = self;
+        Ok(Context { config, guest_ip, inbox, events, status, sink, console, arbiter, cpu, captures })
     }
 }
 
-/// Writes down whether the arbiter answers, and tells programs what was found while nobody asked: what is found by a question is told by
-/// `protocol/`, which asked it.
-fn notice(board: Arc<Board>, sink: EventSink) -> impl FnMut(Reach) + Send {
+/// Writes down whether the arbiter answers, and tells programs what was found while nobody asked:
+/// what is found by a question is told by `protocol/`, which asked it.
+fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Reach) + Send {
     let mut told = false;
     move |Reach { lost, watched }| {
         match &lost {
@@ -76,7 +77,7 @@ fn notice(board: Arc<Board>, sink: EventSink) -> impl FnMut(Reach) + Send {
             }
             Some(_) | None => {}
         }
-        board.arbiter_noticed(lost);
+        status.arbiter_noticed(lost);
     }
 }
 
@@ -91,7 +92,7 @@ pub struct Context {
     /// The way into the inbox.
     pub events: Sender<NodeEvent>,
     /// What people see.
-    pub board: Arc<Board>,
+    pub status: Arc<StatusStore>,
     /// What programs are told.
     pub sink: EventSink,
     /// The guest's serial console.
@@ -100,14 +101,15 @@ pub struct Context {
     pub arbiter: ArbiterThread,
     /// The CPU this host can give a guest.
     pub cpu: HostCpu,
-    /// Room for captures, made ready in the background from the start: a node may need it at any moment, and in a hurry.
+    /// Room for captures, made ready in the background from the start: a node may need it at any
+    /// moment, and in a abort.
     pub captures: CapturePool,
 }
 
 impl Context {
     /// Tells people and programs.
     pub fn tell(&self, event: &Event) {
-        if event.is_trouble() {
+        if event.is_warning() {
             tracing::warn!(event = event.name(), "{event}");
         } else {
             tracing::info!(event = event.name(), "{event}");
@@ -135,7 +137,7 @@ impl Context {
     /// Feature bits this node offers.
     pub fn features(&self) -> u64 {
         let lz4 = if self.config.compress == Compress::None { 0 } else { features::LZ4 };
-        lz4 | features::DISK_SUMS
+        lz4 | features::DISK_HASHES
     }
 }
 
@@ -143,11 +145,12 @@ impl Context {
 pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<OutputGate>, NodeError> {
     let port = VnetTapPort::open(&config.tap)?;
     let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
-    let ears = GateEars { events: events.clone() };
-    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(ears), clock::monotonic_us))
+    let acceptor = OutputForwarder { events: events.clone() };
+    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(acceptor), clock::monotonic_us))
 }
 
-/// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose serial port is `console`.
+/// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose
+/// serial port is `console`.
 pub fn new_machine(
     shape: &MachineShape,
     cpu: CpuModel,
@@ -170,11 +173,11 @@ pub fn new_machine(
 }
 
 /// Turns the gate's calls (from vCPU threads) into events.
-struct GateEars {
+struct OutputForwarder {
     events: Sender<NodeEvent>,
 }
 
-impl OutputListener for GateEars {
+impl OutputListener for OutputForwarder {
     fn output_waiting(&self) {
         // A node that is ending does not mind.
         let _ = self.events.send(NodeEvent::OutputWaiting);

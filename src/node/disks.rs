@@ -1,4 +1,5 @@
-//! A node's disk images: opened, checked against their stamps, and stamped as the node's part in the guest changes.
+//! A node's disk images: opened, checked against their stamps, and stamped as the node's part in
+//! the guest changes.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,11 +10,11 @@ use thiserror::Error;
 
 use super::config::{DiskConfig, NodeConfig};
 use super::events::NodeEvent;
-use super::shared::{self, NodeImage, SharedEars, SharedError};
+use super::shared_disks::{self, NodeImage, SharedDiskForwarder, SharedError};
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::{DiskJournal, JournalListener};
-use crate::checkpoint::shared::{SharedGate, SharedJournal};
+use crate::checkpoint::shared_journal::{SharedGate, SharedJournal};
 use crate::checkpoint::shared_writer::SharedWriter;
 use crate::checkpoint::snapshot::{SnapshotHead, SnapshotId};
 use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
@@ -22,7 +23,7 @@ use crate::device::image::{ImageError, RawImage};
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
-use crate::protocol::secondary::StorageTrouble;
+use crate::protocol::secondary::StorageFault;
 use crate::protocol::types::{EpochId, Generation, GuestName};
 
 /// Why a node cannot use its disks.
@@ -124,17 +125,17 @@ pub enum DiskError {
 /// # Errors
 /// [`DiskError::Image`].
 pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), DiskError> {
-    shared::check_fencing(config)?;
+    shared_disks::check_fencing(config)?;
     let mut images = Vec::new();
     let mut shapes = Vec::new();
     for disk in &config.disks {
-        let image = shared::open_image(disk)?;
+        let image = shared_disks::open_image(disk)?;
         let DiskConfig { read_only, shared, serial, .. } = *disk;
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
         images.push(image);
     }
-    shared::take(&images).map_err(|trouble| match trouble {
-        StorageTrouble::Locked(why) | StorageTrouble::Failing(why) => SharedError::NotOurs(why),
+    shared_disks::take(&images).map_err(|trouble| match trouble {
+        StorageFault::Locked(why) | StorageFault::Failing(why) => SharedError::NotOurs(why),
     })?;
     Ok((images, shapes))
 }
@@ -144,9 +145,9 @@ pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), Dis
 /// # Errors
 /// [`DiskError::Image`].
 pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
-    shared::check_fencing(config)?;
+    shared_disks::check_fencing(config)?;
     for disk in &config.disks {
-        match shared::open_image(disk) {
+        match shared_disks::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
             opened => drop(opened?),
         }
@@ -154,7 +155,8 @@ pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
     Ok(())
 }
 
-/// Checks that a guest may start from its images, and that they can be stamped; `newest` is the newest generation on record.
+/// Checks that a guest may start from its images, and that they can be stamped; `newest` is the
+/// newest generation on record.
 ///
 /// # Errors
 /// [`DiskError::Refused`], [`DiskError::Stamp`].
@@ -169,7 +171,8 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
             }
             old => old?,
         };
-        // Of a shared image there is no newer one elsewhere: a stamp that is behind says only that it was written late.
+        // Of a shared image there is no newer one elsewhere: a stamp that is behind says only that
+        // it was written late.
         let newest_elsewhere = newest.filter(|_| !disk.shared);
         match old.as_ref().map(|stamp| stamp.may_start(&config.guest, newest_elsewhere)) {
             Some(Err(why)) if config.force_disk => {
@@ -181,7 +184,8 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
                 tracing::info!(image = %path.display(), at, "disk");
             }
         }
-        // What cannot be written now could not be after the claim either, and then the guest would be on record as ours.
+        // What cannot be written now could not be after the claim either, and then the guest would
+        // be on record as ours.
         if old.is_none() {
             let at = EpochId { generation: newest.unwrap_or_default(), epoch: 0 };
             Stamp::now(&config.guest, at, StampState::Whole).write(&path)?;
@@ -190,11 +194,12 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
     Ok(())
 }
 
-/// Checks that images are those of a snapshot's disks: as many, as large, and of the snapshot's very moment. Gives the disks' shapes.
+/// Checks that images are those of a snapshot's disks: as many, as large, and of the snapshot's
+/// very moment. Gives the disks' shapes.
 ///
 /// # Errors
 /// [`DiskError`].
-pub fn of_snapshot(
+pub fn disks_of_snapshot(
     configs: &[DiskConfig],
     given: &[DiskShape],
     head: &SnapshotHead,
@@ -229,7 +234,8 @@ pub fn of_snapshot(
     Ok(wanted.iter().zip(given).map(|(of, here)| DiskShape { shared: here.shared, ..of.clone() }).collect())
 }
 
-/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking; for each also whether it was made.
+/// Opens a newcomer's images for a guest of `shape`, and makes those that are lacking; for each
+/// also whether it was made.
 ///
 /// # Errors
 /// [`DiskError`] if they are not those of the shape, or belong to another guest.
@@ -257,7 +263,7 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<NodeIm
         {
             return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
         }
-        let (image, is_made) = match shared::open_image(disk) {
+        let (image, is_made) = match shared_disks::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
                 (NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?)), true)
             }
@@ -279,7 +285,7 @@ pub struct NodeDisks {
     images: Vec<NodeImage>,
     backends: Vec<Arc<dyn BlockBackend>>,
     gates: Vec<Arc<dyn BlockBackend>>,
-    stamps: StampKeeper,
+    stamps: StampWriter,
     stamped: Option<Generation>,
     /// What is held for shared images. Its thread gives them up, so it ends after the stamps'.
     shared: Option<(Arc<SharedJournal>, SharedWriter)>,
@@ -297,8 +303,8 @@ impl NodeDisks {
         events: &Sender<NodeEvent>,
     ) -> Result<NodeDisks, DiskError> {
         let layout = Arc::new(ImageLayout::of(shape));
-        let journal = DiskJournal::new(JOURNAL_BYTES_MAX, Box::new(Ears { events: events.clone() }));
-        let held = SharedJournal::new(JOURNAL_BYTES_MAX, Box::new(SharedEars { events: events.clone() }));
+        let journal = DiskJournal::new(JOURNAL_BYTES_MAX, Box::new(Acceptor { events: events.clone() }));
+        let held = SharedJournal::new(JOURNAL_BYTES_MAX, Box::new(SharedDiskForwarder { events: events.clone() }));
         let backends: Vec<_> = images.iter().map(NodeImage::backend).collect();
         let gate = |(disk, image): (usize, &NodeImage)| -> Arc<dyn BlockBackend> {
             let blocks = layout.blocks_of(disk);
@@ -310,7 +316,7 @@ impl NodeDisks {
         let gates = images.iter().enumerate().map(gate).collect();
         let stamped = config.disks.iter().zip(&images).filter(|(disk, _)| !disk.read_only);
         let stamped = stamped.map(|(disk, image)| (disk.path.clone(), image.clone())).collect();
-        let stamps = StampKeeper::start(config.guest.clone(), stamped)?;
+        let stamps = StampWriter::start(config.guest.clone(), stamped)?;
         let shared_images: Vec<_> = images.iter().filter_map(NodeImage::shared).map(Arc::clone).collect();
         let shared = match shared_images.is_empty() {
             true => None,
@@ -337,8 +343,8 @@ impl NodeDisks {
     ///
     /// # Errors
     /// Why they cannot be had yet.
-    pub fn take_shared(&self) -> Result<(), StorageTrouble> {
-        shared::take(&self.images)
+    pub fn take_shared(&self) -> Result<(), StorageFault> {
+        shared_disks::take(&self.images)
     }
 
     /// What the machine's disks keep their bytes in.
@@ -351,7 +357,8 @@ impl NodeDisks {
         GuestImage::new(memory, Arc::clone(&self.layout), self.backends.clone())
     }
 
-    /// Stamps the images as a newcomer's, before the first block is written over; returns when that is durable.
+    /// Stamps the images as a newcomer's, before the first block is written over; returns when that
+    /// is durable.
     ///
     /// # Errors
     /// [`DiskError::Stamp`].
@@ -366,7 +373,8 @@ impl NodeDisks {
         Stamper { jobs: self.stamps.jobs.clone() }
     }
 
-    /// Ends what the images' threads do: the last stamps are written, what is held for shared images is forgotten, and these are given up.
+    /// Ends what the images' threads do: the last stamps are written, what is held for shared
+    /// images is forgotten, and these are given up.
     pub fn end(&mut self) {
         self.stamps.end();
         self.shared().into_iter().for_each(SharedJournal::close);
@@ -392,7 +400,8 @@ impl Stamper {
         self.submit(at, state, None);
     }
 
-    /// The same when the guest stopped for good, with this snapshot of its last moment if there is one.
+    /// The same when the guest stopped for good, with this snapshot of its last moment if there is
+    /// one.
     pub fn stamp_last(&self, at: EpochId, snapshot: Option<SnapshotId>) {
         self.submit(at, StampState::Whole, snapshot);
     }
@@ -410,8 +419,9 @@ enum Job {
     End,
 }
 
-/// The stamping thread: neither a takeover nor a commit waits for a disk. Dropping it waits for the last stamp.
-struct StampKeeper {
+/// The stamping thread: neither a takeover nor a commit waits for a disk. Dropping it waits for the
+/// last stamp.
+struct StampWriter {
     guest: GuestName,
     images: Vec<(PathBuf, NodeImage)>,
     /// None if there is nothing to stamp.
@@ -419,10 +429,10 @@ struct StampKeeper {
     thread: Option<JoinHandle<()>>,
 }
 
-impl StampKeeper {
-    fn start(guest: GuestName, images: Vec<(PathBuf, NodeImage)>) -> std::io::Result<StampKeeper> {
+impl StampWriter {
+    fn start(guest: GuestName, images: Vec<(PathBuf, NodeImage)>) -> std::io::Result<StampWriter> {
         if images.is_empty() {
-            return Ok(StampKeeper { guest, images, jobs: None, thread: None });
+            return Ok(StampWriter { guest, images, jobs: None, thread: None });
         }
         let (jobs, queue) = unbounded();
         let (of, all) = (guest.clone(), images.clone());
@@ -436,27 +446,29 @@ impl StampKeeper {
                         reason,
                     })
                 });
-                // An older stamp refuses a start that would have been right, and never allows a wrong one.
+                // An older stamp refuses a start that would have been right, and never allows a
+                // wrong one.
                 if let Err(error) = flushed.and_then(|()| stamp(&of, &all, (at, state, snapshot))) {
                     tracing::warn!(%error, %at, "disk images keep their old stamp");
                 }
             }
         })?;
-        Ok(StampKeeper { guest, images, jobs: Some(jobs), thread: Some(thread) })
+        Ok(StampWriter { guest, images, jobs: Some(jobs), thread: Some(thread) })
     }
 }
 
-impl Drop for StampKeeper {
+impl Drop for StampWriter {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-impl StampKeeper {
+impl StampWriter {
     /// Waits for the last stamp.
     fn end(&mut self) {
         if let Some(jobs) = self.jobs.take() {
-            // If the thread is gone there is nothing to wait for. (Not by closing the queue: a stamper elsewhere may hold it open.)
+            // If the thread is gone there is nothing to wait for. (Not by closing the queue: a
+            // stamper elsewhere may hold it open.)
             let _ = jobs.send(Job::End);
         }
         if let Some(thread) = self.thread.take() {
@@ -476,11 +488,11 @@ fn stamp(
 }
 
 /// Turns the journal's calls (from disks' threads) into events.
-struct Ears {
+struct Acceptor {
     events: Sender<NodeEvent>,
 }
 
-impl JournalListener for Ears {
+impl JournalListener for Acceptor {
     fn journal_full(&self) {
         // A node that is ending does not mind.
         let _ = self.events.send(NodeEvent::JournalFull);

@@ -9,9 +9,9 @@ use crate::checkpoint::snapshot::{SnapshotError, Written};
 use crate::checkpoint::stage::StagedEpoch;
 use crate::machine::MachineEvent;
 use crate::protocol::arbitration::ArbiterAnswer;
+use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::primary::{Command, ConnId};
-use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, InstanceId, Instant};
 use crate::wire::{LinkCloser, LinkWriter};
 
@@ -93,30 +93,30 @@ pub enum NodeEvent {
         /// Bytes it took.
         bytes: u64,
     },
-    /// A secondary's sums of blocks arrived.
-    PeerSums {
+    /// A secondary's hashes of blocks arrived.
+    PeerHashes {
         /// The connection.
         conn: ConnId,
         /// The index of the first block.
         first: u64,
-        /// The sums.
-        sums: Vec<BlockSum>,
+        /// The hashes.
+        hashes: Vec<BlockHash>,
     },
-    /// The sums a primary asked itself for.
-    OwnSums {
+    /// The hashes a primary asked itself for.
+    OwnHashes {
         /// The question's ticket.
         ticket: u64,
-        /// The sums, or in words why there are none.
-        sums: Result<Vec<BlockSum>, String>,
+        /// The hashes, or in words why there are none.
+        hashes: Result<Vec<BlockHash>, String>,
     },
-    /// The secondary of this instance id has summed blocks.
-    Summed {
+    /// The secondary of this instance id has hashed blocks.
+    BlocksHashed {
         /// Whose.
         instance: InstanceId,
         /// The index of the first block.
         first: u64,
-        /// The sums.
-        sums: Vec<BlockSum>,
+        /// The hashes.
+        hashes: Vec<BlockHash>,
     },
     /// The open epoch has output.
     OutputWaiting,
@@ -135,7 +135,7 @@ pub enum NodeEvent {
         conn: ConnId,
     },
     /// Shared storage does not take writes (why), or takes them again.
-    StorageTrouble(Option<String>),
+    StorageFault(Option<String>),
     /// Disks whose writes found no room may find some now.
     DisksHaveRoom,
     /// The image of the newcomer or secondary of this instance id is spoilt.

@@ -1,4 +1,5 @@
-//! Floor 5: the node's drivers. They turn what happens into inputs for `protocol/` and its actions into effects.
+//! Floor 5: the node's drivers. They turn what happens into inputs for `protocol/` and its actions
+//! into effects.
 //!
 //! ```text
 //!  vCPU threads ─ output waiting ─┐                        ┌─▶ capture, release, run (driver thread)
@@ -8,28 +9,28 @@
 //!                                          └─▶ board ◀─ control socket (reads without waiting)
 //! ```
 
+mod acceptor;
 mod announce;
 #[cfg(test)]
 mod arbiter_tests;
 mod arbiter_thread;
-mod board;
+mod block_hasher;
 pub mod clock;
 pub mod config;
-mod conns;
+mod connections;
 mod context;
 mod disks;
 mod error;
 mod events;
-mod keeper;
-mod links;
+mod memory_holder;
 mod meter;
 mod primary;
 mod priority;
 mod restore;
 mod secondary;
-mod shared;
+mod shared_disks;
 mod signals;
-mod summer;
+mod status;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -39,14 +40,14 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 pub use disks::DiskError;
 pub use error::NodeError;
 
-use self::board::Board;
+use self::acceptor::Acceptor;
 use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
-use self::context::{Context, RETRY, Unarbitrated, new_machine, open_gate};
+use self::context::{Context, ContextWithoutArbiter, RETRY, new_machine, open_gate};
 use self::disks::NodeDisks;
 use self::events::NodeEvent;
-use self::links::Ears;
 use self::primary::{PrimaryEnd, PrimaryNode};
 use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
+use self::status::StatusStore;
 use crate::arbiter::command::CommandArbiter;
 use crate::arbiter::etcd::EtcdArbiter;
 use crate::arbiter::file::FileArbiter;
@@ -79,7 +80,7 @@ pub enum NodeEnd {
 
 /// Prepares the process. Call it first, from the main thread, before any file or thread is there.
 pub fn prepare_process() {
-    if let Err(error) = keeper::start() {
+    if let Err(error) = memory_holder::start() {
         tracing::warn!(%error, "no keeper process: if this node is killed its peer hears of it later, the more memory the guest has");
     }
 }
@@ -99,7 +100,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     };
     let (images, disks) = disks::open(&config)?;
     shape.disks = match &snapshot {
-        Some(snapshot) => disks::of_snapshot(&config.disks, &disks, &snapshot.head)?,
+        Some(snapshot) => disks::disks_of_snapshot(&config.disks, &disks, &snapshot.head)?,
         None => disks,
     };
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
@@ -119,7 +120,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
         }
     }
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
-    let (server, context) = open_doors(config, Role::Primary, start.guest_ip, console, events, inbox)?;
+    let (server, context) = open_endpoints(config, Role::Primary, start.guest_ip, console, events, inbox)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
@@ -142,7 +143,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     disks::look(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Console::open(&config.console)?;
-    let (server, context) = open_doors(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
+    let (server, context) = open_endpoints(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
     let context = context.with_arbiter(arbiter)?;
     let mut last_conn = 0;
     let mut start_at = clock::now();
@@ -203,7 +204,7 @@ fn new_instance() -> Result<InstanceId, NodeError> {
 fn open_arbiter(config: &NodeConfig, both_nodes_are_dead: bool) -> Result<Box<dyn Arbiter>, NodeError> {
     Ok(match &config.arbiter {
         ArbiterConfig::File { directory, timeout } => {
-            Box::new(FileArbiter::with_patience(directory, &config.guest, *timeout))
+            Box::new(FileArbiter::with_timeout(directory, &config.guest, *timeout))
         }
         ArbiterConfig::Etcd(etcd) => Box::new(EtcdArbiter::new(etcd.clone(), &config.guest)?),
         ArbiterConfig::Command { script, timeout } => {
@@ -254,19 +255,19 @@ fn claim_guest(
 }
 
 /// Opens the ports, the control socket and the signal handlers.
-fn open_doors(
+fn open_endpoints(
     config: NodeConfig,
     role: Role,
     guest_ip: Option<Ipv4Addr>,
     console: Console,
     events: Sender<NodeEvent>,
     inbox: Receiver<NodeEvent>,
-) -> Result<(Server, Unarbitrated), NodeError> {
+) -> Result<(Server, ContextWithoutArbiter), NodeError> {
     let cpu = host_cpu(config.cpu)?;
-    Ears::open(config.listen, config.heartbeat_listen, events.clone())?;
-    let board = Board::new(&config, role, events.clone());
-    let server = Server::bind(&config.control, board.clone())?;
+    Acceptor::open(config.listen, config.heartbeat_listen, events.clone())?;
+    let status = StatusStore::new(&config, role, events.clone());
+    let server = Server::bind(&config.control, status.clone())?;
     signals::listen(events.clone())?;
     let sink = server.events();
-    Ok((server, Unarbitrated { config, guest_ip, inbox, events, board, sink, console, cpu }))
+    Ok((server, ContextWithoutArbiter { config, guest_ip, inbox, events, status, sink, console, cpu }))
 }

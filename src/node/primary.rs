@@ -1,4 +1,5 @@
-//! The driver of the node that runs the guest: turns events into inputs, and actions into effects. It holds no rule.
+//! The driver of the node that runs the guest: turns events into inputs, and actions into effects.
+//! It holds no rule.
 
 mod snapshot;
 
@@ -10,22 +11,22 @@ use serde_json::Value;
 
 use self::snapshot::Snapshots;
 use super::announce::Announcer;
+use super::block_hasher::{BlockHasher, VerifyWatch};
 use super::config::Compress;
-use super::conns::{Conns, LinkNews};
+use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
 use super::meter::Meter;
-use super::summer::{Summer, VerifyWatch};
 use super::{clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
-use crate::checkpoint::dirt::DirtBook;
+use crate::checkpoint::dirty_pages::DirtyPages;
 use crate::checkpoint::journal::JournalMode;
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
 use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
-use crate::checkpoint::shared::SharedJournal;
+use crate::checkpoint::shared_journal::SharedJournal;
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
@@ -62,14 +63,14 @@ pub struct PrimaryNode {
     gate: Arc<OutputGate>,
     disks: NodeDisks,
     protocol: Primary,
-    conns: Conns,
+    connections: Connections,
     sender: Option<Sender>,
     /// There is one as long as the driver runs.
-    summer: Option<Summer>,
+    block_hasher: Option<BlockHasher>,
     verifying: VerifyWatch,
     meter: Meter,
     pool: CapturePool,
-    dirt: DirtBook,
+    dirty: DirtyPages,
     on_its_way: Option<OnItsWay>,
     announcer: Announcer,
     replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
@@ -97,13 +98,13 @@ impl PrimaryNode {
             gate,
             disks,
             protocol,
-            conns: Conns::default(),
+            connections: Connections::default(),
             sender: None,
-            summer: None,
+            block_hasher: None,
             verifying: VerifyWatch::default(),
             meter: Meter::default(),
             pool,
-            dirt: DirtBook::new(pages),
+            dirty: DirtyPages::new(pages),
             on_its_way: None,
             announcer,
             replies: Vec::new(),
@@ -126,15 +127,16 @@ impl PrimaryNode {
         self.disks.shared().into_iter().for_each(SharedJournal::alone);
         self.machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
-        // Not only after a takeover: a guest that is started anew on another host is where the switches do not look for it.
+        // Not only after a takeover: a guest that is started anew on another host is where the
+        // switches do not look for it.
         self.announcer.frames().iter().for_each(|frame| self.gate.send_now(frame));
         if let Some(mut report) = takeover {
             report.resume_ms = resume_us as f64 / 1000.0;
-            self.context.board.takeover(report);
+            self.context.status.takeover(report);
         }
         let image = self.disks.image(self.machine.memory().clone());
         let (journal, events) = (Arc::clone(self.disks.journal()), self.context.events.clone());
-        self.summer = Some(Summer::start(image, journal, events)?);
+        self.block_hasher = Some(BlockHasher::start(image, journal, events)?);
         loop {
             self.act()?;
             self.disks.runs_in(self.protocol.generation());
@@ -144,11 +146,11 @@ impl PrimaryNode {
                 let _ = reply.send(Ok(serde_json::json!({})));
             }
             if let Some(end) = self.end.take() {
-                if !self.write_at_the_end()? {
+                if !self.drain_shared_disks()? {
                     // The images are not what it says of them.
                     self.cancel_snapshot();
                 }
-                self.stamp_at_the_end(&end)?;
+                self.stamp_disks_at_end(&end)?;
                 return Ok(end);
             }
             if self.announcer.take_due(clock::now()) {
@@ -161,8 +163,9 @@ impl PrimaryNode {
         }
     }
 
-    /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to write for. False if its last writes are lost.
-    fn write_at_the_end(&mut self) -> Result<bool, NodeError> {
+    /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to
+    /// write for. False if its last writes are lost.
+    fn drain_shared_disks(&mut self) -> Result<bool, NodeError> {
         let Some(shared) = self.disks.shared().filter(|_| self.protocol.phase() == Phase::Stopping) else {
             return Ok(true);
         };
@@ -179,7 +182,7 @@ impl PrimaryNode {
     }
 
     /// The guest's last word to its disks is in their stamps; a fenced node's are outdated already.
-    fn stamp_at_the_end(&mut self, end: &PrimaryEnd) -> Result<(), NodeError> {
+    fn stamp_disks_at_end(&mut self, end: &PrimaryEnd) -> Result<(), NodeError> {
         let snapshot = self.end_snapshot(end);
         if *end == PrimaryEnd::Quit {
             self.machine.pause()?;
@@ -191,8 +194,8 @@ impl PrimaryNode {
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
         let sender = self.sender.as_ref();
-        let nudge = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::nudge);
-        if let Some((conn, LinkNews::Stuck(why))) = self.conns.news(clock::now(), nudge) {
+        let probe = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::probe);
+        if let Some((conn, LinkNews::Stuck(why))) = self.connections.news(clock::now(), probe) {
             return Ok(Some(Input::Closed { conn, why }));
         }
         let event = match self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min() {
@@ -209,30 +212,30 @@ impl PrimaryNode {
     fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
         Ok(match event {
             NodeEvent::Accepted { conn, hello, writer, closer } => {
-                self.conns.insert(conn, writer, closer);
+                self.connections.insert(conn, writer, closer);
                 if hello.channel == Channel::Data {
-                    self.conns.watch(conn, self.context.config.heartbeat.timeout);
+                    self.connections.watch(conn, self.context.config.heartbeat.timeout);
                 }
                 Some(Input::Hello { conn, hello })
             }
             NodeEvent::Message { conn, message } => Some(Input::Message { conn, message }),
             NodeEvent::Closed { conn, why } => {
-                self.conns.remove(conn);
+                self.connections.remove(conn);
                 Some(Input::Closed { conn, why })
             }
             NodeEvent::Pushed { conn, bytes } => {
-                self.context.board.add_wire_bytes(bytes);
+                self.context.status.add_wire_bytes(bytes);
                 self.sender_is(conn).then_some(Input::Pushed)
             }
-            NodeEvent::PeerSums { conn, first, sums } => Some(Input::PeerSums { conn, first, sums }),
-            NodeEvent::OwnSums { ticket, sums } => Some(Input::OwnSums { ticket, sums }),
+            NodeEvent::PeerHashes { conn, first, hashes } => Some(Input::PeerHashes { conn, first, hashes }),
+            NodeEvent::OwnHashes { ticket, hashes } => Some(Input::OwnHashes { ticket, hashes }),
             NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Written { through } => Some(Input::Written { through }),
             NodeEvent::StorageSynced { conn } => Some(Input::StorageSynced { conn }),
-            NodeEvent::StorageTrouble(why) => {
-                self.context.board.storage_noticed(why);
+            NodeEvent::StorageFault(why) => {
+                self.context.status.storage_noticed(why);
                 None
             }
             NodeEvent::DisksHaveRoom => {
@@ -258,7 +261,7 @@ impl PrimaryNode {
             NodeEvent::Connected { .. }
             | NodeEvent::Foreign { .. }
             | NodeEvent::ImageFailed { .. }
-            | NodeEvent::Summed { .. }
+            | NodeEvent::BlocksHashed { .. }
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,
         })
@@ -274,10 +277,11 @@ impl PrimaryNode {
             MachineEvent::Shutdown => return Ok(Some(Input::GuestShutdown)),
             MachineEvent::VcpuFailed { .. } => return Err(NodeError::GuestFailed(format!("{event:?}"))),
             MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
-                self.context.board.guest_alarm(format!("the guest is in trouble: {event:?}"));
+                self.context.status.guest_alarm(format!("the guest is in trouble: {event:?}"));
             }
             MachineEvent::Reset => {
-                // Its kernel is known to the node that started it, which may not be this one: whoever starts nodes starts it again.
+                // Its kernel is known to the node that started it, which may not be this one:
+                // whoever starts nodes starts it again.
                 self.restart = true;
                 return Ok(Some(Input::GuestShutdown));
             }
@@ -297,9 +301,9 @@ impl PrimaryNode {
                 Action::StopTracking => self.stop_tracking()?,
                 Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
-                Action::Freeze { run } => self.disks.journal().freezer().freeze(run),
+                Action::Preserve { run } => self.disks.journal().copy_before_write().preserve(run),
                 Action::Sum { ticket, run, as_of } => {
-                    self.summer.iter().for_each(|summer| summer.sum(ticket, run.clone(), as_of))
+                    self.block_hasher.iter().for_each(|block_hasher| block_hasher.sum(ticket, run.clone(), as_of))
                 }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
@@ -332,7 +336,7 @@ impl PrimaryNode {
     fn send(&mut self, conn: ConnId, message: Message) {
         if self.sender_is(conn) {
             self.job(SenderJob::Message(message));
-        } else if let Some(why) = self.conns.send(conn, &message) {
+        } else if let Some(why) = self.connections.send(conn, &message) {
             self.protocol.handle(clock::now(), Input::Closed { conn, why });
         }
     }
@@ -345,18 +349,19 @@ impl PrimaryNode {
 
     fn close(&mut self, conn: ConnId) {
         match self.sender.take_if(|sender| sender.conn() == conn) {
-            // A peer that is given up on must not hold us up; a planned goodbye leaves with what was handed over before it.
+            // A peer that is given up on must not hold us up; a planned goodbye leaves with what
+            // was handed over before it.
             Some(sender) if self.protocol.phase() != Phase::Stopping => sender.abort(),
             Some(sender) => drop(sender),
             None => {}
         }
-        self.conns.close(conn);
+        self.connections.close(conn);
     }
 
     fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
-        let Some((writer, closer)) = self.conns.take(conn) else { return Ok(()) };
-        self.dirt.forget();
-        self.machine.track_dirt(true)?;
+        let Some((writer, closer)) = self.connections.take(conn) else { return Ok(()) };
+        self.dirty.forget();
+        self.machine.track_dirty(true)?;
         self.disks.journal().set_mode(JournalMode::Keep);
         self.disks.shared().into_iter().for_each(|shared| shared.hold(conn));
         self.machine.kick_disks();
@@ -371,8 +376,8 @@ impl PrimaryNode {
         };
         let image = self.disks.image(self.machine.memory().clone());
         let packing = match self.context.config.compress {
-            _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Plain,
-            Compress::None => Packing::Plain,
+            _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Uncompressed,
+            Compress::None => Packing::Uncompressed,
             Compress::Lz4 => Packing::Lz4,
             Compress::Auto => Packing::BySpeed,
         };
@@ -383,13 +388,13 @@ impl PrimaryNode {
     fn stop_tracking(&mut self) -> Result<(), NodeError> {
         self.sender = None;
         if self.on_its_way.take().is_some() {
-            self.context.board.aborted();
+            self.context.status.aborted();
         }
-        self.dirt.forget();
+        self.dirty.forget();
         self.disks.journal().set_mode(JournalMode::Pass);
         self.disks.shared().into_iter().for_each(SharedJournal::alone);
         self.machine.kick_disks();
-        self.machine.track_dirt(false)?;
+        self.machine.track_dirty(false)?;
         Ok(())
     }
 
@@ -399,7 +404,7 @@ impl PrimaryNode {
         let mut buffer = self.pool.get();
         self.machine.pause()?;
         let (journal, shared) = (self.disks.journal(), self.disks.shared());
-        let taken = capture(&mut self.machine, &mut self.dirt, journal, shared, id, &mut buffer);
+        let taken = capture(&mut self.machine, &mut self.dirty, journal, shared, id, &mut buffer);
         match output {
             OutputCut::Pass => {}
             OutputCut::Hold => self.gate.hold(),
@@ -411,7 +416,7 @@ impl PrimaryNode {
         let pause_us = clock::monotonic_us().saturating_sub(started_us);
         let input = match taken {
             Ok(()) => {
-                self.protocol.note_dirt(self.dirt.taken());
+                self.protocol.note_dirty_pages(self.dirty.taken());
                 self.protocol.note_blocks(buffer.blocks.iter().flat_map(|blocks| blocks.indexes()));
                 let dirty_pages = buffer.pages_total();
                 buffer.completes_resync = completes_resync;
@@ -420,7 +425,7 @@ impl PrimaryNode {
                 Input::Captured { id }
             }
             Err(error) => {
-                self.dirt.put_back();
+                self.dirty.put_back();
                 self.disks.journal().put_back();
                 self.disks.shared().into_iter().for_each(SharedJournal::put_back);
                 Input::CaptureFailed { why: error.to_string() }
@@ -439,9 +444,9 @@ impl PrimaryNode {
         }
     }
 
-    /// The epoch on its way is committed: its dirt is safe and its figures are complete.
+    /// The epoch on its way is committed: its dirty pages is safe and its figures are complete.
     fn committed(&mut self, id: EpochId) {
-        self.dirt.committed(id);
+        self.dirty.committed(id);
         self.disks.journal().committed(id);
         self.disks.shared().into_iter().for_each(|shared| shared.committed(id));
         if self.disks.journal().take_was_full() {
@@ -456,7 +461,7 @@ impl PrimaryNode {
             wire_bytes: self.sender.as_ref().map_or(0, Sender::last_epoch_bytes),
             hold_us: self.gate.last_hold_us(),
         };
-        self.context.board.committed(sample);
+        self.context.status.committed(sample);
     }
 
     fn run_guest(&mut self, run: bool) -> Result<(), NodeError> {
@@ -475,7 +480,7 @@ impl PrimaryNode {
         self.disks.journal().set_mode(JournalMode::Closed);
         self.disks.shared().into_iter().for_each(SharedJournal::close);
         self.sender = None;
-        self.conns.close_all();
+        self.connections.close_all();
         Ok(())
     }
 
@@ -485,16 +490,17 @@ impl PrimaryNode {
         let (held, journal) = (self.gate.figures(), self.disks.journal().figures());
         let held_disk_bytes = self.disks.shared().map_or(0, SharedJournal::used_bytes);
         let running = self.machine.is_running();
-        self.context.board.primary(&self.protocol, running, resync, held, journal, held_disk_bytes);
+        self.context.status.primary(&self.protocol, running, resync, held, journal, held_disk_bytes);
         if let Some(report) = self.verifying.news(self.protocol.verify()) {
-            self.context.board.verified(report);
+            self.context.status.verified(report);
         }
     }
 }
 
 impl Drop for PrimaryNode {
     fn drop(&mut self) {
-        // The machine, which goes next, waits for its disks' threads, and one of these may wait for a flush.
+        // The machine, which goes next, waits for its disks' threads, and one of these may wait for
+        // a flush.
         self.disks.end();
     }
 }

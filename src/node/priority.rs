@@ -1,11 +1,14 @@
-//! Threads on the way of a commit go first: the driver, the sender, the receivers. They block whenever they have nothing to do.
+//! Threads on the way of a commit go first: the driver, the sender, the receivers. They block
+//! whenever they have nothing to do.
 
 use std::mem::MaybeUninit;
 
-/// The lowest real-time priority: before every ordinary thread, after whatever the operator ranks above mcd.
+/// The lowest real-time priority: before every ordinary thread, after whatever the operator ranks
+/// above mcd.
 const PRIORITY: libc::c_int = 1;
 
-/// Lets this thread run as soon as it has something to do, if this process may decide that (CAP_SYS_NICE or a limit). Threads it starts are ordinary ones.
+/// Lets this thread run as soon as it has something to do, if this process may decide that
+/// (CAP_SYS_NICE or a limit). Threads it starts are ordinary ones.
 pub fn raise() {
     // SAFETY: an all-zero sched_param is a valid one.
     let mut param: libc::sched_param = unsafe { MaybeUninit::zeroed().assume_init() };

@@ -1,4 +1,5 @@
-//! Starting a guest from a snapshot: all that can be wrong with it is found before the guest is claimed, so before anything runs.
+//! Starting a guest from a snapshot: all that can be wrong with it is found before the guest is
+//! claimed, so before anything runs.
 
 use std::path::Path;
 

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use crossbeam::channel::RecvTimeoutError;
 
+use super::acceptor;
 use super::config::SecondaryStart;
-use super::conns::{Conns, LinkNews};
+use super::connections::{Connections, LinkNews};
 use super::context::{Context, new_machine, open_gate};
 use super::disks::{self, NodeDisks};
 use super::error::NodeError;
 use super::events::NodeEvent;
-use super::links;
 use super::meter::Meter;
 use super::{clock, priority};
 use crate::checkpoint::apply::{Applier, ApplyNews};
@@ -24,7 +24,7 @@ use crate::protocol::guest_clock;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::{Command, ConnId};
 use crate::protocol::record::Record;
-use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig, StorageTrouble};
+use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig, StorageFault};
 use crate::protocol::types::{EpochId, Instant};
 
 /// How a secondary's life ended.
@@ -77,7 +77,7 @@ pub struct SecondaryNode<'a> {
     context: &'a Context,
     start: &'a SecondaryStart,
     protocol: Secondary,
-    conns: Conns,
+    connections: Connections,
     budget: Arc<StagingBudget>,
     image: Option<Image>,
     staged: Option<Box<StagedEpoch>>,
@@ -98,7 +98,7 @@ impl<'a> SecondaryNode<'a> {
             context,
             start,
             protocol,
-            conns: Conns::default(),
+            connections: Connections::default(),
             budget: StagingBudget::new(config.staging_bytes_max),
             image: None,
             staged: None,
@@ -108,7 +108,8 @@ impl<'a> SecondaryNode<'a> {
         }
     }
 
-    /// Drives the secondary until its life as this instance ends; also the newest connection number it used.
+    /// Drives the secondary until its life as this instance ends; also the newest connection number
+    /// it used.
     ///
     /// # Errors
     /// What this node cannot go on after.
@@ -118,9 +119,9 @@ impl<'a> SecondaryNode<'a> {
         loop {
             self.act()?;
             let resync = self.meter.look(clock::monotonic_us(), self.protocol.resync());
-            self.context.board.secondary(&self.protocol, resync);
+            self.context.status.secondary(&self.protocol, resync);
             if let Some(end) = self.end.take() {
-                self.conns.close_all();
+                self.connections.close_all();
                 self.budget.close();
                 if matches!(end, SecondaryEnd::Over(_)) {
                     self.put_away()?;
@@ -160,7 +161,7 @@ impl<'a> SecondaryNode<'a> {
     }
 
     fn link_news(&mut self) -> Option<Input> {
-        Some(match self.conns.news(clock::now(), |_| {})? {
+        Some(match self.connections.news(clock::now(), |_| {})? {
             (conn, LinkNews::Stuck(why)) => Input::Closed { conn, why },
             (conn, LinkNews::Received(ago)) => Input::Moved { conn, ago },
         })
@@ -169,7 +170,7 @@ impl<'a> SecondaryNode<'a> {
     fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
         Ok(match event {
             NodeEvent::Connected { conn, writer, closer } => {
-                self.conns.insert(conn, writer, closer);
+                self.connections.insert(conn, writer, closer);
                 Some(Input::Connected { conn })
             }
             NodeEvent::Message { conn, message } => {
@@ -177,16 +178,16 @@ impl<'a> SecondaryNode<'a> {
                 if let Message::Welcome(welcome) = &message
                     && self.protocol.is_data(conn)
                 {
-                    self.conns.watch(conn, Duration::from_micros(welcome.heartbeat_timeout_us));
+                    self.connections.watch(conn, Duration::from_micros(welcome.heartbeat_timeout_us));
                 }
                 Some(Input::Message { conn, message })
             }
             NodeEvent::Closed { conn, why } => {
-                self.conns.remove(conn);
+                self.connections.remove(conn);
                 Some(Input::Closed { conn, why })
             }
             NodeEvent::Foreign { conn, why } => {
-                self.conns.remove(conn);
+                self.connections.remove(conn);
                 Some(Input::Foreign { conn, why })
             }
             NodeEvent::Staged { conn, epoch, began } => {
@@ -200,14 +201,15 @@ impl<'a> SecondaryNode<'a> {
                     image.applier.background(payload);
                     None
                 }
-                // Late ones of a connection given up must not spoil the image of the next, and the others have no place to go.
+                // Late ones of a connection given up must not spoil the image of the next, and the
+                // others have no place to go.
                 _ => Some(Input::Closed { conn, why: "it sent pages out of turn".into() }),
             },
             NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
                 return Err(NodeError::ImageFailed(why));
             }
-            NodeEvent::Summed { instance, first, sums } if instance == self.protocol.me() => {
-                Some(Input::Summed { first, sums })
+            NodeEvent::BlocksHashed { instance, first, hashes } if instance == self.protocol.me() => {
+                Some(Input::BlocksHashed { first, hashes })
             }
             NodeEvent::Answer { ticket, answer } => {
                 self.stages.decided_us = clock::monotonic_us();
@@ -215,7 +217,7 @@ impl<'a> SecondaryNode<'a> {
             }
             NodeEvent::Accepted { mut writer, closer, .. } => {
                 let detail = "this node is a secondary: it does not run the guest; name the primary with --peer".into();
-                // Whether the stranger hears it is the stranger's business.
+                // Whether the unknown peer hears it is the unknown peer's business.
                 let _ = writer.write_message(&Message::Refuse { reason: RefuseReason::NotPrimary, detail });
                 closer.shutdown();
                 None
@@ -239,13 +241,13 @@ impl<'a> SecondaryNode<'a> {
             | NodeEvent::JournalFull
             | NodeEvent::Written { .. }
             | NodeEvent::StorageSynced { .. }
-            | NodeEvent::StorageTrouble(_)
+            | NodeEvent::StorageFault(_)
             | NodeEvent::DisksHaveRoom
             | NodeEvent::SnapshotWritten(_)
             | NodeEvent::ImageFailed { .. }
-            | NodeEvent::Summed { .. }
-            | NodeEvent::PeerSums { .. }
-            | NodeEvent::OwnSums { .. }
+            | NodeEvent::BlocksHashed { .. }
+            | NodeEvent::PeerHashes { .. }
+            | NodeEvent::OwnHashes { .. }
             | NodeEvent::Pushed { .. } => None,
         })
     }
@@ -255,19 +257,19 @@ impl<'a> SecondaryNode<'a> {
             match action {
                 Action::Connect { conn, channel } => self.connect(conn, channel)?,
                 Action::Send { conn, message } => {
-                    if let Some(why) = self.conns.send(conn, &message) {
+                    if let Some(why) = self.connections.send(conn, &message) {
                         self.protocol.handle(clock::now(), Input::Closed { conn, why });
                     }
                 }
                 Action::Close { conn } => {
                     self.stages.suspected_us = clock::monotonic_us();
-                    self.conns.close(conn);
+                    self.connections.close(conn);
                 }
                 Action::BuildMachine(welcome) => self.build(welcome),
                 Action::Commit { id } => self.commit(id)?,
                 Action::Sum { run } => self.image.iter().for_each(|image| image.applier.sum(run.clone())),
-                Action::SendSums { conn, first, sums } => {
-                    if let Some(why) = self.conns.send_sums(conn, first, &sums) {
+                Action::SendHashes { conn, first, hashes } => {
+                    if let Some(why) = self.connections.send_hashes(conn, first, &hashes) {
                         self.protocol.handle(clock::now(), Input::Closed { conn, why });
                     }
                 }
@@ -291,7 +293,7 @@ impl<'a> SecondaryNode<'a> {
             Channel::Data => self.start.peer,
             Channel::Heartbeat => self.start.peer_heartbeat,
         };
-        links::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
+        acceptor::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
         Ok(())
     }
 
@@ -316,7 +318,8 @@ impl<'a> SecondaryNode<'a> {
             new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
         // A host that cannot restore such a machine must say so before anybody counts on it.
         machine.rehearse(welcome.tsc_khz)?;
-        // Ahead of time, so that neither applying nor the guest after a takeover waits for the host to find memory.
+        // Ahead of time, so that neither applying nor the guest after a takeover waits for the host
+        // to find memory.
         machine.memory().prefault().map_err(MachineError::from)?;
         disks.begin_filling(welcome.generation)?;
         let image = disks.image(machine.memory().clone());
@@ -324,7 +327,7 @@ impl<'a> SecondaryNode<'a> {
         let tell = move |news| {
             let event = match news {
                 ApplyNews::Whole(id) => return stamper.stamp(id, StampState::Applying),
-                ApplyNews::Summed { first, sums } => NodeEvent::Summed { instance, first, sums },
+                ApplyNews::BlocksHashed { first, hashes } => NodeEvent::BlocksHashed { instance, first, hashes },
                 ApplyNews::Failed(why) => NodeEvent::ImageFailed { instance, why },
             };
             // A node that is ending does not mind.
@@ -334,7 +337,8 @@ impl<'a> SecondaryNode<'a> {
         Ok((Image { machine, gate, disks, welcome, applier, is_whole: false }, made))
     }
 
-    /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end the node instead.
+    /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end
+    /// the node instead.
     fn commit(&mut self, id: EpochId) -> Result<(), NodeError> {
         match (&mut self.image, self.staged.take_if(|epoch| epoch.id == id)) {
             (Some(image), Some(epoch)) => {
@@ -355,7 +359,7 @@ impl<'a> SecondaryNode<'a> {
         let written = self.image.as_ref().map_or(Ok(()), |image| image.applier.write_kept());
         let input = match written {
             Ok(()) => Input::KeptWritten,
-            Err(error) => Input::StorageRefused(StorageTrouble::Failing(error.to_string())),
+            Err(error) => Input::StorageRefused(StorageFault::Failing(error.to_string())),
         };
         self.protocol.handle(clock::now(), input);
     }

@@ -7,7 +7,8 @@ use signal_hook::iterator::Signals;
 use super::events::NodeEvent;
 use crate::protocol::primary::Command;
 
-/// Turns signals into commands from now on. A second one is a second `quit`, which no longer waits for the arbiter.
+/// Turns signals into commands from now on. A second one is a second `quit`, which no longer waits
+/// for the arbiter.
 ///
 /// # Errors
 /// If the handlers or the thread cannot be had.

@@ -1,7 +1,8 @@
 //! Talking to the arbiter: one question at a time, and what an answer means.
 //!
-//! A question whose answer never came may still have been carried out, so a lost swap whose record is the very one we asked for was
-//! won (every record names its owner's instance id and a generation nobody else can have asked for with it).
+//! A question whose answer never came may still have been carried out, so a lost swap whose record
+//! is the very one we asked for was won (every record names its owner's instance id and a
+//! generation nobody else can have asked for with it).
 
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
@@ -38,7 +39,8 @@ pub enum ArbiterRequest {
 pub enum ArbiterAnswer {
     /// The swap was carried out.
     Won,
-    /// The swap was not carried out, because this is the record; or: this is the record that was asked for.
+    /// The swap was not carried out, because this is the record; or: this is the record that was
+    /// asked for.
     Record(Option<Record>),
     /// Nobody knows: the arbiter is out of reach.
     Unreachable(String),
@@ -134,7 +136,8 @@ impl Arbitration {
                 })
             }
             ArbiterAnswer::Record(record) if record.is_some() && record == expected => {
-                // It refused the swap and shows the very record the swap starts from: somebody's answer was stale.
+                // It refused the swap and shows the very record the swap starts from: somebody's
+                // answer was stale.
                 self.again_at = Some(now + self.retry);
                 Some(Verdict::Unreachable("it contradicts itself".into()))
             }

@@ -1,4 +1,5 @@
-//! Starting a guest: which record a primary may claim it with, and which disk images it may start from.
+//! Starting a guest: which record a primary may claim it with, and which disk images it may start
+//! from.
 
 use std::fmt;
 
@@ -16,7 +17,8 @@ pub enum ClaimRefused {
 
 /// The record with which `me` may start the guest that the arbiter knows as `stands`.
 ///
-/// `cold` is the operator's word that no node of the record runs any more: only then is a guest claimed that was never stopped.
+/// `cold` is the operator's word that no node of the record runs any more: only then is a guest
+/// claimed that was never stopped.
 pub fn claim(stands: Option<Record>, me: InstanceId, cold: bool) -> Result<Record, ClaimRefused> {
     match stands {
         None => Ok(Record::first(me)),
@@ -28,7 +30,8 @@ pub fn claim(stands: Option<Record>, me: InstanceId, cold: bool) -> Result<Recor
 /// What an image is good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StampState {
-    /// A disk as a guest left it: in the order in which it wrote, as after a loss of power at worst.
+    /// A disk as a guest left it: in the order in which it wrote, as after a loss of power at
+    /// worst.
     Whole,
     /// A secondary's: whole, but if its node did not end in order, an epoch may be in it by half.
     Applying,
@@ -78,12 +81,12 @@ pub enum StampRefusal {
     },
 }
 
-/// Whether `guest` may start from an image that is stamped as `owner`'s, so new and so good, when `newest` is the newest generation on
-/// record, if there is a record.
+/// Whether `guest` may start from an image that is stamped as `owner`'s, so new and so good, when
+/// `newest` is the newest generation on record, if there is a record.
 ///
 /// # Errors
 /// [`StampRefusal`].
-pub fn may_start_from(
+pub fn check_start_from(
     (owner, at, state): (&GuestName, EpochId, StampState),
     guest: &GuestName,
     newest: Option<Generation>,

@@ -1,8 +1,10 @@
-//! Whether a guest that runs on one host's CPU can go on on another's: told before it has to, not when its host is gone.
+//! Whether a guest that runs on one host's CPU can go on on another's: told before it has to, not
+//! when its host is gone.
 
 use thiserror::Error;
 
-/// Most parts per million by which a guest's TSC and a host's may differ without scaling: what KVM itself takes for equal.
+/// Most parts per million by which a guest's TSC and a host's may differ without scaling: what KVM
+/// itself takes for equal.
 pub const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// The CPU a guest sees.

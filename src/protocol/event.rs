@@ -93,12 +93,14 @@ pub enum Event {
         /// Why.
         why: String,
     },
-    /// The guest is this node's, and another one still has the lock of its disk: the takeover waits.
+    /// The guest is this node's, and another one still has the lock of its disk: the takeover
+    /// waits.
     DiskLocked {
         /// Which disk, and what the system said.
         why: String,
     },
-    /// The guest is this node's, and the storage of its disk does not take what was kept of it: the takeover waits.
+    /// The guest is this node's, and the storage of its disk does not take what was kept of it: the
+    /// takeover waits.
     DiskFailing {
         /// Which disk, and what the system said.
         why: String,
@@ -138,7 +140,7 @@ impl Event {
 
 impl Event {
     /// True for what an operator should look at, false for what goes as it should.
-    pub fn is_trouble(&self) -> bool {
+    pub fn is_warning(&self) -> bool {
         !matches!(
             self,
             Event::ResyncStarted { .. }

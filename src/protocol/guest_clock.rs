@@ -1,12 +1,15 @@
 //! What a takeover does to the guest's clocks.
 //!
-//! Between the capture of the epoch a guest goes on from and its first instruction elsewhere lies time in which it did not run. Its clocks
-//! may count that time or not. If they do, its wall clock stays right, and its timers fire when they were due, as after any time without
-//! a CPU; if they do not, it is behind by so much, at each takeover a little more, until the guest asks a time server. They never go back.
+//! Between the capture of the epoch a guest goes on from and its first instruction elsewhere lies
+//! time in which it did not run. Its clocks may count that time or not. If they do, its wall clock
+//! stays right, and its timers fire when they were due, as after any time without a CPU; if they do
+//! not, it is behind by so much, at each takeover a little more, until the guest asks a time
+//! server. They never go back.
 //!
-//! The new node counts from when the epoch began to arrive, by its own clock: no two hosts' clocks need to agree. Its first word leaves the
-//! old node right after the pause; the time that word was on its way, well under a millisecond on a quiet link, is not counted, so that the
-//! guest is never ahead.
+//! The new node counts from when the epoch began to arrive, by its own clock: no two hosts' clocks
+//! need to agree. Its first word leaves the old node right after the pause; the time that word was
+//! on its way, well under a millisecond on a quiet link, is not counted, so that the guest is never
+//! ahead.
 
 use std::time::Duration;
 
@@ -22,8 +25,9 @@ pub enum ClockPolicy {
     Continue,
 }
 
-/// The most that clocks are set forward. A takeover that had to wait longer for its arbiter would end more of what watches time in the
-/// guest (leases, watchdogs, sessions) than it would put right; its wall clock is left to the guest's time server.
+/// The most that clocks are set forward. A takeover that had to wait longer for its arbiter would
+/// end more of what watches time in the guest (leases, watchdogs, sessions) than it would put
+/// right; its wall clock is left to the guest's time server.
 pub const FORWARD_MAX: Duration = Duration::from_secs(10);
 
 /// What a takeover does to the clocks.

@@ -1,11 +1,13 @@
-//! Where everything of a guest's image is in one row of pages: its memory, then the blocks of each disk it can write.
+//! Where everything of a guest's image is in one row of pages: its memory, then the blocks of each
+//! disk it can write.
 //!
 //! ```text
 //!  index  0 ……………… memory_pages │ blocks of the first such disk │ blocks of the next …
 //! ```
 //!
-//! So a disk is more pages to whoever counts, sends, stages or checks them. A block has the size of a page; the last one of a disk
-//! whose size is no multiple of it is filled up with zeros. A disk the guest can only read takes no room: it never differs.
+//! So a disk is more pages to whoever counts, sends, stages or checks them. A block has the size of
+//! a page; the last one of a disk whose size is no multiple of it is filled up with zeros. A disk
+//! the guest can only read takes no room: it never differs.
 
 use std::ops::Range;
 
@@ -75,13 +77,15 @@ impl ImageLayout {
         self.disks.len()
     }
 
-    /// The disk all of whose blocks `run` are; `None` for an empty run, and for one that is not all on one disk.
+    /// The disk all of whose blocks `run` are; `None` for an empty run, and for one that is not all
+    /// on one disk.
     pub fn disk_of(&self, run: &Range<u64>) -> Option<usize> {
         let on = |blocks: &Range<u64>| blocks.contains(&run.start) && run.end <= blocks.end;
         self.disks.iter().position(on).filter(|_| !run.is_empty())
     }
 
-    /// The indexes of the blocks of disks whose storage both nodes share: a newcomer has them already.
+    /// The indexes of the blocks of disks whose storage both nodes share: a newcomer has them
+    /// already.
     pub fn shared(&self) -> &[Range<u64>] {
         &self.shared
     }

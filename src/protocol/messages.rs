@@ -31,7 +31,8 @@ pub struct Hello {
     pub features: u64,
     /// Most bytes of staging memory it will spend on epochs that are not applied yet.
     pub staging_bytes_max: u64,
-    /// The CPU its host can give a guest; the primary refuses a host on which the guest could not go on.
+    /// The CPU its host can give a guest; the primary refuses a host on which the guest could not
+    /// go on.
     pub cpu: HostCpu,
 }
 
@@ -39,8 +40,9 @@ pub struct Hello {
 pub mod features {
     /// Pages may arrive compressed with lz4.
     pub const LZ4: u64 = 1 << 0;
-    /// A secondary sums blocks of its disks when it is asked to, and is told how far its resync is.
-    pub const DISK_SUMS: u64 = 1 << 1;
+    /// A secondary hashes blocks of its disks when it is asked to, and is told how far its resync
+    /// is.
+    pub const DISK_HASHES: u64 = 1 << 1;
 }
 
 /// The shape of a machine: all that a newcomer must know to build one.
@@ -58,8 +60,9 @@ pub struct MachineShape {
     pub rng: bool,
 }
 
-/// Most bytes that wait for their commit in the journal of a machine's disks, all of them together; a block counts with what it takes
-/// beside its content. (A single write that is larger is taken when nothing else is there.)
+/// Most bytes that wait for their commit in the journal of a machine's disks, all of them together;
+/// a block counts with what it takes beside its content. (A single write that is larger is taken
+/// when nothing else is there.)
 pub const JOURNAL_BYTES_MAX: u64 = 64 << 20;
 
 /// Most disks a machine may have.
@@ -74,7 +77,8 @@ pub struct DiskShape {
     pub bytes: u64,
     /// The guest can only read it.
     pub read_only: bool,
-    /// Both nodes use the same storage for it (see [`shared`](super::shared)); never with `read_only`.
+    /// Both nodes use the same storage for it (see [`shared`](super::shared)); never with
+    /// `read_only`.
     pub shared: bool,
     /// The serial number the guest sees: text, filled up with zero bytes.
     pub serial: [u8; 20],
@@ -93,12 +97,13 @@ impl MachineShape {
         MachineShape { memory_bytes, cpus, mac, disks: Vec::new(), rng: false }
     }
 
-    /// The most bytes one epoch of this machine can take in staging memory: every page raw with its record header, the machine's state, and
-    /// what its disks' journal holds.
+    /// The most bytes one epoch of this machine can take in staging memory: every page raw with its
+    /// record header, the machine's state, and what its disks' journal holds.
     pub fn epoch_bytes_max(&self) -> u64 {
         const STATE_BYTES_MAX: u64 = 1 << 20;
         let headers = self.memory_bytes / 256;
-        // Replicated disks have one journal, shared ones another: what of it is kept until it is written, and what travels.
+        // Replicated disks have one journal, shared ones another: what of it is kept until it is
+        // written, and what travels.
         let replicated = self.disks.iter().any(|disk| !disk.read_only && !disk.shared);
         let journal = (u64::from(replicated) + u64::from(self.shares_storage())) * JOURNAL_BYTES_MAX;
         let state = STATE_BYTES_MAX * (1 + u64::from(self.cpus));
@@ -210,19 +215,23 @@ pub enum Message {
         /// The record that won.
         record: Record,
     },
-    /// Primary → secondary: send the sums of these blocks, as they are with every epoch before this message and none behind it.
+    /// Primary → secondary: send the hashes of these blocks, as they are with every epoch before
+    /// this message and none behind it.
     SumBlocks {
         /// The index of the first, in the [image's row](super::layout).
         first: u64,
-        /// How many, all of one disk; at most [`SUM_BLOCKS_MAX`](super::sums::SUM_BLOCKS_MAX).
+        /// How many, all of one disk; at most
+        /// [`SUM_BLOCKS_MAX`](super::block_hashes::SUM_BLOCKS_MAX).
         count: u32,
     },
-    /// Primary → newcomer: pages it still lacks, of memory and then of each disk; at most one number more than [`DISKS_MAX`].
+    /// Primary → newcomer: pages it still lacks, of memory and then of each disk; at most one
+    /// number more than [`DISKS_MAX`].
     ResyncLeft {
         /// The numbers.
         left: Vec<u64>,
     },
-    /// Primary → secondary: the storage that both share has the writes of every epoch up to this one, for good.
+    /// Primary → secondary: the storage that both share has the writes of every epoch up to this
+    /// one, for good.
     Written {
         /// The epoch.
         through: EpochId,

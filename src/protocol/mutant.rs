@@ -1,5 +1,5 @@
-//! Deliberate bugs, so that the simulator can show that it finds them. Without the feature `mutants` there are none: [`is`] is the
-//! constant `false`, and nothing of this is in a build.
+//! Deliberate bugs, so that the simulator can show that it finds them. Without the feature
+//! `mutants` there are none: [`is`] is the constant `false`, and nothing of this is in a build.
 
 #[cfg(feature = "mutants")]
 mod chosen {

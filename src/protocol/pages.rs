@@ -1,6 +1,7 @@
 //! A set of guest pages, dense by page index.
 //!
-//! Page *index*, not guest frame number: RAM is numbered without its hole, so that a set is as large as memory and no larger.
+//! Page *index*, not guest frame number: RAM is numbered without its hole, so that a set is as
+//! large as memory and no larger.
 
 /// Bytes in a guest page.
 pub const PAGE_BYTES: usize = 4096;
@@ -99,8 +100,8 @@ impl PageSet {
         removed
     }
 
-    /// Adds the pages whose bits are set in `words`, which start at page `first` (a multiple of 64).
-    /// Bits beyond the range are ignored.
+    /// Adds the pages whose bits are set in `words`, which start at page `first` (a multiple of
+    /// 64). Bits beyond the range are ignored.
     pub fn union_words(&mut self, first: u64, words: &[u64]) {
         debug_assert_eq!(first % 64, 0);
         let start = (first / 64) as usize;

@@ -1,26 +1,30 @@
 //! The ledger of a background resync: which pages the newcomer still lacks.
 //!
-//! A page is settled when it was pushed behind the epochs, or when it travelled in an epoch as dirt. Pushed pages are read
-//! while the guest runs, so a pushed page may be torn or too new for the epoch before it; that is mended by the next epoch, in which
-//! it is dirt. Hence the image is whole only with an epoch that is *captured after the last push was read*: see [`Ledger::is_done`].
+//! A page is settled when it was pushed behind the epochs, or when it travelled in an epoch as
+//! dirty pages. Pushed pages are read while the guest runs, so a pushed page may be torn or too new
+//! for the epoch before it; that is mended by the next epoch, in which it is dirty pages. Hence the
+//! image is whole only with an epoch that is *captured after the last push was read*: see
+//! [`Ledger::is_done`].
 //!
-//! A block of a disk is settled too when the newcomer's image is found to hold it already, by its [sum](super::sums). That needs no
-//! trust in what the image is and no common moment: a block that was not written since the tracking of dirt began is the same on the
-//! survivor before and after, and on the newcomer until it is pushed, which it is not before it was compared; a block that was
-//! written travels, whatever was found of it.
+//! A block of a disk is settled too when the newcomer's image is found to hold it already, by its
+//! [sum](super::block_hashes). That needs no trust in what the image is and no common moment: a
+//! block that was not written since the tracking of dirty pages began is the same on the survivor
+//! before and after, and on the newcomer until it is pushed, which it is not before it was
+//! compared; a block that was written travels, whatever was found of it.
 
 use std::ops::Range;
 
+use super::block_hashes::SUM_BLOCKS_MAX;
 use super::layout::ImageLayout;
 use super::mutant;
 use super::pages::PageSet;
-use super::sums::SUM_BLOCKS_MAX;
 
 /// Memory, or a disk.
 #[derive(Clone, Debug, Hash)]
 struct Part {
     pages: Range<u64>,
-    /// How many of them are left: with disks that is too long a row to count each time somebody asks.
+    /// How many of them are left: with disks that is too long a row to count each time somebody
+    /// asks.
     left: u64,
     /// Those from here on are not compared yet, and must not be pushed.
     unsure: Range<u64>,
@@ -40,8 +44,8 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A ledger for a newcomer that has none of the pages of `layout`; with `compare` it may have blocks of disks, which are compared
-    /// before they are pushed.
+    /// A ledger for a newcomer that has none of the pages of `layout`; with `compare` it may have
+    /// blocks of disks, which are compared before they are pushed.
     pub fn new(layout: &ImageLayout, compare: bool) -> Ledger {
         let pages = layout.pages();
         let part = |pages: Range<u64>, unsure| Part { left: pages.end - pages.start, unsure, pages };
@@ -62,7 +66,8 @@ impl Ledger {
         }
     }
 
-    /// Takes the next pages to push, at most `pages_max`; `None` while a push is on its way or when none is left that may be.
+    /// Takes the next pages to push, at most `pages_max`; `None` while a push is on its way or when
+    /// none is left that may be.
     pub fn next_push(&mut self, pages_max: usize) -> Option<Vec<u64>> {
         if self.pushing {
             return None;
@@ -90,7 +95,8 @@ impl Ledger {
         self.pushing = false;
     }
 
-    /// Takes the next blocks to compare; `None` while some are being compared or when there are no more.
+    /// Takes the next blocks to compare; `None` while some are being compared or when there are no
+    /// more.
     pub fn next_comparison(&mut self) -> Option<Range<u64>> {
         if self.comparing {
             return None;
@@ -116,7 +122,8 @@ impl Ledger {
         self.sure_until(run, run.end);
     }
 
-    /// The newcomer's image of the disk with these blocks is not worth a comparison: all of it is pushed.
+    /// The newcomer's image of the disk with these blocks is not worth a comparison: all of it is
+    /// pushed.
     pub fn incomparable(&mut self, run: &Range<u64>) {
         self.sure_until(run, u64::MAX);
     }
@@ -132,8 +139,8 @@ impl Ledger {
     }
 
     /// These pages of memory travel in an epoch: they need no push.
-    pub fn travelled(&mut self, dirt: &PageSet) {
-        let removed = self.left.subtract(dirt);
+    pub fn travelled(&mut self, dirty: &PageSet) {
+        let removed = self.left.subtract(dirty);
         self.left_count -= removed;
         if let Some(memory) = self.parts.first_mut() {
             memory.left -= removed;
@@ -167,7 +174,8 @@ impl Ledger {
             && (!self.comparing || mutant::is("whole-while-comparing"))
     }
 
-    /// Once every comparison is done, if there were any: how many blocks were compared, and how many of them the newcomer had already.
+    /// Once every comparison is done, if there were any: how many blocks were compared, and how
+    /// many of them the newcomer had already.
     pub fn comparisons(&self) -> Option<(u64, u64)> {
         let done = !self.comparing && self.parts.iter().all(|part| part.unsure.is_empty());
         Some(self.compared).filter(|(blocks, _)| done && *blocks > 0)
@@ -199,25 +207,25 @@ mod tests {
     #[test]
     fn every_page_is_pushed_once_or_travels() {
         let mut ledger = Ledger::new(&layout(1000, &[]), true);
-        let mut dirt = PageSet::empty(1000);
+        let mut dirty = PageSet::empty(1000);
         for page in (0..1000).step_by(7) {
-            dirt.insert(page);
+            dirty.insert(page);
         }
         let first = ledger.next_push(100).unwrap();
         assert_eq!(first.len(), 100);
         assert!(ledger.next_push(100).is_none(), "one push at a time");
-        ledger.travelled(&dirt);
+        ledger.travelled(&dirty);
         ledger.pushed();
         let mut seen: Vec<u64> = first;
         while let Some(batch) = ledger.next_push(64) {
             assert!(!ledger.is_done(), "a push that is being read is not done");
-            assert!(batch.iter().all(|p| !dirt.contains(*p)));
+            assert!(batch.iter().all(|p| !dirty.contains(*p)));
             seen.extend(batch);
             ledger.pushed();
             assert_eq!(ledger.pages_left(), ledger.left.count());
         }
         assert!(ledger.is_done());
-        seen.extend(dirt.iter());
+        seen.extend(dirty.iter());
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen, (0..1000).collect::<Vec<_>>());

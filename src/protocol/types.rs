@@ -85,8 +85,8 @@ impl fmt::Display for EpochId {
     }
 }
 
-/// Names one start of one `mcd` process (or one life of it as a newcomer): a node that lost its image
-/// has a new instance id, so that it can never take over in the name of what it was.
+/// Names one start of one `mcd` process (or one life of it as a newcomer): a node that lost its
+/// image has a new instance id, so that it can never take over in the name of what it was.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InstanceId(pub u128);
 

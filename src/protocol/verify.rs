@@ -1,20 +1,24 @@
-//! Verifying the disks of a protected guest while it runs: each run of blocks is compared as it was at one committed epoch.
+//! Verifying the disks of a protected guest while it runs: each run of blocks is compared as it was
+//! at one committed epoch.
 //!
 //! ```text
-//!   Idle ── freeze the next run ─▶ Freezing ── an epoch is cut ─▶ Summing ── both nodes' sums ─▶ Idle … Done
+//!   Idle ── freeze the next run ─▶ Freezing ── an epoch is cut ─▶ Summing ── both nodes' hashes ─▶ Idle … Done
 //! ```
 //!
-//! The primary reads a frozen run as it was at the cut, whatever the guest writes meanwhile. The question to the secondary follows that
-//! epoch on the same connection, and is answered in order, behind that epoch and before the next one. So both sum the same epoch, and a
-//! difference is one. Each run has an epoch of its own; one run is on its way at a time, so a verify takes what an epoch leaves free.
+//! The primary reads a frozen run as it was at the cut, whatever the guest writes meanwhile. The
+//! question to the secondary follows that epoch on the same connection, and is answered in order,
+//! behind that epoch and before the next one. So both sum the same epoch, and a difference is one.
+//! Each run has an epoch of its own; one run is on its way at a time, so a verify takes what an
+//! epoch leaves free.
 
 use std::ops::Range;
 
+use super::block_hashes::SUM_BLOCKS_MAX;
 use super::layout::ImageLayout;
-use super::sums::SUM_BLOCKS_MAX;
 use super::types::EpochId;
 
-/// Most ranges of differing blocks that are told for one disk; of the others only their blocks are counted.
+/// Most ranges of differing blocks that are told for one disk; of the others only their blocks are
+/// counted.
 pub const RANGES_MAX: usize = 16;
 
 /// How a verify ended, if it did.
@@ -93,7 +97,8 @@ impl Verify {
         self.outcome == Outcome::Running
     }
 
-    /// The next run of blocks, which is to be frozen with the next epoch that is cut; `None` while one is under way, and after the last.
+    /// The next run of blocks, which is to be frozen with the next epoch that is cut; `None` while
+    /// one is under way, and after the last.
     pub fn next_run(&mut self) -> Option<Range<u64>> {
         if !self.is_running() || self.stage != Stage::Idle {
             return None;
@@ -111,7 +116,7 @@ impl Verify {
         Some(run)
     }
 
-    /// Epoch `id` was cut: the run that is frozen as of it, if one is, is to be summed.
+    /// Epoch `id` was cut: the run that is frozen as of it, if one is, is to be hashed.
     pub fn cut(&mut self, id: EpochId) -> Option<Range<u64>> {
         if !self.is_running() {
             return None;

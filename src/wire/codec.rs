@@ -1,7 +1,8 @@
 //! The byte form of a [`Message`]: a tag, then the fields in the order of their declaration.
 //!
-//! Numbers are little-endian. A flag or an option is one byte, 0 or 1, and an option's value follows a 1. A text is its length (u16) and
-//! its UTF-8 bytes, at most [`TEXT_BYTES_MAX`]. Bytes after the last field are an error, and so is a value its type does not have.
+//! Numbers are little-endian. A flag or an option is one byte, 0 or 1, and an option's value
+//! follows a 1. A text is its length (u16) and its UTF-8 bytes, at most [`TEXT_BYTES_MAX`]. Bytes
+//! after the last field are an error, and so is a value its type does not have.
 
 use super::error::WireError;
 use crate::protocol::cpu::HostCpu;
@@ -34,7 +35,8 @@ const PARTS_MAX: usize = 1 + DISKS_MAX;
 /// The numbers of [`Channel`] on the wire.
 const CHANNELS: [(u8, Channel); 2] = [(0, Channel::Data), (1, Channel::Heartbeat)];
 
-/// The numbers of what a disk is to its nodes on the wire: whether it is read-only, and whether they share its storage.
+/// The numbers of what a disk is to its nodes on the wire: whether it is read-only, and whether
+/// they share its storage.
 const USES: [(u8, (bool, bool)); 3] = [(0, (false, false)), (1, (true, false)), (2, (false, true))];
 
 /// The numbers of [`RecordState`] on the wire.

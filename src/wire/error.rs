@@ -4,7 +4,8 @@ use super::frame::FrameKind;
 use std::io;
 use thiserror::Error;
 
-/// Why a frame could not be read, written or understood. After any of these but a read's time-out the connection is of no more use.
+/// Why a frame could not be read, written or understood. After any of these but a read's time-out
+/// the connection is of no more use.
 #[derive(Debug, Error)]
 pub enum WireError {
     /// The peer closed the connection between two frames.
@@ -76,7 +77,8 @@ pub enum WireError {
 }
 
 impl WireError {
-    /// True if a read found nothing within the time set for it. The reader may be called again and goes on where it was.
+    /// True if a read found nothing within the time set for it. The reader may be called again and
+    /// goes on where it was.
     pub fn is_timeout(&self) -> bool {
         matches!(self, WireError::Io(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }
@@ -87,7 +89,8 @@ impl WireError {
         matches!(self, NotMcd { .. } | OtherVersion { .. } | UnknownKind(_) | TooLarge { .. } | Malformed { .. })
     }
 
-    /// True if the connection is simply gone (closed, reset, broken), as against a peer that sent something wrong.
+    /// True if the connection is simply gone (closed, reset, broken), as against a peer that sent
+    /// something wrong.
     pub fn is_disconnect(&self) -> bool {
         matches!(self, WireError::Closed | WireError::ClosedMidFrame { .. } | WireError::Io(_)) && !self.is_timeout()
     }

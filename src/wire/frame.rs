@@ -9,11 +9,12 @@
 //! | 12 | 4 | CRC32C of the payload |
 //! | 16 | 4 | reserved, zero |
 //!
-//! Magic and version stay where they are in every version to come, so that two versions can always tell each other apart.
+//! Magic and version stay where they are in every version to come, so that two versions can always
+//! tell each other apart.
 
+use super::block_hashes;
 use super::codec;
 use super::error::WireError;
-use super::sums;
 use crate::protocol::messages::{Message, PROTOCOL_VERSION};
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -24,7 +25,8 @@ pub const MAGIC: [u8; 4] = *b"MCD1";
 /// Bytes in a frame's header.
 pub const HEADER_BYTES: usize = 20;
 
-/// What a reader takes from the connection at once while it does not know how long the next frame is, in bytes.
+/// What a reader takes from the connection at once while it does not know how long the next frame
+/// is, in bytes.
 const READ_AHEAD_BYTES: usize = 64 * 1024;
 
 /// What a frame's payload is.
@@ -39,10 +41,11 @@ pub enum FrameKind {
     Background = 3,
     /// Machine state, part of an epoch. A state longer than the cap goes in several frames.
     State = 4,
-    /// Nothing: bytes that make the kernel notice that those before them were lost (see [`LinkWatch`](super::LinkWatch)). Readers pass over it.
-    Nudge = 5,
-    /// Sums of blocks of a disk (see [`sums`]): a secondary's answer.
-    Sums = 6,
+    /// Nothing: bytes that make the kernel notice that those before them were lost (see
+    /// [`LinkWatch`](super::LinkWatch)). Readers pass over it.
+    Probe = 5,
+    /// Hashes of blocks of a disk (see [`hashes`]): a secondary's answer.
+    Hashes = 6,
 }
 
 impl FrameKind {
@@ -52,8 +55,8 @@ impl FrameKind {
         FrameKind::Pages,
         FrameKind::Background,
         FrameKind::State,
-        FrameKind::Nudge,
-        FrameKind::Sums,
+        FrameKind::Probe,
+        FrameKind::Hashes,
     ];
 
     /// Most bytes of payload in a frame of this kind.
@@ -63,8 +66,8 @@ impl FrameKind {
             FrameKind::Pages | FrameKind::Background => 1024 * 1024,
             FrameKind::State => 4 * 1024 * 1024,
             // So that no other frame becomes one by a byte that is damaged: none of them is empty.
-            FrameKind::Nudge => 0,
-            FrameKind::Sums => sums::BYTES_MAX,
+            FrameKind::Probe => 0,
+            FrameKind::Hashes => block_hashes::BYTES_MAX,
         }
     }
 
@@ -80,8 +83,8 @@ impl fmt::Display for FrameKind {
             FrameKind::Pages => "pages",
             FrameKind::Background => "background",
             FrameKind::State => "state",
-            FrameKind::Nudge => "nudge",
-            FrameKind::Sums => "sums",
+            FrameKind::Probe => "probe",
+            FrameKind::Hashes => "hashes",
         })
     }
 }
@@ -160,12 +163,13 @@ impl Frame<'_> {
 
 /// Reads frames from a byte stream.
 ///
-/// One buffer serves all frames and grows to the largest that came, at most the largest cap. A read that times out loses nothing: the next
-/// call goes on where it stopped.
+/// One buffer serves all frames and grows to the largest that came, at most the largest cap. A read
+/// that times out loses nothing: the next call goes on where it stopped.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     source: R,
-    /// The bytes `start..end` came and were not yet given out; the vector's length is what may be read into.
+    /// The bytes `start..end` came and were not yet given out; the vector's length is what may be
+    /// read into.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
@@ -221,8 +225,8 @@ impl<R: Read> FrameReader<R> {
 
     /// Reads once, towards `want` pending bytes.
     ///
-    /// A long frame is read to its end and no further, so that the frame after it starts at the front of the buffer and is never moved.
-    /// Short ones come many at a time.
+    /// A long frame is read to its end and no further, so that the frame after it starts at the
+    /// front of the buffer and is never moved. Short ones come many at a time.
     fn fill(&mut self, want: usize) -> Result<(), WireError> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -248,7 +252,8 @@ impl<R: Read> FrameReader<R> {
     }
 }
 
-/// Frames put together in one buffer, to be written at once: the page, state and message frames of an epoch.
+/// Frames put together in one buffer, to be written at once: the page, state and message frames of
+/// an epoch.
 ///
 /// ```
 /// use mcd::wire::{FrameBatch, FrameKind};
@@ -299,8 +304,8 @@ impl FrameBatch {
         self.build(FrameKind::Message, |payload| codec::encode_message(message, payload))
     }
 
-    /// Adds a frame whose payload `append` writes in place, at the end of the vector it is given. It must leave alone what is there before.
-    /// Gives back what `append` returns.
+    /// Adds a frame whose payload `append` writes in place, at the end of the vector it is given.
+    /// It must leave alone what is there before. Gives back what `append` returns.
     ///
     /// # Errors
     /// As [`FrameBatch::push`].

@@ -1,8 +1,8 @@
-//! The connection between two nodes: blocking TCP, split into a reader and a writer that live in threads of their own, and a closer that
-//! ends both from anywhere.
+//! The connection between two nodes: blocking TCP, split into a reader and a writer that live in
+//! threads of their own, and a closer that ends both from anywhere.
 
 use super::frame::{FrameReader, FrameWriter};
-use crate::protocol::echo::Vitals;
+use crate::protocol::stall_detector::TcpInfo;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -12,15 +12,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How long sent bytes may stay unacknowledged before the kernel gives the connection up. Heartbeats and a [`LinkWatch`](super::LinkWatch)
-/// notice a silent peer much earlier; this frees what is left waiting.
+/// How long sent bytes may stay unacknowledged before the kernel gives the connection up.
+/// Heartbeats and a [`LinkWatch`](super::LinkWatch) notice a silent peer much earlier; this frees
+/// what is left waiting.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 
-/// Sockets get descriptor numbers from here up: above those of a machine and its vCPUs, below the usual limit of 1,024.
+/// Sockets get descriptor numbers from here up: above those of a machine and its vCPUs, below the
+/// usual limit of 1,024.
 const DESCRIPTOR_MIN: i32 = 512;
 
-/// Connections the kernel keeps until they are accepted. Beyond it a connect is dropped and tried again by its kernel only a second
-/// later; a crowd must not do that to the peer.
+/// Connections the kernel keeps until they are accepted. Beyond it a connect is dropped and tried
+/// again by its kernel only a second later; a crowd must not do that to the peer.
 const BACKLOG: i32 = 128;
 
 /// Why a connection could not be had.
@@ -58,7 +60,8 @@ pub enum LinkError {
     ListenerClosed,
 }
 
-/// One half of a link as a byte stream. Both halves share the socket, which closes when the last of them and of the closers is gone.
+/// One half of a link as a byte stream. Both halves share the socket, which closes when the last of
+/// them and of the closers is gone.
 #[derive(Debug, Clone)]
 pub struct Half {
     stream: Arc<TcpStream>,
@@ -106,8 +109,8 @@ pub type LinkReader = FrameReader<Half>;
 pub type LinkWriter = FrameWriter<Half>;
 
 impl LinkReader {
-    /// Reads fail with a time-out ([`is_timeout`](super::WireError::is_timeout)) once it is past `deadline`, however the peer spaces its
-    /// bytes; `None` waits for ever again.
+    /// Reads fail with a time-out ([`is_timeout`](super::WireError::is_timeout)) once it is past
+    /// `deadline`, however the peer spaces its bytes; `None` waits for ever again.
     pub fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         let half = self.source_mut();
         half.deadline = deadline;
@@ -125,30 +128,34 @@ pub struct LinkCloser {
 }
 
 impl LinkCloser {
-    /// Ends the link both ways. What was written before still goes out. Ending it again does nothing.
+    /// Ends the link both ways. What was written before still goes out. Ending it again does
+    /// nothing.
     pub fn shutdown(&self) {
         // The only failure is a socket that is not connected any more.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
     /// What the kernel knows of the connection; `None` if it does not tell.
-    pub(super) fn vitals(&self) -> Option<Vitals> {
+    pub(super) fn tcp_info(&self) -> Option<TcpInfo> {
         let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
         let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
         let fd = self.stream.as_raw_fd();
-        // SAFETY: the kernel writes at most `length` bytes, the size of `info`; both outlive the call.
+        // SAFETY: the kernel writes at most `length` bytes, the size of `info`; both outlive the
+        // call.
         let result = unsafe {
             libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut length)
         };
         if result != 0 {
             return None;
         }
-        // SAFETY: plain numbers, for which zeros (what the kernel did not write) and all else are valid.
+        // SAFETY: plain numbers, for which zeros (what the kernel did not write) and all else are
+        // valid.
         let info = unsafe { info.assume_init() };
         let ago = |ms: u32| Duration::from_millis(u64::from(ms));
-        Some(Vitals {
+        Some(TcpInfo {
             on_their_way: info.tcpi_unacked > 0,
-            // Bytes are a word from the peer too, and the kernel does not count every one as an acknowledgement.
+            // Bytes are a word from the peer too, and the kernel does not count every one as an
+            // acknowledgement.
             heard_ago: ago(info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv)),
             received_ago: ago(info.tcpi_last_data_recv),
         })
@@ -216,8 +223,9 @@ fn connect_once(address: SocketAddr, time: Duration) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Gives the socket a high descriptor number. When a process is killed, the kernel closes its files from the highest number down, and
-/// closing a virtual machine's takes it some 20 ms: with a higher number than any of those, the peer hears of our death before that.
+/// Gives the socket a high descriptor number. When a process is killed, the kernel closes its files
+/// from the highest number down, and closing a virtual machine's takes it some 20 ms: with a higher
+/// number than any of those, the peer hears of our death before that.
 fn renumber(socket: Socket) -> io::Result<Socket> {
     match nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTOR_MIN)) {
         // SAFETY: the descriptor was made by this very call and belongs to nobody else.
@@ -228,7 +236,8 @@ fn renumber(socket: Socket) -> io::Result<Socket> {
     }
 }
 
-/// Sets what an epoch and its ack need: no waiting for more bytes, and a congestion control that is fast inside a data centre.
+/// Sets what an epoch and its ack need: no waiting for more bytes, and a congestion control that is
+/// fast inside a data centre.
 fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
@@ -272,7 +281,8 @@ impl Listener {
     /// Waits for the next connection.
     ///
     /// # Errors
-    /// [`LinkError::Accept`], after which it may be called again; [`LinkError::ListenerClosed`] once a closer was used.
+    /// [`LinkError::Accept`], after which it may be called again; [`LinkError::ListenerClosed`]
+    /// once a closer was used.
     pub fn accept(&self) -> Result<Link, LinkError> {
         loop {
             match self.socket.accept() {
@@ -309,9 +319,11 @@ pub struct ListenerCloser {
 }
 
 impl ListenerCloser {
-    /// Ends the listener; a blocked accept wakes with [`LinkError::ListenerClosed`]. Ending it again does nothing.
+    /// Ends the listener; a blocked accept wakes with [`LinkError::ListenerClosed`]. Ending it
+    /// again does nothing.
     pub fn shutdown(&self) {
-        // SAFETY: the descriptor is open for as long as `self.socket` lives; shutdown(2) takes no pointer.
+        // SAFETY: the descriptor is open for as long as `self.socket` lives; shutdown(2) takes no
+        // pointer.
         unsafe { libc::shutdown(self.socket.as_raw_fd(), libc::SHUT_RDWR) };
     }
 }

@@ -6,15 +6,16 @@
 //!  state ─────────────┘
 //! ```
 //!
-//! Everything is little-endian. Every length is checked against a cap before anything is allocated for it, and whatever bytes a peer
-//! sends, the answer is a value or a [`WireError`], never a panic.
+//! Everything is little-endian. Every length is checked against a cap before anything is allocated
+//! for it, and whatever bytes a peer sends, the answer is a value or a [`WireError`], never a
+//! panic.
 
+pub mod block_hashes;
 pub mod codec;
 pub mod error;
 pub mod frame;
 pub mod link;
 pub mod pages;
-pub mod sums;
 pub mod watch;
 
 pub use error::{PageError, WireError};

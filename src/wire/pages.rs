@@ -7,7 +7,8 @@
 //! | 9 | 2 | bytes that follow |
 //! | 11 | … | the page in its kind's form |
 //!
-//! A kind that builds on the page as it was (a delta) fits in: [`PageRecord::expand`] is given the page's old content to write over.
+//! A kind that builds on the page as it was (a delta) fits in: [`PageRecord::expand`] is given the
+//! page's old content to write over.
 
 use super::error::PageError;
 use super::frame::FrameKind;
@@ -21,7 +22,8 @@ pub const RECORD_HEADER_BYTES: usize = 11;
 /// Most bytes a record takes.
 pub const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + PAGE_BYTES;
 
-/// A compressed page must save at least an eighth, or it goes raw: less is not worth the time to expand it.
+/// A compressed page must save at least an eighth, or it goes raw: less is not worth the time to
+/// expand it.
 const LZ4_BYTES_MAX: usize = PAGE_BYTES - PAGE_BYTES / 8;
 
 /// How a page's bytes are written.
@@ -38,7 +40,8 @@ pub enum PageKind {
 
 /// True if every byte of the page is zero.
 pub fn is_zero(page: &[u8; PAGE_BYTES]) -> bool {
-    // Word by word inside a cache line, so that the compiler uses wide registers, and out at the first line that is not zero.
+    // Word by word inside a cache line, so that the compiler uses wide registers, and out at the
+    // first line that is not zero.
     page.as_chunks::<64>().0.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
@@ -47,7 +50,8 @@ pub fn has_room(bytes: usize) -> bool {
     bytes + RECORD_BYTES_MAX <= FrameKind::Pages.bytes_max()
 }
 
-/// Writes pages in the shortest of the forms allowed. Allocates nothing after it was made, beside what the chunk itself needs.
+/// Writes pages in the shortest of the forms allowed. Allocates nothing after it was made, beside
+/// what the chunk itself needs.
 pub struct PageEncoder {
     /// The compressor's table and its output, or none where the peer takes no lz4.
     lz4: Option<(CompressTable, Vec<u8>)>,
@@ -60,7 +64,8 @@ impl PageEncoder {
         PageEncoder { lz4: lz4.then(|| (CompressTable::small(), room())) }
     }
 
-    /// Appends the record of page `index` to `chunk` and returns the form it took. At most [`RECORD_BYTES_MAX`] bytes are added.
+    /// Appends the record of page `index` to `chunk` and returns the form it took. At most
+    /// [`RECORD_BYTES_MAX`] bytes are added.
     pub fn encode(&mut self, index: u64, page: &[u8; PAGE_BYTES], chunk: &mut Vec<u8>) -> PageKind {
         let (kind, bytes): (PageKind, &[u8]) = if is_zero(page) {
             if mutant::is("zero-page-skipped") {

@@ -1,22 +1,22 @@
-//! Asks the kernel how a connection is, for [`EchoJudge`] to judge.
+//! Asks the kernel how a connection is, for [`StallDetector`] to judge.
 
 use std::time::Duration;
 
 use super::link::LinkCloser;
-use crate::protocol::echo::{EchoJudge, Look};
+use crate::protocol::stall_detector::{Look, StallDetector};
 use crate::protocol::types::Instant;
 
 /// Watches one connection.
 #[derive(Debug)]
 pub struct LinkWatch {
     closer: LinkCloser,
-    judge: EchoJudge,
+    judge: StallDetector,
 }
 
 impl LinkWatch {
     /// A watch over the connection of `closer`: sent bytes may be without an echo for so long.
     pub fn new(closer: LinkCloser, silence_max: Duration) -> LinkWatch {
-        LinkWatch { closer, judge: EchoJudge::new(silence_max) }
+        LinkWatch { closer, judge: StallDetector::new(silence_max) }
     }
 
     /// Looks, if it is time to.
@@ -25,8 +25,8 @@ impl LinkWatch {
             return None;
         }
         // A kernel that does not tell is one whose own limits must do.
-        let vitals = self.closer.vitals()?;
-        Some(self.judge.look(now, vitals))
+        let tcp_info = self.closer.tcp_info()?;
+        Some(self.judge.look(now, tcp_info))
     }
 }
 
@@ -44,10 +44,11 @@ mod tests {
         let (mut reader, _) = far.split();
         writer.write_message(&Message::Bye { reason: "test".into() }).unwrap();
         reader.read().unwrap();
-        assert!(far_closer.vitals().unwrap().received_ago < Duration::from_secs(60));
-        // Loopback acknowledges at once or after a delay; either way everything is acknowledged in the end.
+        assert!(far_closer.tcp_info().unwrap().received_ago < Duration::from_secs(60));
+        // Loopback acknowledges at once or after a delay; either way everything is acknowledged in
+        // the end.
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        while near_closer.vitals().unwrap().on_their_way {
+        while near_closer.tcp_info().unwrap().on_their_way {
             assert!(std::time::Instant::now() < deadline, "never acknowledged");
             std::thread::yield_now();
         }

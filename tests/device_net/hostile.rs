@@ -1,4 +1,5 @@
-//! Drivers that break the rules, and states that no device was ever in: the device breaks, the process does not.
+//! Drivers that break the rules, and states that no device was ever in: the device breaks, the
+//! process does not.
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};

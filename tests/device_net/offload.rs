@@ -25,7 +25,8 @@ fn send(rig: &mut Rig, header: [u8; 12], length: usize) {
     rig.notify(TX);
 }
 
-/// What the driver finds in its buffer when the wire brings `frame`, with its header; the buffer is put first.
+/// What the driver finds in its buffer when the wire brings `frame`, with its header; the buffer is
+/// put first.
 fn receive(rig: &mut Rig, header: [u8; 12], count: u16) -> [u8; 14] {
     rig.put_buffer(0, 2048);
     rig.notify(RX);

@@ -213,7 +213,8 @@ impl Rig {
     pub fn used_flags(&self, queue: u32) -> u16 {
         self.mem.read_obj(GuestAddress(used(queue))).expect("used")
     }
-    /// Puts a frame of `length` bytes of `byte` (behind its header) at descriptor `index` of the transmit queue.
+    /// Puts a frame of `length` bytes of `byte` (behind its header) at descriptor `index` of the
+    /// transmit queue.
     pub fn put_frame(&mut self, index: u16, byte: u8, length: usize) {
         let address = 0x4_0000 + u64::from(index) * 0x1000;
         let mut bytes = vec![0; 12];

@@ -52,8 +52,8 @@ impl DiskRig {
         rig
     }
 
-    /// Puts a request into slot `slot` (0 to 4), which has three descriptors, without a notify. Data of `data_bytes` is at
-    /// [`DiskRig::data_at`], for the device to write if `to_guest`.
+    /// Puts a request into slot `slot` (0 to 4), which has three descriptors, without a notify.
+    /// Data of `data_bytes` is at [`DiskRig::data_at`], for the device to write if `to_guest`.
     pub fn put(&mut self, slot: u16, kind: u32, sector: u64, data_bytes: u32, to_guest: bool) {
         let (first, at) = (slot * 3, HEADERS + u64::from(slot) * 256);
         let mut header = kind.to_le_bytes().to_vec();
@@ -86,7 +86,8 @@ impl DiskRig {
         self.status(0)
     }
 
-    /// Does one discard or write of zeroes of ranges (sector, sectors, flags) and returns its status.
+    /// Does one discard or write of zeroes of ranges (sector, sectors, flags) and returns its
+    /// status.
     pub fn ask_ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
         let mut bytes = Vec::new();
         for (sector, sectors, flags) in ranges {
@@ -104,7 +105,8 @@ impl DiskRig {
         bytes
     }
 
-    /// The heads of the requests in flight, as the state has them at its end. The device must be quiet.
+    /// The heads of the requests in flight, as the state has them at its end. The device must be
+    /// quiet.
     pub fn in_flight(&self) -> Vec<u16> {
         let state = self.state();
         // Behind the shape, the registers and the one queue.

@@ -1,5 +1,5 @@
-//! Drivers that break the rules, and states that no device was ever in: the device breaks or answers, memory that was not given
-//! to it stays as it is, and the process lives.
+//! Drivers that break the rules, and states that no device was ever in: the device breaks or
+//! answers, memory that was not given to it stays as it is, and the process lives.
 
 use proptest::prelude::*;
 
@@ -187,7 +187,8 @@ fn header() -> impl Strategy<Value = [u8; 16]> {
     })
 }
 
-/// Where the headers of the property test are: not in the data window, so that no write changes them.
+/// Where the headers of the property test are: not in the data window, so that no write changes
+/// them.
 fn header_at(index: u16) -> u64 {
     HEADERS + u64::from(index) * 16
 }

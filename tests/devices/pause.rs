@@ -261,7 +261,8 @@ fn pauses_at_any_moment_lose_and_double_nothing() {
     let mut disk = DiskRig::bare(vec![0; SECTORS as usize * 512], false);
     disk.rig.set_up(F_FLUSH, SIZE);
     for round in 0..500u16 {
-        // Each request writes its number to a sector of its own; a read of the one before checks it.
+        // Each request writes its number to a sector of its own; a read of the one before checks
+        // it.
         let sector = u64::from(round) % SECTORS;
         disk.rig.put(disk.data_at(0), &[round.to_le_bytes(); 256].concat());
         disk.put(0, OUT, sector, 512, false);

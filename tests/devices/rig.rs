@@ -111,9 +111,9 @@ impl Disk {
     /// Returns when a call of this kind waits at its gate.
     pub fn until_waiting(&self, call: Call) {
         let gates = self.gates.lock().expect("gates");
-        let patience = Duration::from_secs(30);
+        let timeout = Duration::from_secs(30);
         let (_gates, timeout) =
-            self.moved.wait_timeout_while(gates, patience, |gates| !gates.waiting.contains(&call)).expect("gates");
+            self.moved.wait_timeout_while(gates, timeout, |gates| !gates.waiting.contains(&call)).expect("gates");
         assert!(!timeout.timed_out(), "no {call:?} came");
     }
     /// The calls that went on: kind, offset, bytes.

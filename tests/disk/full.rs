@@ -1,4 +1,5 @@
-//! More disk writes in one epoch than may wait for a commit: they wait in the device, the guest runs on, and nothing is lost.
+//! More disk writes in one epoch than may wait for a commit: they wait in the device, the guest
+//! runs on, and nothing is lost.
 
 use mcd::protocol::messages::JOURNAL_BYTES_MAX;
 use nix::sys::signal::Signal;
@@ -16,7 +17,7 @@ const WAIT_LONG: &str = "--heartbeat-timeout-ms=120000";
 fn writes_that_find_the_journal_full_wait_and_none_is_lost() {
     rights::run("full::writes_that_find_the_journal_full_wait_and_none_is_lost", &["/dev/kvm", "/dev/net/tun"], || {
         let mut world = World::with_disk(2, WAIT_LONG, DISK_BYTES, FLOOD_BLOCKS);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         // With no commit in sight everything the guest writes has to be kept.
         world.secondary.signal(Signal::SIGSTOP).expect("it lives");
         guest.send(&format!("DISK RUN {FLOOD_BLOCKS} 1000000"));
@@ -24,7 +25,8 @@ fn writes_that_find_the_journal_full_wait_and_none_is_lost() {
         assert!(full.running && full.protected, "the guest runs on, and is not given up for it: {full}");
         let room = full.journal_bytes;
         assert!((JOURNAL_BYTES_MAX / 2..=JOURNAL_BYTES_MAX).contains(&room), "{room} bytes wait");
-        // Nor does a comparison hold up the guest or the control socket, or another one push it aside.
+        // Nor does a comparison hold up the guest or the control socket, or another one push it
+        // aside.
         let verify = start_verify(&world.primary);
         let second = verify_online(&world.primary, &[]);
         assert_eq!(second.status.code(), Some(2), "{second:?}");
@@ -35,7 +37,8 @@ fn writes_that_find_the_journal_full_wait_and_none_is_lost() {
         wait_for(&mut world.primary, "commit again", |status| status.epochs.committed > committed + 3);
         let verified = verify.wait_with_output().expect("it ends");
         assert_eq!(verified.status.code(), Some(0), "in the flood of writes: {verified:?}");
-        // The primary dies in the flood: what was acknowledged is there, and a newcomer gets the same.
+        // The primary dies in the flood: what was acknowledged is there, and a newcomer gets the
+        // same.
         world.write_and_kill(&mut guest);
         assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
         world.check(&mut guest);

@@ -1,4 +1,5 @@
-//! A guest that writes to its disk, on hosts that die: what it was told is durable is there afterwards, and the images are equal in the end.
+//! A guest that writes to its disk, on hosts that die: what it was told is durable is there
+//! afterwards, and the images are equal in the end.
 
 mod full;
 #[path = "../rights/mod.rs"]
@@ -9,7 +10,7 @@ mod world;
 
 use mcd::checkpoint::stamp::Stamp;
 use mcd::control::status::State;
-use mcd::demo::fabric::HostName;
+use mcd::demo::namespaces::HostName;
 use mcd::demo::nodes::StartAs;
 use nix::sys::signal::Signal;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ fn acknowledged_writes_outlive_hosts_and_the_images_are_equal() {
         let seed = from_environment("MCD_DISK_SEED").unwrap_or_else(|| getrandom::u64().expect("a random number"));
         println!("{rounds} rounds, MCD_DISK_SEED={seed}");
         let mut world = World::start(seed, NEVER_SUSPECT);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         for round in 1..=rounds {
             assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
             world.write_and_kill(&mut guest);
@@ -43,7 +44,8 @@ fn acknowledged_writes_outlive_hosts_and_the_images_are_equal() {
         assert!(says(&world.verify(), "is in use"));
         world.verify_while_the_guest_writes();
         assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
-        // Whatever was answered is committed, so the secondary has every write; and there are no more.
+        // Whatever was answered is committed, so the secondary has every write; and there are no
+        // more.
         quit(&mut world.secondary);
         quit(&mut world.primary);
         let verified = world.verify();
@@ -56,7 +58,7 @@ fn acknowledged_writes_outlive_hosts_and_the_images_are_equal() {
 fn a_secondary_that_was_given_up_joins_again_with_its_disk() {
     rights::run("a_secondary_that_was_given_up_joins_again_with_its_disk", &["/dev/kvm", "/dev/net/tun"], || {
         let mut world = World::start(1, SUSPECT);
-        let mut guest = Guest::connect(&world.fabric);
+        let mut guest = Guest::connect(&world.namespaces);
         assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
         let first = world.primary.status().expect("a status").peer;
         world.secondary.signal(Signal::SIGSTOP).expect("it lives");
@@ -88,7 +90,7 @@ fn restarts(world: &mut World) {
     assert!(refused.log_tail(3).contains("the newest image is on the other host"), "{}", refused.log_tail(3));
     world.primary = world.node(StartAs::Primary, newer);
     wait_for(&mut world.primary, "run the guest", |status| status.running);
-    let mut guest = Guest::connect(&world.fabric);
+    let mut guest = Guest::connect(&world.namespaces);
     world.check(&mut guest);
     assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 9")), "+OK");
     drop(guest);
@@ -104,14 +106,14 @@ fn restarts(world: &mut World) {
 fn cold_starts(world: &mut World, newer: HostName, older: HostName) {
     world.primary = world.node(StartAs::Primary, newer);
     let status = wait_for(&mut world.primary, "run the guest", |status| status.running);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     while Stamp::read(&image(&world.dir, newer)).expect("a stamp").map(|stamp| stamp.at.generation.0)
         != Some(status.generation)
     {
         assert!(Instant::now() < deadline, "no stamp of generation {}", status.generation);
         std::thread::park_timeout(Duration::from_millis(2));
     }
-    let mut guest = Guest::connect(&world.fabric);
+    let mut guest = Guest::connect(&world.namespaces);
     assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 11")), "+OK");
     world.written[0] = 11;
     drop(guest);
@@ -127,6 +129,6 @@ fn cold_starts(world: &mut World, newer: HostName, older: HostName) {
     }
     world.primary = world.node(StartAs::ColdStart, newer);
     wait_for(&mut world.primary, "run the guest", |status| status.running);
-    let mut guest = Guest::connect(&world.fabric);
+    let mut guest = Guest::connect(&world.namespaces);
     world.check(&mut guest);
 }

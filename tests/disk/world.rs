@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mcd::control::Client;
 use mcd::control::status::State;
-use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
+use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use serde_json::Value;
@@ -35,10 +35,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn connect(fabric: &Fabric) -> Guest {
-        let to = fabric.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
+    pub fn connect(namespaces: &Namespaces) -> Guest {
+        let to = namespaces.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
         let to = to.expect("a connection");
-        to.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        to.set_read_timeout(Some(WAIT_MAX)).expect("a time-out");
         to.set_nodelay(true).expect("an option");
         let from = BufReader::new(to.try_clone().expect("a descriptor"));
         Guest { to, from }
@@ -63,7 +63,7 @@ impl Guest {
 
 /// A pair, the disk images of its hosts, and what the guest acknowledged.
 pub struct World {
-    pub fabric: Fabric,
+    pub namespaces: Namespaces,
     pub dir: RunDir,
     pub rng: Rng,
     pub primary: Node,
@@ -85,7 +85,8 @@ pub fn image(dir: &RunDir, host: HostName) -> PathBuf {
     dir.path().join(if host == HostName::A { "a.img" } else { "b.img" })
 }
 
-/// A node that is killed is missed at once, by its sockets. One that a busy test host lets stand still is not to be, unless a test wants it.
+/// A node that is killed is missed at once, by its sockets. One that a busy test host lets stand
+/// still is not to be, unless a test wants it.
 pub const NEVER_SUSPECT: &str = "--heartbeat-timeout-ms=20000";
 pub const SUSPECT: &str = "--heartbeat-timeout-ms=2000";
 
@@ -107,13 +108,13 @@ impl World {
 
     /// With a disk of so many bytes, and so many blocks before the client's.
     pub fn with_disk(seed: u64, suspicion: &'static str, disk_bytes: u64, run_blocks: u64) -> World {
-        let fabric = Fabric::new().expect("namespaces");
+        let namespaces = Namespaces::new().expect("namespaces");
         let dir = RunDir::new().expect("a directory");
         let disk = std::fs::File::create(image(&dir, HostName::A)).expect("an image");
         disk.set_len(disk_bytes).expect("its size");
         let node = |role, host, name| {
             let settings = settings(&dir, host, suspicion);
-            Node::start(role, host, name, &settings, &fabric, &dir).expect("a node")
+            Node::start(role, host, name, &settings, &namespaces, &dir).expect("a node")
         };
         let mut primary = node(StartAs::Primary, HostName::A, "n0");
         wait_for(&mut primary, "run the guest", |status| status.running);
@@ -121,7 +122,7 @@ impl World {
         wait_for(&mut primary, "be protected", |status| status.protected);
         let written = vec![0; CLIENT_BLOCKS as usize];
         World {
-            fabric,
+            namespaces,
             dir,
             rng: Rng::new(seed),
             primary,
@@ -140,10 +141,11 @@ impl World {
         let name = format!("n{}", self.started);
         self.started += 1;
         let settings = settings(&self.dir, host, self.suspicion);
-        Node::start(role, host, &name, &settings, &self.fabric, &self.dir).expect("a node")
+        Node::start(role, host, &name, &settings, &self.namespaces, &self.dir).expect("a node")
     }
 
-    /// Sends writes, kills the primary when some are acknowledged, and waits for the rest, which its heir acknowledges.
+    /// Sends writes, kills the primary when some are acknowledged, and waits for the rest, which
+    /// its new primary acknowledges.
     pub fn write_and_kill(&mut self, guest: &mut Guest) {
         let mut sent = Vec::new();
         for _ in 0..PIPELINED {
@@ -174,7 +176,8 @@ impl World {
         }
     }
 
-    /// The heir goes on; a newcomer joins it where the primary died, with the image it left. Some newcomers die on the way, and leave theirs.
+    /// The new primary goes on; a newcomer joins it where the primary died, with the image it left.
+    /// Some newcomers die on the way, and leave theirs.
     pub fn protect_again(&mut self) {
         wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
         wait_ended(&mut self.primary);
@@ -201,7 +204,8 @@ impl World {
         assert_eq!(verified.status.code(), Some(0), "{verified:?}");
     }
 
-    /// The nodes compare their images: equal, and then not, because somebody wrote to the secondary's behind its back.
+    /// The nodes compare their images: equal, and then not, because somebody wrote to the
+    /// secondary's behind its back.
     pub fn verify_while_the_guest_writes(&mut self) {
         let blocks = DISK_BYTES.div_ceil(4096);
         let verified = verify_online(&self.primary, &[]);
@@ -229,7 +233,8 @@ impl World {
         let refused = verify_online(&self.secondary, &[]);
         assert_eq!(refused.status.code(), Some(2), "{refused:?}");
         assert!(says(&refused, "ask the primary"), "{refused:?}");
-        // As the runbook says: the secondary is ended, and gets what its image lacks when it comes back.
+        // As the runbook says: the secondary is ended, and gets what its image lacks when it comes
+        // back.
         quit(&mut self.secondary);
         wait_for(&mut self.primary, "go on alone", |status| status.state == State::Solo);
         assert!(says(&verify_online(&self.primary, &[]), "not protected"));
@@ -284,8 +289,8 @@ pub fn start_verify(node: &Node) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mcd"));
     let command = command.args(["disk", "verify", &control]).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut verify = command.spawn().expect("mcd runs");
-    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
-    let mut begun = || client.execute("mc-query-disk-verify", Value::Null, PATIENCE).is_ok();
+    let mut client = Client::connect(node.control(), WAIT_MAX).expect("a control socket");
+    let mut begun = || client.execute("mc-query-disk-verify", Value::Null, WAIT_MAX).is_ok();
     while !begun() && verify.try_wait().expect("a child").is_none() {
         std::thread::park_timeout(Duration::from_millis(2));
     }

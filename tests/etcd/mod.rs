@@ -1,4 +1,5 @@
-//! An etcd of the tests' own: on loopback, with its data in a temporary directory, stopped and started as a test likes.
+//! An etcd of the tests' own: on loopback, with its data in a temporary directory, stopped and
+//! started as a test likes.
 
 use mcd::arbiter::etcd::{EtcdArbiter, EtcdConfig, EtcdTls};
 use mcd::protocol::types::GuestName;
@@ -25,7 +26,8 @@ pub fn installed() -> bool {
     false
 }
 
-/// A directory in memory where there is such a thing: on a disk all is the same and only fsync takes longer.
+/// A directory in memory where there is such a thing: on a disk all is the same and only fsync
+/// takes longer.
 pub fn directory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
@@ -116,7 +118,8 @@ impl Etcd {
         }
     }
 
-    /// Sends a signal. A stop is waited for: on a busy machine a process goes on answering until one of its threads has noticed.
+    /// Sends a signal. A stop is waited for: on a busy machine a process goes on answering until
+    /// one of its threads has noticed.
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.as_ref().unwrap().id()).unwrap());
         kill(pid, signal).unwrap();
@@ -125,8 +128,8 @@ impl Etcd {
         }
     }
 
-    pub fn arbiter(&self, patience_ms: u64) -> EtcdArbiter {
-        EtcdArbiter::new(config(&[&self.url], patience_ms), &guest()).unwrap()
+    pub fn arbiter(&self, timeout_ms: u64) -> EtcdArbiter {
+        EtcdArbiter::new(config(&[&self.url], timeout_ms), &guest()).unwrap()
     }
 }
 
@@ -136,7 +139,8 @@ impl Drop for Etcd {
     }
 }
 
-/// Reads the log until it says that clients are served, and from then on so that the pipe never fills.
+/// Reads the log until it says that clients are served, and from then on so that the pipe never
+/// fills.
 fn wait_until_it_serves(mut log: BufReader<std::process::ChildStderr>) {
     let mut all = String::new();
     loop {
@@ -151,13 +155,13 @@ fn wait_until_it_serves(mut log: BufReader<std::process::ChildStderr>) {
     std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
 }
 
-pub fn config(endpoints: &[&str], patience_ms: u64) -> EtcdConfig {
+pub fn config(endpoints: &[&str], timeout_ms: u64) -> EtcdConfig {
     EtcdConfig {
         endpoints: endpoints.iter().map(|url| (*url).to_owned()).collect(),
         prefix: "/mcd".to_owned(),
         tls: None,
         login: None,
-        patience: Duration::from_millis(patience_ms),
+        timeout: Duration::from_millis(timeout_ms),
     }
 }
 

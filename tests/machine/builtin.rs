@@ -47,7 +47,7 @@ fn boot(cpus: u8) -> (Machine, std::sync::Arc<Wires>, Console) {
     let (mut machine, wires, console) = build(cpus);
     machine.boot_builtin(&net()).expect("boot");
     machine.resume().expect("resume");
-    let event = machine.events().recv_timeout(PATIENCE);
+    let event = machine.events().recv_timeout(WAIT_MAX);
     let text = String::from_utf8_lossy(&console.0.lock().expect("console")).into_owned();
     assert_eq!(event, Ok(MachineEvent::Booted), "{text}");
     (machine, wires, console)

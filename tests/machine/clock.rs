@@ -18,7 +18,8 @@ const GUEST_STOPPED: u64 = 2;
 
 guest_code!(
     clock_reader,
-    // Reads kvmclock over and over, as the ABI says; publishes the newest time, and notes a step back in the next word.
+    // Reads kvmclock over and over, as the ABI says; publishes the newest time, and notes a step
+    // back in the next word.
     "2: mov esi, [0x300000]",
     "test esi, 1",
     "jnz 2b",

@@ -1,4 +1,5 @@
-//! A disk under KVM: a guest writes, flushes and reads back, without end, while it is paused and taken over at any moment.
+//! A disk under KVM: a guest writes, flushes and reads back, without end, while it is paused and
+//! taken over at any moment.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +23,8 @@ const SECTORS: u64 = 1024;
 
 guest_code!(
     disk_writer,
-    // Puts the chain at `head` (whose status is at `status`) into the ring of 16, and waits until it is used and done.
+    // Puts the chain at `head` (whose status is at `status`) into the ring of 16, and waits until
+    // it is used and done.
     ".macro ask head, status",
     "movzx eax, word ptr [r14 + 2]",
     "mov ecx, eax",
@@ -131,7 +133,8 @@ fn numbers(image: &Path) -> Vec<u64> {
     (0..SECTORS as usize).map(|sector| number(sector * 512)).collect()
 }
 
-/// An image must hold all that the guest knows to be written: round `acked`; one more may be on its way.
+/// An image must hold all that the guest knows to be written: round `acked`; one more may be on its
+/// way.
 fn check_image(image: &Path, acked: u64) {
     for (sector, number) in numbers(image).into_iter().enumerate() {
         let newest = (0..=acked).rev().take(SECTORS as usize).find(|n| n % SECTORS == sector as u64).unwrap_or(0);
@@ -172,9 +175,9 @@ fn takeovers_at_any_moment_find_a_disk_that_fits_the_memory() {
         let standby_image = images.next();
         std::fs::write(&standby_image, vec![0; (SECTORS * 512) as usize]).expect("image");
         let mut standby = machine_with(&standby_image);
-        machine.track_dirt(true).expect("track");
+        machine.track_dirty(true).expect("track");
         copy_memory(machine.memory(), standby.memory());
-        let mut dirt = PageSet::empty(machine.memory().pages());
+        let mut dirty = PageSet::empty(machine.memory().pages());
         let mut state = Vec::new();
         for epoch in 0..12u64 {
             machine.resume().expect("resume");
@@ -183,19 +186,20 @@ fn takeovers_at_any_moment_find_a_disk_that_fits_the_memory() {
             (0..epoch * 977).for_each(|_| std::hint::spin_loop());
             machine.pause().expect("pause");
             assert!(!failed(&machine), "the guest found a wrong answer in takeover {takeover}, round {rounds}");
-            machine.collect_dirt(&mut dirt).expect("dirt");
+            machine.collect_dirty(&mut dirty).expect("dirty");
             state.clear();
             machine.save(&mut state).expect("save");
             let mut page = [0; PAGE_BYTES];
-            for index in dirt.iter() {
+            for index in dirty.iter() {
                 machine.memory().read_page(index, &mut page).expect("read");
                 standby.memory().write_page(index, &page).expect("write");
             }
-            dirt.clear();
+            dirty.clear();
             rounds = word(machine.memory(), RESULTS);
             check_image(&image, rounds);
         }
-        // What the disk held at the last epoch goes to the other node; its image is open already, and is written in place.
+        // What the disk held at the last epoch goes to the other node; its image is open already,
+        // and is written in place.
         let content = std::fs::read(&image).expect("image");
         std::fs::write(&standby_image, content).expect("image");
         drop(machine);

@@ -44,7 +44,7 @@ guest_code!(
 fn first_event(code: &'static [u8]) -> MachineEvent {
     let (mut machine, _wires, _console) = loaded(1, code);
     machine.resume().expect("resume");
-    let event = machine.events().recv_timeout(PATIENCE).expect("event");
+    let event = machine.events().recv_timeout(WAIT_MAX).expect("event");
     // It can still be paused and saved.
     machine.pause().expect("pause");
     machine.save(&mut Vec::new()).expect("save");
@@ -59,8 +59,8 @@ fn a_guest_that_shuts_down_stays_down_in_another_machine_too() {
     let (mut machine, _wires, _console) = loaded(1, boots_and_shuts_down());
     machine.resume().expect("resume");
     let events = machine.events();
-    assert_eq!(events.recv_timeout(PATIENCE), Ok(MachineEvent::Booted));
-    assert_eq!(events.recv_timeout(PATIENCE), Ok(MachineEvent::Shutdown));
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Booted));
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Shutdown));
     for _ in 0..10 {
         machine.pause().expect("pause");
         machine.resume().expect("resume");

@@ -1,4 +1,5 @@
-//! What has to be the same on two hosts: the speed of the TSC, and every register that a guest can change.
+//! What has to be the same on two hosts: the speed of the TSC, and every register that a guest can
+//! change.
 
 use kvm_bindings::kvm_msr_entry;
 use mcd::machine::{CpuModel, Machine, MachineError, StateError, host_cpu};

@@ -1,4 +1,5 @@
-//! An interrupt that a device has asked for is in the saved state, however the pause cuts between those who ask and those who are asked.
+//! An interrupt that a device has asked for is in the saved state, however the pause cuts between
+//! those who ask and those who are asked.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,8 +15,9 @@ use crate::support::*;
 
 guest_code!(
     sender_and_interrupted,
-    // vCPU 0 switches its interrupt controller on, takes the network's line, which is level-triggered, as vector 0x50, and counts; it
-    // serves no interrupt. vCPU 1 sets both queues up, puts one frame of 64 bytes into the second one, and notifies.
+    // vCPU 0 switches its interrupt controller on, takes the network's line, which is
+    // level-triggered, as vector 0x50, and counts; it serves no interrupt. vCPU 1 sets both queues
+    // up, puts one frame of 64 bytes into the second one, and notifies.
     "test rdi, rdi",
     "jnz 2f",
     "mov ebx, 0xfee00000",
@@ -85,7 +87,7 @@ impl NetBackend for Slow {
 impl Slow {
     fn wait_for_frame(&self) {
         let state = self.state.lock().expect("lock");
-        let waited = self.changed.wait_timeout_while(state, PATIENCE, |state| state.0 == 0).expect("lock");
+        let waited = self.changed.wait_timeout_while(state, WAIT_MAX, |state| state.0 == 0).expect("lock");
         assert!(!waited.1.timed_out(), "no frame was sent");
     }
 
@@ -117,8 +119,8 @@ fn wait_until_still(count: impl Fn() -> u64) {
     });
 }
 
-/// A vCPU that is parked can still be sent an interrupt by one that is not. It was lost: the I/O APIC waited for ever for the end of an
-/// interrupt that the saved vCPU never got.
+/// A vCPU that is parked can still be sent an interrupt by one that is not. It was lost: the I/O
+/// APIC waited for ever for the end of an interrupt that the saved vCPU never got.
 #[test]
 fn an_interrupt_for_a_parked_vcpu_is_in_the_state() {
     if !have_kvm() {
@@ -147,7 +149,8 @@ fn an_interrupt_for_a_parked_vcpu_is_in_the_state() {
     });
     drop(machine);
     let (lapic, io_apic) = (payload(&state, LAPIC, 0), payload(&state, IRQ_CHIP, 2));
-    // Behind two words: base address, register number, id, requests; then an entry of 8 bytes for each line.
+    // Behind two words: base address, register number, id, requests; then an entry of 8 bytes for
+    // each line.
     let entry = &io_apic[8 + 24 + 16 * 8..][..8];
     assert_eq!((usize::from(entry[0]), entry[1] & 0x80), (VECTOR, 0x80), "vector and trigger of the network's line");
     assert_ne!(entry[1] & 0x40, 0, "the line waits for the end of its interrupt");

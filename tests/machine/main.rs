@@ -1,8 +1,8 @@
-//! Tests of one machine under KVM: pausing, saving and restoring, dirt, devices.
+//! Tests of one machine under KVM: pausing, saving and restoring, dirty pages, devices.
 
 mod builtin;
 mod clock;
-mod dirt;
+mod dirty_pages;
 mod disk;
 mod events;
 mod fit;

@@ -10,8 +10,9 @@ use crate::support::*;
 
 guest_code!(
     careful_counter,
-    // Every round: write the count to the serial scratch register and read it back, read a device register, write the count to
-    // the console, publish it. A lost read shows as a wrong value, a doubled or lost write in the console's sequence.
+    // Every round: write the count to the serial scratch register and read it back, read a device
+    // register, write the count to the console, publish it. A lost read shows as a wrong value, a
+    // doubled or lost write in the console's sequence.
     "2: inc rbx",
     "mov dx, 0x3ff",
     "mov al, bl",
@@ -34,7 +35,8 @@ guest_code!(
 
 guest_code!(
     rich_state,
-    // Vector registers, a running periodic LAPIC timer, a virtio device half set up, the serial port reprogrammed.
+    // Vector registers, a running periodic LAPIC timer, a virtio device half set up, the serial
+    // port reprogrammed.
     "mov rax, 0x0123456789abcdef",
     "movq xmm3, rax",
     "movq xmm15, rax",
@@ -113,7 +115,8 @@ pub const IRQ_CHIP: u16 = 17;
 const XSAVE: u16 = 5;
 const CLOCK: u16 = 18;
 
-/// Blanks what runs on while the machine stands still: the TSC, the LAPIC timer's count, the PIT's start time, kvmclock.
+/// Blanks what runs on while the machine stands still: the TSC, the LAPIC timer's count, the PIT's
+/// start time, kvmclock.
 fn without_clocks(state: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
     let mut all = sections(state);
     for (kind, _, payload) in &mut all {
@@ -132,8 +135,9 @@ fn without_clocks(state: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
             // Behind the first three fields: what the TSC showed at which time of kvmclock.
             VCPU_RUN => payload.truncate(9),
             CLOCK => payload.clear(),
-            // Whether a component that holds its initial values counts as in use (XSTATE_BV, at 512) is the processor's choice at each
-            // save (Intel SDM vol. 1, 13.6): the same registers, told in two ways.
+            // Whether a component that holds its initial values counts as in use (XSTATE_BV, at
+            // 512) is the processor's choice at each save (Intel SDM vol. 1, 13.6): the same
+            // registers, told in two ways.
             XSAVE => {
                 for (bit, area) in [(1u8, 160..416), (2, 576..832)] {
                     if payload[area].iter().all(|byte| *byte == 0) {

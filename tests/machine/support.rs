@@ -1,5 +1,5 @@
-//! What the machine tests share: small ring-3 guests written in assembly, a network that is a pair of queues, a console that is
-//! a vector, and the rule for hosts without KVM.
+//! What the machine tests share: small ring-3 guests written in assembly, a network that is a pair
+//! of queues, a console that is a vector, and the rule for hosts without KVM.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -14,7 +14,7 @@ use mcd::protocol::pages::PAGE_BYTES;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How long a test waits for a guest before it says that it hangs.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Where guest code is loaded.
 pub const CODE: u64 = 0x10_0000;
@@ -23,7 +23,8 @@ pub const RESULTS: u64 = 0x20_0000;
 /// Guest memory of most tests.
 pub const MEMORY: u64 = 16 << 20;
 
-/// True if there is KVM; without it the test is skipped, or fails if the environment says that it must run.
+/// True if there is KVM; without it the test is skipped, or fails if the environment says that it
+/// must run.
 pub fn have_kvm() -> bool {
     if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok() {
         return true;
@@ -47,7 +48,8 @@ macro_rules! guest_code {
             ".popsection",
         );
         fn $name() -> &'static [u8] {
-            // SAFETY: both symbols are defined by the assembly above, and only their addresses are taken.
+            // SAFETY: both symbols are defined by the assembly above, and only their addresses are
+            // taken.
             unsafe extern "C" {
                 #[link_name = concat!(stringify!($name), "_begin")]
                 static BEGIN: u8;
@@ -71,7 +73,8 @@ const TSS: u64 = 0x5000;
 const TSS_BYTES: u32 = 0x68 + 8193;
 const STACKS: u64 = 0x8_0000;
 
-/// Lays out page tables (identity map of the first GiB and of the device window), a TSS that allows every port, and `code`.
+/// Lays out page tables (identity map of the first GiB and of the device window), a TSS that allows
+/// every port, and `code`.
 pub fn load(ram: &GuestRam, code: &[u8]) {
     // Present, writable, user, accessed; dirty and large for the leaves.
     let (table, leaf) = (0x27, 0xe7);
@@ -224,7 +227,7 @@ pub fn word(ram: &GuestRam, address: u64) -> u64 {
 pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < PATIENCE, "gave up waiting: {what}");
+        assert!(start.elapsed() < WAIT_MAX, "gave up waiting: {what}");
         std::thread::yield_now();
     }
 }

@@ -1,6 +1,7 @@
 //! What keeps the state space finite: how often each thing may still happen.
 
-/// What is left of each bounded thing. Part of the state: two worlds with different futures are different.
+/// What is left of each bounded thing. Part of the state: two worlds with different futures are
+/// different.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Bounds {
     /// Faults of all kinds together.

@@ -1,4 +1,5 @@
-//! What becomes of a world when nothing more goes wrong: every message arrives, the arbiter answers, timers fire.
+//! What becomes of a world when nothing more goes wrong: every message arrives, the arbiter
+//! answers, timers fire.
 
 use mcd::protocol::secondary::Phase;
 use mcd::protocol::types::InstanceId;
@@ -15,13 +16,13 @@ impl World {
         let record = self.truth.record;
         self.nodes.iter().any(|node| match &node.role {
             Role::Primary(_) => node.has_guest() && record.owner == node.me,
-            Role::Secondary(machine) => machine.phase() != Phase::Done && self.is_heir(node.me),
+            Role::Secondary(machine) => machine.phase() != Phase::Done && self.is_new_primary(node.me),
             Role::Absent => false,
         })
     }
 
     /// True if `who` has a whole image that it may take over with.
-    pub fn is_heir(&self, who: InstanceId) -> bool {
+    pub fn is_new_primary(&self, who: InstanceId) -> bool {
         let record = self.truth.record;
         record.owner != who && self.truth.holds(who) && self.truth.may_take_over(who, record)
     }
@@ -35,7 +36,8 @@ impl World {
         }
     }
 
-    /// I6: if somebody has the guest, it runs and is heard, as soon as nothing more goes wrong; what was given up is lost.
+    /// I6: if somebody has the guest, it runs and is heard, as soon as nothing more goes wrong;
+    /// what was given up is lost.
     pub fn comes_to_rest(&self) -> bool {
         if self.broken.is_some() || self.excused || !self.is_alive() || self.is_well() {
             return true;

@@ -205,7 +205,7 @@ impl World {
                 let node = self.node(n);
                 node.sender = Some(conn);
                 if let Some(guest) = &mut node.guest {
-                    guest.take_dirt();
+                    guest.take_dirty();
                     guest.tracking = true;
                 }
             }
@@ -213,14 +213,14 @@ impl World {
                 let node = self.node(n);
                 (node.sender, node.push) = (None, None);
                 if let Some(guest) = &mut node.guest {
-                    guest.take_dirt();
+                    guest.take_dirty();
                     guest.tracking = false;
                 }
             }
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
-            // Its disks have no sums: no node here offers them.
-            Action::Freeze { .. } | Action::Sum { .. } => unreachable!("no node offers sums"),
+            // Its disks have no hashes: no node here offers them.
+            Action::Preserve { .. } | Action::Sum { .. } => unreachable!("no node offers hashes"),
             // No disk here is on shared storage.
             Action::Committed { .. } | Action::WriteThrough { .. } => {}
             Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
@@ -247,7 +247,8 @@ impl World {
         }
     }
 
-    /// A primary ends because it was told to. Where the guest was protected it goes on elsewhere; elsewhere it must be over.
+    /// A primary ends because it was told to. Where the guest was protected it goes on elsewhere;
+    /// elsewhere it must be over.
     fn exit(&mut self, n: usize) {
         let node = &self.nodes[n];
         let protected = node.primary().is_some_and(|machine| machine.phase() == primary::Phase::Protected);
@@ -267,7 +268,7 @@ impl World {
             OutputCut::Seal => node.output.seal(id.epoch),
         }
         let Some(guest) = &mut node.guest else { return };
-        let dirty = guest.take_dirt();
+        let dirty = guest.take_dirty();
         if std::mem::take(&mut node.capture_fails) {
             guest.put_back(&dirty);
             let why = "no memory".into();
@@ -277,7 +278,7 @@ impl World {
         let mut set = mcd::protocol::pages::PageSet::empty(guest.pages.len() as u64);
         dirty.iter().for_each(|(page, _)| set.insert(*page));
         if let Role::Primary(machine) = &mut node.role {
-            machine.note_dirt(&set);
+            machine.note_dirty_pages(&set);
         }
         if let Some(conn) = node.sender {
             self.send(n, conn, Item::Epoch { id, completes, dirty, counter, truth });
@@ -341,7 +342,7 @@ impl World {
             Action::Send { conn, message } => self.send(n, conn, Item::Message(message)),
             Action::Close { conn } => self.close(n, conn),
             Action::BuildMachine(_) => self.built(n),
-            Action::Sum { .. } | Action::SendSums { .. } => unreachable!("no node offers sums"),
+            Action::Sum { .. } | Action::SendHashes { .. } => unreachable!("no node offers hashes"),
             Action::Commit { id } => self.commit(n, id),
             Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask(n, call),

@@ -3,7 +3,8 @@
 /// Pages of guest memory.
 pub const PAGES: usize = 2;
 
-/// All of guest memory; each page holds which generation wrote it last, and the number of the packet it was written with.
+/// All of guest memory; each page holds which generation wrote it last, and the number of the
+/// packet it was written with.
 pub type Pages = [u16; PAGES];
 
 /// A page by its index.
@@ -39,14 +40,14 @@ impl Guest {
         number
     }
 
-    /// The dirt since the last look; reading clears it.
-    pub fn take_dirt(&mut self) -> Vec<Page> {
+    /// The dirty pages since the last look; reading clears it.
+    pub fn take_dirty(&mut self) -> Vec<Page> {
         let dirty = std::mem::take(&mut self.dirty);
         (0..PAGES).filter(|page| dirty[*page]).map(|page| (page as u64, self.pages[page])).collect()
     }
 
-    pub fn put_back(&mut self, dirt: &[Page]) {
-        for (page, _) in dirt {
+    pub fn put_back(&mut self, dirty: &[Page]) {
+        for (page, _) in dirty {
             self.dirty[*page as usize] = true;
         }
     }

@@ -7,7 +7,8 @@ use crate::driver::Event;
 use crate::truth::Truth;
 use crate::world::{TIMEOUT_UNITS, UNIT, World};
 
-/// One thing that happens. `split`: the actions that follow are not carried out at once, but one by one, as `Step`.
+/// One thing that happens. `split`: the actions that follow are not carried out at once, but one by
+/// one, as `Step`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Move {
     /// The first thing in an inbox arrives.
@@ -212,7 +213,7 @@ impl World {
 
     /// True if nobody but `n` could go on with the guest.
     fn is_only_holder(&self, n: usize) -> bool {
-        self.truth.record.owner == self.nodes[n].me && !self.is_heir(self.nodes[1 - n].me)
+        self.truth.record.owner == self.nodes[n].me && !self.is_new_primary(self.nodes[1 - n].me)
     }
 
     fn fault(&mut self, kind: impl Fn(&mut crate::bounds::Bounds) -> &mut u8) {
@@ -220,7 +221,8 @@ impl World {
         *kind(&mut self.bounds) -= 1;
     }
 
-    /// Gives an event to a node; `None` if its actions were to be carried out one by one and there are none.
+    /// Gives an event to a node; `None` if its actions were to be carried out one by one and there
+    /// are none.
     fn act(&mut self, n: usize, event: Event, split: bool) -> Option<()> {
         if !split {
             self.happen(n, event);

@@ -14,7 +14,8 @@ pub enum Item {
     Message(Message),
     /// Pages pushed behind the epochs.
     Background(Vec<Page>),
-    /// An epoch's frames. `truth` is what memory held at the capture, dirty or not: only the properties look at it.
+    /// An epoch's frames. `truth` is what memory held at the capture, dirty or not: only the
+    /// properties look at it.
     Epoch {
         id: EpochId,
         completes: bool,
@@ -41,7 +42,8 @@ impl End {
         End { node, local, open: true, inbox: VecDeque::new() }
     }
 
-    /// Takes in what the other side sends. The number of a heartbeat means nothing, so two in a row are as good as one.
+    /// Takes in what the other side sends. The number of a heartbeat means nothing, so two in a row
+    /// are as good as one.
     fn take(&mut self, item: Item) {
         let beat = |item: &Item| matches!(item, Item::Message(Message::Heartbeat(_)));
         if self.open && !(beat(&item) && self.inbox.back().is_some_and(beat)) {

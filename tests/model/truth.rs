@@ -1,4 +1,5 @@
-//! What really happened, beside what the nodes believe; and the invariants, checked with every step.
+//! What really happened, beside what the nodes believe; and the invariants, checked with every
+//! step.
 
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, InstanceId};
@@ -31,7 +32,7 @@ pub const I1: &str = "I1 released only what is committed on the peer";
 pub const I2: &str = "I2 activated is the newest committed whole epoch";
 pub const I3: &str = "I3 one releaser per generation";
 pub const I4: &str = "I4 in order, once";
-pub const I5: &str = "I5 no lost dirt";
+pub const I5: &str = "I5 no lost dirty";
 pub const I6: &str = "I6 the guest is not lost";
 pub const RECORD: &str = "the record moves by its rules";
 pub const FENCED: &str = "a fenced node does nothing";
@@ -116,8 +117,9 @@ impl Truth {
         Ok(())
     }
 
-    /// True for the peer on record, and for a newcomer whose image became whole under the very record its primary runs alone with (one that
-    /// died after it asked held it). What that primary released, I1 says.
+    /// True for the peer on record, and for a newcomer whose image became whole under the very
+    /// record its primary runs alone with (one that died after it asked held it). What that primary
+    /// released, I1 says.
     pub fn may_take_over(&self, who: InstanceId, record: Record) -> bool {
         match record.state {
             RecordState::Paired => record.peer == Some(who),

@@ -1,4 +1,5 @@
-//! The state that is explored: two nodes, their connections, the arbiter, and what may still happen.
+//! The state that is explored: two nodes, their connections, the arbiter, and what may still
+//! happen.
 
 use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 use mcd::protocol::cpu::HostCpu;
-use mcd::protocol::heartbeat::HeartbeatConfig;
+use mcd::protocol::failure_detector::HeartbeatConfig;
 use mcd::protocol::messages::MachineShape;
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::primary::{ConnId, Primary, PrimaryConfig};
@@ -157,7 +158,8 @@ pub struct World {
     pub bounds: Bounds,
     /// How many instances there were.
     pub instances: u8,
-    /// An operator shut the guest down, or its only holder on record died: nobody could have helped.
+    /// An operator shut the guest down, or its only holder on record died: nobody could have
+    /// helped.
     pub excused: bool,
     pub broken: Option<Broken>,
 }
@@ -187,7 +189,8 @@ fn guest_name() -> GuestName {
     GuestName::new("g").expect("a name")
 }
 
-/// The primary's settings: an epoch is cut on output or when asked for, never by time alone, or epochs would have no end.
+/// The primary's settings: an epoch is cut on output or when asked for, never by time alone, or
+/// epochs would have no end.
 pub fn primary_config() -> PrimaryConfig {
     PrimaryConfig {
         guest: guest_name(),

@@ -1,16 +1,18 @@
-//! The rights a test needs: devices, and namespaces, for which an ordinary user needs a user namespace around the test.
+//! The rights a test needs: devices, and namespaces, for which an ordinary user needs a user
+//! namespace around the test.
 
 use std::fs::File;
 use std::process::Command;
 
-use mcd::demo::fabric::{has_rights, start_in_user_namespace};
+use mcd::demo::namespaces::{has_rights, start_in_user_namespace};
 
 /// Set in a test binary that runs again in a user namespace.
 const INSIDE: &str = "MCD_TEST_INSIDE";
 
-/// Runs `body`, the body of the test `name`, where this host lets it open `devices` and make namespaces. A test binary has many
-/// threads and cannot move into a user namespace, so an ordinary user's starts itself again, inside one, for this test alone.
-/// Where that is not possible the test is skipped, or fails if the environment says that it must run.
+/// Runs `body`, the body of the test `name`, where this host lets it open `devices` and make
+/// namespaces. A test binary has many threads and cannot move into a user namespace, so an ordinary
+/// user's starts itself again, inside one, for this test alone. Where that is not possible the test
+/// is skipped, or fails if the environment says that it must run.
 pub fn run(name: &str, devices: &[&str], body: impl FnOnce()) {
     for device in devices {
         if let Err(error) = File::options().read(true).write(true).open(device) {

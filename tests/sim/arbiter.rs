@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
-use mcd::protocol::notebook::{Notebook, Step};
+use mcd::protocol::local_record::{LocalRecord, Step};
 use mcd::protocol::record::{Record, Swap};
 use mcd::protocol::types::{Generation, InstanceId};
 
@@ -21,9 +21,9 @@ impl Arbiter {
         self.owners.insert(new.generation, new.owner);
     }
 
-    /// Carries out a request of a node that writes its record down itself: the answer, whether the record changed, and whether the script
-    /// has to switch the other host off first.
-    pub fn serve_recordless(&mut self, book: &mut Notebook, request: ArbiterRequest) -> (ArbiterAnswer, bool, bool) {
+    /// Carries out a request of a node that writes its record down itself: the answer, whether the
+    /// record changed, and whether the script has to switch the other host off first.
+    pub fn serve_recordless(&mut self, book: &mut LocalRecord, request: ArbiterRequest) -> (ArbiterAnswer, bool, bool) {
         let ArbiterRequest::Swap { expected, new } = request else {
             return (ArbiterAnswer::Record(book.record()), false, false);
         };

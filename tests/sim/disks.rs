@@ -1,12 +1,13 @@
-//! Disks of which each host has an image of its own. An image outlives the processes of its host, and what a newcomer finds in it is compared
-//! with the primary's: the sums of blocks, asked for and answered while the guest writes on.
+//! Disks of which each host has an image of its own. An image outlives the processes of its host,
+//! and what a newcomer finds in it is compared with the primary's: the hashes of blocks, asked for
+//! and answered while the guest writes on.
 
 use std::ops::Range;
 
+use mcd::protocol::block_hashes::{BlockHash, SUM_BYTES};
 use mcd::protocol::event::Event as Told;
 use mcd::protocol::mutant;
 use mcd::protocol::primary::{self, Command, DiskChoice};
-use mcd::protocol::sums::{BlockSum, SUM_BYTES};
 use mcd::protocol::types::{EpochId, InstanceId};
 
 use crate::guest::TORN;
@@ -17,7 +18,7 @@ use crate::rng::Rng;
 use crate::world::{Event, World};
 
 /// The sum of a block of this version: as good as a hash, for no two versions share one.
-fn sum_of(version: u64) -> BlockSum {
+fn sum_of(version: u64) -> BlockHash {
     let mut sum = [0; SUM_BYTES];
     sum[..8].copy_from_slice(&version.to_le_bytes());
     sum
@@ -31,7 +32,8 @@ pub struct HostDisks {
 }
 
 impl HostDisks {
-    /// What lay there before the world began: nothing, or something of which the other hosts have more or less the same.
+    /// What lay there before the world began: nothing, or something of which the other hosts have
+    /// more or less the same.
     pub fn draw(plan: &Plan, rng: &mut Rng) -> HostDisks {
         let count = plan.pages - plan.memory;
         let known = rng.below(1000);
@@ -60,7 +62,7 @@ impl Frozen {
     }
 }
 
-/// A primary's question for the sums of its own blocks.
+/// A primary's question for the hashes of its own blocks.
 #[derive(Clone, Debug)]
 pub struct Question {
     pub ticket: u64,
@@ -71,7 +73,8 @@ pub struct Question {
 impl World {
     // ---- the images ----
 
-    /// The blocks of a host's disks, as one who opens them finds them, and which of the disks had to be made.
+    /// The blocks of a host's disks, as one who opens them finds them, and which of the disks had
+    /// to be made.
     pub fn find_disks(&mut self, slot: usize) -> (Vec<u64>, Vec<bool>) {
         let mut first = 0;
         for (disk, blocks) in self.plan.own.iter().enumerate() {
@@ -95,7 +98,8 @@ impl World {
         }
     }
 
-    /// This page of a process's image or guest is written: if it is a block of a disk, its host has it from now on.
+    /// This page of a process's image or guest is written: if it is a block of a disk, its host has
+    /// it from now on.
     pub fn store_own(&mut self, proc: ProcId, page: u64, version: u64) {
         if let Some(block) = page.checked_sub(self.plan.memory) {
             let slot = self.procs[proc].slot;
@@ -110,7 +114,8 @@ impl World {
         }
     }
 
-    /// A host dies, and the newest writes in its cache with it, in whatever order they would have gone out. Now and then a disk is lost.
+    /// A host dies, and the newest writes in its cache with it, in whatever order they would have
+    /// gone out. Now and then a disk is lost.
     pub fn spoil_disks(&mut self, slot: usize) {
         let spoilt = self.rng.below(600);
         for block in 0..self.disks[slot].blocks.len() {
@@ -129,25 +134,25 @@ impl World {
         }
     }
 
-    // ---- the primary's sums ----
+    // ---- the primary's hashes ----
 
-    /// A thread of the primary sums its blocks, when it gets to it.
-    pub fn ask_own_sums(&mut self, proc: ProcId, question: Question) {
+    /// A thread of the primary hashes its blocks, when it gets to it.
+    pub fn ask_own_hashes(&mut self, proc: ProcId, question: Question) {
         let us = self.takes(self.plan.sum_us);
-        self.after(us, Event::SumsRead(proc, question));
+        self.after(us, Event::HashesRead(proc, question));
     }
 
     /// It has read them, and has its answer ready a while later.
-    pub fn read_sums(&mut self, proc: ProcId, question: Question) {
+    pub fn read_hashes(&mut self, proc: ProcId, question: Question) {
         if !self.procs[proc].alive || self.procs[proc].guest.is_none() {
             return;
         }
         if self.now < self.procs[proc].paused_until {
             // It stands still too.
-            return self.at(self.procs[proc].paused_until, Event::SumsRead(proc, question));
+            return self.at(self.procs[proc].paused_until, Event::HashesRead(proc, question));
         }
         let Question { ticket, run, as_of } = question;
-        let sums = match as_of {
+        let hashes = match as_of {
             // A resync goes on without what cannot be read just then.
             None if self.calm_since.is_none() && self.rng.chance(20) => Err("the storage is slow".into()),
             None => Ok(run.map(|block| sum_of(self.read_page(proc, block))).collect()),
@@ -163,13 +168,13 @@ impl World {
             }
         };
         let us = self.takes(self.plan.sum_us);
-        self.after(us, Event::OwnSums { proc, ticket, sums });
+        self.after(us, Event::OwnHashes { proc, ticket, hashes });
     }
 
-    pub fn own_sums(&mut self, proc: ProcId, ticket: u64, sums: Result<Vec<BlockSum>, String>) {
+    pub fn own_hashes(&mut self, proc: ProcId, ticket: u64, hashes: Result<Vec<BlockHash>, String>) {
         let node = &mut self.procs[proc];
         if node.alive && node.is_primary() {
-            node.inbox.push_back(In::Primary(primary::Input::OwnSums { ticket, sums }));
+            node.inbox.push_back(In::Primary(primary::Input::OwnHashes { ticket, hashes }));
             self.drive(proc);
         }
     }
@@ -179,23 +184,23 @@ impl World {
     /// The blocks as they are with all that is committed, and nothing that comes later.
     pub fn sum_image(&mut self, proc: ProcId, run: Range<u64>) {
         let us = self.takes(self.plan.sum_us);
-        let sums = self.sums_of_image(proc, &run);
+        let hashes = self.sums_of_image(proc, &run);
         let instance = self.procs[proc].me;
-        self.after(us, Event::Summed { proc, instance, run, sums });
+        self.after(us, Event::BlocksHashed { proc, instance, run, hashes });
     }
 
-    fn sums_of_image(&self, proc: ProcId, run: &Range<u64>) -> Vec<BlockSum> {
+    fn sums_of_image(&self, proc: ProcId, run: &Range<u64>) -> Vec<BlockHash> {
         let blocks = self.procs[proc].image.get(run.start as usize..run.end as usize).unwrap_or_default();
         blocks.iter().map(|version| sum_of(*version)).collect()
     }
 
-    pub fn summed(&mut self, proc: ProcId, instance: InstanceId, run: Range<u64>, mut sums: Vec<BlockSum>) {
-        if mutant::is("summed-behind-a-later-epoch") {
-            sums = self.sums_of_image(proc, &run);
+    pub fn hashed(&mut self, proc: ProcId, instance: InstanceId, run: Range<u64>, mut hashes: Vec<BlockHash>) {
+        if mutant::is("hashed-behind-a-later-epoch") {
+            hashes = self.sums_of_image(proc, &run);
         }
         let node = &mut self.procs[proc];
         if node.alive {
-            node.inbox.push_back(In::Summed { instance, first: run.start, sums });
+            node.inbox.push_back(In::BlocksHashed { instance, first: run.start, hashes });
             self.drive(proc);
         }
     }

@@ -16,7 +16,7 @@ use crate::world::{Event, World};
 
 /// What a node says of a peer that does not keep to the protocol.
 const ODD: [&str; 6] =
-    ["out of turn", "out of order", "does not belong", "not on its way", "sums of blocks", "not agreed on"];
+    ["out of turn", "out of order", "does not belong", "not on its way", "hashes of blocks", "not agreed on"];
 
 /// Turns without time passing after which a machine is taken to spin.
 const TURNS_MAX: u32 = 5_000;
@@ -136,9 +136,9 @@ impl World {
             }
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
-            In::Summed { instance, first, sums } => {
+            In::BlocksHashed { instance, first, hashes } => {
                 if instance == self.procs[proc].me {
-                    self.feed_secondary(proc, now, secondary::Input::Summed { first, sums });
+                    self.feed_secondary(proc, now, secondary::Input::BlocksHashed { first, hashes });
                 }
             }
             In::Answer { ticket, answer } => {
@@ -174,7 +174,8 @@ impl World {
         }
     }
 
-    /// Epochs that arrive excuse late heartbeats for a while only: when they are lost, a secondary must notice in time.
+    /// Epochs that arrive excuse late heartbeats for a while only: when they are lost, a secondary
+    /// must notice in time.
     fn mind_silence(&mut self, proc: ProcId, heartbeat: bool, epoch: bool) {
         let (now, timeout) = (self.now, self.plan.timeout_us);
         let node = &mut self.procs[proc];
@@ -248,15 +249,15 @@ impl World {
                 self.pass_writes(proc);
                 self.procs[proc].frozen = None;
                 if let Some(guest) = &mut self.procs[proc].guest {
-                    guest.take_dirt();
+                    guest.take_dirty();
                     guest.tracking = false;
                 }
             }
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
-            Action::Freeze { run } => self.procs[proc].frozen = Some(Frozen::at_the_next_cut(run)),
-            Action::Sum { ticket, run, as_of } => self.ask_own_sums(proc, Question { ticket, run, as_of }),
-            // The model keeps every epoch's dirt until the primary forgets the peer.
+            Action::Preserve { run } => self.procs[proc].frozen = Some(Frozen::at_the_next_cut(run)),
+            Action::Sum { ticket, run, as_of } => self.ask_own_hashes(proc, Question { ticket, run, as_of }),
+            // The model keeps every epoch's dirty pages until the primary forgets the peer.
             Action::Committed { id } => self.procs[proc].disk.committed(id),
             Action::WriteThrough { through } => self.write_through(proc, through),
             Action::Release { through, before } => self.release(proc, through, before),
@@ -318,7 +319,7 @@ impl World {
         node.sender = Some(Sender { conn, token, jobs: Default::default() });
         node.frozen = None;
         if let Some(guest) = &mut node.guest {
-            guest.take_dirt();
+            guest.take_dirty();
             guest.tracking = true;
         }
         self.hold_writes(proc, conn);
@@ -332,7 +333,7 @@ impl World {
         node.paused_until = node.paused_until.max(now + us);
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
-        let dirt = guest.take_dirt();
+        let dirty = guest.take_dirty();
         if let Some(frozen) = &mut node.frozen {
             frozen.cut(id, &guest.pages);
         }
@@ -340,7 +341,7 @@ impl World {
             gate.cut(output, id.epoch);
         }
         if fails {
-            guest.dirt.union_with(&dirt);
+            guest.dirty.union_with(&dirty);
             node.disk.put_back();
             node.urgent.push_back(In::Primary(primary::Input::CaptureFailed { why: "no memory".into() }));
             self.note(proc, || format!("capture {id} FAILS"));
@@ -349,8 +350,8 @@ impl World {
         let snapshot = guest.snapshot();
         let (counter, life) = (snapshot.counter, snapshot.life);
         // A page that the capture overlooks is clean from now on.
-        let overlooked = if mutant::is("dirt-forgotten") && dirt.count() > 3 { dirt.iter().next() } else { None };
-        let mut pages: Vec<(u64, u64)> = dirt
+        let overlooked = if mutant::is("dirty-forgotten") && dirty.count() > 3 { dirty.iter().next() } else { None };
+        let mut pages: Vec<(u64, u64)> = dirty
             .iter()
             .filter(|page| Some(*page) != overlooked)
             .map(|page| (page, snapshot.pages[page as usize]))
@@ -358,9 +359,9 @@ impl World {
         pages.extend(node.disk.cut(id).into_iter().map(|(block, version)| (self.plan.pages + block, version)));
         if let Role::Primary(machine) = &mut node.role {
             let mut memory = PageSet::empty(self.plan.memory);
-            dirt.iter().for_each(|page| memory.insert(page));
-            machine.note_dirt(&memory);
-            machine.note_blocks(dirt.iter().filter(|page| *page >= self.plan.memory));
+            dirty.iter().for_each(|page| memory.insert(page));
+            machine.note_dirty_pages(&memory);
+            machine.note_blocks(dirty.iter().filter(|page| *page >= self.plan.memory));
         }
         node.urgent.push_back(In::Primary(primary::Input::Captured { id }));
         self.stats.epochs += 1;
@@ -440,7 +441,7 @@ impl World {
             Action::Close { conn } => self.close(proc, conn),
             Action::BuildMachine(_) => self.build_image(proc),
             Action::Sum { run } => self.sum_image(proc, run),
-            Action::SendSums { conn, first, sums } => self.send(proc, conn, Item::Sums { first, sums }),
+            Action::SendHashes { conn, first, hashes } => self.send(proc, conn, Item::Hashes { first, hashes }),
             Action::Commit { id } => self.commit(proc, id),
             Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),
             Action::TakeStorage => self.take_storage(proc),

@@ -157,8 +157,9 @@ impl World {
         (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
     }
 
-    /// All pages that may be on their way together take longer than a time-out: a heartbeat is late behind them, but not for ever. One
-    /// delivery takes less than a time-out, for its bytes arrive here all at once, and a kernel would have shown the first of them long before.
+    /// All pages that may be on their way together take longer than a time-out: a heartbeat is late
+    /// behind them, but not for ever. One delivery takes less than a time-out, for its bytes arrive
+    /// here all at once, and a kernel would have shown the first of them long before.
     fn narrow(&mut self, slot: usize, until: u64) {
         let other = self.another(slot);
         let page_us = self.rng.below(self.plan.timeout_us * 3 / (4 * self.plan.pages.max(8)));
@@ -251,7 +252,7 @@ impl World {
             if !self.procs[proc].alive {
                 return;
             }
-            let book = &mut self.procs[proc].notebook;
+            let book = &mut self.procs[proc].local_record;
             let (answer, changed, fences) = self.arbiter.serve_recordless(book, call.request);
             if fences {
                 self.switch_off_the_other(proc);

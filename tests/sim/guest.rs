@@ -1,4 +1,5 @@
-//! The guest of the simulator: pages with version numbers, packets with numbers, and the real gate and buffer that hold them.
+//! The guest of the simulator: pages with version numbers, packets with numbers, and the real gate
+//! and buffer that hold them.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -37,7 +38,7 @@ pub struct Guest {
     pub counter: u64,
     pub life: u64,
     pub tracking: bool,
-    pub dirt: PageSet,
+    pub dirty: PageSet,
     pub runs: bool,
     pub shut_down: bool,
 }
@@ -50,25 +51,25 @@ impl Guest {
             counter: 0,
             life,
             tracking: false,
-            dirt: PageSet::empty(pages),
+            dirty: PageSet::empty(pages),
             runs: true,
             shut_down: false,
         }
     }
 
     pub fn restored(pages: Vec<u64>, counter: u64, life: u64) -> Guest {
-        Guest { pages, counter, ..Guest::fresh(0, life) }.with_dirt()
+        Guest { pages, counter, ..Guest::fresh(0, life) }.with_dirty()
     }
 
-    fn with_dirt(mut self) -> Guest {
-        self.dirt = PageSet::empty(self.pages.len() as u64);
+    fn with_dirty(mut self) -> Guest {
+        self.dirty = PageSet::empty(self.pages.len() as u64);
         self
     }
 
     pub fn write(&mut self, page: u64, version: u64) {
         self.pages[page as usize] = version;
         if self.tracking {
-            self.dirt.insert(page);
+            self.dirty.insert(page);
         }
     }
 
@@ -77,9 +78,9 @@ impl Guest {
         Snapshot { pages, blocks, counter: self.counter, life: self.life }
     }
 
-    /// The dirt since the last look; reading clears it.
-    pub fn take_dirt(&mut self) -> PageSet {
-        std::mem::replace(&mut self.dirt, PageSet::empty(self.pages.len() as u64))
+    /// The dirty pages since the last look; reading clears it.
+    pub fn take_dirty(&mut self) -> PageSet {
+        std::mem::replace(&mut self.dirty, PageSet::empty(self.pages.len() as u64))
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use mcd::protocol::echo::{EchoJudge, Vitals};
 use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::{self, ConnId};
 use mcd::protocol::secondary;
+use mcd::protocol::stall_detector::{StallDetector, TcpInfo};
 use mcd::wire::codec::{decode_message, encode_message};
 
 use crate::net::{Conn, End, Item, ProcId};
@@ -66,14 +66,15 @@ impl World {
         self.drive(proc);
     }
 
-    /// What arrives of an item that is sent: a message goes through its byte form, and so do sums.
+    /// What arrives of an item that is sent: a message goes through its byte form, and so do
+    /// hashes.
     fn over_the_wire(&mut self, item: Item) -> Option<Item> {
         let message = match item {
             Item::Message(message) => message,
-            Item::Sums { first, sums } => match sums_over_the_wire(first, &sums) {
-                Ok((first, sums)) => return Some(Item::Sums { first, sums }),
+            Item::Hashes { first, hashes } => match sums_over_the_wire(first, &hashes) {
+                Ok((first, hashes)) => return Some(Item::Hashes { first, hashes }),
                 Err(why) => {
-                    self.violate(format!("the wire spoils sums: {why}"));
+                    self.violate(format!("the wire spoils hashes: {why}"));
                     return None;
                 }
             },
@@ -125,15 +126,16 @@ impl World {
 
     fn unacked(&mut self, conn: usize, end: usize, since: u64) {
         self.conns[conn].ends[end].unacked_since = Some(since);
-        // The kernel is patient. Data connections are judged by their drivers before it gives up; heartbeats may wait behind pages.
-        let patience = self.plan.user_timeout_us.max(self.plan.timeout_us * 12);
-        self.at(self.now.max(since + patience), Event::UserTimeout { conn, end, since });
+        // The kernel is patient. Data connections are judged by their drivers before it gives up;
+        // heartbeats may wait behind pages.
+        let timeout = self.plan.user_timeout_us.max(self.plan.timeout_us * 12);
+        self.at(self.now.max(since + timeout), Event::UserTimeout { conn, end, since });
     }
 
     /// From now on a driver looks whether what it sends over a data connection arrives.
     fn judge(&mut self, conn: usize, end: usize) {
         if self.conns[conn].channel == Channel::Data {
-            self.conns[conn].ends[end].judge = Some(EchoJudge::new(Duration::from_micros(self.plan.timeout_us)));
+            self.conns[conn].ends[end].judge = Some(StallDetector::new(Duration::from_micros(self.plan.timeout_us)));
         }
     }
 
@@ -208,8 +210,8 @@ impl World {
             (Role::Primary(_), Item::Message(message)) if greeted => {
                 In::Primary(primary::Input::Message { conn: local, message })
             }
-            (Role::Primary(_), Item::Sums { first, sums }) if greeted => {
-                In::Primary(primary::Input::PeerSums { conn: local, first, sums })
+            (Role::Primary(_), Item::Hashes { first, hashes }) if greeted => {
+                In::Primary(primary::Input::PeerHashes { conn: local, first, hashes })
             }
             (Role::Secondary(_), Item::Message(message)) => {
                 if matches!(message, Message::Welcome(_)) {
@@ -224,7 +226,8 @@ impl World {
         self.drive(proc);
     }
 
-    /// Bytes of epochs and pages become what they were: in the receiving thread, whatever its driver does.
+    /// Bytes of epochs and pages become what they were: in the receiving thread, whatever its
+    /// driver does.
     fn receive_bulk(&mut self, conn: usize, to: usize, bytes: &[u8]) {
         let pages = self.plan.pages + self.plan.blocks;
         let end = &mut self.conns[conn].ends[to];
@@ -242,7 +245,8 @@ impl World {
         }
     }
 
-    /// What the kernel of a node's host knows of its data connections and its driver has not looked at yet.
+    /// What the kernel of a node's host knows of its data connections and its driver has not looked
+    /// at yet.
     pub fn look_at_links(&mut self, proc: ProcId) -> Option<In> {
         let now = self.procs[proc].clock.local(self.now);
         let is_due = |conn: usize| {
@@ -252,8 +256,8 @@ impl World {
         };
         let (local, conn) = self.procs[proc].conns.iter().copied().find(|(_, conn)| is_due(*conn))?;
         let end = self.end_of(conn, proc)?;
-        let vitals = self.vitals(conn, end);
-        let look = self.conns[conn].ends[end].judge.as_mut()?.look(now, vitals);
+        let tcp_info = self.tcp_info(conn, end);
+        let look = self.conns[conn].ends[end].judge.as_mut()?.look(now, tcp_info);
         if let Some(silence) = look.stuck {
             self.note(proc, || format!("connection {local} is stuck for {} ms", silence.as_millis()));
             // What is written and not sent yet still leaves, if the way opens.
@@ -270,19 +274,20 @@ impl World {
     }
 
     /// What a kernel knows of its end of a connection.
-    fn vitals(&mut self, conn: usize, end: usize) -> Vitals {
+    fn tcp_info(&mut self, conn: usize, end: usize) -> TcpInfo {
         self.hear_late_echo(conn, end);
         let End { proc, unacked_since, received_at, echoed_at, .. } = self.conns[conn].ends[end];
         let clock = &self.procs[proc].clock;
         let ago = |at: u64| clock.local(self.now).since(clock.local(at));
-        Vitals {
+        TcpInfo {
             on_their_way: unacked_since.is_some(),
             heard_ago: ago(received_at.max(echoed_at)),
             received_ago: ago(received_at),
         }
     }
 
-    /// An acknowledgement that was lost comes with a retransmission, once the way back is open again.
+    /// An acknowledgement that was lost comes with a retransmission, once the way back is open
+    /// again.
     fn hear_late_echo(&mut self, conn: usize, end: usize) -> bool {
         let back_open = self.path_blocked_until(conn, 1 - end) <= self.now;
         let has_arrived = self.conns[conn].ends[end].queue.is_empty() && !self.conns[conn].ends[1 - end].silent;

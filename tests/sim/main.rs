@@ -1,7 +1,8 @@
 //! The simulator: the real protocol machines in a world of virtual time, faults and a seed.
 //!
-//! `SIM_SEEDS=n` runs n seeds (from `SIM_FIRST` on), `SIM_SEED=k` replays one and prints its ladder. `SIM_MUTANT=name` runs
-//! with the deliberate bugs of which that is (a part of) the name, instead of all of them.
+//! `SIM_SEEDS=n` runs n seeds (from `SIM_FIRST` on), `SIM_SEED=k` replays one and prints its trace.
+//! `SIM_MUTANT=name` runs with the deliberate bugs of which that is (a part of) the name, instead
+//! of all of them.
 
 mod arbiter;
 mod disks;
@@ -34,7 +35,7 @@ use world::{Stats, World};
 /// Seeds run when nobody says how many.
 const SEEDS_DEFAULT: u64 = 20_000;
 
-/// Runs one seed: what it saw, what it found, and its ladder if `traced`.
+/// Runs one seed: what it saw, what it found, and its trace if `traced`.
 fn run(seed: u64, traced: bool) -> (Stats, Option<String>, Vec<String>) {
     let mut world = World::new(seed, traced);
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));

@@ -1,4 +1,5 @@
-//! The trivial model: what was captured, committed, activated and released, and whether that keeps the invariants.
+//! The trivial model: what was captured, committed, activated and released, and whether that keeps
+//! the invariants.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -53,7 +54,8 @@ pub struct Model {
 type Check = Result<(), String>;
 
 impl Model {
-    /// A node begins a life with nothing: under a name that held an image once, it could be given the guest.
+    /// A node begins a life with nothing: under a name that held an image once, it could be given
+    /// the guest.
     pub fn lives(&mut self, me: InstanceId) -> Check {
         if self.names.insert(me) { Ok(()) } else { Err(format!("I2: instance id {me:?} is used for a second life")) }
     }
@@ -66,7 +68,8 @@ impl Model {
     pub fn captured(&mut self, id: EpochId, snapshot: Snapshot) -> Check {
         match self.snapshots.insert(id, snapshot) {
             None => Ok(()),
-            // What a node that was switched off captured under the same name, nobody ever committed; see `swapped`.
+            // What a node that was switched off captured under the same name, nobody ever
+            // committed; see `swapped`.
             Some(_) if self.recordless && !self.holdings.values().any(|holding| holding.epoch == id) => Ok(()),
             Some(_) => Err(format!("I2: epoch {id} was captured twice")),
         }
@@ -87,7 +90,8 @@ impl Model {
 
     /// The record changed from `old` to `new`.
     pub fn swapped(&mut self, now_us: u64, old: Record, new: Record) -> Check {
-        // Without a shared record an heir that has not heard of its pair counts from the record before; the old owner is off by then.
+        // Without a shared record a new primary that has not heard of its pair counts from the
+        // record before; the old owner is off by then.
         let unheard = self.recordless && new.generation == old.generation && old.peer == Some(new.owner);
         if new.generation != old.generation.next() && !unheard {
             return Err(format!("the swap from {} to {} skips", old.generation, new.generation));
@@ -120,8 +124,9 @@ impl Model {
         Ok(())
     }
 
-    /// True for the peer on record, and for a newcomer that became whole under the very record its primary runs alone with: that primary has
-    /// to hold its output until another record stands. Whether it did, I1 says.
+    /// True for the peer on record, and for a newcomer that became whole under the very record its
+    /// primary runs alone with: that primary has to hold its output until another record stands.
+    /// Whether it did, I1 says.
     pub fn may_take_over(holding: &Holding, who: InstanceId, record: Record) -> bool {
         holding.whole
             && match record.state {
@@ -217,8 +222,9 @@ impl Model {
         }
     }
 
-    /// The guest went to another node, but what its old one releases is committed there: right for a short while, as long as the old
-    /// one cannot know. After that it must have fallen silent, acked or not.
+    /// The guest went to another node, but what its old one releases is committed there: right for
+    /// a short while, as long as the old one cannot know. After that it must have fallen silent,
+    /// acked or not.
     fn released_late(&mut self, now_us: u64, me: InstanceId) -> Check {
         self.late_releases += 1;
         let late_us = now_us - self.owner_since_us;

@@ -38,7 +38,7 @@ const MUTANTS: [(&str, &str); 59] = [
     ("old-id-kept", "a restarted node keeps its instance id"),
     ("done-while-pushing", "the image counts as whole while the last push is being read"),
     ("push-skips-a-page", "one page after each push is neither pushed nor dirty"),
-    ("dirt-forgotten", "a dirty page does not travel and is not dirty again"),
+    ("dirty-forgotten", "a dirty page does not travel and is not dirty again"),
     ("resync-before-the-first-heartbeat", "epochs may overtake the welcome"),
     ("silence-never-suspected", "a secondary waits for ever for a silent primary"),
     ("bytes-excuse-nothing", "a heartbeat that is stuck behind pages counts as missing"),
@@ -56,7 +56,7 @@ const MUTANTS: [(&str, &str); 59] = [
         "kept-writes-forgotten-early",
         "a secondary forgets all writes it keeps with the first word that some are written",
     ),
-    ("takeover-without-the-lock", "an heir writes to shared storage while its old primary still may"),
+    ("takeover-without-the-lock", "an new_primary writes to shared storage while its old primary still may"),
     (
         "whole-before-the-storage",
         "a newcomer counts as whole while the storage lacks what the primary's host has cached",
@@ -65,7 +65,7 @@ const MUTANTS: [(&str, &str); 59] = [
         "flush-answered-at-the-commit",
         "a flush is answered when its writes are committed, not when they are in the storage",
     ),
-    ("newest-kept-writes-only", "an heir writes what it kept of the newest epoch, and forgets those before it"),
+    ("newest-kept-writes-only", "an new_primary writes what it kept of the newest epoch, and forgets those before it"),
     ("device-without-fencing", "a block device is shared though nothing keeps the other host from writing late"),
     ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
     ("two-snapshots-at-once", "a second snapshot is begun while one is being written"),
@@ -79,7 +79,10 @@ const MUTANTS: [(&str, &str); 59] = [
     ("different-block-taken-for-equal", "a newcomer's block that differs is taken for equal, and not pushed"),
     ("made-image-taken-for-equal", "a newcomer's disk that was made just now is taken for the guest's"),
     ("unreadable-taken-for-equal", "blocks that a primary cannot sum are taken for equal"),
-    ("own-sums-of-an-earlier-question", "a primary takes its own sums for an earlier question as those for this one"),
+    (
+        "own-hashes-of-an-earlier-question",
+        "a primary takes its own hashes for an earlier question as those for this one",
+    ),
     ("block-too-many-settled", "a block of a disk that travels settles the block after it too"),
     ("whole-while-comparing", "an image counts as whole while some of its blocks are being compared"),
     ("made-for-ever", "a secondary whose disk was made for this resync does not sum it even when it is whole"),
@@ -87,10 +90,10 @@ const MUTANTS: [(&str, &str); 59] = [
         "verify-asks-before-the-cut",
         "a verify asks the secondary ahead of the epoch of which the primary reads its own blocks",
     ),
-    ("verify-waits-for-ever", "a verify does not go on when the primary's sums come after the secondary's"),
+    ("verify-waits-for-ever", "a verify does not go on when the primary's hashes come after the secondary's"),
     ("verify-of-what-is-there-now", "a verify reads the primary's blocks as they are, not as they were at the cut"),
     ("frozen-after-the-cut", "a verify freezes blocks for an epoch that is being cut already"),
-    ("summed-behind-a-later-epoch", "a secondary sums its blocks when it gets to it, whatever it has applied since"),
+    ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 
 /// The first seed that finds the bug, and what it found.

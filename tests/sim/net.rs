@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 
-use mcd::protocol::echo::EchoJudge;
+use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::messages::{Channel, Message};
 use mcd::protocol::primary::ConnId;
-use mcd::protocol::sums::BlockSum;
+use mcd::protocol::stall_detector::StallDetector;
 use mcd::protocol::types::EpochId;
 
 use crate::stream::Receiver;
@@ -23,10 +23,10 @@ pub enum Item {
         pages: usize,
         what: Bulk,
     },
-    /// A secondary's sums of blocks.
-    Sums {
+    /// A secondary's hashes of blocks.
+    Hashes {
         first: u64,
-        sums: Vec<BlockSum>,
+        hashes: Vec<BlockHash>,
     },
     /// The sender closed.
     Fin,
@@ -37,7 +37,7 @@ impl Item {
     pub fn pages(&self) -> usize {
         match self {
             Item::Bulk { pages, .. } => *pages,
-            Item::Message(_) | Item::Sums { .. } | Item::Fin => 0,
+            Item::Message(_) | Item::Hashes { .. } | Item::Fin => 0,
         }
     }
 
@@ -49,7 +49,7 @@ impl Item {
             Item::Message(message) => message.name().into(),
             Item::Bulk { pages, what: Bulk::Background, .. } => format!("background {pages} pages"),
             Item::Bulk { what: Bulk::Epoch(id, part), .. } => format!("epoch {id}, {part}"),
-            Item::Sums { first, sums } => format!("sums of {} blocks from {first} on", sums.len()),
+            Item::Hashes { first, hashes } => format!("hashes of {} blocks from {first} on", hashes.len()),
             Item::Fin => "fin".into(),
         }
     }
@@ -88,7 +88,7 @@ pub struct End {
     /// When the other end's kernel last acknowledged anything.
     pub echoed_at: u64,
     /// Judges whether bytes still arrive, once the driver has it do so.
-    pub judge: Option<EchoJudge>,
+    pub judge: Option<StallDetector>,
 }
 
 impl End {
@@ -156,7 +156,8 @@ impl Weather {
         if now < until { extra } else { 0 }
     }
 
-    /// When `pages` sent now are through the wire, on which all connections of two hosts share one queue.
+    /// When `pages` sent now are through the wire, on which all connections of two hosts share one
+    /// queue.
     pub fn through(&mut self, from: usize, to: usize, now: u64, pages: usize) -> u64 {
         let (until, page_us) = self.narrow[from][to];
         let cost = if now < until { page_us * pages as u64 } else { 0 };

@@ -1,13 +1,14 @@
-//! A simulated process: the real state machine, and beside it what a driver has: a clock, an inbox, a guest or an image, a sender.
+//! A simulated process: the real state machine, and beside it what a driver has: a clock, an inbox,
+//! a guest or an image, a sender.
 
 use std::collections::VecDeque;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
-use mcd::protocol::notebook::Notebook;
+use mcd::protocol::block_hashes::BlockHash;
+use mcd::protocol::local_record::LocalRecord;
 use mcd::protocol::primary::{self, ConnId, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
-use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
 use crate::disks::Frozen;
@@ -64,11 +65,11 @@ pub enum In {
         ticket: u64,
         answer: ArbiterAnswer,
     },
-    /// Sums that a life as a newcomer asked for, and those of another must not be told.
-    Summed {
+    /// Hashes that a life as a newcomer asked for, and those of another must not be told.
+    BlocksHashed {
         instance: InstanceId,
         first: u64,
-        sums: Vec<BlockSum>,
+        hashes: Vec<BlockHash>,
     },
 }
 
@@ -129,7 +130,8 @@ pub struct Proc {
     /// The guest does nothing until then.
     pub paused_until: u64,
     pub wake_at: u64,
-    /// When the machine was last fed anything, and when it last heard a heartbeat (or slept, which counts as one).
+    /// When the machine was last fed anything, and when it last heard a heartbeat (or slept, which
+    /// counts as one).
     pub fed_at: u64,
     pub heard_at: u64,
     /// Whole epochs since then.
@@ -148,7 +150,7 @@ pub struct Proc {
     /// A snapshot of its guest is being written: the guest must not run.
     pub saving: bool,
     /// What it wrote down where the arbiter keeps no record.
-    pub notebook: Notebook,
+    pub local_record: LocalRecord,
     pub conns: Vec<(ConnId, usize)>,
     pub conns_made: ConnId,
     /// The newest connection number of an earlier life as a newcomer.
@@ -192,7 +194,7 @@ impl Proc {
             may_exit: false,
             stop_wishes: VecDeque::new(),
             saving: false,
-            notebook: Notebook::default(),
+            local_record: LocalRecord::default(),
             conns: Vec::new(),
             conns_made: 1 << 32,
             last_conn: 0,

@@ -1,4 +1,5 @@
-//! Whoever looks after the world: starts what is down, says when a run is over, and asks the question of I6: who has the guest?
+//! Whoever looks after the world: starts what is down, says when a run is over, and asks the
+//! question of I6: who has the guest?
 
 use mcd::protocol::primary::{self, Command};
 use mcd::protocol::record::{Record, RecordState};
@@ -182,8 +183,9 @@ impl World {
                 Role::Restoring(_) => owns,
                 Role::Waiting => false,
                 Role::Secondary(machine) => {
-                    let heir = |holding: &Holding| owns || Model::may_take_over(holding, proc.me, record);
-                    machine.phase() != secondary::Phase::Done && self.model.holdings.get(&proc.me).is_some_and(heir)
+                    let new_primary = |holding: &Holding| owns || Model::may_take_over(holding, proc.me, record);
+                    machine.phase() != secondary::Phase::Done
+                        && self.model.holdings.get(&proc.me).is_some_and(new_primary)
                 }
             }
     }

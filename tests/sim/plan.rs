@@ -1,14 +1,15 @@
-//! What a seed decides before its run begins: how the nodes are configured, how the world behaves, and which faults it will inject.
+//! What a seed decides before its run begins: how the nodes are configured, how the world behaves,
+//! and which faults it will inject.
 
 use std::time::Duration;
 
 use mcd::protocol::cpu::HostCpu;
-use mcd::protocol::heartbeat::HeartbeatConfig;
+use mcd::protocol::failure_detector::HeartbeatConfig;
 use mcd::protocol::messages::{DiskShape, MachineShape, features};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::primary::PrimaryConfig;
 use mcd::protocol::secondary::SecondaryConfig;
-use mcd::protocol::shared::Fencing;
+use mcd::protocol::shared_disk::Fencing;
 use mcd::protocol::types::GuestName;
 
 use crate::rng::Rng;
@@ -60,7 +61,8 @@ const KINDS: [FaultKind; 12] = [
     FaultKind::Shutdown,
 ];
 
-/// A fault that waits for a node to come into a phase, so that short phases are hit as often as long ones.
+/// A fault that waits for a node to come into a phase, so that short phases are hit as often as
+/// long ones.
 #[derive(Clone, Debug)]
 pub struct Trigger {
     /// The phase's name, as `Debug` writes it.
@@ -86,14 +88,16 @@ pub struct Plan {
     /// Blocks of each such disk.
     pub own: Vec<u64>,
     /// Which hosts' builds can sum blocks.
-    pub sums: [bool; 3],
+    pub hashes: [bool; 3],
     /// How many of the guest's writes go to them.
     pub block_per_mille: u64,
-    /// An operator verifies them now and then; where nobody does, what is wrong with them has to show itself at a takeover.
+    /// An operator verifies them now and then; where nobody does, what is wrong with them has to
+    /// show itself at a takeover.
     pub verifies: bool,
     /// The longest it usually takes to sum some.
     pub sum_us: u64,
-    /// Blocks of the guest's disk on shared storage, which come behind the image's pages; 0 if it has none.
+    /// Blocks of the guest's disk on shared storage, which come behind the image's pages; 0 if it
+    /// has none.
     pub blocks: u64,
     /// That storage is a block device: its lock keeps only the programs of one host apart.
     pub device: bool,
@@ -154,7 +158,8 @@ impl Plan {
         }
         let recordless = rng.chance(150);
         if recordless {
-            // Nothing tells a secondary that was cut off of a guest that was shut down: docs/arbiters.md says so.
+            // Nothing tells a secondary that was cut off of a guest that was shut down:
+            // docs/arbiters.md says so.
             kinds.retain(|kind| !matches!(kind, FaultKind::Command | FaultKind::Shutdown));
         }
         let device = rng.chance(400);
@@ -170,7 +175,7 @@ impl Plan {
             pages: memory + own.iter().sum::<u64>(),
             memory,
             own,
-            sums: [rng.chance(850), rng.chance(850), rng.chance(850)],
+            hashes: [rng.chance(850), rng.chance(850), rng.chance(850)],
             sum_us: if rng.chance(300) { rng.range(1_000, 40_000) } else { rng.range(50, 3_000) },
             verifies: rng.chance(600),
             block_per_mille: *rng.pick(&[3, 30, 200]),
@@ -214,8 +219,9 @@ impl Plan {
         }
     }
 
-    /// How long after a takeover the old primary may still release what it knows to be committed: until a heartbeat that was long on
-    /// its way, or an answer of the arbiter that was, is too old to count.
+    /// How long after a takeover the old primary may still release what it knows to be committed:
+    /// until a heartbeat that was long on its way, or an answer of the arbiter that was, is too old
+    /// to count.
     pub fn late_us_max(&self) -> u64 {
         let link = self.user_timeout_us + self.timeout_us + 30_000;
         (link + self.arbiter_timeout_us + 2 * self.timeout_us) * 11 / 10
@@ -239,7 +245,7 @@ impl Plan {
     }
 
     fn features(&self, slot: usize) -> u64 {
-        features::LZ4 | if self.sums[slot] { features::DISK_SUMS } else { 0 }
+        features::LZ4 | if self.hashes[slot] { features::DISK_HASHES } else { 0 }
     }
 
     pub fn primary(&self, slot: usize) -> PrimaryConfig {

@@ -1,12 +1,13 @@
-//! Storage that the hosts share, and what each node does with it: the real rules of what is held, kept and written, against one row of blocks
-//! with version numbers. What a host has in its page cache is there for itself, and lost with it.
+//! Storage that the hosts share, and what each node does with it: the real rules of what is held,
+//! kept and written, against one row of blocks with version numbers. What a host has in its page
+//! cache is there for itself, and lost with it.
 
 use std::collections::BTreeMap;
 
 use mcd::protocol::primary::{self, ConnId};
 use mcd::protocol::record::RecordState;
-use mcd::protocol::secondary::{self, StorageTrouble};
-use mcd::protocol::shared::{FlushTarget, HeldWrites, KeptWrites, Layer};
+use mcd::protocol::secondary::{self, StorageFault};
+use mcd::protocol::shared_disk::{FlushTarget, HeldWrites, KeptWrites, Layer};
 use mcd::protocol::types::EpochId;
 
 use crate::net::ProcId;
@@ -328,8 +329,9 @@ impl World {
         }
     }
 
-    /// The process ends, and with it its lock. In order, all that may go out has gone; of a write that was under way anything may be there;
-    /// what its host has cached is written, if the host lives.
+    /// The process ends, and with it its lock. In order, all that may go out has gone; of a write
+    /// that was under way anything may be there; what its host has cached is written, if the host
+    /// lives.
     pub fn drop_disk(&mut self, proc: ProcId, host_lives: bool) {
         let stopping = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Stopping);
         let under_way = self.procs[proc].disk.writing.take().map(|batch| batch.blocks).unwrap_or_default();
@@ -346,13 +348,11 @@ impl World {
         self.unlock(proc);
     }
 
-    // ---- the heir ----
+    // ---- the new primary ----
 
     pub fn take_storage(&mut self, proc: ProcId) {
         let input = match self.storage.lock(self.procs[proc].slot) {
-            Some(holder) if *holder != proc => {
-                secondary::Input::StorageRefused(StorageTrouble::Locked("in use".into()))
-            }
+            Some(holder) if *holder != proc => secondary::Input::StorageRefused(StorageFault::Locked("in use".into())),
             lock => {
                 *lock = Some(proc);
                 secondary::Input::StorageLocked

@@ -1,16 +1,16 @@
-//! The bytes of the data connection: epochs and pushes as a sender writes them, and a receiver that makes epochs of them again, with the
-//! real frames, page codec and staging in between.
+//! The bytes of the data connection: epochs and pushes as a sender writes them, and a receiver that
+//! makes epochs of them again, with the real frames, page codec and staging in between.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::Arc;
 
 use mcd::checkpoint::stage::{StagedEpoch, Stager, StagingBudget};
+use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::messages::Message;
 use mcd::protocol::pages::PAGE_BYTES;
-use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::EpochId;
-use mcd::wire::sums::{decode_sums, encode_sums};
+use mcd::wire::block_hashes::{decode_hashes, encode_hashes};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageDecoder, PageEncoder};
 
 use crate::node::Staged;
@@ -21,7 +21,8 @@ type Page = [u8; PAGE_BYTES];
 /// Pages of one frame: few, so that most epochs have several frames.
 const PAGES_PER_FRAME: usize = 5;
 
-/// A guest page of this version: zero, one that compresses, or one that does not, so that every form of a page travels.
+/// A guest page of this version: zero, one that compresses, or one that does not, so that every
+/// form of a page travels.
 fn page_of(version: u64) -> Page {
     let mut page = [0; PAGE_BYTES];
     if version == 0 {
@@ -76,7 +77,7 @@ impl Encoder {
         let end = Message::EpochEnd { id, pages: pages.len() as u64, state_bytes: state.len() as u64, digest };
         self.batch.push_message(&end).expect("a short message");
         if id.epoch.is_multiple_of(8) {
-            self.batch.push(FrameKind::Nudge, &[]).expect("nothing");
+            self.batch.push(FrameKind::Probe, &[]).expect("nothing");
         }
         self.batch.as_bytes().to_vec()
     }
@@ -111,13 +112,13 @@ impl Read for Pipe {
     }
 }
 
-/// What a primary reads of a secondary's sums.
-pub fn sums_over_the_wire(first: u64, sums: &[BlockSum]) -> Result<(u64, Vec<BlockSum>), String> {
+/// What a primary reads of a secondary's hashes.
+pub fn sums_over_the_wire(first: u64, hashes: &[BlockHash]) -> Result<(u64, Vec<BlockHash>), String> {
     let mut batch = FrameBatch::new();
-    batch.push(FrameKind::Sums, &encode_sums(first, sums)).map_err(|error| error.to_string())?;
+    batch.push(FrameKind::Hashes, &encode_hashes(first, hashes)).map_err(|error| error.to_string())?;
     let mut reader = FrameReader::new(batch.as_bytes());
     match reader.read() {
-        Ok(frame) if frame.kind == FrameKind::Sums => decode_sums(frame.payload).map_err(|error| error.to_string()),
+        Ok(frame) if frame.kind == FrameKind::Hashes => decode_hashes(frame.payload).map_err(|error| error.to_string()),
         Ok(frame) => Err(format!("a frame of kind {:?}", frame.kind)),
         Err(error) => Err(error.to_string()),
     }
@@ -163,8 +164,8 @@ impl Receiver {
                     arrived.push(Arrived::Background(decode(&payload, self.pages)?));
                     self.budget.give_back(payload.len() as u64);
                 }
-                FrameKind::Nudge => {}
-                FrameKind::Sums => return Err("a primary sent sums, which are a secondary's to send".into()),
+                FrameKind::Probe => {}
+                FrameKind::Hashes => return Err("a primary sent hashes, which are a secondary's to send".into()),
                 FrameKind::Message => match frame.message().map_err(|error| error.to_string())? {
                     Message::EpochBegin { id, completes_resync } => {
                         self.stager.begin(id, completes_resync).map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! The ladder: one column per node and one for the arbiter, one line per thing that happened.
+//! The trace: one column per node and one for the arbiter, one line per thing that happened.
 
 const COLUMN: usize = 46;
 

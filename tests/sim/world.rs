@@ -4,12 +4,12 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::claim::claim;
 use mcd::protocol::mutant;
 use mcd::protocol::primary::{Command, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::Secondary;
-use mcd::protocol::sums::BlockSum;
 use mcd::protocol::types::InstanceId;
 
 use crate::arbiter::Arbiter;
@@ -41,9 +41,9 @@ pub enum Event {
     Rejoin(ProcId),
     Restored(ProcId),
     DiskWritten(ProcId),
-    SumsRead(ProcId, Question),
-    OwnSums { proc: ProcId, ticket: u64, sums: Result<Vec<BlockSum>, String> },
-    Summed { proc: ProcId, instance: InstanceId, run: std::ops::Range<u64>, sums: Vec<BlockSum> },
+    HashesRead(ProcId, Question),
+    OwnHashes { proc: ProcId, ticket: u64, hashes: Result<Vec<BlockHash>, String> },
+    BlocksHashed { proc: ProcId, instance: InstanceId, run: std::ops::Range<u64>, hashes: Vec<BlockHash> },
     Start(usize),
     Command(ProcId, Command),
     SnapshotEnds { proc: ProcId, stop: bool, written: bool },
@@ -225,7 +225,7 @@ impl World {
         }
     }
 
-    /// Writes into the ladder; the text is made only when somebody reads it.
+    /// Writes into the trace; the text is made only when somebody reads it.
     pub fn note(&mut self, proc: ProcId, text: impl FnOnce() -> String) {
         if self.trace.on {
             let text = text();
@@ -265,9 +265,9 @@ impl World {
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
             Event::DiskWritten(proc) => self.disk_written(proc),
-            Event::SumsRead(proc, question) => self.read_sums(proc, question),
-            Event::OwnSums { proc, ticket, sums } => self.own_sums(proc, ticket, sums),
-            Event::Summed { proc, instance, run, sums } => self.summed(proc, instance, run, sums),
+            Event::HashesRead(proc, question) => self.read_hashes(proc, question),
+            Event::OwnHashes { proc, ticket, hashes } => self.own_hashes(proc, ticket, hashes),
+            Event::BlocksHashed { proc, instance, run, hashes } => self.hashed(proc, instance, run, hashes),
             Event::Start(slot) => self.start(slot),
             Event::Command(proc, command) => self.command(proc, command),
             Event::SnapshotEnds { proc, stop, written } => self.snapshot_ends(proc, stop, written),
@@ -309,7 +309,8 @@ impl World {
     pub fn boot(&mut self, slot: usize, cold: bool) {
         self.model.owner_since_us = self.now;
         for other in 0..self.slots.len() {
-            // Who starts a guest cold, where nothing keeps a record, has looked himself that no node of it runs.
+            // Who starts a guest cold, where nothing keeps a record, has looked himself that no
+            // node of it runs.
             if let Some(old) = self.slots[other].filter(|_| other == slot || self.plan.recordless) {
                 self.end(old);
             }
@@ -325,7 +326,7 @@ impl World {
         });
         if let Some(record) = record {
             self.arbiter.set(record);
-            self.procs[proc].notebook.note(record);
+            self.procs[proc].local_record.note(record);
         }
         self.lost = false;
         self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));

@@ -1,10 +1,11 @@
-//! Reads Rust source just well enough for the tests that keep the house in order: it knows what is code, what is a comment, what is a
-//! string, and which modules are only there for tests.
+//! Reads Rust source just well enough for the tests that keep the house in order: it knows what is
+//! code, what is a comment, what is a string, and which modules are only there for tests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A word or a mark of code, and the line it is on (from 1). Strings, characters and numbers are one nameless token each.
+/// A word or a mark of code, and the line it is on (from 1). Strings, characters and numbers are
+/// one nameless token each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
     pub text: String,
@@ -135,7 +136,8 @@ impl Reader<'_> {
     }
 }
 
-/// The tokens without the items marked `#[cfg(test)]`, and the names of modules so marked that are files of their own.
+/// The tokens without the items marked `#[cfg(test)]`, and the names of modules so marked that are
+/// files of their own.
 pub fn without_tests(tokens: &[Token]) -> (Vec<Token>, Vec<String>) {
     let (mut kept, mut test_files) = (Vec::new(), Vec::new());
     let mut at = 0;
@@ -165,7 +167,8 @@ fn test_attribute(tokens: &[Token], at: usize) -> Option<usize> {
     (words.contains(&"test") && !words.contains(&"not") && !words.contains(&"any")).then_some(close + 1)
 }
 
-/// The first token after the item that begins at `at`: past its `;`, or past the brace that closes its body.
+/// The first token after the item that begins at `at`: past its `;`, or past the brace that closes
+/// its body.
 fn item_end(tokens: &[Token], at: usize) -> usize {
     let mut depth = 0;
     for (n, token) in tokens.iter().enumerate().skip(at) {
@@ -193,7 +196,8 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every Rust file under `directory` (from the project's root), but for what builds leave in `target`.
+/// Every Rust file under `directory` (from the project's root), but for what builds leave in
+/// `target`.
 pub fn rust_files(directory: &str) -> Vec<SourceFile> {
     let mut paths = Vec::new();
     walk(&root().join(directory), &mut paths);

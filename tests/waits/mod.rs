@@ -9,18 +9,18 @@ use mcd::demo::nodes::Node;
 use serde_json::Value;
 
 /// How long a test waits before it says that something hangs.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Has a node end, and waits until it has.
 pub fn quit(node: &mut Node) {
-    let mut client = Client::connect(node.control(), PATIENCE).expect("a control socket");
-    client.execute("quit", Value::Null, PATIENCE).expect("quit");
+    let mut client = Client::connect(node.control(), WAIT_MAX).expect("a control socket");
+    client.execute("quit", Value::Null, WAIT_MAX).expect("quit");
     wait_ended(node);
 }
 
 /// Waits until a node has ended.
 pub fn wait_ended(node: &mut Node) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     while node.ended().is_none() {
         assert!(Instant::now() < deadline, "{} does not end:\n{}", node.name(), node.log_tail(20));
         std::thread::park_timeout(Duration::from_millis(2));
@@ -29,7 +29,7 @@ pub fn wait_ended(node: &mut Node) {
 
 /// Waits until a node's status is as wanted.
 pub fn wait_for(node: &mut Node, what: &str, mut done: impl FnMut(&NodeStatus) -> bool) -> NodeStatus {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_MAX;
     loop {
         if let Some(status) = node.status()
             && done(&status)

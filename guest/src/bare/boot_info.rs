@@ -1,4 +1,5 @@
-//! The boot info page: what the host tells the guest about itself. The host writes it once, before the guest starts.
+//! The boot info page: what the host tells the guest about itself. The host writes it once, before
+//! the guest starts.
 
 /// The page's first word.
 const MAGIC: u64 = 0x6d63_645f_626f_6f74;
@@ -42,12 +43,14 @@ impl BootInfo {
     /// # Safety
     /// `address` must be what the host passed at entry.
     pub unsafe fn read(address: u64) -> Option<BootInfo> {
-        // SAFETY: the host maps a whole readable page there (the caller's promise); every bit pattern is a BootInfo.
+        // SAFETY: the host maps a whole readable page there (the caller's promise); every bit
+        // pattern is a BootInfo.
         let info = unsafe { core::ptr::read_volatile(address as *const BootInfo) };
         (info.magic == MAGIC && info.version == VERSION).then_some(info)
     }
 
-    /// The pieces of RAM as (first address, length in bytes); the second is empty unless RAM reaches beyond the hole.
+    /// The pieces of RAM as (first address, length in bytes); the second is empty unless RAM
+    /// reaches beyond the hole.
     pub fn ram(&self) -> [(u64, u64); 2] {
         let low = self.memory_bytes.min(HOLE_START);
         [(0, low), (HOLE_END, self.memory_bytes - low)]

@@ -1,4 +1,5 @@
-//! Guest time from kvmclock: the host keeps one page per vCPU from which the time stamp counter becomes nanoseconds.
+//! Guest time from kvmclock: the host keeps one page per vCPU from which the time stamp counter
+//! becomes nanoseconds.
 
 use core::arch::x86_64::_rdtsc;
 use core::sync::atomic::{AtomicU64, Ordering, fence};
@@ -33,8 +34,9 @@ pub fn set_pages(address: u64) {
 pub fn now_ns(cpu: u32) -> u64 {
     let page = (PAGES.load(Ordering::Relaxed) + u64::from(cpu) * STRIDE) as *const TimeInfo;
     loop {
-        // SAFETY: the host keeps a TimeInfo there for every vCPU. It rewrites it at any time between two instructions of ours, so
-        // reads are volatile and the version, odd while the host writes, is checked before and after.
+        // SAFETY: the host keeps a TimeInfo there for every vCPU. It rewrites it at any time
+        // between two instructions of ours, so reads are volatile and the version, odd while the
+        // host writes, is checked before and after.
         unsafe {
             let version = (&raw const (*page).version).read_volatile();
             fence(Ordering::Acquire);

@@ -29,7 +29,8 @@ const STATUS_OK: u8 = 0;
 /// The longest wait for the device before it is looked whether it is still well.
 const LOOK_US: u32 = 10_000;
 
-/// What device and driver share beside the rings. A block has a page of its own, so that the rest dirties one page.
+/// What device and driver share beside the rings. A block has a page of its own, so that the rest
+/// dirties one page.
 #[repr(C, align(4096))]
 struct Buffers {
     block: Block,
@@ -100,10 +101,12 @@ impl Disk {
         if block < self.blocks { Ok(()) } else { Err(DiskError::Beyond) }
     }
 
-    /// Makes a request and waits for its end; `data` are the flags of the block's descriptor, if it takes part.
+    /// Makes a request and waits for its end; `data` are the flags of the block's descriptor, if it
+    /// takes part.
     fn request(&mut self, kind: u32, block: u64, data: Option<u16>) -> Result<(), DiskError> {
         let buffers = self.buffers;
-        // SAFETY: our own memory for ever, and the device has no request; it reads them once the queue says so.
+        // SAFETY: our own memory for ever, and the device has no request; it reads them once the
+        // queue says so.
         unsafe {
             (&raw mut (*buffers).kind).write_volatile(kind);
             (&raw mut (*buffers).sector).write_volatile(block * (BLOCK_BYTES as u64 / SECTOR_BYTES));

@@ -8,7 +8,8 @@ use super::boot_info::BootInfo;
 use super::ports::{Event, Serial, WAIT_FOREVER, tell, wait};
 use super::{clock, heap, host, writer};
 
-/// The ELF's entry: RDI = vCPU number, RSI = address of the boot info page, RSP = the vCPU's own stack.
+/// The ELF's entry: RDI = vCPU number, RSI = address of the boot info page, RSP = the vCPU's own
+/// stack.
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 unsafe extern "C" fn _start() -> ! {
@@ -23,7 +24,8 @@ extern "C" fn enter(cpu: u64, boot_info: u64) -> ! {
     };
     clock::set_pages(info.kvmclock_gpa);
     if cpu == 0 {
-        // SAFETY: vCPU 0 is the only one that sets up the heap, once, and the writers allocate nothing.
+        // SAFETY: vCPU 0 is the only one that sets up the heap, once, and the writers allocate
+        // nothing.
         unsafe { heap::set_up(&info) };
         host::serve(&info)
     } else {

@@ -94,7 +94,8 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `new`; the owner drops a region only when the writer has let go of it.
+        // SAFETY: allocated with this layout in `new`; the owner drops a region only when the
+        // writer has let go of it.
         unsafe { dealloc(self.base, self.layout) }
     }
 }
@@ -112,7 +113,8 @@ impl Machine {
         }
     }
 
-    /// Lets the disk's writer do its share, and the memory writer if it has no vCPU of its own; when one wants the next.
+    /// Lets the disk's writer do its share, and the memory writer if it has no vCPU of its own;
+    /// when one wants the next.
     fn write_some(&mut self) -> Option<u64> {
         let now_us = self.now_us();
         let memory_us = self.writer.as_mut().and_then(|writer| writer.step(&BOARD, now_us));
@@ -158,7 +160,8 @@ impl Host for Machine {
         };
         let base = region.as_ref().map_or(0, |region| region.base as u64);
         self.retired = core::mem::replace(&mut self.region, region);
-        // SAFETY: the region was allocated for this plan only and is kept until the next plan is settled.
+        // SAFETY: the region was allocated for this plan only and is kept until the next plan is
+        // settled.
         unsafe { BOARD.ask(Plan { base, pages, per_second }) };
         Ok(())
     }

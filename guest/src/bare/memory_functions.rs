@@ -7,8 +7,9 @@ use core::arch::asm;
 /// Copies `count` bytes from `from` to `to`; the two must not overlap.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    // SAFETY: the caller owns `count` readable bytes at `from` and writable bytes at `to`. Short copies use two moves that may
-    // overlap each other inside the same `count` bytes; both loads happen before the stores.
+    // SAFETY: the caller owns `count` readable bytes at `from` and writable bytes at `to`. Short
+    // copies use two moves that may overlap each other inside the same `count` bytes; both loads
+    // happen before the stores.
     unsafe {
         match count {
             0 => {}
@@ -31,14 +32,15 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
     if (to as usize).wrapping_sub(from as usize) >= count {
-        // SAFETY: a copy in rising order never overwrites a byte it has yet to read when `to` is below `from` or behind its end.
+        // SAFETY: a copy in rising order never overwrites a byte it has yet to read when `to` is
+        // below `from` or behind its end.
         unsafe {
             asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _,
                 options(nostack, preserves_flags));
         }
     } else {
-        // SAFETY: `to` lies inside [from, from + count), so `count` is at least 1 and falling order is the safe one. The direction
-        // flag is cleared again before anything else runs.
+        // SAFETY: `to` lies inside [from, from + count), so `count` is at least 1 and falling order
+        // is the safe one. The direction flag is cleared again before anything else runs.
         unsafe {
             asm!("std", "rep movsb", "cld", inout("rcx") count => _, inout("rdi") to.add(count - 1) => _,
                 inout("rsi") from.add(count - 1) => _, options(nostack));
@@ -58,12 +60,13 @@ unsafe extern "C" fn memset(to: *mut u8, value: i32, count: usize) -> *mut u8 {
     to
 }
 
-/// Compares `count` bytes as unsigned numbers: below 0, 0 or above 0 as `left` is less than, equal to or greater than `right`.
+/// Compares `count` bytes as unsigned numbers: below 0, 0 or above 0 as `left` is less than, equal
+/// to or greater than `right`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, count: usize) -> i32 {
     let mut at = 0;
-    // SAFETY: the caller owns `count` readable bytes at both places; `at` stays below `count`. Volatile reads keep the compiler
-    // from seeing a memcmp in the byte loop.
+    // SAFETY: the caller owns `count` readable bytes at both places; `at` stays below `count`.
+    // Volatile reads keep the compiler from seeing a memcmp in the byte loop.
     unsafe {
         while at + 8 <= count {
             let (a, b) = (left.add(at).cast::<u64>().read_unaligned(), right.add(at).cast::<u64>().read_unaligned());

@@ -48,14 +48,16 @@ impl Registers {
         Registers { base: BASE + number * STRIDE }
     }
 
-    /// Whether there is a modern device of kind `device_id`. Where no device is, every register reads as ones.
+    /// Whether there is a modern device of kind `device_id`. Where no device is, every register
+    /// reads as ones.
     pub fn is(&self, device_id: u32) -> bool {
         self.read(register::MAGIC) == MAGIC
             && self.read(register::VERSION) == 2
             && self.read(register::DEVICE_ID) == device_id
     }
 
-    /// Resets the device and agrees on those features of `wanted` (the lower word) that it has; these.
+    /// Resets the device and agrees on those features of `wanted` (the lower word) that it has;
+    /// these.
     pub fn begin(&self, wanted: u32) -> Result<u32, &'static str> {
         self.write(register::STATUS, 0);
         self.write(register::STATUS, ACKNOWLEDGE);
@@ -119,8 +121,8 @@ impl Registers {
     }
 
     fn write(&self, offset: u64, value: u32) {
-        // SAFETY: a place in the device window, all of which the host maps for every vCPU. Not reordered with the ring writes:
-        // those are volatile or releasing stores.
+        // SAFETY: a place in the device window, all of which the host maps for every vCPU. Not
+        // reordered with the ring writes: those are volatile or releasing stores.
         unsafe { ((self.base + offset) as *mut u32).write_volatile(value) }
     }
 }

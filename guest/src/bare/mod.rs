@@ -1,4 +1,5 @@
-//! What touches the bare machine: entry, ports, clock, heap, the virtio-net driver and the memory writer.
+//! What touches the bare machine: entry, ports, clock, heap, the virtio-net driver and the memory
+//! writer.
 
 mod boot_info;
 mod clock;

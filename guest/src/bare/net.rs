@@ -1,4 +1,5 @@
-//! The virtio-net driver: modern virtio-mmio, two queues, polled. Frames go to and come from smoltcp without a copy.
+//! The virtio-net driver: modern virtio-mmio, two queues, polled. Frames go to and come from
+//! smoltcp without a copy.
 
 use alloc::alloc::{Layout, alloc, handle_alloc_error};
 
@@ -8,7 +9,8 @@ use smoltcp::time::Instant;
 use super::mmio::Registers;
 use super::virtqueue::{DESCRIPTOR_WRITE, Virtqueue};
 
-/// Receive buffers. Few are enough: what finds none waits in the host's tap, and each one in use is half a page of dirt.
+/// Receive buffers. Few are enough: what finds none waits in the host's tap, and each one in use is
+/// half a page of dirt.
 const RECEIVE_BUFFERS: usize = 64;
 /// Frames that can be on their way out at once.
 const TRANSMIT_BUFFERS: usize = 128;
@@ -108,7 +110,8 @@ impl Transmitter {
         }
     }
 
-    /// Whether a frame can be sent now. If all buffers are with the device it is told and asked once more.
+    /// Whether a frame can be sent now. If all buffers are with the device it is told and asked
+    /// once more.
     fn has_room(&mut self) -> bool {
         if self.free_count == 0 {
             self.flush();
@@ -123,8 +126,8 @@ impl Transmitter {
         // smoltcp asks for a token, which has_room() granted, before it sends.
         self.free_count -= 1;
         let id = self.free[self.free_count];
-        // SAFETY: buffer `id` lies inside our allocation and is not with the device. Its header was zeroed at start and neither
-        // side writes it again.
+        // SAFETY: buffer `id` lies inside our allocation and is not with the device. Its header was
+        // zeroed at start and neither side writes it again.
         let frame = unsafe {
             let start = self.buffers.add(usize::from(id) * BUFFER_STRIDE);
             core::slice::from_raw_parts_mut(start.add(HEADER_BYTES), bytes)
@@ -174,8 +177,9 @@ impl Device for Net {
 
 impl RxToken for Received<'_> {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        // SAFETY: buffer `id` lies inside our allocation and came back from the device, which does not touch it until it is given
-        // again below. It was zeroed at start, so every byte is initialised.
+        // SAFETY: buffer `id` lies inside our allocation and came back from the device, which does
+        // not touch it until it is given again below. It was zeroed at start, so every byte is
+        // initialised.
         let frame = unsafe {
             let start = self.receiver.buffers.add(usize::from(self.id) * BUFFER_STRIDE);
             core::slice::from_raw_parts(start.add(HEADER_BYTES), self.bytes)
@@ -197,7 +201,8 @@ fn buffers(count: usize) -> *mut u8 {
     let Ok(layout) = Layout::from_size_align(count * BUFFER_STRIDE, 4096) else {
         panic!("{count} buffers have no layout");
     };
-    // SAFETY: the layout is not empty; the memory is zeroed over its whole length before anyone reads it.
+    // SAFETY: the layout is not empty; the memory is zeroed over its whole length before anyone
+    // reads it.
     unsafe {
         let start = alloc(layout);
         if start.is_null() {

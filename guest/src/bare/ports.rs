@@ -25,9 +25,11 @@ pub enum Event {
     Panic = 3,
 }
 
-/// Idles for at most `limit_us` microseconds, [`WAIT_FOREVER`] without limit. May return early: look again, then wait again.
+/// Idles for at most `limit_us` microseconds, [`WAIT_FOREVER`] without limit. May return early:
+/// look again, then wait again.
 pub fn wait(limit_us: u32) {
-    // SAFETY: the wait port has no effect but time; the TSS's bitmap allows it. Not `nomem`: devices change memory meanwhile.
+    // SAFETY: the wait port has no effect but time; the TSS's bitmap allows it. Not `nomem`:
+    // devices change memory meanwhile.
     unsafe { asm!("out dx, eax", in("dx") WAIT, in("eax") limit_us, options(nostack, preserves_flags)) }
 }
 

@@ -93,11 +93,12 @@ impl<const N: usize> Virtqueue<N> {
         ]
     }
 
-    /// Gives the device the buffer at `address` under number `id`, which must not be with the device already.
+    /// Gives the device the buffer at `address` under number `id`, which must not be with the
+    /// device already.
     pub fn publish(&mut self, id: u16, address: u64, bytes: u32, flags: u16) {
         let slot = usize::from(id) % N;
-        // SAFETY: both places lie inside our own rings. The device reads them only after the index below says so, hence volatile
-        // writes and a releasing store.
+        // SAFETY: both places lie inside our own rings. The device reads them only after the index
+        // below says so, hence volatile writes and a releasing store.
         unsafe {
             let descriptor = &raw mut self.rings.descriptors[slot];
             descriptor.write_volatile(Descriptor { address, bytes, flags, next: 0 });
@@ -107,15 +108,16 @@ impl<const N: usize> Virtqueue<N> {
         self.rings.available.index.store(self.published, Ordering::Release);
     }
 
-    /// Gives the device one request of several buffers, each with its address, length and flags, under number 0. Nothing else may be with
-    /// the device, and there must be a descriptor for each.
+    /// Gives the device one request of several buffers, each with its address, length and flags,
+    /// under number 0. Nothing else may be with the device, and there must be a descriptor for
+    /// each.
     pub fn publish_chain<const M: usize>(&mut self, buffers: [(u64, u32, u16); M]) {
         const { assert!(M >= 1 && M <= N, "a descriptor for each") };
         for (index, (address, bytes, flags)) in buffers.into_iter().enumerate() {
             let next = index as u16 + 1;
             let flags = if usize::from(next) < M { flags | DESCRIPTOR_NEXT } else { flags };
-            // SAFETY: a descriptor of our own (M is at most N). The device reads it only after the index below says so, hence a volatile
-            // write and a releasing store.
+            // SAFETY: a descriptor of our own (M is at most N). The device reads it only after the
+            // index below says so, hence a volatile write and a releasing store.
             unsafe {
                 (&raw mut self.rings.descriptors[index]).write_volatile(Descriptor { address, bytes, flags, next });
             }
@@ -131,11 +133,13 @@ impl<const N: usize> Virtqueue<N> {
         self.rings.used.index.load(Ordering::Acquire) != self.taken
     }
 
-    /// Takes one buffer back: its number and how many bytes the device wrote. Numbers the device cannot mean are skipped.
+    /// Takes one buffer back: its number and how many bytes the device wrote. Numbers the device
+    /// cannot mean are skipped.
     pub fn take_used(&mut self) -> Option<(u16, u32)> {
         while self.has_used() {
             let slot = usize::from(self.taken) % N;
-            // SAFETY: the element lies inside our own ring; the acquiring load of the index ordered the device's write before.
+            // SAFETY: the element lies inside our own ring; the acquiring load of the index ordered
+            // the device's write before.
             let element = unsafe { (&raw const self.rings.used.ring[slot]).read_volatile() };
             self.taken = self.taken.wrapping_add(1);
             if (element.id as usize) < N {
@@ -145,13 +149,15 @@ impl<const N: usize> Virtqueue<N> {
         None
     }
 
-    /// Whether the device has to be told of buffers published since it last was. Counts as telling it.
+    /// Whether the device has to be told of buffers published since it last was. Counts as telling
+    /// it.
     pub fn wants_notice(&mut self) -> bool {
         if self.told == self.published {
             return false;
         }
         self.told = self.published;
-        // The device clears its flag and then looks at the index once more; we wrote the index and now look at its flag.
+        // The device clears its flag and then looks at the index once more; we wrote the index and
+        // now look at its flag.
         fence(Ordering::SeqCst);
         self.rings.used.flags.load(Ordering::Relaxed) & USED_NO_NOTIFY == 0
     }

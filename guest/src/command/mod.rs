@@ -15,7 +15,8 @@ use crate::sum::Checksum;
 
 /// Longest key, in bytes.
 pub const KEY_BYTES_MAX: usize = 64 << 10;
-/// Heap that clients' data never gets, so that connections and replies go on when the store is full.
+/// Heap that clients' data never gets, so that connections and replies go on when the store is
+/// full.
 const RESERVED_BYTES: u64 = 4 << 20;
 
 const OUT_OF_MEMORY: &str = "OOM command not allowed when used memory > 'maxmemory'.";
@@ -349,7 +350,8 @@ fn add<H: Host>(key: &[u8], amount: Option<i64>, context: &mut Context<'_, H>, r
     }
 }
 
-/// `DIRTY <pages> <per-second>` asks for a load, `DIRTY` says what is done of it, `DIRTY CHECK` how many pages are not as written.
+/// `DIRTY <pages> <per-second>` asks for a load, `DIRTY` says what is done of it, `DIRTY CHECK` how
+/// many pages are not as written.
 fn dirty<H: Host>(arguments: Arguments<'_>, host: &mut H, reply: &mut ReplyWriter<'_>) -> Outcome {
     match arguments.count() {
         1 => {

@@ -11,8 +11,9 @@ use netbuf::TapError;
 /// Set in a test binary that runs again in a user namespace.
 const INSIDE: &str = "NETBUF_TEST_INSIDE";
 
-/// Runs `test`, the body of the test `name`, on a thread inside a fresh network namespace; says why if that cannot be had. An
-/// ordinary user's test binary has too many threads to move into a user namespace, so it starts itself again inside one.
+/// Runs `test`, the body of the test `name`, on a thread inside a fresh network namespace; says why
+/// if that cannot be had. An ordinary user's test binary has too many threads to move into a user
+/// namespace, so it starts itself again inside one.
 pub fn in_namespace(name: &str, test: fn()) {
     let skipped = std::thread::spawn(move || {
         if let Err(error) = std::fs::metadata("/dev/net/tun") {
@@ -40,7 +41,8 @@ pub fn in_namespace(name: &str, test: fn()) {
     println!("skipped: {reason}");
 }
 
-/// Brings the interface up and returns a packet socket on it for frames of one EtherType: the host's side of the tap.
+/// Brings the interface up and returns a packet socket on it for frames of one EtherType: the
+/// host's side of the tap.
 pub fn packet_socket(name: &str, ethertype: u16) -> io::Result<OwnedFd> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
     // SAFETY: plain system calls; every pointer is to a live local of the right type.
@@ -81,7 +83,8 @@ pub fn until_readable(fd: RawFd) {
     assert_eq!(unsafe { libc::poll(&mut wait, 1, 30_000) }, 1, "no frame came");
 }
 
-/// Opens a tap that has just been let go: a child that another test is starting has a copy of its descriptor until it runs its program.
+/// Opens a tap that has just been let go: a child that another test is starting has a copy of its
+/// descriptor until it runs its program.
 #[allow(dead_code)] // not every test needs it
 pub fn opened_once_free<P: std::fmt::Debug>(open: impl Fn() -> Result<P, TapError>) -> P {
     let deadline = Instant::now() + Duration::from_secs(30);

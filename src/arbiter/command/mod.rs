@@ -1,7 +1,8 @@
-//! The arbiter `command:`: a fencing script of the operator's, asked before this node runs a guest that its peer may be running.
+//! The arbiter `command:`: a fencing script of the operator's, asked before this node runs a guest
+//! that its peer may be running.
 //!
-//! There is no shared record. What keeps two nodes from running one guest is that the script, before it says yes, makes sure that the peer
-//! is down and stays down. So:
+//! There is no shared record. What keeps two nodes from running one guest is that the script,
+//! before it says yes, makes sure that the peer is down and stays down. So:
 //!
 //! | swap | who is asked |
 //! |---|---|
@@ -11,15 +12,16 @@
 //! | paired or solo → solo, by the other node | the script, `takeover` |
 //! | solo → paired, anything → stopped, a record in its own place | nobody: no guest starts anywhere |
 //!
-//! Exit status 0 wins the swap, 1 loses it, and anything else, or none in time, is no answer. A read gives what this node last won. Where
-//! nobody is asked there is no answer either while the script cannot be run, so that no pair forms that could not be parted again.
+//! Exit status 0 wins the swap, 1 loses it, and anything else, or none in time, is no answer. A
+//! read gives what this node last won. Where nobody is asked there is no answer either while the
+//! script cannot be run, so that no pair forms that could not be parted again.
 //!
 //! `docs/arbiters.md` is the contract for people who write scripts.
 
 mod script;
 
 use super::{Arbiter, ArbiterError, Canceller, Swap};
-use crate::protocol::notebook::{Notebook, Question, Step};
+use crate::protocol::local_record::{LocalRecord, Question, Step};
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{GuestName, InstanceId};
 use script::{End, Script};
@@ -27,30 +29,30 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How long a script may take unless said otherwise: power switches are slow.
-pub const PATIENCE_DEFAULT: Duration = Duration::from_secs(30);
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// The arbiter `command:` for one guest, on one node.
 pub struct CommandArbiter {
     script: Script,
     guest: GuestName,
-    patience: Duration,
-    notebook: Notebook,
+    timeout: Duration,
+    local_record: LocalRecord,
 }
 
 impl CommandArbiter {
-    /// The arbiter of `guest` that asks `script`, for no longer than `patience`. Runs nothing yet.
+    /// The arbiter of `guest` that asks `script`, for no longer than `timeout`. Runs nothing yet.
     ///
     /// # Errors
     /// The kernel's, if it gives no file descriptor.
-    pub fn new(script: impl AsRef<Path>, guest: &GuestName, patience: Duration) -> std::io::Result<CommandArbiter> {
+    pub fn new(script: impl AsRef<Path>, guest: &GuestName, timeout: Duration) -> std::io::Result<CommandArbiter> {
         let script = Script::new(script.as_ref())?;
-        Ok(CommandArbiter { script, guest: guest.clone(), patience, notebook: Notebook::default() })
+        Ok(CommandArbiter { script, guest: guest.clone(), timeout, local_record: LocalRecord::default() })
     }
 
     /// Takes the operator's word that no node of the guest runs: the first claim asks no script.
     #[must_use]
     pub fn with_dead_peer(mut self) -> CommandArbiter {
-        self.notebook.believe_the_peer_dead();
+        self.local_record.believe_the_peer_dead();
         self
     }
 
@@ -73,20 +75,21 @@ impl CommandArbiter {
             ("MCD_GENERATION", new.generation.0.to_string()),
             ("MCD_INSTANCE", new.owner.to_string()),
             ("MCD_PEER", peer_text),
-            ("MCD_TIMEOUT_MS", self.patience.as_millis().to_string()),
+            ("MCD_TIMEOUT_MS", self.timeout.as_millis().to_string()),
         ];
         let arguments = [question.word(), self.guest.as_str()];
         tracing::debug!(script = %self.script.path().display(), question = question.word(), "asking the fencing script");
-        match self.script.run(&arguments, &environment, self.patience) {
+        match self.script.run(&arguments, &environment, self.timeout) {
             End::Exit { status: 0, .. } => {
-                self.notebook.note(*new);
+                self.local_record.note(*new);
                 Ok(Swap::Won)
             }
-            // Nobody keeps the winner's record here, so it is written down as the peer would have: the guest is the peer's.
+            // Nobody keeps the winner's record here, so it is written down as the peer would have:
+            // the guest is the peer's.
             End::Exit { status: 1, .. } => {
                 Ok(Swap::Lost(expected.zip(peer).map(|(before, peer)| before.next_solo(peer))))
             }
-            other => Err(self.unreachable(other.explain(question.word(), self.patience))),
+            other => Err(self.unreachable(other.explain(question.word(), self.timeout))),
         }
     }
 
@@ -98,11 +101,11 @@ impl CommandArbiter {
 impl Arbiter for CommandArbiter {
     fn read(&mut self) -> Result<Option<Record>, ArbiterError> {
         self.script.check().map_err(|why| self.unreachable(why))?;
-        Ok(self.notebook.record())
+        Ok(self.local_record.record())
     }
 
     fn swap(&mut self, expected: Option<&Record>, new: &Record) -> Result<Swap, ArbiterError> {
-        match self.notebook.consider(expected, new) {
+        match self.local_record.consider(expected, new) {
             Step::Known(swap) => return Ok(swap),
             Step::Ask(question, peer) => return self.ask(question, peer, expected, new),
             Step::Note => {}
@@ -111,7 +114,7 @@ impl Arbiter for CommandArbiter {
         if expected.is_some() && new.state != RecordState::Stopped {
             self.script.check().map_err(|why| self.unreachable(why))?;
         }
-        self.notebook.note(*new);
+        self.local_record.note(*new);
         Ok(Swap::Won)
     }
 
@@ -133,7 +136,7 @@ mod tests {
 
     fn arbiter() -> CommandArbiter {
         // Can be run, and never says that anybody is down.
-        CommandArbiter::new("/bin/false", &GuestName::new("web").unwrap(), PATIENCE_DEFAULT).unwrap()
+        CommandArbiter::new("/bin/false", &GuestName::new("web").unwrap(), TIMEOUT_DEFAULT).unwrap()
     }
 
     #[test]

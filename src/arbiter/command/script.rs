@@ -1,4 +1,5 @@
-//! Running a script: its own process group, its output read and bounded, and its end waited for with a limit and without a thread.
+//! Running a script: its own process group, its output read and bounded, and its end waited for
+//! with a limit and without a thread.
 
 use super::super::Canceller;
 use nix::errno::Errno;
@@ -14,7 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How much of a script's output is kept; what comes after is read and thrown away, so that it never blocks the script.
+/// How much of a script's output is kept; what comes after is read and thrown away, so that it
+/// never blocks the script.
 const OUTPUT_BYTES_MAX: usize = 4 << 10;
 
 /// How much of its last line is shown.
@@ -37,7 +39,7 @@ pub(super) enum End {
 
 impl End {
     /// Why this is no answer to `question`.
-    pub(super) fn explain(&self, question: &str, patience: Duration) -> String {
+    pub(super) fn explain(&self, question: &str, timeout: Duration) -> String {
         match self {
             End::Exit { status, line } if line.is_empty() => {
                 format!("the script ended `{question}` with status {status}: it does not know; it is asked again")
@@ -48,7 +50,7 @@ impl End {
             End::Killed { signal } => format!("signal {signal} ended the script; it is asked again"),
             End::TimedOut => format!(
                 "the script did not end within {} ms and was killed; make it faster, or raise --arbiter-timeout-ms",
-                patience.as_millis()
+                timeout.as_millis()
             ),
             End::Cancelled => "this node is ending".to_owned(),
             End::NotRun { why } => why.clone(),
@@ -94,9 +96,10 @@ impl Script {
         })
     }
 
-    /// Runs it to its end, or to the end of `patience`, and never leaves anything of its process group behind.
-    pub(super) fn run(&self, arguments: &[&str], environment: &[(&str, String)], patience: Duration) -> End {
-        let deadline = Instant::now() + patience;
+    /// Runs it to its end, or to the end of `timeout`, and never leaves anything of its process
+    /// group behind.
+    pub(super) fn run(&self, arguments: &[&str], environment: &[(&str, String)], timeout: Duration) -> End {
+        let deadline = Instant::now() + timeout;
         let mut child = match self.start(arguments, environment) {
             Ok(running) => running,
             Err(error) => return End::NotRun { why: self.cannot_run(&error) },
@@ -117,7 +120,8 @@ impl Script {
     fn start(&self, arguments: &[&str], environment: &[(&str, String)]) -> io::Result<Running> {
         let (reader, writer) = io::pipe()?;
         set_nonblocking(&reader)?;
-        // Nothing here makes the standard library fork, which would copy the page tables of a whole guest: it spawns.
+        // Nothing here makes the standard library fork, which would copy the page tables of a whole
+        // guest: it spawns.
         let mut command = Command::new(&self.path);
         command.args(arguments).envs(environment.iter().map(|(name, value)| (name, value)));
         command.current_dir("/").process_group(0);
@@ -198,7 +202,8 @@ impl Running {
                 writing = self.read_some();
             }
             if end {
-                // What it wrote last may still be in the pipe; what a process it left behind writes is of no interest.
+                // What it wrote last may still be in the pipe; what a process it left behind writes
+                // is of no interest.
                 self.read_some();
                 return Ok(Waited::Ended);
             }
@@ -223,7 +228,8 @@ impl Running {
 
     /// Kills what is left of the group and takes the script's status.
     fn end(&mut self) -> io::Result<std::process::ExitStatus> {
-        // Not yet waited for, the script still holds its number, so that this is its group and no other.
+        // Not yet waited for, the script still holds its number, so that this is its group and no
+        // other.
         if !self.reaped && self.group.as_raw() > 1 {
             // An error means that the group is gone.
             let _ = killpg(self.group, Signal::SIGKILL);

@@ -61,9 +61,9 @@ impl Client {
         Ok(Client { agent: settings.build().into(), login, token: None })
     }
 
-    /// Asks the member at `url`, for no longer than `patience`.
-    pub(super) fn ask(&mut self, url: &str, call: &Call, patience: Duration) -> Result<Reply, AskError> {
-        let deadline = Instant::now() + patience;
+    /// Asks the member at `url`, for no longer than `timeout`.
+    pub(super) fn ask(&mut self, url: &str, call: &Call, timeout: Duration) -> Result<Reply, AskError> {
+        let deadline = Instant::now() + timeout;
         let mut had_token = self.token.is_some();
         loop {
             if !had_token {
@@ -71,7 +71,8 @@ impl Client {
             }
             let (status, body) = self.post(url, call, deadline)?;
             if status == UNAUTHENTICATED && self.login.is_some() && had_token {
-                // Tokens run out. The question was not carried out; it is asked once more, with a new one.
+                // Tokens run out. The question was not carried out; it is asked once more, with a
+                // new one.
                 self.token = None;
                 had_token = false;
                 continue;

@@ -1,12 +1,15 @@
 //! The arbiter `etcd:`: one key per guest in an etcd cluster, swapped by a transaction.
 //!
-//! etcd's own JSON gateway is spoken (`POST /v3/kv/range`, `/v3/kv/txn`; etcd 3.4 and newer), so that a blocking HTTP client is enough. The
-//! key `PREFIX/GUEST` holds the same text as the file of the arbiter `file:`. A swap compares the whole value with the text of the expected
-//! record (or that the key does not exist); since a swap raises the generation (or changes nothing), a text never comes back, and the value says as much as a
-//! revision would. Reads and transactions are linearizable: a member that has lost its cluster does not answer them.
+//! etcd's own JSON gateway is spoken (`POST /v3/kv/range`, `/v3/kv/txn`; etcd 3.4 and newer), so
+//! that a blocking HTTP client is enough. The key `PREFIX/GUEST` holds the same text as the file of
+//! the arbiter `file:`. A swap compares the whole value with the text of the expected record (or
+//! that the key does not exist); since a swap raises the generation (or changes nothing), a text
+//! never comes back, and the value says as much as a revision would. Reads and transactions are
+//! linearizable: a member that has lost its cluster does not answer them.
 //!
-//! The endpoints are tried in turn, beginning with the one that answered last. All of a question together takes no longer than the
-//! arbiter's patience, of which each endpoint still to be tried gets its share: a member that hangs costs its share and no more.
+//! The endpoints are tried in turn, beginning with the one that answered last. All of a question
+//! together takes no longer than the arbiter's timeout, of which each endpoint still to be tried
+//! gets its share: a member that hangs costs its share and no more.
 
 mod client;
 mod wire;
@@ -21,9 +24,10 @@ use std::time::{Duration, Instant};
 use wire::{Call, Reply};
 
 /// How long a question may take, over all endpoints, unless said otherwise.
-pub const PATIENCE_DEFAULT: Duration = Duration::from_secs(2);
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
-/// How often the row of endpoints is walked in one question: once more than once, for a connection that etcd closed while it was idle.
+/// How often the row of endpoints is walked in one question: once more than once, for a connection
+/// that etcd closed while it was idle.
 const ROUNDS_MAX: usize = 2;
 
 /// Where an etcd cluster is, and how to talk to it.
@@ -38,10 +42,11 @@ pub struct EtcdConfig {
     /// For a cluster with authentication.
     pub login: Option<EtcdLogin>,
     /// How long a question may take, over all endpoints.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
-/// PEM files. They are read again whenever no endpoint answered, so that certificates can be renewed under a running node.
+/// PEM files. They are read again whenever no endpoint answered, so that certificates can be
+/// renewed under a running node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EtcdTls {
     /// Certificates of the authorities that sign the members' certificates.
@@ -71,7 +76,8 @@ pub struct EtcdArbiter {
 }
 
 impl EtcdArbiter {
-    /// The arbiter of `guest` in a cluster. Reads the files named in `config` and connects to nobody yet.
+    /// The arbiter of `guest` in a cluster. Reads the files named in `config` and connects to
+    /// nobody yet.
     ///
     /// # Errors
     /// A file that cannot be read, or that does not hold what it should.
@@ -86,9 +92,10 @@ impl EtcdArbiter {
         &self.key
     }
 
-    /// Asks one endpoint after the other. Says too whether more than one try was made: an earlier one may have been carried out.
+    /// Asks one endpoint after the other. Says too whether more than one try was made: an earlier
+    /// one may have been carried out.
     fn ask(&mut self, call: &Call) -> Result<(Reply, bool), ArbiterError> {
-        let deadline = Instant::now() + self.config.patience;
+        let deadline = Instant::now() + self.config.timeout;
         let mut client = match self.client.take() {
             Some(client) => client,
             None => Client::new(&self.config)?,
@@ -100,7 +107,8 @@ impl EtcdArbiter {
             let at = (self.favourite + step) % count.max(1);
             let Some(url) = self.config.endpoints.get(at) else { break };
             let left = deadline.saturating_duration_since(Instant::now());
-            // In the last round all that is left is one endpoint's, for then the others have failed twice.
+            // In the last round all that is left is one endpoint's, for then the others have failed
+            // twice.
             let share = left / u32::try_from(count.saturating_sub(step).max(1)).unwrap_or(1);
             if share.is_zero() {
                 break;
@@ -118,7 +126,8 @@ impl EtcdArbiter {
                 }
             }
         }
-        // Whoever answers first next time, it should not be one that just failed; and the files may have been renewed.
+        // Whoever answers first next time, it should not be one that just failed; and the files may
+        // have been renewed.
         self.favourite = (self.favourite + 1) % count.max(1);
         Err(self.unreachable(&failures))
     }
@@ -128,7 +137,7 @@ impl EtcdArbiter {
             .iter()
             .map(|(at, error)| format!("{}: {error}", self.config.endpoints.get(*at).map_or("?", |url| url.as_str())));
         let said = said.collect::<Vec<_>>().join("; ");
-        let waited_ms = self.config.patience.as_millis();
+        let waited_ms = self.config.timeout.as_millis();
         ArbiterError::Unreachable {
             arbiter: self.describe(),
             why: format!(
@@ -159,7 +168,8 @@ impl Arbiter for EtcdArbiter {
             (Reply::Swapped, _) => Ok(Swap::Won),
             (Reply::Value(value), tried_before) => {
                 let stands = self.record_of(value)?;
-                // Then an earlier try of this very swap was carried out, and only its answer was lost.
+                // Then an earlier try of this very swap was carried out, and only its answer was
+                // lost.
                 let ours = tried_before && stands.as_ref() == Some(new);
                 Ok(if ours { Swap::Won } else { Swap::Lost(stands) })
             }

@@ -1,5 +1,5 @@
-//! What etcd's JSON gateway is asked, and what it answers. Keys and values are base64, numbers are strings, and what is false, zero or
-//! empty is left out.
+//! What etcd's JSON gateway is asked, and what it answers. Keys and values are base64, numbers are
+//! strings, and what is false, zero or empty is left out.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -22,12 +22,14 @@ pub(super) enum Reply {
 }
 
 impl Call {
-    /// Reads `key` as the whole cluster knows it (linearizable is what etcd does unless told otherwise).
+    /// Reads `key` as the whole cluster knows it (linearizable is what etcd does unless told
+    /// otherwise).
     pub(super) fn range(key: &str) -> Call {
         Call::new("/v3/kv/range", &json!({ "key": BASE64.encode(key) }))
     }
 
-    /// Puts `new` if the value is `expected` (none: if there is no such key), and else reads the value, in one step.
+    /// Puts `new` if the value is `expected` (none: if there is no such key), and else reads the
+    /// value, in one step.
     pub(super) fn swap(key: &str, expected: Option<&str>, new: &str) -> Call {
         let key = BASE64.encode(key);
         let compare = match expected {
@@ -67,7 +69,8 @@ struct Response {
     response_range: Option<Range>,
 }
 
-/// The answers to a range, a transaction and an authentication, which share no field but this one that all must have.
+/// The answers to a range, a transaction and an authentication, which share no field but this one
+/// that all must have.
 #[derive(Deserialize)]
 struct Answer {
     header: Option<Value>,
@@ -79,7 +82,8 @@ struct Answer {
     token: Option<String>,
 }
 
-/// Understands the answer to [`Call::range`] or [`Call::swap`]. `None` if it is none: then nothing is known.
+/// Understands the answer to [`Call::range`] or [`Call::swap`]. `None` if it is none: then nothing
+/// is known.
 pub(super) fn reply(call: &Call, body: &[u8]) -> Option<Reply> {
     let answer = answer(body)?;
     if call.path == "/v3/kv/range" {

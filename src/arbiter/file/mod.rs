@@ -1,14 +1,16 @@
 //! The arbiter `file:`: a directory that both nodes see (of one machine, or shared storage).
 //!
-//! Each guest has two files there: `GUEST.record`, a few lines of text that a person can read, and `GUEST.lock`, which a node locks while
-//! it swaps. A swap is: lock → read → compare → write a temporary file → fsync → rename → fsync of the directory → unlock. A crash at any
-//! point leaves the old record or the new one, whole.
+//! Each guest has two files there: `GUEST.record`, a few lines of text that a person can read, and
+//! `GUEST.lock`, which a node locks while it swaps. A swap is: lock → read → compare → write a
+//! temporary file → fsync → rename → fsync of the directory → unlock. A crash at any point leaves
+//! the old record or the new one, whole.
 //!
-//! Storage can hang. So a thread of the arbiter's own does the work, and a caller waits for it no longer than its patience; then the
-//! answer is [`ArbiterError::Unreachable`], and a swap that is found to be late when its turn comes is not carried out.
+//! Storage can hang. So a thread of the arbiter's own does the work, and a caller waits for it no
+//! longer than its timeout; then the answer is [`ArbiterError::Unreachable`], and a swap that is
+//! found to be late when its turn comes is not carried out.
 //!
-//! Shared storage must have working `fcntl` locks and must show a rename at once to every host that opens the file: NFS version 4 and the
-//! cluster filesystems do.
+//! Shared storage must have working `fcntl` locks and must show a rename at once to every host that
+//! opens the file: NFS version 4 and the cluster filesystems do.
 
 mod store;
 
@@ -21,7 +23,7 @@ use std::time::{Duration, Instant};
 use store::Store;
 
 /// How long a call waits for the storage unless said otherwise.
-pub const PATIENCE_DEFAULT: Duration = Duration::from_secs(2);
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
 /// A question to the working thread.
 enum Question {
@@ -48,23 +50,25 @@ struct Job {
 pub struct FileArbiter {
     directory: PathBuf,
     guest: GuestName,
-    patience: Duration,
+    timeout: Duration,
     /// The working thread's door; made at the first question.
     jobs: Option<Sender<Job>>,
-    /// The reply to a question that nobody waits for any more: while it is outstanding the thread is stuck.
+    /// The reply to a question that nobody waits for any more: while it is outstanding the thread
+    /// is stuck.
     late: Option<Receiver<Outcome>>,
 }
 
 impl FileArbiter {
-    /// The arbiter of `guest` in `directory`. Touches nothing yet; the directory must exist when it is asked.
+    /// The arbiter of `guest` in `directory`. Touches nothing yet; the directory must exist when it
+    /// is asked.
     pub fn new(directory: impl AsRef<Path>, guest: &GuestName) -> FileArbiter {
-        FileArbiter::with_patience(directory, guest, PATIENCE_DEFAULT)
+        FileArbiter::with_timeout(directory, guest, TIMEOUT_DEFAULT)
     }
 
     /// The same, with the longest time a call may wait for the storage.
-    pub fn with_patience(directory: impl AsRef<Path>, guest: &GuestName, patience: Duration) -> FileArbiter {
+    pub fn with_timeout(directory: impl AsRef<Path>, guest: &GuestName, timeout: Duration) -> FileArbiter {
         let directory = directory.as_ref().to_owned();
-        FileArbiter { directory, guest: guest.clone(), patience, jobs: None, late: None }
+        FileArbiter { directory, guest: guest.clone(), timeout, jobs: None, late: None }
     }
 
     /// The file that holds the record.
@@ -73,7 +77,7 @@ impl FileArbiter {
     }
 
     fn ask(&mut self, question: Question) -> Outcome {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         if let Some(late) = &self.late {
             // Nothing is queued behind a question that is stuck: it would only be late too.
             if let Err(RecvTimeoutError::Timeout) = late.recv_deadline(deadline) {
@@ -118,7 +122,7 @@ impl FileArbiter {
         let store = Store::new(&self.directory, &self.guest);
         let work = move || {
             for job in questions {
-                // Whoever asked may have lost patience.
+                // Whoever asked may have lost timeout.
                 let _ = job.reply.send(carry_out(&store, &job));
             }
         };
@@ -133,7 +137,7 @@ impl FileArbiter {
     fn no_answer(&self) -> ArbiterError {
         self.unreachable(format!(
             "no answer for {} ms; check the storage, and that no stopped process holds {}",
-            self.patience.as_millis(),
+            self.timeout.as_millis(),
             Store::new(&self.directory, &self.guest).lock_path().display()
         ))
     }

@@ -1,4 +1,5 @@
-//! The files of one guest's record, and what is done with them. Everything here blocks as long as the storage does.
+//! The files of one guest's record, and what is done with them. Everything here blocks as long as
+//! the storage does.
 
 use super::super::text;
 use super::super::{ArbiterError, Swap};
@@ -39,7 +40,8 @@ impl Store {
         &self.lock
     }
 
-    /// The record that stands. Needs no lock, because a rename shows the old file or the new one, whole.
+    /// The record that stands. Needs no lock, because a rename shows the old file or the new one,
+    /// whole.
     pub(super) fn read(&self) -> Result<Option<Record>, ArbiterError> {
         let file = match File::open(&self.record) {
             Ok(file) => file,
@@ -62,8 +64,9 @@ impl Store {
         }
     }
 
-    /// Puts `new` in place of `expected` under the lock. Past `deadline` nothing is changed: the node that asked has gone on in the belief
-    /// that nobody knows the outcome, and the sooner that is settled the better.
+    /// Puts `new` in place of `expected` under the lock. Past `deadline` nothing is changed: the
+    /// node that asked has gone on in the belief that nobody knows the outcome, and the sooner that
+    /// is settled the better.
     pub(super) fn swap(
         &self,
         expected: Option<&Record>,
@@ -88,7 +91,8 @@ impl Store {
         Ok(Swap::Won)
     }
 
-    /// The lock, held until the file is dropped. An open-file-description lock, so that two threads of one process exclude each other too.
+    /// The lock, held until the file is dropped. An open-file-description lock, so that two threads
+    /// of one process exclude each other too.
     fn lock(&self) -> Result<File, ArbiterError> {
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&self.lock);
         let file = open.map_err(|error| match error.kind() {
@@ -129,7 +133,8 @@ impl Store {
 
     fn sync_directory(&self) -> Result<(), ArbiterError> {
         let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        // Even for lack of space: the new record is in place by now, so nobody may be told that the old one stands.
+        // Even for lack of space: the new record is in place by now, so nobody may be told that the
+        // old one stands.
         synced.map_err(|source| ArbiterError::Io { doing: "sync", path: self.directory.clone(), source })
     }
 

@@ -126,7 +126,7 @@ fn foreign_lock(directory: &Path) -> fs::File {
 #[test]
 fn a_lock_that_is_never_given_back_makes_it_unreachable() {
     let (directory, mut patient) = arbiter();
-    let mut arbiter = FileArbiter::with_patience(directory.path(), &guest(), Duration::from_millis(20));
+    let mut arbiter = FileArbiter::with_timeout(directory.path(), &guest(), Duration::from_millis(20));
     let first = Record::first(P);
     patient.swap(None, &first).unwrap();
     let held = foreign_lock(directory.path());
@@ -136,9 +136,10 @@ fn a_lock_that_is_never_given_back_makes_it_unreachable() {
         assert!(error.to_string().contains("web-1.lock"));
     }
     drop(held);
-    // The swap that was late is not carried out behind our back: the one asked for now starts from the old record and wins.
+    // The swap that was late is not carried out behind our back: the one asked for now starts from
+    // the old record and wins.
     assert_eq!(patient.swap(Some(&first), &first.next_stopped()).unwrap(), Swap::Won);
-    arbiter.patience = PATIENCE_DEFAULT;
+    arbiter.timeout = TIMEOUT_DEFAULT;
     assert_eq!(arbiter.read().unwrap(), Some(first.next_stopped()));
 }
 

@@ -1,4 +1,5 @@
-//! Snapshot files: a guest's memory and machine state in a file, from which it can be started again.
+//! Snapshot files: a guest's memory and machine state in a file, from which it can be started
+//! again.
 //!
 //! ```text
 //!  bytes 0…24     preface: magic, versions, length and check sum of the head
@@ -17,9 +18,11 @@
 //! | 16 | 4 | CRC32C of the head |
 //! | 20 | 4 | CRC32C of the bytes before |
 //!
-//! Magic and versions stay where they are in every version to come. Pages rise by index, zero pages are left out, and the file ends with the
-//! epoch-end, whose figures and digest cover all frames before it: a file that was cut off or damaged anywhere is known as such. Disks are
-//! not in it; a guest with disks it can write is stopped when its snapshot is taken, and the stamps of its images carry the snapshot's id.
+//! Magic and versions stay where they are in every version to come. Pages rise by index, zero pages
+//! are left out, and the file ends with the epoch-end, whose figures and digest cover all frames
+//! before it: a file that was cut off or damaged anywhere is known as such. Disks are not in it; a
+//! guest with disks it can write is stopped when its snapshot is taken, and the stamps of its
+//! images carry the snapshot's id.
 
 mod head;
 mod read;
@@ -34,7 +37,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use head::{SavedCpu, SnapshotHead};
-pub use read::{SnapshotReader, SnapshotSums};
+pub use read::{SnapshotChecks, SnapshotReader};
 pub use write::{Written, write};
 
 use crate::machine::memory::MemoryError;

@@ -1,4 +1,5 @@
-//! Reading a snapshot: page by page, believing nothing before its check sum and nothing at all before the file's end.
+//! Reading a snapshot: page by page, believing nothing before its check sum and nothing at all
+//! before the file's end.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -12,14 +13,15 @@ use crate::protocol::messages::{MachineShape, Message};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::wire::{FrameKind, FrameReader, PageDecoder, WireError};
 
-/// Most bytes of machine state in a snapshot of a machine of `shape`: far above what one has (30 KiB a vCPU).
+/// Most bytes of machine state in a snapshot of a machine of `shape`: far above what one has (30
+/// KiB a vCPU).
 pub(super) fn state_bytes_max(shape: &MachineShape) -> u64 {
     (1 << 20) * (1 + u64::from(shape.cpus))
 }
 
 /// What a whole file held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SnapshotSums {
+pub struct SnapshotChecks {
     /// Pages that are not zeros.
     pub pages: u64,
     /// Bytes of machine state.
@@ -41,7 +43,8 @@ impl SnapshotReader {
     /// Opens the file and reads its head.
     ///
     /// # Errors
-    /// [`SnapshotError`]: it cannot be read, is no snapshot, of another version, cut off or damaged.
+    /// [`SnapshotError`]: it cannot be read, is no snapshot, of another version, cut off or
+    /// damaged.
     pub fn open(path: &Path) -> Result<SnapshotReader, SnapshotError> {
         let failed = |reason| SnapshotError::Read { path: path.to_owned(), reason };
         // A pipe that nobody writes to would else be waited for.
@@ -84,12 +87,12 @@ impl SnapshotReader {
     ///
     /// # Errors
     /// As [`SnapshotReader::load`].
-    pub fn check(self) -> Result<SnapshotSums, SnapshotError> {
-        self.read(|_, _| Ok(())).map(|(_, sums)| sums)
+    pub fn check(self) -> Result<SnapshotChecks, SnapshotError> {
+        self.read(|_, _| Ok(())).map(|(_, hashes)| hashes)
     }
 
-    /// Puts the pages into `memory`, which is of the head's shape and all zeros; gives the machine's state. After an error memory holds a
-    /// part that is of no use.
+    /// Puts the pages into `memory`, which is of the head's shape and all zeros; gives the
+    /// machine's state. After an error memory holds a part that is of no use.
     ///
     /// # Errors
     /// [`SnapshotError`]: the file is cut off or damaged.
@@ -100,13 +103,13 @@ impl SnapshotReader {
     fn read(
         mut self,
         mut put: impl FnMut(u64, &[u8; PAGE_BYTES]) -> Result<(), MemoryError>,
-    ) -> Result<(Vec<u8>, SnapshotSums), SnapshotError> {
+    ) -> Result<(Vec<u8>, SnapshotChecks), SnapshotError> {
         let path = self.path.clone();
         let damaged = |what: &str| SnapshotError::Damaged { path: path.clone(), what: what.to_owned() };
         let broken = |error| SnapshotError::of_frame(&path, error);
         let memory_pages = self.head.shape.memory_bytes / PAGE_BYTES as u64;
         let state_max = state_bytes_max(&self.head.shape);
-        let (mut state, mut sums, mut next_index, mut begun) = (Vec::new(), SnapshotSums::default(), 0, false);
+        let (mut state, mut hashes, mut next_index, mut begun) = (Vec::new(), SnapshotChecks::default(), 0, false);
         let mut content = [0; PAGE_BYTES];
         loop {
             let frame = self.frames.read().map_err(broken)?;
@@ -114,8 +117,8 @@ impl SnapshotReader {
                 FrameKind::Message => match frame.message().map_err(broken)? {
                     Message::EpochBegin { id, .. } if !begun && id == self.head.at => begun = true,
                     Message::EpochEnd { id, pages, state_bytes, digest } if begun && id == self.head.at => {
-                        sums.state_bytes = state.len() as u64;
-                        if (SnapshotSums { pages, state_bytes, digest }) != sums {
+                        hashes.state_bytes = state.len() as u64;
+                        if (SnapshotChecks { pages, state_bytes, digest }) != hashes {
                             return Err(damaged("its figures do not agree with what is in it"));
                         }
                         break;
@@ -123,7 +126,7 @@ impl SnapshotReader {
                     _ => return Err(damaged("a message has no place there")),
                 },
                 FrameKind::Pages if begun && state.is_empty() => {
-                    sums.digest = crc32c::crc32c_append(sums.digest, frame.payload);
+                    hashes.digest = crc32c::crc32c_append(hashes.digest, frame.payload);
                     for record in PageDecoder::new(frame.payload, memory_pages) {
                         let record = record.map_err(|error| damaged(&error.to_string()))?;
                         if record.index < next_index {
@@ -132,18 +135,18 @@ impl SnapshotReader {
                         record.expand(&mut content).map_err(|error| damaged(&error.to_string()))?;
                         put(record.index, &content)
                             .map_err(|reason| SnapshotError::Memory { path: path.clone(), reason })?;
-                        (next_index, sums.pages) = (record.index + 1, sums.pages + 1);
+                        (next_index, hashes.pages) = (record.index + 1, hashes.pages + 1);
                     }
                 }
                 FrameKind::State if begun && (state.len() + frame.payload.len()) as u64 <= state_max => {
-                    sums.digest = crc32c::crc32c_append(sums.digest, frame.payload);
+                    hashes.digest = crc32c::crc32c_append(hashes.digest, frame.payload);
                     state.extend_from_slice(frame.payload);
                 }
                 _ => return Err(damaged(&format!("a {} frame has no place there", frame.kind))),
             }
         }
         match self.frames.read() {
-            Err(WireError::Closed) => Ok((state, sums)),
+            Err(WireError::Closed) => Ok((state, hashes)),
             Ok(_) | Err(WireError::NotMcd { .. } | WireError::ClosedMidFrame { .. }) => {
                 Err(damaged("it goes on behind its end"))
             }

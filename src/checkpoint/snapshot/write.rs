@@ -1,4 +1,5 @@
-//! Writing a snapshot: under another name, made durable, then renamed, so that who looks sees a whole one or none.
+//! Writing a snapshot: under another name, made durable, then renamed, so that who looks sees a
+//! whole one or none.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -28,11 +29,13 @@ pub struct Written {
     pub bytes: u64,
 }
 
-/// Writes the snapshot `head` of a machine that stands still, with its memory and its saved state, to `path`. What is at `path` is replaced in
-/// the end, and not touched before. Returns when the file outlives a loss of power. Only the caller's user may read it.
+/// Writes the snapshot `head` of a machine that stands still, with its memory and its saved state,
+/// to `path`. What is at `path` is replaced in the end, and not touched before. Returns when the
+/// file outlives a loss of power. Only the caller's user may read it.
 ///
 /// # Errors
-/// [`SnapshotError`]; a part that was written is removed. Also if `cancelled` becomes true meanwhile.
+/// [`SnapshotError`]; a part that was written is removed. Also if `cancelled` becomes true
+/// meanwhile.
 pub fn write(
     path: &Path,
     head: &SnapshotHead,
@@ -74,14 +77,15 @@ fn failed(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> Sn
     move |reason| SnapshotError::Write { doing, path, reason }
 }
 
-/// The file under its first name, empty and locked. What a crash left there is overwritten, but never what a link leads to, nor what another
-/// node writes that was given the same name.
+/// The file under its first name, empty and locked. What a crash left there is overwritten, but
+/// never what a link leads to, nor what another node writes that was given the same name.
 fn create(path: &Path, partial: &Path) -> Result<File, SnapshotError> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
     let file = options.open(partial).map_err(failed(path, "create"))?;
     file.try_lock().map_err(|error| failed(path, "lock")(error.into()))?;
-    // Whoever held the lock may have given the file its name meanwhile: then it is no more ours to write.
+    // Whoever held the lock may have given the file its name meanwhile: then it is no more ours to
+    // write.
     let (ours, there) = (file.metadata(), fs::symlink_metadata(partial));
     match (ours, there) {
         (Ok(ours), Ok(there)) if ours.ino() == there.ino() => {}

@@ -14,10 +14,12 @@ use crate::protocol::types::GuestName;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(in crate::cli) struct MachineArgs {
-    /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the built-in guest]
+    /// Boot this Linux kernel, a bzImage (as distributions have it) or a vmlinux [default: the
+    /// built-in guest]
     #[arg(long, value_name = "FILE")]
     pub(in crate::cli) kernel: Option<PathBuf>,
-    /// Go on from this snapshot file (see `mcd snapshot`) in place of starting a guest: the machine is the file's. Not allowed in a file
+    /// Go on from this snapshot file (see `mcd snapshot`) in place of starting a guest: the machine
+    /// is the file's. Not allowed in a file
     #[arg(long, value_name = "FILE")]
     pub(in crate::cli) restore: Option<PathBuf>,
     /// The kernel's first file system
@@ -60,19 +62,20 @@ pub(in crate::cli) struct NodeArgs {
     #[arg(long, value_name = "IP/BITS")]
     pub(in crate::cli) guest_ip: Option<Cidr>,
 
-    /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal hosts), or `baseline`, x86-64-v2, which
-    /// hosts of one maker have in common [default: host]
+    /// The CPU the guest is shown, the same on both nodes: all that this host has (for equal
+    /// hosts), or `baseline`, x86-64-v2, which hosts of one maker have in common [default: host]
     #[arg(long, value_name = "MODEL", value_enum)]
     pub(in crate::cli) cpu: Option<CpuFlag>,
 
-    /// What a takeover by this node does to the guest's clocks: `correct` them by the time it took (up to 10 s), or let them `continue`
-    /// where they stood, for the guest's time server to mend
+    /// What a takeover by this node does to the guest's clocks: `correct` them by the time it took
+    /// (up to 10 s), or let them `continue` where they stood, for the guest's time server to mend
     #[arg(long, value_name = "HOW", value_enum, default_value = "correct")]
     pub(in crate::cli) guest_clock: GuestClockFlag,
 
-    /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as often as the guest has disks, on both
-    /// nodes in the same order. A secondary makes an image that is not there, and overwrites one that is. With PATH,mode=shared both
-    /// nodes name the same storage instead
+    /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as
+    /// often as the guest has disks, on both nodes in the same order. A secondary makes an image
+    /// that is not there, and overwrites one that is. With PATH,mode=shared both nodes name the
+    /// same storage instead
     #[arg(long, value_name = "PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]", help_heading = "Disks")]
     pub(in crate::cli) disk: Vec<Disk>,
     /// Take disk images whatever their stamps say. Not allowed in a file
@@ -88,7 +91,8 @@ pub(in crate::cli) struct NodeArgs {
     /// Time between two heartbeats
     #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=10_000), help_heading = "Peer")]
     pub(in crate::cli) heartbeat_interval_ms: u64,
-    /// Silence after which the peer is suspected, at least twice the interval [default: three times]
+    /// Silence after which the peer is suspected, at least twice the interval [default: three
+    /// times]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(2..=600_000), help_heading = "Peer")]
     pub(in crate::cli) heartbeat_timeout_ms: Option<u64>,
 
@@ -117,11 +121,12 @@ pub(in crate::cli) struct NodeArgs {
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u64).range(16..=16_777_216), help_heading = "Epochs")]
     pub(in crate::cli) output_max_packets: u64,
 
-    /// The control socket (QMP) [default: /run/mcd/GUEST.sock for root, else $XDG_RUNTIME_DIR/mcd/GUEST.sock]
+    /// The control socket (QMP) [default: /run/mcd/GUEST.sock for root, else
+    /// $XDG_RUNTIME_DIR/mcd/GUEST.sock]
     #[arg(long, value_name = "PATH", help_heading = "Operation")]
     pub(in crate::cli) control: Option<PathBuf>,
-    /// The guest's serial console: stdout, stdio (keys go to the guest; Ctrl-] stops that), socket for `mcd console`, socket:/PATH,
-    /// file:/PATH, or none
+    /// The guest's serial console: stdout, stdio (keys go to the guest; Ctrl-] stops that), socket
+    /// for `mcd console`, socket:/PATH, file:/PATH, or none
     #[arg(long, value_name = "WHERE", default_value = "stdout", help_heading = "Operation")]
     pub(in crate::cli) console: ConsoleFlag,
     #[command(flatten)]

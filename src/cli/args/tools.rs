@@ -35,7 +35,8 @@ pub(in crate::cli) struct DemoArgs {
     /// The longest an epoch may last
     #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub(in crate::cli) interval_ms: u64,
-    /// Time between two heartbeats of the nodes; they suspect each other after three times that. More on a slow host
+    /// Time between two heartbeats of the nodes; they suspect each other after three times that.
+    /// More on a slow host
     #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub(in crate::cli) heartbeat_interval_ms: u64,
     /// Let the guest write memory as well: so many pages, so often per second
@@ -74,13 +75,15 @@ pub(in crate::cli) struct VerifyArgs {
     /// Two images, which no node uses
     #[arg(value_name = "IMAGE", num_args = 2, required_unless_present_any = ["guest", "control"], conflicts_with_all = ["guest", "control"])]
     pub(in crate::cli) images: Vec<PathBuf>,
-    /// The guest whose primary on this host is asked, if its control socket is where it is by default
+    /// The guest whose primary on this host is asked, if its control socket is where it is by
+    /// default
     #[arg(long, value_name = "NAME", value_parser = values::guest_name)]
     pub(in crate::cli) guest: Option<GuestName>,
     /// The control socket of the primary
     #[arg(long, alias = "socket", value_name = "PATH", conflicts_with = "guest")]
     pub(in crate::cli) control: Option<PathBuf>,
-    /// Only this disk: its number, counted from 0 in the order of --disk, or its serial number [default: all that the guest can write]
+    /// Only this disk: its number, counted from 0 in the order of --disk, or its serial number
+    /// [default: all that the guest can write]
     #[arg(long, value_name = "NUMBER|SERIAL", conflicts_with = "images")]
     pub(in crate::cli) disk: Option<String>,
     /// Print the result as JSON

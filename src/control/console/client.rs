@@ -23,8 +23,8 @@ pub enum VisitEnd {
     Closed,
 }
 
-/// Connects standard input and output with the console at `path` until one of them ends. On a terminal every key goes to the guest, but for
-/// [`ESCAPE`], which leaves.
+/// Connects standard input and output with the console at `path` until one of them ends. On a
+/// terminal every key goes to the guest, but for [`ESCAPE`], which leaves.
 ///
 /// # Errors
 /// If nobody listens there, or the terminal or the connection fails.

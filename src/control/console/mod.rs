@@ -1,12 +1,14 @@
-//! The guest's console outside the machine: standard output, a file, or a socket that `mcd console` joins.
+//! The guest's console outside the machine: standard output, a file, or a socket that `mcd console`
+//! joins.
 //!
 //! ```text
 //!  vCPU ──byte──▶ ring (the newest 128 KiB) ──▶ one thread per reader ──▶ stdout, file, client
 //!                                                stdin, client ──▶ the machine's serial port
 //! ```
 //!
-//! The vCPU only ever waits for the ring's lock. A reader that is too slow loses what was oldest and is told so; a client of the socket first gets
-//! what the ring still has, so that it sees where the guest is.
+//! The vCPU only ever waits for the ring's lock. A reader that is too slow loses what was oldest
+//! and is told so; a client of the socket first gets what the ring still has, so that it sees where
+//! the guest is.
 
 pub mod client;
 mod ring;
@@ -154,7 +156,8 @@ impl Console {
                 !left
             });
             if left {
-                // The terminal is the person's again, with Ctrl-C to end the node; the guest goes on.
+                // The terminal is the person's again, with Ctrl-C to end the node; the guest goes
+                // on.
                 *terminal.lock() = None;
                 tracing::info!("the console takes no more keys; Ctrl-C ends the node");
             }
@@ -222,7 +225,8 @@ struct Host {
 }
 
 impl Host {
-    /// Takes clients until it is told to stop. The socket is gone before `self` is: whoever waits for the last reader finds no path any more.
+    /// Takes clients until it is told to stop. The socket is gone before `self` is: whoever waits
+    /// for the last reader finds no path any more.
     fn run(&self, socket: BoundSocket, stop: &EventFd) {
         loop {
             let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);

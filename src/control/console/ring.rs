@@ -1,4 +1,5 @@
-//! What the guest said last, for whoever wants to read it: bounded, and the guest never waits for a reader.
+//! What the guest said last, for whoever wants to read it: bounded, and the guest never waits for a
+//! reader.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -11,7 +12,8 @@ const KEPT_BYTES_MAX: usize = 128 << 10;
 /// Most bytes handed to a reader at once.
 const CHUNK_BYTES_MAX: usize = 16 << 10;
 
-/// The newest bytes of the console. Each reader has a place of its own; one that is too slow loses the oldest and is told how many.
+/// The newest bytes of the console. Each reader has a place of its own; one that is too slow loses
+/// the oldest and is told how many.
 #[derive(Default)]
 pub(super) struct Ring {
     state: Mutex<State>,

@@ -1,4 +1,5 @@
-//! A terminal in raw mode: every key goes to the guest, also Ctrl-C. The mode from before is restored when this is dropped.
+//! A terminal in raw mode: every key goes to the guest, also Ctrl-C. The mode from before is
+//! restored when this is dropped.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;

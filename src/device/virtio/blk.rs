@@ -1,12 +1,14 @@
 //! virtio-blk: one queue of requests, done one after the other by a thread of the device's own.
 //!
-//! **Who does what.** A notify only wakes the thread. The thread takes a request off the ring, does it in pieces of at most
-//! [`PIECE_BYTES`], and answers it. One lock guards the registers, the ring and *everything in guest memory*; it is held while a
-//! piece is copied, never while the backend works, so a vCPU that reads a register does not wait for a disk.
+//! **Who does what.** A notify only wakes the thread. The thread takes a request off the ring, does
+//! it in pieces of at most [`PIECE_BYTES`], and answers it. One lock guards the registers, the ring
+//! and *everything in guest memory*; it is held while a piece is copied, never while the backend
+//! works, so a vCPU that reads a register does not wait for a disk.
 //!
-//! **Paused.** `quiesce` returns when the thread is neither in guest memory nor inside a call that changes the disk, and will not
-//! be until `unquiesce`. So a write belongs wholly to the epoch before the pause or to the one after it, and it is in the backend
-//! before the guest can see its completion. Reads and flushes may be slow: they run without the lock, also through a pause, and
+//! **Paused.** `quiesce` returns when the thread is neither in guest memory nor inside a call that
+//! changes the disk, and will not be until `unquiesce`. So a write belongs wholly to the epoch
+//! before the pause or to the one after it, and it is in the backend before the guest can see its
+//! completion. Reads and flushes may be slow: they run without the lock, also through a pause, and
 //! what they bring appears in guest memory after it.
 //!
 //! ```text
@@ -16,13 +18,16 @@
 //!        [ … ] a pause waits for it to end and keeps it from beginning
 //! ```
 //!
-//! **Saved** is which requests are in flight, not how far they are: they are done again from scratch (`blk_state`).
+//! **Saved** is which requests are in flight, not how far they are: they are done again from
+//! scratch (`blk_state`).
 //!
-//! **No room.** A backend that is full leaves the request in flight; the thread asks again when `kick` or the guest's next notify
-//! wakes it. `kick` takes no lock, so it may come from inside the backend.
+//! **No room.** A backend that is full leaves the request in flight; the thread asks again when
+//! `kick` or the guest's next notify wakes it. `kick` takes no lock, so it may come from inside the
+//! backend.
 //!
-//! **Reset in flight.** A request belongs to a round; a reset or a restore begins a new one. The thread looks at the round before
-//! it touches guest memory or the disk, and drops a request whose round is over.
+//! **Reset in flight.** A request belongs to a round; a reset or a restore begins a new one. The
+//! thread looks at the round before it touches guest memory or the disk, and drops a request whose
+//! round is over.
 
 use std::collections::VecDeque;
 use std::io;
@@ -66,7 +71,8 @@ struct Core {
     storing: bool,
     /// Goes up when what is in flight is void: at a reset and at a restore.
     round: u64,
-    /// The heads of the chains that were taken off the ring and not answered, oldest first. The first one is being worked on.
+    /// The heads of the chains that were taken off the ring and not answered, oldest first. The
+    /// first one is being worked on.
     in_flight: VecDeque<u16>,
 }
 
@@ -111,7 +117,8 @@ pub struct BlkDevice<M: GuestMemory + Send + Sync + 'static> {
 struct Gone;
 
 impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
-    /// Disk `number` of a guest, of `shape` and on interrupt line `gsi`, kept in `backend`. It begins paused.
+    /// Disk `number` of a guest, of `shape` and on interrupt line `gsi`, kept in `backend`. It
+    /// begins paused.
     ///
     /// # Errors
     /// If the backend is not of the shape's size, or the host gives no eventfd or thread.
@@ -187,13 +194,15 @@ impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
         }
     }
 
-    /// From now on the device's thread begins nothing that a pause must wait for. [`BlkDevice::quiesce`] waits for what it has
-    /// begun; calling this first on several devices lets them end at the same time.
+    /// From now on the device's thread begins nothing that a pause must wait for.
+    /// [`BlkDevice::quiesce`] waits for what it has begun; calling this first on several devices
+    /// lets them end at the same time.
     pub fn begin_quiesce(&self) {
         self.shared.core.lock().paused = true;
     }
 
-    /// Keeps the device's thread out of guest memory and from changing the disk; returns when it does neither.
+    /// Keeps the device's thread out of guest memory and from changing the disk; returns when it
+    /// does neither.
     pub fn quiesce(&self) {
         let mut core = self.shared.core.lock();
         core.paused = true;
@@ -215,8 +224,9 @@ impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
         BlkState::write(&self.shared.shape, &core.transport, &core.in_flight, out);
     }
 
-    /// Takes over a saved state, and sets the interrupt line as its status demands. What was in flight is done again at resume.
-    /// The machine must be paused, its interrupt controllers restored, and guest memory in place.
+    /// Takes over a saved state, and sets the interrupt line as its status demands. What was in
+    /// flight is done again at resume. The machine must be paused, its interrupt controllers
+    /// restored, and guest memory in place.
     ///
     /// # Errors
     /// [`DeviceStateError`] if `bytes` are no state of this device; it is as it was then.
@@ -276,7 +286,8 @@ impl<M: GuestMemory> Shared<M> {
         let _ = self.event.write(1);
     }
 
-    /// The request to work on next and its round; `None` if there is none, and then the thread is to sleep.
+    /// The request to work on next and its round; `None` if there is none, and then the thread is
+    /// to sleep.
     fn next(&self) -> Option<(u64, Request)> {
         let mut core = self.core.lock();
         let core = &mut *core;
@@ -291,15 +302,16 @@ impl<M: GuestMemory> Shared<M> {
         None
     }
 
-    /// The first request in flight, or else the next one off the ring. While there are requests the guest is asked not to notify:
-    /// each notify would cost it an exit for nothing.
+    /// The first request in flight, or else the next one off the ring. While there are requests the
+    /// guest is asked not to notify: each notify would cost it an exit for nothing.
     fn take(&self, core: &mut Core) -> Result<Option<Request>, ChainError> {
         let indirect_agreed = core.transport.driver_features & blk_config::F_INDIRECT_DESC != 0;
         let Some(queue) = core.transport.queues.get_mut(REQUESTS) else { return Ok(None) };
         while core.in_flight.is_empty() {
             match chain::pop(queue, &self.mem)?.map(|found| found.head_index()) {
                 Some(head) => core.in_flight.push_back(head),
-                // Asked first and looked again after: a request put in between would otherwise come without a notify.
+                // Asked first and looked again after: a request put in between would otherwise come
+                // without a notify.
                 None if queue.enable_notification(&self.mem).map_err(|_| ChainError::Ring)? => {}
                 None => return Ok(None),
             }
@@ -412,7 +424,8 @@ impl<M: GuestMemory> Shared<M> {
         Ok(())
     }
 
-    /// Waits until guest memory may be touched for a request of `round`; it may be while the guard is held.
+    /// Waits until guest memory may be touched for a request of `round`; it may be while the guard
+    /// is held.
     fn enter(&self, round: u64) -> Result<MutexGuard<'_, Core>, Gone> {
         loop {
             let mut core = self.core.lock();
@@ -428,7 +441,8 @@ impl<M: GuestMemory> Shared<M> {
         }
     }
 
-    /// Makes a change to the disk, when the machine is not paused, and again for as long as the backend has no room.
+    /// Makes a change to the disk, when the machine is not paused, and again for as long as the
+    /// backend has no room.
     fn store(&self, round: u64, what: &str, change: impl Fn() -> io::Result<Stored>) -> Result<Status, Gone> {
         loop {
             self.enter(round)?.storing = true;
@@ -439,7 +453,8 @@ impl<M: GuestMemory> Shared<M> {
                 self.stored.notify_all();
             }
             match outcome {
-                // Between that answer and this mark a kick would find nothing stalled, so ask once more after it.
+                // Between that answer and this mark a kick would find nothing stalled, so ask once
+                // more after it.
                 Ok(Stored::Full) if !self.stalled.swap(true, Ordering::SeqCst) => {}
                 Ok(Stored::Full) if core.round != round => return Err(Gone),
                 Ok(Stored::Full) => {

@@ -1,7 +1,8 @@
 //! What a driver asks of a disk, read off a descriptor chain and checked against the disk.
 //!
-//! A chain that is no request at all (no header, no room for the status) is a [`ChainError`]: the device breaks. A request that
-//! cannot be done (beyond the end, a write to a read-only disk, an unknown kind) is one with an answer: [`Work::Answer`].
+//! A chain that is no request at all (no header, no room for the status) is a [`ChainError`]: the
+//! device breaks. A request that cannot be done (beyond the end, a write to a read-only disk, an
+//! unknown kind) is one with an answer: [`Work::Answer`].
 
 use virtio_queue::Queue;
 use vm_memory::{GuestAddress, GuestMemory};

@@ -1,10 +1,12 @@
 //! The saved state of a virtio-blk device, and its byte form.
 //!
-//! In flight are the requests that were taken off the ring and not answered. Their descriptors still belong to the device and
-//! what they ask can be done twice, so the heads of their chains are enough: they are read and done again from scratch. What a
-//! request had got from the disk when the state was saved is not in it.
+//! In flight are the requests that were taken off the ring and not answered. Their descriptors
+//! still belong to the device and what they ask can be done twice, so the heads of their chains are
+//! enough: they are read and done again from scratch. What a request had got from the disk when the
+//! state was saved is not in it.
 //!
-//! What is not in it on purpose: whether the device waits for room, and whether its interrupt line is up. Both are found again.
+//! What is not in it on purpose: whether the device waits for room, and whether its interrupt line
+//! is up. Both are found again.
 
 use std::collections::VecDeque;
 

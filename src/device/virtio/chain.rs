@@ -1,10 +1,12 @@
 //! Taking bytes out of descriptor chains and putting them in, without trusting the guest.
 //!
-//! Frames go in and out in one piece ([`gather`], [`scatter`]). Larger requests are described first ([`buffers`]: one look at
-//! the descriptors, which a guest may change at any time) and then moved piece by piece ([`Stream`]).
+//! Frames go in and out in one piece ([`gather`], [`scatter`]). Larger requests are described first
+//! ([`buffers`]: one look at the descriptors, which a guest may change at any time) and then moved
+//! piece by piece ([`Stream`]).
 //!
-//! A chain may loop, point outside memory, be empty, claim gigabytes, or mix readable and writable buffers wrongly. All of that
-//! ends in a [`ChainError`]: the work done on a chain is bounded by the queue's size and the frame's cap before it is looked at.
+//! A chain may loop, point outside memory, be empty, claim gigabytes, or mix readable and writable
+//! buffers wrongly. All of that ends in a [`ChainError`]: the work done on a chain is bounded by
+//! the queue's size and the frame's cap before it is looked at.
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
@@ -117,7 +119,8 @@ pub(super) fn scatter<M: GuestMemory>(
     Ok(Scatter::TooSmall)
 }
 
-/// The iterator ends alike after the last buffer and after a broken link; only the last buffer says which it was.
+/// The iterator ends alike after the last buffer and after a broken link; only the last buffer says
+/// which it was.
 fn finish(unfinished: bool, empty: bool) -> Result<(), ChainError> {
     match (empty, unfinished) {
         (true, _) => Err(ChainError::Empty),
@@ -209,8 +212,9 @@ pub(super) struct Buffers {
     pub(super) writable: Stream,
 }
 
-/// Looks at the chain that begins at `head`, which may be an indirect table if the driver has agreed to those. What comes back
-/// lies in memory, has no empty buffer, and has its readable buffers first.
+/// Looks at the chain that begins at `head`, which may be an indirect table if the driver has
+/// agreed to those. What comes back lies in memory, has no empty buffer, and has its readable
+/// buffers first.
 pub(super) fn buffers<M: GuestMemory>(
     mem: &M,
     queue: &Queue,

@@ -1,7 +1,8 @@
-//! How a virtio device gets its guest's attention: the interrupt line, the doorbell, and the word that it is broken.
+//! How a virtio device gets its guest's attention: the interrupt line, the doorbell, and the word
+//! that it is broken.
 //!
-//! The line is level-triggered and follows the interrupt status register: up while any bit is set. [`Signals::set_irq`] is
-//! synchronous, so that no capture misses an interrupt that is on its way.
+//! The line is level-triggered and follows the interrupt status register: up while any bit is set.
+//! [`Signals::set_irq`] is synchronous, so that no capture misses an interrupt that is on its way.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -42,18 +43,21 @@ impl Interrupt {
         }
     }
 
-    /// Sets the line to what the interrupt status says, whatever it was: the controllers were restored without it.
+    /// Sets the line to what the interrupt status says, whatever it was: the controllers were
+    /// restored without it.
     pub(super) fn restored(&mut self, transport: &Transport) {
         self.up = transport.interrupt_status != 0;
         self.signals.set_irq(self.gsi, self.up);
     }
 
-    /// Tells the guest that buffers of `queue` were used: an interrupt unless it wants none, and the doorbell. A polling guest
-    /// wants no interrupts at all but sleeps in the wait port, so with `ring_always` the doorbell rings regardless; without, for
-    /// what it sees anyway when its notify returns, its word counts for the doorbell too.
+    /// Tells the guest that buffers of `queue` were used: an interrupt unless it wants none, and
+    /// the doorbell. A polling guest wants no interrupts at all but sleeps in the wait port, so
+    /// with `ring_always` the doorbell rings regardless; without, for what it sees anyway when its
+    /// notify returns, its word counts for the doorbell too.
     pub(super) fn used<M: GuestMemory>(&mut self, transport: &mut Transport, queue: usize, mem: &M, ring_always: bool) {
-        // What was used must be visible before the driver's word is read (virtio 1.2, 2.7.7.2): a driver that asks for interrupts again
-        // looks at the used ring after that. Without the fence each side could miss what the other wrote, and both would sleep.
+        // What was used must be visible before the driver's word is read (virtio 1.2, 2.7.7.2): a
+        // driver that asks for interrupts again looks at the used ring after that. Without the
+        // fence each side could miss what the other wrote, and both would sleep.
         fence(Ordering::SeqCst);
         let avail = transport.queues.get(queue).map_or(0, |q| q.avail_ring());
         let flags = mem.load::<u16>(GuestAddress(avail), Ordering::Acquire).map_or(0, u16::from_le);
@@ -67,8 +71,9 @@ impl Interrupt {
         }
     }
 
-    /// Marks the device broken until the guest resets it, and tells the guest and the machine. A guest that resets a device only to break it
-    /// again, thousands of times a second, must not fill logs: the machine hears of the first time, the tenth, the hundredth, and so on.
+    /// Marks the device broken until the guest resets it, and tells the guest and the machine. A
+    /// guest that resets a device only to break it again, thousands of times a second, must not
+    /// fill logs: the machine hears of the first time, the tenth, the hundredth, and so on.
     pub(super) fn broken(&mut self, transport: &mut Transport, reason: &str) {
         transport.status |= status::NEEDS_RESET;
         transport.interrupt_status |= INTERRUPT_CONFIG;

@@ -1,7 +1,9 @@
-//! The virtio-mmio transport, version 2: the registers a driver sees, and the rules for when each may be written.
+//! The virtio-mmio transport, version 2: the registers a driver sees, and the rules for when each
+//! may be written.
 //!
-//! The transport is state and rules only: what a write sets in motion comes back as an [`Effect`] for the device to carry out.
-//! A driver that breaks a rule is ignored, as the specification has it; only a broken *queue* needs a reset.
+//! The transport is state and rules only: what a write sets in motion comes back as an [`Effect`]
+//! for the device to carry out. A driver that breaks a rule is ignored, as the specification has
+//! it; only a broken *queue* needs a reset.
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemory;
@@ -93,7 +95,8 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// The registers of a device that offers `device_features` (VERSION_1 is added) and has `queues`.
+    /// The registers of a device that offers `device_features` (VERSION_1 is added) and has
+    /// `queues`.
     pub fn new(device_id: u32, device_features: u64, queues: Vec<Queue>) -> Transport {
         Transport {
             device_id,
@@ -127,9 +130,11 @@ impl Transport {
         }
     }
 
-    /// The driver reads `data.len()` bytes at `offset`; `config` is the device's configuration space.
+    /// The driver reads `data.len()` bytes at `offset`; `config` is the device's configuration
+    /// space.
     ///
-    /// Registers are 32 bits wide and read only so; other accesses below the configuration space give zeros.
+    /// Registers are 32 bits wide and read only so; other accesses below the configuration space
+    /// give zeros.
     pub fn read(&self, offset: u64, data: &mut [u8], config: &[u8]) {
         data.fill(0);
         if let Some(at) = offset.checked_sub(register::CONFIG) {
@@ -165,7 +170,8 @@ impl Transport {
 
     /// The driver writes `data` at `offset`. `mem` is there to check a queue that becomes ready.
     pub fn write<M: GuestMemory>(&mut self, offset: u64, data: &[u8], mem: &M) -> Effect {
-        // No device here has configuration that a driver may write, and registers are written 32 bits at a time.
+        // No device here has configuration that a driver may write, and registers are written 32
+        // bits at a time.
         let Ok(bytes) = <[u8; 4]>::try_from(data) else { return Effect::None };
         let value = u32::from_le_bytes(bytes);
         match offset {
@@ -233,7 +239,8 @@ impl Transport {
         self.status & (status::FEATURES_OK | status::DRIVER_OK | status::FAILED) == status::FEATURES_OK
     }
 
-    /// Makes the selected queue ready if what the driver set up lies in memory; the driver reads back whether it is.
+    /// Makes the selected queue ready if what the driver set up lies in memory; the driver reads
+    /// back whether it is.
     fn write_queue_ready<M: GuestMemory>(&mut self, value: u32, mem: &M) {
         let allowed = self.queue_setup_allowed();
         let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else { return };

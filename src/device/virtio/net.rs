@@ -1,20 +1,25 @@
-//! virtio-net: one receive and one transmit queue, and the offloads that its backend can carry (`net_offload`).
+//! virtio-net: one receive and one transmit queue, and the offloads that its backend can carry
+//! (`net_offload`).
 //!
-//! **Who does what.** A transmit happens in the vCPU thread that notified the queue. A receive, and a transmit that had to wait
-//! for room, happen in the device's own thread, which sleeps in `poll` on the backend's descriptor and an eventfd. One lock keeps
-//! them apart; it is held for a bounded batch, never while sleeping.
+//! **Who does what.** A transmit happens in the vCPU thread that notified the queue. A receive, and
+//! a transmit that had to wait for room, happen in the device's own thread, which sleeps in `poll`
+//! on the backend's descriptor and an eventfd. One lock keeps them apart; it is held for a bounded
+//! batch, never while sleeping.
 //!
-//! **No room outside.** If the backend is full, the frame stays in the queue (the pop is undone) and the device is *stalled*
-//! until the guest notifies again or the owner calls `kick`. The kick takes no lock, so it may come from inside the backend.
+//! **No room outside.** If the backend is full, the frame stays in the queue (the pop is undone)
+//! and the device is *stalled* until the guest notifies again or the owner calls `kick`. The kick
+//! takes no lock, so it may come from inside the backend.
 //!
-//! **No room inside.** If the guest has put no receive buffers, frames stay in the backend: the thread stops looking at its
-//! descriptor, asks the guest to notify, and sleeps. While there are buffers the guest is asked *not* to notify: each notify
-//! would cost it an exit for nothing.
+//! **No room inside.** If the guest has put no receive buffers, frames stay in the backend: the
+//! thread stops looking at its descriptor, asks the guest to notify, and sleeps. While there are
+//! buffers the guest is asked *not* to notify: each notify would cost it an exit for nothing.
 //!
-//! **Paused.** `quiesce` returns when the thread is not in guest memory and will not be until `unquiesce`. A frame that arrives
-//! meanwhile wakes the thread once; then it stops looking, so a pause stays quiet.
+//! **Paused.** `quiesce` returns when the thread is not in guest memory and will not be until
+//! `unquiesce`. A frame that arrives meanwhile wakes the thread once; then it stops looking, so a
+//! pause stays quiet.
 //!
-//! **A guest that breaks the rules** gets DEVICE_NEEDS_RESET and a dead device until it resets it; the machine is told.
+//! **A guest that breaks the rules** gets DEVICE_NEEDS_RESET and a dead device until it resets it;
+//! the machine is told.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -110,7 +115,8 @@ pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
 }
 
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
-    /// A device with address `mac` on interrupt line `gsi`, plugged into `backend`. It begins paused.
+    /// A device with address `mac` on interrupt line `gsi`, plugged into `backend`. It begins
+    /// paused.
     ///
     /// # Errors
     /// If the host gives no eventfd or thread.
@@ -156,7 +162,8 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         self.shared.core.lock().transport.read(offset, data, &self.shared.mac);
     }
 
-    /// The driver writes at `offset` of the device's registers. A notify of the transmit queue sends before this returns.
+    /// The driver writes at `offset` of the device's registers. A notify of the transmit queue
+    /// sends before this returns.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         let shared = &*self.shared;
         let mut core = shared.core.lock();
@@ -178,7 +185,8 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         }
     }
 
-    /// There may be room outside again: a stalled device looks at its transmit queue. Takes no lock and does not block.
+    /// There may be room outside again: a stalled device looks at its transmit queue. Takes no lock
+    /// and does not block.
     pub fn kick(&self) {
         if self.shared.stalled.load(Ordering::SeqCst) {
             self.shared.kicked.store(true, Ordering::SeqCst);
@@ -204,8 +212,8 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         NetState::write(&core.transport, self.shared.mac, self.shared.stalled.load(Ordering::SeqCst), out);
     }
 
-    /// Takes over a saved state, and sets the interrupt line as its status demands. The machine must be paused, its interrupt
-    /// controllers restored, and guest memory in place.
+    /// Takes over a saved state, and sets the interrupt line as its status demands. The machine
+    /// must be paused, its interrupt controllers restored, and guest memory in place.
     ///
     /// # Errors
     /// [`DeviceStateError`] if `bytes` are no state of this device; it is as it was then.
@@ -256,7 +264,8 @@ impl<M: GuestMemory> Shared<M> {
         // SAFETY: the eventfd lives as long as `self`.
         let event = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
         let frame_fd: RawFd = self.backend.readable_fd();
-        // SAFETY: the backend promises that its descriptor stays open as long as the device, which holds the backend.
+        // SAFETY: the backend promises that its descriptor stays open as long as the device, which
+        // holds the backend.
         let frame = unsafe { BorrowedFd::borrow_raw(frame_fd) };
         let mut both = [PollFd::new(event, PollFlags::POLLIN), PollFd::new(frame, PollFlags::POLLIN)];
         let timeout = if rest == Rest::Retry { PollTimeout::from(BACKEND_RETRY_MS) } else { PollTimeout::NONE };
@@ -294,8 +303,9 @@ impl<M: GuestMemory> Shared<M> {
         let _ = self.event.write(1);
     }
 
-    /// Sends what stands in the transmit queue: at most a queue's worth, since whatever the guest adds meanwhile comes with a
-    /// notify of its own. `ring_always`: the guest does not know that this happens, so its doorbell rings whatever it asked for.
+    /// Sends what stands in the transmit queue: at most a queue's worth, since whatever the guest
+    /// adds meanwhile comes with a notify of its own. `ring_always`: the guest does not know that
+    /// this happens, so its doorbell rings whatever it asked for.
     fn transmit(&self, core: &mut Core, ring_always: bool) {
         if !core.transport.is_live() {
             return;
@@ -325,7 +335,8 @@ impl<M: GuestMemory> Shared<M> {
         buffer.clear();
         chain::gather(&self.mem, found, buffer, CHAIN_BYTES_MAX)?;
         let (header, frame) = buffer.split_first_chunk_mut::<HEADER_BYTES>().ok_or(ChainError::Empty)?;
-        // A stub that is no Ethernet frame is dropped, like a switch would; so is what asks for work that was not agreed on.
+        // A stub that is no Ethernet frame is dropped, like a switch would; so is what asks for
+        // work that was not agreed on.
         let whole = frame.len() >= FRAME_BYTES_MIN;
         let sent = match self.has_headers {
             _ if !whole => true,
@@ -347,7 +358,8 @@ impl<M: GuestMemory> Shared<M> {
             self.stalled.store(false, Ordering::SeqCst);
             return true;
         }
-        // Between that answer and this store a kick would find nothing stalled, so ask once more after it.
+        // Between that answer and this store a kick would find nothing stalled, so ask once more
+        // after it.
         self.stalled.store(true, Ordering::SeqCst);
         let accepted = self.backend.transmit(frame) == Transmit::Accepted;
         if accepted {
@@ -420,7 +432,8 @@ impl<M: GuestMemory> Shared<M> {
                 queue.add_used(&self.mem, head, written).map_err(|_| ChainError::Ring)?;
                 Ok(Delivery::Delivered)
             }
-            // A frame larger than the buffers the driver promised is dropped; the buffer stays for the next one.
+            // A frame larger than the buffers the driver promised is dropped; the buffer stays for
+            // the next one.
             Scatter::TooSmall => {
                 queue.set_next_avail(queue.next_avail().wrapping_sub(1));
                 Ok(Delivery::Dropped)
@@ -428,13 +441,15 @@ impl<M: GuestMemory> Shared<M> {
         }
     }
 
-    /// True if the guest has put a receive buffer. If not, the guest is asked to notify when it does; else, not to.
+    /// True if the guest has put a receive buffer. If not, the guest is asked to notify when it
+    /// does; else, not to.
     fn has_buffer(&self, queue: &mut Queue) -> Result<bool, ChainError> {
         if self.buffers_waiting(queue)? {
             queue.disable_notification(&self.mem).map_err(|_| ChainError::Ring)?;
             return Ok(true);
         }
-        // Asked first and looked again after: a buffer put in between would otherwise come without a notify.
+        // Asked first and looked again after: a buffer put in between would otherwise come without
+        // a notify.
         queue.enable_notification(&self.mem).map_err(|_| ChainError::Ring)
     }
 

@@ -1,7 +1,8 @@
 //! The virtio-net header, and the work that it may leave to the other side.
 //!
-//! What the guest wrote goes to the host's network stack only as far as it was agreed on: a header may ask for a checksum to be
-//! filled in and for TCP to be cut into segments, nothing else. Where exactly is checked by whoever does it, against the frame.
+//! What the guest wrote goes to the host's network stack only as far as it was agreed on: a header
+//! may ask for a checksum to be filled in and for TCP to be cut into segments, nothing else. Where
+//! exactly is checked by whoever does it, against the frame.
 
 use crate::device::net::{NET_HEADER_BYTES, Offloads};
 
@@ -23,7 +24,8 @@ const GSO_NONE: u8 = 0;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
 
-/// Where the fields of a header are: flags, kind of large frame, header length, segment size, checksum start and offset.
+/// Where the fields of a header are: flags, kind of large frame, header length, segment size,
+/// checksum start and offset.
 const FLAGS: usize = 0;
 const GSO_TYPE: usize = 1;
 const GSO_FIELDS: std::ops::Range<usize> = 2..6;
@@ -40,8 +42,8 @@ pub(super) fn features(offloads: Offloads) -> u64 {
     features | if offloads.guest_checksum { F_GUEST_CSUM } else { 0 }
 }
 
-/// What a driver with these features has agreed to. Segmentation is agreed on if either kind is; the other is refused frame by
-/// frame.
+/// What a driver with these features has agreed to. Segmentation is agreed on if either kind is;
+/// the other is refused frame by frame.
 pub(super) fn agreed(features: u64) -> Offloads {
     let checksum = features & F_CSUM != 0;
     Offloads {
@@ -51,8 +53,8 @@ pub(super) fn agreed(features: u64) -> Offloads {
     }
 }
 
-/// Makes the header in front of a frame from the guest one that asks for nothing beyond what its `features` allow; false if the
-/// frame is of no use without that.
+/// Makes the header in front of a frame from the guest one that asks for nothing beyond what its
+/// `features` allow; false if the frame is of no use without that.
 pub(super) fn from_guest(header: &mut [u8; NET_HEADER_BYTES], features: u64) -> bool {
     let (needs_csum, gso) = (header[FLAGS] & NEEDS_CSUM != 0, header[GSO_TYPE]);
     let gso_agreed = match gso {
@@ -73,7 +75,8 @@ pub(super) fn from_guest(header: &mut [u8; NET_HEADER_BYTES], features: u64) -> 
     gso_agreed && (!needs_csum || features & F_CSUM != 0)
 }
 
-/// Makes the header in front of a frame to the guest one that its `features` allow; false if the guest cannot take the frame.
+/// Makes the header in front of a frame to the guest one that its `features` allow; false if the
+/// guest cannot take the frame.
 pub(super) fn to_guest(header: &mut [u8; NET_HEADER_BYTES], features: u64) -> bool {
     let lacks_csum = header[FLAGS] & NEEDS_CSUM != 0;
     let large = header[GSO_TYPE] != GSO_NONE;

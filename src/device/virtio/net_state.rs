@@ -1,7 +1,7 @@
 //! The saved state of a virtio-net device, and its byte form.
 //!
-//! What is not in it on purpose: whether the device waits for the guest's receive buffers and whether its interrupt line is up.
-//! Both follow from the rest and are found again at resume.
+//! What is not in it on purpose: whether the device waits for the guest's receive buffers and
+//! whether its interrupt line is up. Both follow from the rest and are found again at resume.
 
 use super::mmio::Transport;
 use super::transport_state::TransportState;

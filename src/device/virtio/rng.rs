@@ -1,7 +1,8 @@
 //! virtio-rng: a queue of buffers that the host's random source fills.
 //!
-//! It has no thread: getrandom does not block once the host is up, so buffers are filled in the vCPU thread that notified, at
-//! most [`REQUEST_BYTES_MAX`] bytes of each; the guest asks again for more.
+//! It has no thread: getrandom does not block once the host is up, so buffers are filled in the
+//! vCPU thread that notified, at most [`REQUEST_BYTES_MAX`] bytes of each; the guest asks again for
+//! more.
 
 use std::io;
 use std::sync::Arc;
@@ -54,7 +55,8 @@ impl<M: GuestMemory> RngDevice<M> {
         self.core.lock().transport.read(offset, data, &[]);
     }
 
-    /// The driver writes at `offset` of the device's registers. A notify fills the buffers before this returns.
+    /// The driver writes at `offset` of the device's registers. A notify fills the buffers before
+    /// this returns.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         let mut core = self.core.lock();
         let core = &mut *core;
@@ -79,8 +81,8 @@ impl<M: GuestMemory> RngDevice<M> {
         rng_state::write(&self.core.lock().transport, out);
     }
 
-    /// Takes over a saved state, and sets the interrupt line as its status demands. The machine must be paused, its interrupt
-    /// controllers restored, and guest memory in place.
+    /// Takes over a saved state, and sets the interrupt line as its status demands. The machine
+    /// must be paused, its interrupt controllers restored, and guest memory in place.
     ///
     /// # Errors
     /// [`DeviceStateError`] if `bytes` are no state of this device; it is as it was then.
@@ -94,7 +96,8 @@ impl<M: GuestMemory> RngDevice<M> {
         Ok(())
     }
 
-    /// Fills the buffers in the queue: at most a queue's worth, since what the guest adds meanwhile comes with a notify.
+    /// Fills the buffers in the queue: at most a queue's worth, since what the guest adds meanwhile
+    /// comes with a notify.
     fn fill(&self, core: &mut Core) {
         if !core.transport.is_live() {
             return;
@@ -129,7 +132,8 @@ impl<M: GuestMemory> RngDevice<M> {
         let length = match getrandom::fill(random) {
             Ok(()) => most as u32,
             Err(error) => {
-                // The guest gets its buffer back with nothing in it, and goes on with the entropy it has.
+                // The guest gets its buffer back with nothing in it, and goes on with the entropy
+                // it has.
                 tracing::warn!(%error, "the host gave no random bytes");
                 0
             }

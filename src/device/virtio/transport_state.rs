@@ -57,7 +57,8 @@ impl TransportState {
         self.queues.get(number).map_or(0, |queue| queue.size)
     }
 
-    /// Puts the state into `transport`, after checking that it is one that `transport` could have come into by itself.
+    /// Puts the state into `transport`, after checking that it is one that `transport` could have
+    /// come into by itself.
     pub(super) fn apply<M: GuestMemory>(&self, transport: &mut Transport, mem: &M) -> Result<(), DeviceStateError> {
         let bad = |what: &str| Err(DeviceStateError::new(what));
         if self.driver_features & !transport.device_features != 0 {

@@ -1,6 +1,8 @@
-//! The built-in guest: its image is part of this program, and every vCPU starts in it in 64-bit ring 3.
+//! The built-in guest: its image is part of this program, and every vCPU starts in it in 64-bit
+//! ring 3.
 //!
-//! Ring 3 because some hosts run only that at full speed; see `guest/` for the guest itself and `tables` for what lies where.
+//! Ring 3 because some hosts run only that at full speed; see `guest/` for the guest itself and
+//! `tables` for what lies where.
 
 use std::io::Cursor;
 
@@ -28,19 +30,20 @@ const MSR_KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
 const KVM_SYSTEM_TIME_ENABLED: u64 = 1;
 /// Bit 1 of RFLAGS is always set. Interrupts stay off: the guest polls.
 const RFLAGS_RESERVED: u64 = 2;
-/// In RFLAGS: ring 3 may use all ports. The I/O bitmap of the TSS says the same of the guest's ports, and is what counts where
-/// KVM drops this. QEMU's software processor, on the other hand, ignores the bitmap of a TSS that is marked busy, as one in use
-/// must be.
+/// In RFLAGS: ring 3 may use all ports. The I/O bitmap of the TSS says the same of the guest's
+/// ports, and is what counts where KVM drops this. QEMU's software processor, on the other hand,
+/// ignores the bitmap of a TSS that is marked busy, as one in use must be.
 const RFLAGS_IOPL_3: u64 = 3 << 12;
 /// The boot info page's first word and the layout the guest knows.
 const BOOT_INFO_MAGIC: u64 = 0x6d63_645f_626f_6f74;
 const BOOT_INFO_VERSION: u32 = 1;
 
-/// Puts the guest into `ram` and says how each vCPU starts: all of them at once, vCPU 0 as the server.
-/// It gets a random number, because it has no other source of chance.
+/// Puts the guest into `ram` and says how each vCPU starts: all of them at once, vCPU 0 as the
+/// server. It gets a random number, because it has no other source of chance.
 ///
 /// # Errors
-/// [`BootError`] if the machine's shape is not one the guest runs on, or the host has no random number.
+/// [`BootError`] if the machine's shape is not one the guest runs on, or the host has no random
+/// number.
 pub fn load(ram: &GuestRam, shape: &MachineShape, net: &GuestNet) -> Result<Vec<InitialVcpu>, BootError> {
     check(ram, shape)?;
     let seed = getrandom::u64().map_err(|error| BootError::Random { reason: error.to_string() })?;
@@ -64,7 +67,8 @@ fn check(ram: &GuestRam, shape: &MachineShape) -> Result<(), BootError> {
     Ok(())
 }
 
-/// Copies the image's segments; the address it starts at. What follows a segment's bytes is zero, as all new guest memory is.
+/// Copies the image's segments; the address it starts at. What follows a segment's bytes is zero,
+/// as all new guest memory is.
 fn load_image(ram: &GuestRam) -> Result<u64, BootError> {
     let image = |reason: String| BootError::Image { reason };
     let loaded =

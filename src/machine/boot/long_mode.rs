@@ -1,5 +1,5 @@
-//! The registers with which a vCPU is in 64-bit mode from its first instruction on. What a boot writes into memory must say the same:
-//! the CPU reads it as soon as a segment is loaded.
+//! The registers with which a vCPU is in 64-bit mode from its first instruction on. What a boot
+//! writes into memory must say the same: the CPU reads it as soon as a segment is loaded.
 
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 
@@ -22,7 +22,8 @@ pub(super) struct LongMode {
 }
 
 impl LongMode {
-    /// The registers: flat segments, and no interrupt table, for no handler is there yet: a fault shows as a shutdown.
+    /// The registers: flat segments, and no interrupt table, for no handler is there yet: a fault
+    /// shows as a shutdown.
     pub(super) fn registers(self) -> kvm_sregs {
         let (code, data) = (flat(self.code, true), flat(self.data, false));
         let (selector, base, limit) = self.task;

@@ -11,8 +11,9 @@
 //! 0xC0000   vCPU 0's stack (256 KiB, the last page not writable)
 //! 0x100000  the image
 //! ```
-//! "Last" is the lowest address: stacks grow down, and one that grows too far faults instead of writing into its neighbour. These
-//! pages can be read, because the guest's checksum reads all RAM but page 0.
+//! "Last" is the lowest address: stacks grow down, and one that grows too far faults instead of
+//! writing into its neighbour. These pages can be read, because the guest's checksum reads all RAM
+//! but page 0.
 
 use kvm_bindings::kvm_sregs;
 
@@ -48,8 +49,8 @@ const GIB: u64 = 0x4000_0000;
 /// Most memory the directories below the stacks can map: the hole's GiB takes one of them.
 pub(super) const MEMORY_MAX: u64 = ((STACKS - DIRECTORIES) / PAGE - 1) * GIB;
 
-/// Page table bits: present, writable, for ring 3, accessed, dirty. The CPU never has to set the last two, so that an idle guest
-/// does not dirty its page tables.
+/// Page table bits: present, writable, for ring 3, accessed, dirty. The CPU never has to set the
+/// last two, so that an idle guest does not dirty its page tables.
 const TABLE: u64 = 0x27;
 const LEAF: u64 = 0x67;
 /// The bit among them that lets the guest write.
@@ -114,7 +115,8 @@ fn descriptors() -> [u64; GDT_ENTRIES] {
     [0, 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF, task, 0]
 }
 
-/// A TSS whose I/O bitmap allows the guest's ports. A byte of ones ends the bitmap, as the CPU wants it.
+/// A TSS whose I/O bitmap allows the guest's ports. A byte of ones ends the bitmap, as the CPU
+/// wants it.
 fn task_state() -> Vec<u8> {
     let mut bytes = vec![0; TSS_BYTES];
     bytes.splice(TSS_BITMAP_FIELD..TSS_BITMAP_FIELD + 2, (TSS_BYTES as u16).to_le_bytes());
@@ -127,7 +129,8 @@ fn task_state() -> Vec<u8> {
     bytes
 }
 
-/// Maps all RAM and the devices, each address to itself: the first 2 MiB in small pages, the rest in large ones.
+/// Maps all RAM and the devices, each address to itself: the first 2 MiB in small pages, the rest
+/// in large ones.
 fn write_page_tables(ram: &GuestRam) -> Result<(), MemoryError> {
     let low_end = ram.bytes().min(HOLE_START);
     let high_end = HOLE_END + (ram.bytes() - low_end);
@@ -177,7 +180,8 @@ mod tests {
         u64::from_le_bytes(bytes)
     }
 
-    /// Walks the tables as the CPU does; the physical address behind `address`, if it is mapped and can be written.
+    /// Walks the tables as the CPU does; the physical address behind `address`, if it is mapped and
+    /// can be written.
     fn walk(ram: &GuestRam, address: u64) -> Option<u64> {
         let mut table = PML4;
         for shift in [39, 30, 21, 12] {

@@ -6,15 +6,17 @@
 //! kind u16 · version u16 · instance u16 · length u32 · payload
 //! ```
 //!
-//! *Kind* says what it is ([`Kind`]), *version* which form the payload has, *instance* which one of several (the vCPU's number,
-//! the interrupt chip's, the disk's). Every kind and instance occurs once. The bytes come from a peer: reading them never panics, never
-//! allocates by a length it was told, and refuses what it does not know.
+//! *Kind* says what it is ([`Kind`]), *version* which form the payload has, *instance* which one of
+//! several (the vCPU's number, the interrupt chip's, the disk's). Every kind and instance occurs
+//! once. The bytes come from a peer: reading them never panics, never allocates by a length it was
+//! told, and refuses what it does not know.
 
 use thiserror::Error;
 
 /// Bytes of a section's header.
 const HEADER_BYTES: usize = 10;
-/// Most bytes one section may have: far above the largest (XSAVE with all extensions is about 11 KiB).
+/// Most bytes one section may have: far above the largest (XSAVE with all extensions is about 11
+/// KiB).
 const SECTION_BYTES_MAX: usize = 256 * 1024;
 /// Most sections a state may have: far above what 255 vCPUs need.
 const SECTIONS_MAX: usize = 8192;
@@ -156,7 +158,8 @@ impl Kind {
     }
 }
 
-/// Appends a section whose payload `fill` writes. The length is put in afterwards, so that nothing is copied twice.
+/// Appends a section whose payload `fill` writes. The length is put in afterwards, so that nothing
+/// is copied twice.
 pub(in crate::machine) fn write(
     out: &mut Vec<u8>,
     kind: Kind,

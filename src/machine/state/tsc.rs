@@ -1,9 +1,11 @@
 //! The guest's two clocks kept together over a takeover: its TSCs and kvmclock.
 //!
-//! They are saved and restored by different calls, and time passes between these; a guest that compares its clocks (Linux does, twice a
-//! second) would see one of them jump against the other, and stop trusting its TSC. So what is saved is what each TSC showed *at the
-//! instant* of the saved kvmclock, by way of the host's TSC: KVM names it with the clock, and the offset from it to each guest's TSC.
-//! After all is restored, the offset is set so that the same holds again, for all vCPUs by one instant.
+//! They are saved and restored by different calls, and time passes between these; a guest that
+//! compares its clocks (Linux does, twice a second) would see one of them jump against the other,
+//! and stop trusting its TSC. So what is saved is what each TSC showed *at the instant* of the
+//! saved kvmclock, by way of the host's TSC: KVM names it with the clock, and the offset from it to
+//! each guest's TSC. After all is restored, the offset is set so that the same holds again, for all
+//! vCPUs by one instant.
 
 use std::arch::x86_64::_rdtsc;
 
@@ -36,7 +38,8 @@ impl ClockInstant {
     /// The instant at which KVM said `clock`, which has just been asked for.
     pub(super) fn of(clock: &kvm_clock_data) -> ClockInstant {
         let exact = clock.flags & KVM_CLOCK_HOST_TSC != 0;
-        // KVM knows the host's TSC only while all vCPUs' run together; otherwise a few µs late is the best there is.
+        // KVM knows the host's TSC only while all vCPUs' run together; otherwise a few µs late is
+        // the best there is.
         ClockInstant { clock_ns: clock.clock, host_tsc: if exact { clock.host_tsc } else { host_tsc() } }
     }
 
@@ -63,8 +66,8 @@ pub(super) struct Tsc {
 }
 
 impl Tsc {
-    /// Looks whether the offset is still known, given IA32_TSC and IA32_TSC_ADJUST as just read, and asks for it only if not: every
-    /// call costs the guest 5 µs in each pause.
+    /// Looks whether the offset is still known, given IA32_TSC and IA32_TSC_ADJUST as just read,
+    /// and asks for it only if not: every call costs the guest 5 µs in each pause.
     pub(super) fn observe(&mut self, vcpu: &VcpuFd, tsc: u64, adjust: u64, khz: u32) {
         let off = |offset: u64| host_tsc().wrapping_add(offset).wrapping_sub(tsc).cast_signed().unsigned_abs();
         // A millisecond: more than reading it can take, unless this thread stood still.
@@ -84,8 +87,8 @@ impl Tsc {
         self.saved = self.offset.map(|offset| (instant.clock_ns, instant.host_tsc.wrapping_add(offset)));
     }
 
-    /// Sets the TSC to what it has to show so that it fits kvmclock at `instant` as it did when it was saved. Nothing to do if the host
-    /// that saved it could not say, or this one cannot set it.
+    /// Sets the TSC to what it has to show so that it fits kvmclock at `instant` as it did when it
+    /// was saved. Nothing to do if the host that saved it could not say, or this one cannot set it.
     pub(super) fn align(&mut self, vcpu: &VcpuFd, instant: ClockInstant, khz: u32) {
         let Some(saved) = self.saved else { return };
         let offset = offset_at(saved, instant, khz);
@@ -111,7 +114,8 @@ fn offset_at((clock_ns, tsc): (u64, u64), instant: ClockInstant, khz: u32) -> u6
     tsc.wrapping_add(ticks(passed_ns, khz)).wrapping_sub(instant.host_tsc)
 }
 
-/// What a TSC of `khz` counts in `passed_ns`. Counters wrap, and so does a difference that is negative.
+/// What a TSC of `khz` counts in `passed_ns`. Counters wrap, and so does a difference that is
+/// negative.
 pub(super) fn ticks(passed_ns: i128, khz: u32) -> u64 {
     (passed_ns.saturating_mul(i128::from(khz)) / 1_000_000) as u64
 }
@@ -148,7 +152,8 @@ mod tests {
 
     #[test]
     fn the_tsc_goes_on_by_as_much_as_kvmclock_does() {
-        // Saved at 10 s of kvmclock with a TSC of 7,000; now it is 1 ms later, and this host's TSC is anything.
+        // Saved at 10 s of kvmclock with a TSC of 7,000; now it is 1 ms later, and this host's TSC
+        // is anything.
         for host_tsc in [0, 5, u64::MAX] {
             let instant = ClockInstant { clock_ns: 10_001_000_000, host_tsc };
             let offset = offset_at((10_000_000_000, 7_000), instant, 2_000_000);

@@ -1,14 +1,17 @@
 //! The state of one vCPU: taken from KVM, given to KVM, written as sections, read from sections.
 //!
-//! The value is allocated once per vCPU and filled again in every pause. The orders of the calls are load-bearing:
+//! The value is allocated once per vCPU and filled again in every pause. The orders of the calls
+//! are load-bearing:
 //!
-//! Saving, what only the vCPU itself changes: FPU, control, MSRs. Then, when nothing else of the machine runs, MP_STATE first, because
-//! reading it makes KVM digest a pending INIT or SIPI, which changes registers (and then all is read again); registers, LAPIC; the
-//! events on their way in last, because the calls before may move them.
+//! Saving, what only the vCPU itself changes: FPU, control, MSRs. Then, when nothing else of the
+//! machine runs, MP_STATE first, because reading it makes KVM digest a pending INIT or SIPI, which
+//! changes registers (and then all is read again); registers, LAPIC; the events on their way in
+//! last, because the calls before may move them.
 //!
-//! Restoring: TSC frequency, MP_STATE, then sregs before the LAPIC (they carry the APIC base and with it the mode the LAPIC's
-//! registers are read in), the LAPIC before the MSRs (the TSC deadline is dropped unless the LAPIC's timer is in deadline mode),
-//! IA32_TSC before the deadline (which is compared with it), events last (setting registers clears pending exceptions). After the clock,
+//! Restoring: TSC frequency, MP_STATE, then sregs before the LAPIC (they carry the APIC base and
+//! with it the mode the LAPIC's registers are read in), the LAPIC before the MSRs (the TSC deadline
+//! is dropped unless the LAPIC's timer is in deadline mode), IA32_TSC before the deadline (which is
+//! compared with it), events last (setting registers clears pending exceptions). After the clock,
 //! the TSC is aligned with it (see `tsc`).
 
 use std::time::Duration;
@@ -19,7 +22,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use super::plain::{self, Plain, bytes_of, bytes_of_words};
+use super::kvm_structs::{self, KvmStruct, bytes_of, bytes_of_words};
 use super::sections::{self, FormatError, Kind, Sections};
 use super::tsc::{ClockInstant, Tsc, ticks};
 use crate::machine::error::{StateError, kvm};
@@ -52,7 +55,8 @@ pub(in crate::machine) struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     xsave: Xsave,
-    /// Words of it that are saved behind the first [`XSAVE_WORDS`]; what is beyond is zero in every guest of this CPU model.
+    /// Words of it that are saved behind the first [`XSAVE_WORDS`]; what is beyond is zero in every
+    /// guest of this CPU model.
     xsave_extra_words: usize,
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
@@ -85,10 +89,11 @@ impl VcpuState {
         })
     }
 
-    /// Takes what only `vcpu` itself changes. Its last KVM_RUN returned EINTR with every register synchronised into its run page.
+    /// Takes what only `vcpu` itself changes. Its last KVM_RUN returned EINTR with every register
+    /// synchronised into its run page.
     pub(in crate::machine) fn harvest_own(&mut self, vcpu: &VcpuFd) -> Result<(), StateError> {
-        // SAFETY: the buffer was made with as many bytes as KVM_CAP_XSAVE2 names, and no feature that would enlarge the area
-        // is enabled after the vCPU was made.
+        // SAFETY: the buffer was made with as many bytes as KVM_CAP_XSAVE2 names, and no feature
+        // that would enlarge the area is enabled after the vCPU was made.
         unsafe { vcpu.get_xsave2(&mut self.xsave) }.map_err(kvm("KVM_GET_XSAVE2"))?;
         self.xcrs = vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?;
         self.debugregs = vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?;
@@ -103,9 +108,10 @@ impl VcpuState {
 
     /// Takes the rest, once nothing else of the machine runs.
     ///
-    /// Each call to KVM costs about 5 µs, so general registers and sregs come from the run page, and so do the events of a vCPU that is
-    /// alone. Only where another vCPU could have sent an INIT since is that not enough: then the registers are asked for again, and if
-    /// they moved, all are.
+    /// Each call to KVM costs about 5 µs, so general registers and sregs come from the run page,
+    /// and so do the events of a vCPU that is alone. Only where another vCPU could have sent an
+    /// INIT since is that not enough: then the registers are asked for again, and if they moved,
+    /// all are.
     pub(in crate::machine) fn harvest_rest(&mut self, vcpu: &VcpuFd, alone: bool) -> Result<(), StateError> {
         self.mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?.mp_state;
         let synced = vcpu.sync_regs();
@@ -122,8 +128,8 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Puts the state into `vcpu`, whose TSC goes on as if `ahead` had passed since the save. That comes before the timer's deadline: KVM
-    /// looks at the TSC when it is written and never again.
+    /// Puts the state into `vcpu`, whose TSC goes on as if `ahead` had passed since the save. That
+    /// comes before the timer's deadline: KVM looks at the TSC when it is written and never again.
     pub(in crate::machine) fn apply(
         &mut self,
         vcpu: &VcpuFd,
@@ -139,7 +145,8 @@ impl VcpuState {
         vcpu.set_mp_state(kvm_mp_state { mp_state: self.mp_state }).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
-        // SAFETY: the buffer holds as many bytes as KVM_CAP_XSAVE2 names; KVM reads no more, and checks the content.
+        // SAFETY: the buffer holds as many bytes as KVM_CAP_XSAVE2 names; KVM reads no more, and
+        // checks the content.
         unsafe { vcpu.set_xsave2(&self.xsave) }.map_err(kvm("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debugregs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
@@ -149,8 +156,8 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Makes the TSC fit kvmclock, which stood thus at `instant`, as it did when it was saved. A TSC that is scaled stays as its MSR was
-    /// written, some µs off.
+    /// Makes the TSC fit kvmclock, which stood thus at `instant`, as it did when it was saved. A
+    /// TSC that is scaled stays as its MSR was written, some µs off.
     pub(in crate::machine) fn align(&mut self, vcpu: &VcpuFd, instant: ClockInstant) {
         if !self.is_scaled() {
             self.tsc.align(vcpu, instant, self.tsc_khz);
@@ -167,8 +174,9 @@ impl VcpuState {
         self.tsc_khz = tsc_khz;
     }
 
-    /// Tells the guest's kernel, where it uses kvmclock, that it did not run for a while, so that its watchdogs do not bark.
-    pub(in crate::machine) fn excuse(vcpu: &VcpuFd) {
+    /// Tells the guest's kernel, where it uses kvmclock, that it did not run for a while, so that
+    /// its watchdogs do not bark.
+    pub(in crate::machine) fn kvmclock_ctrl(vcpu: &VcpuFd) {
         if let Err(error) = vcpu.kvmclock_ctrl() {
             tracing::debug!(%error, "this vCPU's guest has no kvmclock to be told by that it stood still");
         }
@@ -179,7 +187,8 @@ impl VcpuState {
         !same_tsc(self.tsc_khz, self.host_tsc_khz)
     }
 
-    /// Runs the guest's TSC at the saved frequency where the host can, and refuses where it cannot and would be off.
+    /// Runs the guest's TSC at the saved frequency where the host can, and refuses where it cannot
+    /// and would be off.
     fn apply_tsc_frequency(&self, vcpu: &VcpuFd, caps: &HostCaps) -> Result<(), StateError> {
         let host = vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?;
         if host == self.tsc_khz {
@@ -239,7 +248,8 @@ impl VcpuState {
 
     /// Reads the state of vCPU `cpu` from `sections` into this value.
     ///
-    /// The MSRs must be the ones this host has, in its order: a state with others cannot be restored whole here.
+    /// The MSRs must be the ones this host has, in its order: a state with others cannot be
+    /// restored whole here.
     pub(in crate::machine) fn decode(&mut self, cpu: u16, from: &mut Sections<'_>) -> Result<(), FormatError> {
         let mut run = from.take(Kind::VcpuRun, RUN_VERSION, cpu)?;
         self.mp_state = run.u32()?;
@@ -247,12 +257,12 @@ impl VcpuState {
         self.ended = run.u8()? != 0;
         self.tsc = Tsc::from_words([run.u64()?, run.u64()?, run.u64()?]);
         run.end()?;
-        self.regs = take_plain(from, Kind::Regs, cpu)?;
-        self.sregs = take_plain(from, Kind::Sregs, cpu)?;
+        self.regs = take_struct(from, Kind::Regs, cpu)?;
+        self.sregs = take_struct(from, Kind::Sregs, cpu)?;
         self.decode_xsave(cpu, from)?;
-        self.xcrs = take_plain(from, Kind::Xcrs, cpu)?;
-        self.debugregs = take_plain(from, Kind::DebugRegs, cpu)?;
-        self.lapic = take_plain(from, Kind::Lapic, cpu)?;
+        self.xcrs = take_struct(from, Kind::Xcrs, cpu)?;
+        self.debugregs = take_struct(from, Kind::DebugRegs, cpu)?;
+        self.lapic = take_struct(from, Kind::Lapic, cpu)?;
         let mut msrs = from.take(Kind::Msrs, VERSION, cpu)?;
         for entry in self.msrs.as_mut_slice() {
             let index = msrs.u32()?;
@@ -262,7 +272,7 @@ impl VcpuState {
             entry.data = msrs.u64()?;
         }
         msrs.end()?;
-        self.events = take_plain(from, Kind::VcpuEvents, cpu)?;
+        self.events = take_struct(from, Kind::VcpuEvents, cpu)?;
         Ok(())
     }
 
@@ -271,7 +281,8 @@ impl VcpuState {
         let bytes = fields.bytes((XSAVE_WORDS + self.xsave_extra_words) * 4)?;
         fields.end()?;
         let mut words = bytes.chunks_exact(4).map(|c| c.try_into().map_or(0, u32::from_le_bytes));
-        // SAFETY: only the words of the area are written; the length field, on which the wrapper's bounds rest, is not.
+        // SAFETY: only the words of the area are written; the length field, on which the wrapper's
+        // bounds rest, is not.
         let area = unsafe { self.xsave.as_mut_fam_struct() };
         for (word, saved) in area.xsave.region.iter_mut().zip(words.by_ref()) {
             *word = saved;
@@ -283,9 +294,9 @@ impl VcpuState {
     }
 }
 
-fn take_plain<T: Plain>(from: &mut Sections<'_>, kind: Kind, cpu: u16) -> Result<T, FormatError> {
+fn take_struct<T: KvmStruct>(from: &mut Sections<'_>, kind: Kind, cpu: u16) -> Result<T, FormatError> {
     let mut fields = from.take(kind, VERSION, cpu)?;
-    let value = plain::read(&mut fields)?;
+    let value = kvm_structs::read(&mut fields)?;
     fields.end()?;
     Ok(value)
 }
@@ -302,9 +313,10 @@ pub(in crate::machine) fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> 
 
 /// The value to write to IA32_TSC_DEADLINE for a saved one.
 ///
-/// KVM reads the deadline as 0 from when the timer has fired until its interrupt is injected. If the state was saved in between,
-/// writing 0 would disarm the timer and the guest would wait for ever. So a 0 is restored as a deadline in the past (TSC 1), which
-/// fires at once, if the LAPIC's timer is in deadline mode and not masked. A timer that was really disarmed then fires once more
+/// KVM reads the deadline as 0 from when the timer has fired until its interrupt is injected. If
+/// the state was saved in between, writing 0 would disarm the timer and the guest would wait for
+/// ever. So a 0 is restored as a deadline in the past (TSC 1), which fires at once, if the LAPIC's
+/// timer is in deadline mode and not masked. A timer that was really disarmed then fires once more
 /// than it should, which its guest must bear anyway: on hardware, too, disarming races with firing.
 fn deadline_to_restore(saved: u64, lapic: &kvm_lapic_state) -> u64 {
     let byte = |offset: usize| lapic.regs.get(LAPIC_LVT_TIMER + offset).map_or(0, |b| *b as u8);

@@ -1,8 +1,10 @@
-//! The pause word: how a controller tells a vCPU thread to run, park, apply a state or quit, and how it learns that it did.
+//! The pause word: how a controller tells a vCPU thread to run, park, apply a state or quit, and
+//! how it learns that it did.
 //!
-//! The word carries a *sequence number* beside the order. Without it a quick pause, resume, pause would be lost: a thread that
-//! sleeps through the middle would see the same word as before and report the first pause for the second. So every order is a
-//! new word, and a thread reports exactly the word it obeyed.
+//! The word carries a *sequence number* beside the order. Without it a quick pause, resume, pause
+//! would be lost: a thread that sleeps through the middle would see the same word as before and
+//! report the first pause for the second. So every order is a new word, and a thread reports
+//! exactly the word it obeyed.
 //!
 //! The kick that cannot be lost has four steps, in this order, all sequentially consistent:
 //!
@@ -14,7 +16,8 @@
 //! 4 signal the thread
 //! ```
 //!
-//! If b misses 1, then a came before 2, so c sees `immediate_exit` (or is already in the guest and gets the signal of 4).
+//! If b misses 1, then a came before 2, so c sees `immediate_exit` (or is already in the guest and
+//! gets the signal of 4).
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -27,9 +30,11 @@ use crate::machine::futex;
 pub(in crate::machine) enum Order {
     /// Run the guest.
     Run = 0,
-    /// Finish pending I/O and stand still. What only this vCPU can change of its state goes into the slot.
+    /// Finish pending I/O and stand still. What only this vCPU can change of its state goes into
+    /// the slot.
     Park = 1,
-    /// Stand still and complete the slot: no other vCPU and no device runs any more, so every interrupt on its way has arrived.
+    /// Stand still and complete the slot: no other vCPU and no device runs any more, so every
+    /// interrupt on its way has arrived.
     Harvest = 2,
     /// While parked: put the slot's state into the vCPU.
     Apply = 3,
@@ -56,10 +61,10 @@ impl Ticket {
     }
 }
 
-/// How long a side looks at the word before it sleeps on it. Waking a sleeper costs about 20 µs, so a short look pays where
-/// there are cores enough for both sides.
+/// How long a side looks at the word before it sleeps on it. Waking a sleeper costs about 20 µs, so
+/// a short look pays where there are cores enough for both sides.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::machine) struct Patience {
+pub(in crate::machine) struct SpinLimit {
     /// The controller's, waiting for a vCPU to park.
     pub(in crate::machine) controller: Duration,
     /// The vCPU's, waiting to be resumed.
@@ -81,8 +86,8 @@ impl Milestone {
         }
     }
 
-    fn wait(&self, ticket: Ticket, patience: Duration, limit: Duration) -> bool {
-        if spin(patience, || self.word.load(Ordering::SeqCst) == ticket.0) {
+    fn wait(&self, ticket: Ticket, timeout: Duration, limit: Duration) -> bool {
+        if spin(timeout, || self.word.load(Ordering::SeqCst) == ticket.0) {
             return true;
         }
         let deadline = Instant::now() + limit;
@@ -103,26 +108,27 @@ impl Milestone {
     }
 }
 
-/// The pause word of one vCPU, and two milestones on the way of each order: *stopped* (the vCPU is out of the guest and its I/O
-/// is complete: guest memory stands still as far as it goes) and *settled* (its state is in the slot: all is done). Between the two
-/// the vCPU thread is busy reading its state, which a controller can use to copy memory.
+/// The pause word of one vCPU, and two milestones on the way of each order: *stopped* (the vCPU is
+/// out of the guest and its I/O is complete: guest memory stands still as far as it goes) and
+/// *settled* (its state is in the slot: all is done). Between the two the vCPU thread is busy
+/// reading its state, which a controller can use to copy memory.
 pub(in crate::machine) struct Gate {
     word: AtomicU32,
     vcpu_sleeps: AtomicBool,
     stopped: Milestone,
     settled: Milestone,
-    patience: Patience,
+    timeout: SpinLimit,
 }
 
 impl Gate {
     /// A gate that says `Park`, with nothing done yet.
-    pub(in crate::machine) fn new(patience: Patience) -> Gate {
+    pub(in crate::machine) fn new(timeout: SpinLimit) -> Gate {
         Gate {
             word: AtomicU32::new(Order::Park as u32),
             vcpu_sleeps: AtomicBool::new(false),
             stopped: Milestone::default(),
             settled: Milestone::default(),
-            patience,
+            timeout,
         }
     }
 
@@ -131,7 +137,8 @@ impl Gate {
         Ticket(self.word.load(Ordering::SeqCst))
     }
 
-    /// Controller: gives an order and wakes a parked thread. A thread in the guest must be kicked too.
+    /// Controller: gives an order and wakes a parked thread. A thread in the guest must be kicked
+    /// too.
     pub(in crate::machine) fn give(&self, order: Order) -> Ticket {
         let sequence = (self.word.load(Ordering::SeqCst) >> ORDER_BITS).wrapping_add(1);
         let word = (sequence << ORDER_BITS) | order as u32;
@@ -154,7 +161,7 @@ impl Gate {
 
     /// vCPU: waits until there is an order newer than `ticket`.
     pub(in crate::machine) fn wait_after(&self, ticket: Ticket) {
-        if spin(self.patience.vcpu, || self.current() != ticket) {
+        if spin(self.timeout.vcpu, || self.current() != ticket) {
             return;
         }
         self.vcpu_sleeps.store(true, Ordering::SeqCst);
@@ -164,14 +171,15 @@ impl Gate {
         self.vcpu_sleeps.store(false, Ordering::SeqCst);
     }
 
-    /// Controller: waits until the vCPU obeying `ticket` is out of the guest; false if it was not within `limit`.
+    /// Controller: waits until the vCPU obeying `ticket` is out of the guest; false if it was not
+    /// within `limit`.
     pub(in crate::machine) fn wait_stopped(&self, ticket: Ticket, limit: Duration) -> bool {
-        self.stopped.wait(ticket, self.patience.controller, limit)
+        self.stopped.wait(ticket, self.timeout.controller, limit)
     }
 
     /// Controller: waits until `ticket` has been carried out; false if it was not within `limit`.
     pub(in crate::machine) fn wait_settled(&self, ticket: Ticket, limit: Duration) -> bool {
-        self.settled.wait(ticket, self.patience.controller, limit)
+        self.settled.wait(ticket, self.timeout.controller, limit)
     }
 }
 
@@ -228,9 +236,9 @@ mod tests {
 
     #[test]
     fn no_order_is_lost_however_quickly_they_follow() {
-        for patience_us in [0, 20] {
-            let patience = Duration::from_micros(patience_us);
-            let gate = Arc::new(Gate::new(Patience { controller: patience, vcpu: patience }));
+        for timeout_us in [0, 20] {
+            let timeout = Duration::from_micros(timeout_us);
+            let gate = Arc::new(Gate::new(SpinLimit { controller: timeout, vcpu: timeout }));
             let thread = std::thread::spawn({
                 let gate = Arc::clone(&gate);
                 move || obey(&gate)
@@ -252,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_does_not_come_is_noticed() {
-        let gate = Gate::new(Patience { controller: Duration::ZERO, vcpu: Duration::ZERO });
+        let gate = Gate::new(SpinLimit { controller: Duration::ZERO, vcpu: Duration::ZERO });
         let park = gate.give(Order::Park);
         assert!(!gate.wait_settled(park, Duration::from_millis(1)));
     }

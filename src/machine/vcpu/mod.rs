@@ -15,7 +15,7 @@ use kvm_ioctls::{SyncReg, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
-use self::gate::{Gate, Order, Patience, Ticket};
+use self::gate::{Gate, Order, SpinLimit, Ticket};
 use self::run_page::RunPage;
 use self::thread::VcpuThread;
 use super::MachineEvent;
@@ -28,9 +28,9 @@ use super::state::vcpu::VcpuState;
 use super::wait::Doorbell;
 use crate::device::Bus;
 
-/// How long a vCPU may take to obey before the machine gives up on it. Obeying takes microseconds; only a stalled host or a
-/// console or backend that blocks makes it seconds.
-const OBEY_LIMIT: Duration = Duration::from_secs(10);
+/// How long a vCPU may take to obey before the machine gives up on it. Obeying takes microseconds;
+/// only a stalled host or a console or backend that blocks makes it seconds.
+const VCPU_ORDER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a vCPU thread does with its slot when it is told to apply.
 pub(super) enum Task {
@@ -43,7 +43,7 @@ pub(super) enum Task {
         /// The instant, and what kvmclock showed then.
         instant: ClockInstant,
         /// Tell the guest that it stood still for a while.
-        excuse: bool,
+        kvmclock_ctrl: bool,
     },
     /// Put a guest's first state into the vCPU.
     Start(Box<InitialVcpu>),
@@ -66,7 +66,7 @@ pub(super) struct Common {
     pub(super) caps: Arc<HostCaps>,
     pub(super) bus: Arc<Bus<GuestMmap>>,
     pub(super) events: Sender<MachineEvent>,
-    pub(super) patience: Patience,
+    pub(super) timeout: SpinLimit,
 }
 
 /// The controller's handle on one vCPU. Dropping it ends the thread.
@@ -103,7 +103,7 @@ impl Vcpu {
         let page = RunPage::map(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) })
             .map_err(|errno| KvmError { call: "mmap of kvm_run", errno })?;
         let page = Arc::new(page);
-        let gate = Arc::new(Gate::new(common.patience));
+        let gate = Arc::new(Gate::new(common.timeout));
         let slot = Arc::new(Mutex::new(Slot { state, result: Ok(()), task: Task::None }));
         let thread_id = Arc::new(AtomicI32::new(0));
         let ticket = gate.current();
@@ -124,8 +124,8 @@ impl Vcpu {
             .spawn({
                 let thread_id = Arc::clone(&thread_id);
                 move || {
-                    // Without the kick signal a pause would wait for the guest's next exit; it is only blocked if whoever
-                    // started this process blocked it.
+                    // Without the kick signal a pause would wait for the guest's next exit; it is
+                    // only blocked if whoever started this process blocked it.
                     let _ = unblock_signal(kick_signal());
                     // Waits of the guest end on time, not up to 50 µs later.
                     // SAFETY: changes nothing but this thread's timer slack.
@@ -155,15 +155,16 @@ impl Vcpu {
     /// Steps 2 to 4 of the kick that cannot be lost (see `gate`).
     fn kick(&self) {
         self.page.set_immediate_exit(true);
-        self.doorbell.nudge();
+        self.doorbell.probe();
         let thread_id = self.thread_id.load(Ordering::SeqCst);
-        // SAFETY: a signal with a handler that does nothing, to a thread of this process; if the thread is gone the call fails.
+        // SAFETY: a signal with a handler that does nothing, to a thread of this process; if the
+        // thread is gone the call fails.
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread_id, kick_signal()) };
     }
 
     /// Waits until the vCPU is out of the guest with its I/O complete.
     pub(super) fn wait_stopped(&self) -> Result<(), MachineError> {
-        match self.gate.wait_stopped(self.ticket, OBEY_LIMIT) {
+        match self.gate.wait_stopped(self.ticket, VCPU_ORDER_TIMEOUT) {
             true => Ok(()),
             false => Err(self.stuck("stop")),
         }
@@ -171,14 +172,14 @@ impl Vcpu {
 
     /// Waits until the newest order is carried out. `what` names it in the error.
     pub(super) fn wait_settled(&self, what: &'static str) -> Result<(), MachineError> {
-        match self.gate.wait_settled(self.ticket, OBEY_LIMIT) {
+        match self.gate.wait_settled(self.ticket, VCPU_ORDER_TIMEOUT) {
             true => Ok(()),
             false => Err(self.stuck(what)),
         }
     }
 
     fn stuck(&self, what: &'static str) -> MachineError {
-        MachineError::Stuck { cpu: self.cpu, what, limit_s: OBEY_LIMIT.as_secs() }
+        MachineError::Stuck { cpu: self.cpu, what, limit_s: VCPU_ORDER_TIMEOUT.as_secs() }
     }
 
     /// The slot. Only while the vCPU is settled is its content the vCPU's.
@@ -213,7 +214,8 @@ fn kick_signal() -> libc::c_int {
     SIGRTMIN()
 }
 
-/// Installs the kick signal's handler, which does nothing: a signal with a handler ends KVM_RUN, an ignored one does not.
+/// Installs the kick signal's handler, which does nothing: a signal with a handler ends KVM_RUN, an
+/// ignored one does not.
 pub(super) fn install_kick_handler() -> Result<(), MachineError> {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(kick_signal(), nothing).map_err(|error| MachineError::Start {

@@ -1,4 +1,5 @@
-//! A second view of a vCPU's `kvm_run` page, for the one field another thread must write: `immediate_exit`.
+//! A second view of a vCPU's `kvm_run` page, for the one field another thread must write:
+//! `immediate_exit`.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -11,16 +12,18 @@ pub(super) struct RunPage {
     run: *mut kvm_run,
 }
 
-// SAFETY: the mapping is shared with the kernel and with the vCPU thread by design; the only access made through it is one
-// atomic byte.
+// SAFETY: the mapping is shared with the kernel and with the vCPU thread by design; the only access
+// made through it is one atomic byte.
 unsafe impl Send for RunPage {}
 // SAFETY: as above.
 unsafe impl Sync for RunPage {}
 
 impl RunPage {
-    /// Maps the page of the vCPU behind `fd`. The mapping keeps the vCPU alive, not the other way round.
+    /// Maps the page of the vCPU behind `fd`. The mapping keeps the vCPU alive, not the other way
+    /// round.
     pub(super) fn map(fd: BorrowedFd<'_>) -> Result<RunPage, Errno> {
-        // SAFETY: a fresh shared mapping at an address the kernel picks; it overlaps nothing of ours.
+        // SAFETY: a fresh shared mapping at an address the kernel picks; it overlaps nothing of
+        // ours.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -37,10 +40,11 @@ impl RunPage {
         Ok(RunPage { run: address.cast() })
     }
 
-    /// Makes KVM_RUN return EINTR as soon as pending I/O is complete (true), or run the guest (false).
+    /// Makes KVM_RUN return EINTR as soon as pending I/O is complete (true), or run the guest
+    /// (false).
     pub(super) fn set_immediate_exit(&self, on: bool) {
-        // SAFETY: `run` is a live mapping of at least one kvm_run; the field is one byte, which atomics may access in place, and
-        // the kernel expects it to be written by other threads.
+        // SAFETY: `run` is a live mapping of at least one kvm_run; the field is one byte, which
+        // atomics may access in place, and the kernel expects it to be written by other threads.
         let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.run).immediate_exit) };
         flag.store(u8::from(on), Ordering::SeqCst);
     }

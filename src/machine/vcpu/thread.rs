@@ -1,15 +1,19 @@
 //! What a vCPU thread does: run the guest, serve its exits, park when told.
 //!
-//! **Parking is exact.** A vCPU that left the guest for port or memory I/O is in the middle of an instruction: a read has not
-//! reached its register yet, and the instruction pointer has not moved. Only the next KVM_RUN completes it. So the thread parks
-//! only after a KVM_RUN that returned EINTR: with `immediate_exit` set, KVM completes what is pending and comes back without
-//! running a single instruction of the guest. Saving earlier would lose a read or do a write twice after a restore.
+//! **Parking is exact.** A vCPU that left the guest for port or memory I/O is in the middle of an
+//! instruction: a read has not reached its register yet, and the instruction pointer has not moved.
+//! Only the next KVM_RUN completes it. So the thread parks only after a KVM_RUN that returned
+//! EINTR: with `immediate_exit` set, KVM completes what is pending and comes back without running a
+//! single instruction of the guest. Saving earlier would lose a read or do a write twice after a
+//! restore.
 //!
-//! **The thread harvests its own state**, in two parts. KVM moves a vCPU's state to whichever thread asks for it; the thread that
-//! ran it asks cheapest, and several vCPUs are saved at the same time. What only the vCPU itself can change is read as soon as it is
-//! parked. What others can change (another vCPU by an interrupt, an NMI or an INIT it sends; a device by its line) is read when none
-//! of them runs any more. Read earlier, an interrupt that was sent in between would be in nobody's state: its sender has sent it and
-//! the I/O APIC may wait for its end, but it never comes.
+//! **The thread harvests its own state**, in two parts. KVM moves a vCPU's state to whichever
+//! thread asks for it; the thread that ran it asks cheapest, and several vCPUs are saved at the
+//! same time. What only the vCPU itself can change is read as soon as it is parked. What others can
+//! change (another vCPU by an interrupt, an NMI or an INIT it sends; a device by its line) is read
+//! when none of them runs any more. Read earlier, an interrupt that was sent in between would be in
+//! nobody's state: its sender has sent it and the I/O APIC may wait for its end, but it never
+//! comes.
 
 use std::sync::Arc;
 
@@ -72,7 +76,8 @@ enum Exit {
     Interrupted,
     /// The guest waits.
     Wait(Wait),
-    /// The vCPU's life is over, and this is to be told; `true` if KVM can complete pending I/O for it.
+    /// The vCPU's life is over, and this is to be told; `true` if KVM can complete pending I/O for
+    /// it.
     Ended(MachineEvent, bool),
 }
 
@@ -161,10 +166,10 @@ impl VcpuThread {
             let applied = match std::mem::replace(&mut slot.task, Task::None) {
                 Task::None => Ok(()),
                 Task::Restore(ahead) => slot.state.apply(&self.fd, &self.caps, ahead),
-                Task::Align { instant, excuse } => {
+                Task::Align { instant, kvmclock_ctrl } => {
                     slot.state.align(&self.fd, instant);
-                    if excuse {
-                        VcpuState::excuse(&self.fd);
+                    if kvmclock_ctrl {
+                        VcpuState::kvmclock_ctrl(&self.fd);
                     }
                     Ok(())
                 }
@@ -172,7 +177,8 @@ impl VcpuThread {
             };
             progress.ended = slot.state.ended;
             progress.wait = None;
-            // The saved guest may have polled before a device used a buffer: its first wait here must not sleep.
+            // The saved guest may have polled before a device used a buffer: its first wait here
+            // must not sleep.
             progress.rings_seen = self.doorbell.count().wrapping_sub(1);
             slot.result = match applied {
                 Ok(()) => self.read_back(&mut slot.state),
@@ -184,7 +190,8 @@ impl VcpuThread {
         self.leave(ticket);
     }
 
-    /// Enters KVM without running the guest, which synchronises the registers into the run page, and harvests.
+    /// Enters KVM without running the guest, which synchronises the registers into the run page,
+    /// and harvests.
     fn read_back(&mut self, state: &mut VcpuState) -> Result<(), StateError> {
         self.page.set_immediate_exit(true);
         let _ = self.fd.run();
@@ -198,8 +205,8 @@ impl VcpuThread {
         self.allow_entry();
     }
 
-    /// Clears `immediate_exit` if the order is to run. The caller's loop reads the order again afterwards: one that came in
-    /// between would find its flag cleared.
+    /// Clears `immediate_exit` if the order is to run. The caller's loop reads the order again
+    /// afterwards: one that came in between would find its flag cleared.
     fn allow_entry(&self) {
         if self.gate.current().order() == Order::Run {
             self.page.set_immediate_exit(false);
@@ -274,7 +281,8 @@ fn serve_port_write(bus: &Bus<GuestMmap>, events: &Sender<MachineEvent>, port: u
     }
 }
 
-/// The last 32 bits of a port write (a string instruction hands over several), or what there is of them.
+/// The last 32 bits of a port write (a string instruction hands over several), or what there is of
+/// them.
 fn last_word(data: &[u8]) -> u32 {
     let start = data.len().saturating_sub(4);
     let mut word = [0; 4];

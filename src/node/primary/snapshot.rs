@@ -1,5 +1,5 @@
-//! Saving the guest to a file while it stands still: when it may, the protocol says. The driver goes on meanwhile: epochs, acks, heartbeats and the control socket do not wait
-//! for the file.
+//! Saving the guest to a file while it stands still: when it may, the protocol says. The driver
+//! goes on meanwhile: epochs, acks, heartbeats and the control socket do not wait for the file.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -174,7 +174,8 @@ impl PrimaryNode {
         self.snapshots.saving = None;
     }
 
-    /// The node ends: what is said to whoever waits for the snapshot, and its id, if the guest stopped with it.
+    /// The node ends: what is said to whoever waits for the snapshot, and its id, if the guest
+    /// stopped with it.
     pub(super) fn end_snapshot(&mut self, end: &PrimaryEnd) -> Option<SnapshotId> {
         let mut saving = self.snapshots.saving.take()?;
         let id = saving.stopped_with().filter(|_| *end == PrimaryEnd::Quit)?;

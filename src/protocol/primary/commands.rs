@@ -29,8 +29,9 @@ impl Primary {
         }
     }
 
-    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if not. While the arbiter is asked which
-    /// of the two it is, nobody knows; so the answer is waited for, unless the operator asks twice.
+    /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if
+    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is
+    /// waited for, unless the operator asks twice.
     pub(super) fn quit(&mut self) {
         let twice = std::mem::replace(&mut self.quitting, true);
         match self.phase {
@@ -42,8 +43,9 @@ impl Primary {
         }
     }
 
-    /// Whether a snapshot may be taken now; if not, why. While another node may run the guest already, what this one has may be a life that
-    /// nobody was told of. And disks are not in a snapshot: a guest that goes on writes to them, and its memory as of the snapshot would not
+    /// Whether a snapshot may be taken now; if not, why. While another node may run the guest
+    /// already, what this one has may be a life that nobody was told of. And disks are not in a
+    /// snapshot: a guest that goes on writes to them, and its memory as of the snapshot would not
     /// know what they hold.
     fn may_snapshot(&self, stop: bool) -> Result<(), &'static str> {
         let writes = self.config.shape.disks.iter().any(|disk| !disk.read_only);
@@ -65,7 +67,8 @@ impl Primary {
         }
     }
 
-    /// Stops the guest for a snapshot. Epochs, acks and heartbeats go on: what it said before is released as ever.
+    /// Stops the guest for a snapshot. Epochs, acks and heartbeats go on: what it said before is
+    /// released as ever.
     pub(super) fn take_snapshot(&mut self, stop: bool) {
         if let Err(why) = self.may_snapshot(stop) {
             return self.actions.push_back(Action::NoSnapshot { why });
@@ -75,8 +78,9 @@ impl Primary {
         self.actions.push_back(Action::Snapshot);
     }
 
-    /// The snapshot is over; the guest goes on, or stops for good if that was asked for and the snapshot is there. It must not run meanwhile,
-    /// or the snapshot would not be of its last moment.
+    /// The snapshot is over; the guest goes on, or stops for good if that was asked for and the
+    /// snapshot is there. It must not run meanwhile, or the snapshot would not be of its last
+    /// moment.
     pub(super) fn snapshot_ended(&mut self, written: bool) {
         let stop = written && self.snapshot == Some(Snapshot::Writing { stop: true });
         self.snapshot = (stop && !mutant::is("stopped-snapshot-goes-on")).then_some(Snapshot::Stopped);
@@ -88,13 +92,14 @@ impl Primary {
         }
     }
 
-    /// True if this node ends with the arbiter's answer: an operator wants that, or the guest has stopped with its snapshot. Of the two only
-    /// the operator's word counts as having asked once.
+    /// True if this node ends with the arbiter's answer: an operator wants that, or the guest has
+    /// stopped with its snapshot. Of the two only the operator's word counts as having asked once.
     pub(super) fn ends_with_the_answer(&self) -> bool {
         self.quitting || self.snapshot == Some(Snapshot::Stopped)
     }
 
-    /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over a guest that ended.
+    /// The guest is over. The arbiter hears it before the secondary does, so that nobody takes over
+    /// a guest that ended.
     pub(super) fn shut_down(&mut self) {
         if mutant::is("shutdown-not-told") {
             return self.end();
@@ -121,8 +126,8 @@ impl Primary {
 
     pub(super) fn sync_run(&mut self) {
         let may = !matches!(self.phase, Phase::Fenced | Phase::Stopping);
-        let frozen = self.snapshot.is_some() && !mutant::is("runs-while-it-is-saved");
-        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !frozen;
+        let preserved = self.snapshot.is_some() && !mutant::is("runs-while-it-is-saved");
+        let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !preserved;
         if wanted != self.guest_runs {
             self.guest_runs = wanted;
             self.actions.push_back(Action::Run(wanted));
@@ -133,3 +138,6 @@ impl Primary {
         self.actions.push_back(Action::Tell(event));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,5 @@
-//! Blocks that are summed on both nodes: in a resync, so that a newcomer's disk gets only what it lacks, and to verify the disks of a pair.
+//! Blocks that are hashed on both nodes: in a resync, so that a newcomer's disk gets only what it
+//! lacks, and to verify the disks of a pair.
 
 use std::time::Duration;
 
@@ -6,18 +7,18 @@ use thiserror::Error;
 
 use super::types::{Action, ConnId, DiskChoice};
 use super::{Phase, Primary};
+use crate::protocol::block_hashes::{BlockHash, Comparison};
 use crate::protocol::event::Event;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::mutant;
-use crate::protocol::sums::{BlockSum, Comparison};
 use crate::protocol::types::{EpochId, Instant};
 use crate::protocol::verify::{DiskFindings, Outcome, Verify};
 
 /// Time from one word to a newcomer about its resync to the next.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
-/// The least time from one run of a verify to the next, so that a guest whose epochs follow each other closely is left its host: at most
-/// 50 MiB are compared in a second.
+/// The least time from one run of a verify to the next, so that a guest whose epochs follow each
+/// other closely is left its host: at most 50 MiB are compared in a second.
 const VERIFY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why disks cannot be verified now.
@@ -48,7 +49,7 @@ impl Primary {
         if self.phase != Phase::Protected {
             return Err(VerifyRefused::NotProtected);
         }
-        if self.peer_features() & features::DISK_SUMS == 0 {
+        if self.peer_features() & features::DISK_HASHES == 0 {
             return Err(VerifyRefused::Unable);
         }
         if self.verify.as_ref().is_some_and(|verify| verify.is_running()) {
@@ -80,7 +81,8 @@ impl Primary {
         }
     }
 
-    /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may have been cut already.
+    /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may
+    /// have been cut already.
     pub(super) fn verify_step(&mut self, now: Instant) {
         let capturing = self.epochs.is_capturing() && !mutant::is("frozen-after-the-cut");
         if self.phase != Phase::Protected || capturing || now < self.verify_at {
@@ -89,9 +91,9 @@ impl Primary {
         let Some(verify) = self.verify.as_mut().filter(|verify| verify.is_running()) else { return };
         if let Some(run) = verify.next_run() {
             self.verify_at = now + VERIFY_INTERVAL;
-            self.actions.push_back(Action::Freeze { run });
+            self.actions.push_back(Action::Preserve { run });
             if mutant::is("verify-asks-before-the-cut") {
-                self.sum_frozen(self.epochs.next_id());
+                self.hash_preserved(self.epochs.next_id());
             }
         } else if *verify.outcome() == Outcome::Done {
             let sum = |of: fn(&DiskFindings) -> u64| verify.disks().iter().map(of).sum();
@@ -100,8 +102,8 @@ impl Primary {
         }
     }
 
-    /// Epoch `id` was cut and is on its way: what it froze is summed here, and there behind it.
-    pub(super) fn sum_frozen(&mut self, id: EpochId) {
+    /// Epoch `id` was cut and is on its way: what it froze is hashed here, and there behind it.
+    pub(super) fn hash_preserved(&mut self, id: EpochId) {
         if self.phase == Phase::Protected
             && let Some(run) = self.verify.as_mut().and_then(|verify| verify.cut(id))
         {
@@ -132,7 +134,7 @@ impl Primary {
 
     pub(super) fn tell_progress(&mut self, now: Instant) {
         let Some(peer) = &self.peer else { return };
-        if now < self.progress_at || peer.features & features::DISK_SUMS == 0 {
+        if now < self.progress_at || peer.features & features::DISK_HASHES == 0 {
             return;
         }
         self.progress_at = now + PROGRESS_INTERVAL;
@@ -159,14 +161,14 @@ impl Primary {
         self.comparison = Some(Box::new(Comparison::new(ticket, run)));
     }
 
-    pub(super) fn peer_sums(&mut self, conn: ConnId, first: u64, sums: Vec<BlockSum>) {
+    pub(super) fn peer_hashes(&mut self, conn: ConnId, first: u64, hashes: Vec<BlockHash>) {
         if self.peer.as_ref().and_then(|peer| peer.channel_of(conn)) != Some(Channel::Data) {
             return;
         }
         let Some(comparison) = &mut self.comparison else {
-            return self.lose_peer("it sent sums of blocks that nobody asked for");
+            return self.lose_peer("it sent hashes of blocks that nobody asked for");
         };
-        if sums.is_empty() && self.phase == Phase::Resync && first == comparison.run().start {
+        if hashes.is_empty() && self.phase == Phase::Resync && first == comparison.run().start {
             let run = comparison.run();
             self.comparison = None;
             self.ledger.iter_mut().for_each(|ledger| match mutant::is("made-image-taken-for-equal") {
@@ -174,18 +176,19 @@ impl Primary {
                 false => ledger.incomparable(&run),
             });
             self.tell_comparisons();
-        } else if comparison.take_theirs(first, sums) {
+        } else if comparison.take_theirs(first, hashes) {
             self.compared();
         } else {
-            self.lose_peer("it sent other sums of blocks than it was asked for");
+            self.lose_peer("it sent other hashes of blocks than it was asked for");
         }
     }
 
-    pub(super) fn own_sums(&mut self, ticket: u64, sums: Result<Vec<BlockSum>, String>) {
-        let asked =
-            |comparison: &&mut Box<Comparison>| comparison.is(ticket) || mutant::is("own-sums-of-an-earlier-question");
+    pub(super) fn own_hashes(&mut self, ticket: u64, hashes: Result<Vec<BlockHash>, String>) {
+        let asked = |comparison: &&mut Box<Comparison>| {
+            comparison.is(ticket) || mutant::is("own-hashes-of-an-earlier-question")
+        };
         if let Some(comparison) = self.comparison.as_mut().filter(asked) {
-            comparison.take_own(sums);
+            comparison.take_own(hashes);
             if self.ledger.is_none() && mutant::is("verify-waits-for-ever") {
                 return;
             }
@@ -217,3 +220,6 @@ impl Primary {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,8 +7,9 @@ use crate::protocol::messages::{Message, features};
 use crate::protocol::types::Instant;
 
 impl Primary {
-    /// Tells a checker that explores all states what this one is: two primaries with the same digest do the same from now on, whatever
-    /// happens. Times count from `now`, so that it does not matter when a state came about; words for people are left out.
+    /// Tells a checker that explores all states what this one is: two primaries with the same
+    /// digest do the same from now on, whatever happens. Times count from `now`, so that it does
+    /// not matter when a state came about; words for people are left out.
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
@@ -18,7 +19,7 @@ impl Primary {
         } = self;
         (me, record, phase, ledger, proven, pairing_checked, storage_behind, arbiter_lost.is_some()).hash(into);
         (comparison, tickets, verify).hash(into);
-        if self.peer_features() & features::DISK_SUMS != 0 {
+        if self.peer_features() & features::DISK_HASHES != 0 {
             (progress_at.since(now), verify_at.since(now)).hash(into);
         }
         (stopped_by_operator, stopped_by_full_output, snapshot, quitting, guest_runs).hash(into);

@@ -1,4 +1,5 @@
-//! The primary's book of epochs: what runs, what is on its way, what is committed, and when the next cut is due.
+//! The primary's book of epochs: what runs, what is on its way, what is committed, and when the
+//! next cut is due.
 
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
@@ -121,11 +122,13 @@ impl Epochs {
         self.capturing = None;
         self.in_flight = None;
         self.committed = None;
-        // Output that was held while the pair formed waits on: it is announced only once, and would else wait for the whole interval.
+        // Output that was held while the pair formed waits on: it is announced only once, and would
+        // else wait for the whole interval.
     }
 
-    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last capture only what it bars still counts; a
-    /// checker sets an interval of minutes to say "never", so all that is as far away is the same.
+    /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last
+    /// capture only what it bars still counts; a checker sets an interval of minutes to say
+    /// "never", so all that is as far away is the same.
     pub fn digest<H: Hasher>(&self, config: &PrimaryConfig, now: Instant, into: &mut H) {
         const NEVER: Duration = Duration::from_secs(60);
         let Epochs { next, capturing, in_flight, committed, last_capture, output_waits, pressed } = self;

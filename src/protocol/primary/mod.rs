@@ -13,11 +13,7 @@
 //! ```
 
 mod commands;
-#[cfg(test)]
-mod commands_tests;
 mod compare;
-#[cfg(test)]
-mod compare_tests;
 mod digest;
 mod epochs;
 mod peer;
@@ -33,14 +29,14 @@ pub use types::{Action, Command, ConnId, DiskChoice, Input, OutputCut, PrimaryCo
 use self::epochs::Epochs;
 use self::peer::Peer;
 use super::arbitration::{ArbiterRequest, Arbitration};
+use super::block_hashes::Comparison;
 use super::event::Event;
-use super::heartbeat::StallGuard;
+use super::failure_detector::SleepGuard;
 use super::messages::{Channel, Message};
 use super::mutant;
 use super::pages::PageSet;
 use super::record::Record;
 use super::resync::Ledger;
-use super::sums::Comparison;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 use super::verify::Verify;
 
@@ -53,14 +49,15 @@ pub enum Phase {
     Joining,
     /// A newcomer receives epochs and pages; output passes.
     Resync,
-    /// The epoch that makes the newcomer's image whole is on its way; output is held. The newcomer may take over from now on.
+    /// The epoch that makes the newcomer's image whole is on its way; output is held. The newcomer
+    /// may take over from now on.
     Completing,
     /// That epoch is committed; the arbiter is asked to record the pair; output is held.
     Pairing,
     /// Output leaves as its epochs are committed.
     Protected,
-    /// The peer, or a newcomer whose image may be whole, is suspected; the arbiter is asked whether this node may go on alone; output is
-    /// held.
+    /// The peer, or a newcomer whose image may be whole, is suspected; the arbiter is asked whether
+    /// this node may go on alone; output is held.
     Deciding,
     /// The guest has shut down (or must); the arbiter is told.
     Stopping,
@@ -88,7 +85,7 @@ pub struct Primary {
     /// When the verify may go on.
     verify_at: Instant,
     arbitration: Arbitration,
-    guard: StallGuard,
+    guard: SleepGuard,
     /// False after a stall, until the arbiter has confirmed the record.
     proven: bool,
     /// The arbiter confirmed the record since this resync became complete.
@@ -122,7 +119,7 @@ impl Primary {
             progress_at: now,
             verify_at: now,
             arbitration: Arbitration::new(config.arbiter_retry),
-            guard: StallGuard::new(config.heartbeat.timeout, now),
+            guard: SleepGuard::new(config.heartbeat.timeout, now),
             proven: true,
             pairing_checked: false,
             storage_behind: false,
@@ -192,14 +189,16 @@ impl Primary {
         matches!(self.phase, Phase::Completing | Phase::Pairing | Phase::Protected | Phase::Deciding)
     }
 
-    /// Tells the resync ledger which pages travel in the epoch being captured. Called between `Action::Capture` and `Input::Captured`.
-    pub fn note_dirt(&mut self, dirt: &PageSet) {
+    /// Tells the resync ledger which pages travel in the epoch being captured. Called between
+    /// `Action::Capture` and `Input::Captured`.
+    pub fn note_dirty_pages(&mut self, dirty: &PageSet) {
         if let Some(ledger) = &mut self.ledger {
-            ledger.travelled(dirt);
+            ledger.travelled(dirty);
         }
     }
 
-    /// The same for the blocks of disks that travel in it, by their index in the [image's row](crate::protocol::layout).
+    /// The same for the blocks of disks that travel in it, by their index in the [image's
+    /// row](crate::protocol::layout).
     pub fn note_blocks(&mut self, blocks: impl Iterator<Item = u64>) {
         if let Some(ledger) = &mut self.ledger {
             for block in blocks {
@@ -230,8 +229,8 @@ impl Primary {
             Input::Captured { id } => self.captured(id),
             Input::CaptureFailed { why } => self.capture_failed(now, &why),
             Input::Pushed => self.pushed(),
-            Input::PeerSums { conn, first, sums } => self.peer_sums(conn, first, sums),
-            Input::OwnSums { ticket, sums } => self.own_sums(ticket, sums),
+            Input::PeerHashes { conn, first, hashes } => self.peer_hashes(conn, first, hashes),
+            Input::OwnHashes { ticket, hashes } => self.own_hashes(ticket, hashes),
             Input::StorageSynced { conn } => self.storage_synced(conn),
             Input::Written { through } => self.written(through),
             Input::ReleaseExpired => self.prove_again(),
@@ -299,8 +298,9 @@ impl Primary {
         if let Some(pages) = ledger.next_push(self.config.push_pages_max) {
             self.actions.push_back(Action::Push { pages });
         } else if ledger.is_done() && !self.storage_behind && !self.pairing_checked && !self.arbitration.is_asking() {
-            // Holding begins with the completing capture and ends with the arbiter's word that the pair is on record: begin only if that
-            // word can be had. The record in its own place changes nothing, but an arbiter that cannot write says so.
+            // Holding begins with the completing capture and ends with the arbiter's word that the
+            // pair is on record: begin only if that word can be had. The record in its own place
+            // changes nothing, but an arbiter that cannot write says so.
             self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
         }
     }
@@ -343,7 +343,7 @@ impl Primary {
 
     fn captured(&mut self, id: EpochId) {
         self.epochs.captured(id);
-        self.sum_frozen(id);
+        self.hash_preserved(id);
         if mutant::is("release-on-send") && self.phase == Phase::Protected {
             self.actions.push_back(Action::Release { through: id.epoch, before: Instant::from_us(u64::MAX) });
         }
@@ -397,7 +397,8 @@ impl Primary {
             return;
         }
         let Some(committed) = self.epochs.committed() else { return };
-        // The peer waits for the whole time-out after our last heartbeat, which left at most one interval ago.
+        // The peer waits for the whole time-out after our last heartbeat, which left at most one
+        // interval ago.
         let mut slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
         if mutant::is("release-without-deadline") {
             slack = std::time::Duration::MAX;
@@ -427,8 +428,8 @@ impl Primary {
             }
             Phase::Protected if mutant::is("alone-without-the-arbiter") => self.go_solo(),
             Phase::Pairing if mutant::is("pairing-given-up") => self.go_solo(),
-            // A newcomer that has the epoch on its way may take the guest over from the record that stands: nothing held may leave before
-            // another record bars that.
+            // A newcomer that has the epoch on its way may take the guest over from the record that
+            // stands: nothing held may leave before another record bars that.
             Phase::Completing | Phase::Protected => {
                 self.phase = Phase::Deciding;
                 self.tell(Event::Suspected { why: why.into() });

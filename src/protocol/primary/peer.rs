@@ -5,7 +5,7 @@ use std::hash::{Hash, Hasher};
 use super::types::{Action, ConnId};
 use super::{Phase, Primary};
 use crate::protocol::event::Event;
-use crate::protocol::heartbeat::{HeartbeatConfig, Judge, Pulse};
+use crate::protocol::failure_detector::{FailureDetector, HeartbeatConfig, HeartbeatTimer};
 use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use crate::protocol::mutant;
 use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
@@ -20,7 +20,7 @@ pub struct Peer {
     pub features: u64,
     /// Its host runs the guest's TSC at another speed than its own.
     pub scales_tsc: bool,
-    life: Option<(Pulse, Judge)>,
+    life: Option<(HeartbeatTimer, FailureDetector)>,
     join_by: Instant,
 }
 
@@ -31,7 +31,7 @@ impl Peer {
 
     fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
         self.heartbeat = Some(conn);
-        self.life = Some((Pulse::new(config.interval, now), Judge::new(config.timeout, now)));
+        self.life = Some((HeartbeatTimer::new(config.interval, now), FailureDetector::new(config.timeout, now)));
     }
 
     pub fn channel_of(&self, conn: ConnId) -> Option<Channel> {
@@ -43,8 +43,8 @@ impl Peer {
     }
 
     pub fn heard(&mut self, now: Instant) {
-        if let Some((_, judge)) = &mut self.life {
-            judge.heard(now);
+        if let Some((_, detector)) = &mut self.life {
+            detector.heard(now);
         }
     }
 
@@ -62,16 +62,16 @@ impl Peer {
         committed: Option<EpochId>,
     ) -> Option<(ConnId, Heartbeat)> {
         let conn = self.heartbeat?;
-        let (pulse, _) = self.life.as_mut()?;
-        let sequence = pulse.beat(now)?;
+        let (timer, _) = self.life.as_mut()?;
+        let sequence = timer.beat(now)?;
         Some((conn, Heartbeat { instance: me, generation, sequence, committed }))
     }
 
     /// Why the peer is suspect, if it is.
     pub fn suspicion(&self, now: Instant, phase: Phase) -> Option<String> {
         match &self.life {
-            Some((_, judge)) => {
-                judge.suspects(now).map(|silence| format!("no heartbeat for {} ms", silence.as_millis()))
+            Some((_, detector)) => {
+                detector.suspects(now).map(|silence| format!("no heartbeat for {} ms", silence.as_millis()))
             }
             None if phase == Phase::Joining && now >= self.join_by => {
                 Some("it did not open its heartbeat connection in time".into())
@@ -85,9 +85,9 @@ impl Peer {
         let Peer { instance, data, heartbeat, features, scales_tsc: _, life, join_by } = self;
         (instance, data, heartbeat, features, life.is_some()).hash(into);
         match life {
-            Some((pulse, judge)) => {
-                pulse.digest(now, into);
-                judge.digest(now, into);
+            Some((timer, detector)) => {
+                timer.digest(now, into);
+                detector.digest(now, into);
             }
             None => join_by.since(now).hash(into),
         }
@@ -96,15 +96,15 @@ impl Peer {
     /// When the peer next needs attention.
     pub fn due(&self, phase: Phase) -> Option<Instant> {
         match &self.life {
-            Some((pulse, judge)) => Some(pulse.due().min(judge.deadline())),
+            Some((timer, detector)) => Some(timer.due().min(detector.deadline())),
             None => (phase == Phase::Joining).then_some(self.join_by),
         }
     }
 }
 
 impl Primary {
-    /// Takes a heartbeat. The newcomer's first one says that it has heard our welcome on both connections: an epoch that arrived
-    /// before that would find it unprepared.
+    /// Takes a heartbeat. The newcomer's first one says that it has heard our welcome on both
+    /// connections: an epoch that arrived before that would find it unprepared.
     pub(super) fn heartbeat(&mut self, now: Instant) {
         let Some(peer) = &mut self.peer else { return };
         peer.heard(now);
@@ -116,7 +116,7 @@ impl Primary {
 
     /// Answers a hello on a new connection.
     pub(super) fn hello(&mut self, now: Instant, conn: ConnId, hello: Hello) {
-        if let Err((reason, detail)) = self.judge_hello(&hello) {
+        if let Err((reason, detail)) = self.check_hello(&hello) {
             return self.refuse(conn, reason, detail);
         }
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
@@ -160,7 +160,7 @@ impl Primary {
         }
     }
 
-    fn judge_hello(&self, hello: &Hello) -> Result<(), (RefuseReason, String)> {
+    fn check_hello(&self, hello: &Hello) -> Result<(), (RefuseReason, String)> {
         let config = &self.config;
         let no = |reason, detail: String| Err((reason, detail));
         if hello.version != PROTOCOL_VERSION {

@@ -1,4 +1,5 @@
-//! When writes held for [shared storage](crate::protocol::shared) may go out, and what the peer is told of them.
+//! When writes held for [shared storage](crate::protocol::shared) may go out, and what the peer is
+//! told of them.
 
 use super::{Action, Phase, Primary};
 use crate::protocol::layout::ImageLayout;
@@ -9,10 +10,11 @@ use crate::protocol::resync::Ledger;
 use crate::protocol::types::EpochId;
 
 impl Primary {
-    /// What a newcomer lacks: everything but the storage it shares, which may be behind what this host has in its cache.
+    /// What a newcomer lacks: everything but the storage it shares, which may be behind what this
+    /// host has in its cache.
     pub(super) fn begin_ledger(&mut self) {
         let layout = ImageLayout::of(&self.config.shape);
-        let compare = self.peer_features() & features::DISK_SUMS != 0;
+        let compare = self.peer_features() & features::DISK_HASHES != 0;
         let mut ledger = Ledger::new(&layout, compare);
         layout.shared().iter().for_each(|blocks| ledger.has(blocks.clone()));
         self.ledger = Some(ledger);
@@ -26,8 +28,8 @@ impl Primary {
         }
     }
 
-    /// A committed epoch's writes go out with its output. Before there is a pair, output passes, or waits for the pair; the writes need not:
-    /// a newcomer that takes over has committed them.
+    /// A committed epoch's writes go out with its output. Before there is a pair, output passes, or
+    /// waits for the pair; the writes need not: a newcomer that takes over has committed them.
     pub(super) fn write_through_unreleased(&mut self, id: EpochId) {
         if self.phase != Phase::Protected {
             self.write_through(id);

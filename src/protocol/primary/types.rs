@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
-use crate::protocol::heartbeat::HeartbeatConfig;
+use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::messages::{Hello, MachineShape, Message};
-use crate::protocol::sums::BlockSum;
 use crate::protocol::types::{EpochId, GuestName, Instant};
 
 /// Names a connection; the driver gives the numbers and never uses one twice.
@@ -104,30 +104,31 @@ pub enum Input {
         /// The epoch.
         id: EpochId,
     },
-    /// The capture failed; its dirt was put back.
+    /// The capture failed; its dirty pages was put back.
     CaptureFailed {
         /// Why, in words.
         why: String,
     },
     /// The background push asked for was read and handed to the link.
     Pushed,
-    /// The peer's sums of blocks.
-    PeerSums {
+    /// The peer's hashes of blocks.
+    PeerHashes {
         /// The connection.
         conn: ConnId,
         /// The index of the first block.
         first: u64,
-        /// The sums; none if the newcomer's image is not worth a comparison.
-        sums: Vec<BlockSum>,
+        /// The hashes; none if the newcomer's image is not worth a comparison.
+        hashes: Vec<BlockHash>,
     },
-    /// The sums asked for, of this node's blocks.
-    OwnSums {
+    /// The hashes asked for, of this node's blocks.
+    OwnHashes {
         /// The question's ticket.
         ticket: u64,
-        /// The sums, or in words why there are none.
-        sums: Result<Vec<BlockSum>, String>,
+        /// The hashes, or in words why there are none.
+        hashes: Result<Vec<BlockHash>, String>,
     },
-    /// The storage shared with the newcomer on this connection has everything written before `StartTracking`, for good.
+    /// The storage shared with the newcomer on this connection has everything written before
+    /// `StartTracking`, for good.
     StorageSynced {
         /// The connection.
         conn: ConnId,
@@ -188,15 +189,17 @@ pub enum Action {
         /// The connection.
         conn: ConnId,
     },
-    /// From now on know every page the guest or a device writes, and hold writes to shared storage; say `StorageSynced` once it has all
-    /// that was written before (if there is such storage).
+    /// From now on know every page the guest or a device writes, and hold writes to shared storage;
+    /// say `StorageSynced` once it has all that was written before (if there is such storage).
     StartTracking {
         /// Where epochs and pushes go from now on.
         conn: ConnId,
     },
-    /// Stop knowing; forget what is on its way to the newcomer. Writes held for shared storage go there, all of them.
+    /// Stop knowing; forget what is on its way to the newcomer. Writes held for shared storage go
+    /// there, all of them.
     StopTracking,
-    /// Capture an epoch: pause, save, copy dirt, seal output, resume; send it; then say `Captured` or `CaptureFailed`.
+    /// Capture an epoch: pause, save, copy dirty pages, seal output, resume; send it; then say
+    /// `Captured` or `CaptureFailed`.
     Capture {
         /// Its name.
         id: EpochId,
@@ -210,12 +213,13 @@ pub enum Action {
         /// Page indexes, rising.
         pages: Vec<u64>,
     },
-    /// The next epoch that is cut freezes these blocks of a disk: they can be read as they were then. Those frozen before are let go.
-    Freeze {
+    /// The next epoch that is cut freezes these blocks of a disk: they can be read as they were
+    /// then. Those frozen before are let go.
+    Preserve {
         /// Their indexes.
         run: Range<u64>,
     },
-    /// Sum these blocks of a disk, then say `OwnSums`.
+    /// Sum these blocks of a disk, then say `OwnHashes`.
     Sum {
         /// Names the question.
         ticket: u64,
@@ -224,28 +228,32 @@ pub enum Action {
         /// The epoch they were frozen with; as they are, without one.
         as_of: Option<EpochId>,
     },
-    /// The epoch is committed on the peer: its dirt is safe there.
+    /// The epoch is committed on the peer: its dirty pages is safe there.
     Committed {
         /// The epoch.
         id: EpochId,
     },
-    /// Let the output of epochs up to `through` go, in order, but not after `before`; say `ReleaseExpired` if that passed.
+    /// Let the output of epochs up to `through` go, in order, but not after `before`; say
+    /// `ReleaseExpired` if that passed.
     Release {
         /// The newest epoch whose output may go.
         through: u64,
         /// After this the right to release must be proven again.
         before: Instant,
     },
-    /// Write what is held of epochs up to `through` to shared storage, once they are committed; say `Written` as it comes about.
+    /// Write what is held of epochs up to `through` to shared storage, once they are committed; say
+    /// `Written` as it comes about.
     WriteThrough {
         /// The newest such epoch.
         through: EpochId,
     },
-    /// Let all held output go (and held writes to shared storage), and let what follows pass at once.
+    /// Let all held output go (and held writes to shared storage), and let what follows pass at
+    /// once.
     ReleaseAll,
     /// Let the guest run (or not).
     Run(bool),
-    /// The guest stands still: save it to the snapshot's file while it does, then say `SnapshotEnded`.
+    /// The guest stands still: save it to the snapshot's file while it does, then say
+    /// `SnapshotEnded`.
     Snapshot,
     /// There is no snapshot to be taken now.
     NoSnapshot {
@@ -254,8 +262,9 @@ pub enum Action {
     },
     /// Ask the arbiter.
     Ask(ArbiterCall),
-    /// Stop the guest for good, throw held output and held writes away, close all connections, and give up the lock of shared storage when
-    /// no write is under way any more. Only the control socket stays.
+    /// Stop the guest for good, throw held output and held writes away, close all connections, and
+    /// give up the lock of shared storage when no write is under way any more. Only the control
+    /// socket stays.
     Fence,
     /// End the process.
     Exit,

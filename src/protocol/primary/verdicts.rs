@@ -48,7 +48,8 @@ impl Primary {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),
             (Phase::Stopping, Verdict::Won(record)) => {
-                // What the disks are stamped with: with an older one they would be taken for outdated.
+                // What the disks are stamped with: with an older one they would be taken for
+                // outdated.
                 self.record = record;
                 self.end();
             }
@@ -89,7 +90,8 @@ impl Primary {
         self.begin_generation(record);
         self.ledger = None;
         let Some(peer) = &self.peer else {
-            // It died while the arbiter thought: the pair is on record, so going on alone takes another swap.
+            // It died while the arbiter thought: the pair is on record, so going on alone takes
+            // another swap.
             self.phase = Phase::Deciding;
             self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
             return;

@@ -7,8 +7,9 @@ use crate::protocol::messages::Message;
 use crate::protocol::types::Instant;
 
 impl Secondary {
-    /// Tells a checker that explores all states what this one is: two secondaries with the same digest do the same from now on, whatever
-    /// happens. Times count from `now`, so that it does not matter when a state came about; words for people are left out.
+    /// Tells a checker that explores all states what this one is: two secondaries with the same
+    /// digest do the same from now on, whatever happens. Times count from `now`, so that it does
+    /// not matter when a state came about; words for people are left out.
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
@@ -21,9 +22,9 @@ impl Secondary {
         (generation, expected, committed, record, arbiter_lost.is_some(), quitting).hash(into);
         (made, summing, resync_left).hash(into);
         (life.is_some(), guard.is_some(), inheritance.as_ref().map(|inheritance| inheritance.digest())).hash(into);
-        if let Some((pulse, judge)) = life {
-            pulse.digest(now, into);
-            judge.digest(now, into);
+        if let Some((timer, detector)) = life {
+            timer.digest(now, into);
+            detector.digest(now, into);
         }
         if let Some(guard) = guard {
             guard.digest(now, into);

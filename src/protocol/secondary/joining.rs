@@ -2,7 +2,7 @@
 
 use super::{Action, Ending, Phase, Secondary};
 use crate::protocol::event::Event;
-use crate::protocol::heartbeat::{Judge, Pulse, StallGuard};
+use crate::protocol::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
 use crate::protocol::messages::Message;
 use crate::protocol::messages::{Channel, Hello, PROTOCOL_VERSION, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
@@ -63,14 +63,15 @@ impl Secondary {
                 self.phase = Phase::Syncing;
                 let interval = std::time::Duration::from_micros(welcome.heartbeat_interval_us);
                 let timeout = std::time::Duration::from_micros(welcome.heartbeat_timeout_us);
-                self.life = Some((Pulse::new(interval, now), Judge::new(timeout, now)));
-                self.guard = Some(StallGuard::new(timeout, now));
+                self.life = Some((HeartbeatTimer::new(interval, now), FailureDetector::new(timeout, now)));
+                self.guard = Some(SleepGuard::new(timeout, now));
             }
             _ => self.start_over(now, "the primary said welcome out of turn"),
         }
     }
 
-    /// A primary welcomes nobody whom it asks too much of; one that does so all the same is not believed, whatever it is.
+    /// A primary welcomes nobody whom it asks too much of; one that does so all the same is not
+    /// believed, whatever it is.
     pub(super) fn judge_welcome(&self, welcome: &Welcome) -> Result<(), (RefuseReason, String)> {
         let epoch_bytes_max = welcome.shape.epoch_bytes_max();
         if epoch_bytes_max > self.config.staging_bytes_max {
@@ -112,7 +113,8 @@ impl Secondary {
         }
     }
 
-    /// Back to the start. Before anything was built that costs only a while; afterwards this instance is over.
+    /// Back to the start. Before anything was built that costs only a while; afterwards this
+    /// instance is over.
     pub(super) fn start_over(&mut self, now: Instant, why: &str) {
         self.close_connections();
         if matches!(self.phase, Phase::Connecting | Phase::Greeting) {
@@ -128,8 +130,9 @@ impl Secondary {
         }
     }
 
-    /// Ends this node. While it asks for the guest it may be the only one that has it, so the answer is waited for (and the guest run, if
-    /// that is the answer), unless the operator asks twice.
+    /// Ends this node. While it asks for the guest it may be the only one that has it, so the
+    /// answer is waited for (and the guest run, if that is the answer), unless the operator asks
+    /// twice.
     pub(super) fn quit(&mut self) {
         let twice = std::mem::replace(&mut self.quitting, true);
         if twice || !matches!(self.phase, Phase::Deciding | Phase::Locking) {

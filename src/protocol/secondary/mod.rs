@@ -10,21 +10,21 @@
 //!                                                    └───────────────┘
 //! ```
 
+mod block_hashes;
 mod digest;
 mod joining;
 mod storage;
-mod sums;
 mod types;
 
 use std::collections::VecDeque;
 
 use self::storage::Inheritance;
-pub use storage::StorageTrouble;
+pub use storage::StorageFault;
 pub use types::{Action, Ending, Input, SecondaryConfig};
 
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
 use super::event::Event;
-use super::heartbeat::{Judge, Pulse, StallGuard};
+use super::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
 use super::messages::{Heartbeat, Message, Welcome};
 use super::mutant;
 use super::primary::ConnId;
@@ -44,7 +44,8 @@ pub enum Phase {
     Joining,
     /// Receives epochs and pages; the image has holes.
     Syncing,
-    /// The image is whole, and the primary holds its output since: it takes over if the primary fails, from the record that stands.
+    /// The image is whole, and the primary holds its output since: it takes over if the primary
+    /// fails, from the record that stands.
     Standby,
     /// On record as the peer: it takes over if the primary fails.
     Paired,
@@ -72,15 +73,15 @@ pub struct Secondary {
     welcome: Option<Welcome>,
     /// For each disk whether this newcomer has just made its image.
     made: Vec<bool>,
-    life: Option<(Pulse, Judge)>,
-    guard: Option<StallGuard>,
+    life: Option<(HeartbeatTimer, FailureDetector)>,
+    guard: Option<SleepGuard>,
     generation: Generation,
     expected: Option<EpochId>,
     committed: Option<EpochId>,
     /// When the newest committed epoch began to arrive.
     began: Instant,
     record: Option<Record>,
-    /// The first of the blocks that are being summed for the primary.
+    /// The first of the blocks that are being hashed for the primary.
     summing: Option<u64>,
     /// What this newcomer still lacks, as the primary said: pages of memory, then of each disk.
     resync_left: Vec<u64>,
@@ -95,8 +96,9 @@ pub struct Secondary {
 }
 
 impl Secondary {
-    /// A newcomer that tries the primary from `start` on. Its connections are numbered above `last_conn`, the newest number an earlier
-    /// instance of this process used, so that nothing meant for that one reaches this one.
+    /// A newcomer that tries the primary from `start` on. Its connections are numbered above
+    /// `last_conn`, the newest number an earlier instance of this process used, so that nothing
+    /// meant for that one reaches this one.
     pub fn new(config: SecondaryConfig, me: InstanceId, last_conn: ConnId, start: Instant) -> Secondary {
         Secondary {
             me,
@@ -185,7 +187,7 @@ impl Secondary {
             Input::Staged { conn, id, completes_resync, staged_bytes, began } => {
                 self.staged(now, conn, (id, began), completes_resync, staged_bytes);
             }
-            Input::Summed { first, sums } => self.summed(first, sums),
+            Input::BlocksHashed { first, hashes } => self.hashed(first, hashes),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
                     self.verdict(verdict);
@@ -206,7 +208,7 @@ impl Secondary {
 
     /// When to call `handle(now, Input::Tick)` at the latest.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let life = self.life.as_ref().map(|(pulse, judge)| pulse.due().min(judge.deadline()));
+        let life = self.life.as_ref().map(|(timer, detector)| timer.due().min(detector.deadline()));
         [self.step_at, life, self.arbitration.due()].into_iter().flatten().min()
     }
 
@@ -227,21 +229,21 @@ impl Secondary {
 
     fn notice_stall(&mut self, now: Instant) {
         let Some(stall) = self.guard.as_mut().and_then(|guard| guard.look(now)) else { return };
-        if let Some((_, judge)) = &mut self.life {
+        if let Some((_, detector)) = &mut self.life {
             // We slept ourselves: the silence proves nothing.
-            judge.heard(now);
+            detector.heard(now);
             self.tell(Event::Stalled { stall });
         }
     }
 
     fn mind_primary(&mut self, now: Instant) {
-        let (Some((pulse, judge)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
-        if let Some(silence) = judge.suspects(now) {
+        let (Some((timer, detector)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
+        if let Some(silence) = detector.suspects(now) {
             let why = format!("no heartbeat for {} ms", silence.as_millis());
             if !mutant::is("silence-never-suspected") {
                 self.lose_primary(now, &why);
             }
-        } else if let Some(sequence) = pulse.beat(now) {
+        } else if let Some(sequence) = timer.beat(now) {
             let beat =
                 Heartbeat { instance: self.me, generation: self.generation, sequence, committed: self.committed };
             self.actions.push_back(Action::Send { conn, message: Message::Heartbeat(beat) });
@@ -259,8 +261,8 @@ impl Secondary {
             Message::Welcome(welcome) => self.welcomed(now, conn, welcome),
             Message::Refuse { reason, detail } => self.refused(now, reason, detail),
             Message::Heartbeat(beat) if !on_data && Some(beat.instance) == self.primary() => {
-                if let Some((_, judge)) = &mut self.life {
-                    judge.heard(now);
+                if let Some((_, detector)) = &mut self.life {
+                    detector.heard(now);
                 }
             }
             Message::Paired { record } if on_data => self.paired(now, record),
@@ -274,15 +276,17 @@ impl Secondary {
         }
     }
 
-    /// Whether `conn` is the data connection. Heartbeats are judged here; of the data connection its driver tells what the kernel knows.
+    /// Whether `conn` is the data connection. Heartbeats are judged here; of the data connection
+    /// its driver tells what the kernel knows.
     pub fn is_data(&self, conn: ConnId) -> bool {
         self.data == Some(conn)
     }
 
-    /// On a slow link heartbeats may be stuck behind an epoch: bytes of the epoch are a sign of life too.
+    /// On a slow link heartbeats may be stuck behind an epoch: bytes of the epoch are a sign of
+    /// life too.
     fn moved(&mut self, now: Instant, conn: ConnId, ago: std::time::Duration) {
-        if let Some((_, judge)) = self.life.as_mut().filter(|_| self.data == Some(conn)) {
-            judge.moved(now.before(ago));
+        if let Some((_, detector)) = self.life.as_mut().filter(|_| self.data == Some(conn)) {
+            detector.moved(now.before(ago));
         }
     }
 
@@ -313,8 +317,8 @@ impl Secondary {
         self.expected = Some(id.next());
         self.committed = Some(id);
         self.began = began;
-        if let Some((_, judge)) = &mut self.life {
-            judge.overtaken();
+        if let Some((_, detector)) = &mut self.life {
+            detector.overtaken();
         }
         if mutant::is("ack-without-commit") && self.phase == Phase::Paired && id.epoch % 2 == 1 {
             self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
@@ -361,8 +365,8 @@ impl Secondary {
         self.data == Some(conn) && self.phase == Phase::Syncing
     }
 
-    /// Another program, or another version of this one. Asking it again would not change that, so a newcomer ends; later on it is a primary
-    /// gone wrong, like any other.
+    /// Another program, or another version of this one. Asking it again would not change that, so a
+    /// newcomer ends; later on it is a primary gone wrong, like any other.
     fn foreign(&mut self, now: Instant, conn: ConnId, why: String) {
         let ours = self.data == Some(conn) || self.heartbeat == Some(conn);
         if ours && matches!(self.phase, Phase::Greeting | Phase::Joining) {
@@ -386,9 +390,10 @@ impl Secondary {
         }
     }
 
-    /// Asks for the guest, from the record this node knows. Before it has heard of its pair that is the one the primary ran alone under:
-    /// while that stands, nothing has left since the capture that made our image whole. If the pair came on record meanwhile, the answer
-    /// says so, and the guest is asked for from there.
+    /// Asks for the guest, from the record this node knows. Before it has heard of its pair that is
+    /// the one the primary ran alone under: while that stands, nothing has left since the capture
+    /// that made our image whole. If the pair came on record meanwhile, the answer says so, and the
+    /// guest is asked for from there.
     fn ask_for_the_guest(&mut self) {
         let Some(primary) = self.primary() else { return };
         let expected = self.record.unwrap_or(Record::solo(self.generation, primary));

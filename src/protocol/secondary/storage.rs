@@ -1,4 +1,4 @@
-//! What an heir does about [shared storage](crate::protocol::shared) before its guest runs.
+//! What a new primary does about [shared storage](crate::protocol::shared) before its guest runs.
 //!
 //! ```text
 //!  the guest is ours ─▶ take the lock ─▶ had to wait? ask whether it still is ours ─▶ write what was kept, sync ─▶ run
@@ -6,8 +6,9 @@
 //!                        └─────┴──── wait, say so ◀────────────────────────────────────────┘
 //! ```
 //!
-//! Whoever may still write the storage holds its lock: an old primary that stands still, or one that is cut off. Nothing is lost meanwhile:
-//! what was committed is kept here, and nobody was told of more.
+//! Whoever may still write the storage holds its lock: an old primary that stands still, or one
+//! that is cut off. Nothing is lost meanwhile: what was committed is kept here, and nobody was told
+//! of more.
 
 use super::{Action, Phase, Secondary};
 use crate::protocol::arbitration::ArbiterRequest;
@@ -23,22 +24,23 @@ const TRIES_UNTOLD: u32 = 2;
 
 /// Why shared storage cannot be had yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum StorageTrouble {
+pub enum StorageFault {
     /// Another node has its lock.
     Locked(String),
     /// It does not take what this node kept.
     Failing(String),
 }
 
-/// An heir on its way to shared storage.
+/// A new primary on its way to shared storage.
 #[derive(Clone, Debug)]
 pub(super) struct Inheritance {
     /// The record that won.
     record: Record,
-    /// How often the storage could not be had. If it ever was, the arbiter has to be asked again: somebody may have decided otherwise meanwhile.
+    /// How often the storage could not be had. If it ever was, the arbiter has to be asked again:
+    /// somebody may have decided otherwise meanwhile.
     tries: u32,
     /// Why it waits, while it does.
-    pub(super) trouble: Option<StorageTrouble>,
+    pub(super) trouble: Option<StorageFault>,
 }
 
 impl Inheritance {
@@ -50,7 +52,7 @@ impl Inheritance {
 
 impl Secondary {
     /// Why shared storage cannot be had, while the takeover waits for it.
-    pub fn storage_trouble(&self) -> Option<&StorageTrouble> {
+    pub fn storage_fault(&self) -> Option<&StorageFault> {
         self.inheritance.as_ref().and_then(|inheritance| inheritance.trouble.as_ref())
     }
 
@@ -97,7 +99,7 @@ impl Secondary {
     }
 
     /// The lock is another node's, or the storage fails: it is tried again.
-    pub(super) fn storage_refused(&mut self, now: Instant, trouble: StorageTrouble) {
+    pub(super) fn storage_refused(&mut self, now: Instant, trouble: StorageFault) {
         let Some(inheritance) = self.inheritance.as_mut().filter(|_| self.phase == Phase::Locking) else { return };
         // An old primary that was just killed may have closed its sockets and not yet its files.
         let doublings = inheritance.tries.min(DOUBLINGS_MAX);
@@ -109,8 +111,8 @@ impl Secondary {
         if is_news && inheritance.tries > TRIES_UNTOLD {
             inheritance.trouble = Some(trouble.clone());
             self.tell(match trouble {
-                StorageTrouble::Locked(why) => Event::DiskLocked { why },
-                StorageTrouble::Failing(why) => Event::DiskFailing { why },
+                StorageFault::Locked(why) => Event::DiskLocked { why },
+                StorageFault::Failing(why) => Event::DiskFailing { why },
             });
         }
     }

@@ -4,13 +4,13 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
 use crate::protocol::primary::ConnId;
 use crate::protocol::record::Record;
-use crate::protocol::secondary::StorageTrouble;
-use crate::protocol::sums::BlockSum;
+use crate::protocol::secondary::StorageFault;
 use crate::protocol::types::{EpochId, GuestName, Instant};
 
 /// How a secondary behaves.
@@ -70,7 +70,8 @@ pub enum Input {
     },
     /// The machine asked for is built.
     MachineReady {
-        /// For each disk of its shape whether its image was made just now: nothing there is worth a comparison.
+        /// For each disk of its shape whether its image was made just now: nothing there is worth a
+        /// comparison.
         made: Vec<bool>,
     },
     /// The machine asked for cannot be built on this host.
@@ -91,12 +92,12 @@ pub enum Input {
         /// When it began to arrive.
         began: Instant,
     },
-    /// The sums asked for.
-    Summed {
+    /// The hashes asked for.
+    BlocksHashed {
         /// The index of the first block.
         first: u64,
-        /// The sums.
-        sums: Vec<BlockSum>,
+        /// The hashes.
+        hashes: Vec<BlockHash>,
     },
     /// The arbiter answered.
     Answer {
@@ -110,8 +111,9 @@ pub enum Input {
     /// Shared storage has what was kept of committed epochs, for good.
     KeptWritten,
     /// Shared storage cannot be had.
-    StorageRefused(StorageTrouble),
-    /// An operator ends this node. While it asks the arbiter for the guest, or waits for its disk, only the second time counts.
+    StorageRefused(StorageFault),
+    /// An operator ends this node. While it asks the arbiter for the guest, or waits for its disk,
+    /// only the second time counts.
     Quit,
 }
 
@@ -164,19 +166,20 @@ pub enum Action {
         /// The epoch.
         id: EpochId,
     },
-    /// Sum these blocks of a disk once every committed epoch is in the image and before the next one is, then say `Summed`.
+    /// Sum these blocks of a disk once every committed epoch is in the image and before the next
+    /// one is, then say `BlocksHashed`.
     Sum {
         /// Their indexes.
         run: Range<u64>,
     },
-    /// Send sums of blocks.
-    SendSums {
+    /// Send hashes of blocks.
+    SendHashes {
         /// The connection.
         conn: ConnId,
         /// The index of the first block.
         first: u64,
-        /// The sums; none if the image is not worth a comparison.
-        sums: Vec<BlockSum>,
+        /// The hashes; none if the image is not worth a comparison.
+        hashes: Vec<BlockHash>,
     },
     /// Shared storage has the writes of every epoch up to `through`: forget those.
     Forget {
@@ -185,11 +188,13 @@ pub enum Action {
     },
     /// Try to take the lock of shared storage, then say `StorageLocked` or `StorageRefused`.
     TakeStorage,
-    /// Write what was kept of committed epochs to shared storage and sync it, then say `KeptWritten` or `StorageRefused`.
+    /// Write what was kept of committed epochs to shared storage and sync it, then say
+    /// `KeptWritten` or `StorageRefused`.
     WriteKept,
     /// Ask the arbiter.
     Ask(ArbiterCall),
-    /// Throw away what is staged but not committed; finish applying; restore; run the guest under `record`.
+    /// Throw away what is staged but not committed; finish applying; restore; run the guest under
+    /// `record`.
     Promote {
         /// The record that won.
         record: Record,

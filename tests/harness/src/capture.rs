@@ -1,5 +1,6 @@
-//! Sees every frame that leaves either host towards the clients: a packet socket in the clients' network that tells by the bridge's port
-//! which host it came from. The kernel's filter lets only frames with the guest's source address through, and only as they come in.
+//! Sees every frame that leaves either host towards the clients: a packet socket in the clients'
+//! network that tells by the bridge's port which host it came from. The kernel's filter lets only
+//! frames with the guest's source address through, and only as they come in.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mcd::demo::client::monotonic_us;
-use mcd::demo::fabric::{Fabric, HostName};
+use mcd::demo::namespaces::{HostName, Namespaces};
 use nix::net::if_::if_nametoindex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg};
@@ -45,8 +46,8 @@ struct Shared {
 
 impl Capture {
     /// Starts to watch for frames from `mac`.
-    pub fn start(fabric: &Fabric, mac: [u8; 6]) -> io::Result<Capture> {
-        let (socket, ports) = fabric.lan.run(|| open(mac)).map_err(io::Error::other)??;
+    pub fn start(namespaces: &Namespaces, mac: [u8; 6]) -> io::Result<Capture> {
+        let (socket, ports) = namespaces.lan.run(|| open(mac)).map_err(io::Error::other)??;
         let socket = Arc::new(socket);
         let shared =
             Arc::new(Shared { witness: Mutex::default(), judged_us: AtomicU64::new(0), over: AtomicBool::new(false) });
@@ -71,7 +72,8 @@ impl Capture {
         Ok(())
     }
 
-    /// What was seen since the mark. A frame that the kernel had no room for is an error: then nothing is proved.
+    /// What was seen since the mark. A frame that the kernel had no room for is an error: then
+    /// nothing is proved.
     pub fn testimony(&self) -> io::Result<Testimony> {
         self.catch_up()?;
         let lost = self.lost()?;
@@ -106,7 +108,8 @@ impl Capture {
     fn lost(&self) -> io::Result<u32> {
         let mut statistics = Statistics::default();
         let mut length = size_of::<Statistics>() as libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes, which is the size of `statistics`; both outlive the call.
+        // SAFETY: the kernel writes at most `length` bytes, which is the size of `statistics`; both
+        // outlive the call.
         let result = unsafe {
             libc::getsockopt(
                 self.socket.as_raw_fd(),
@@ -145,7 +148,8 @@ impl Shared {
     fn watch(&self, socket: &OwnedFd, ports: Ports) {
         let mut frame = vec![0; FRAME_BYTES_MAX];
         while !self.over.load(Relaxed) {
-            // Taken before the look that finds nothing: all that came before it has been judged then.
+            // Taken before the look that finds nothing: all that came before it has been judged
+            // then.
             let now_us = monotonic_us();
             match receive(socket, &mut frame, &ports) {
                 Ok(Some((host, at_us, length))) => {
@@ -160,7 +164,8 @@ impl Shared {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    // Nothing is judged any more, and whoever waits for it is told by the time it takes.
+                    // Nothing is judged any more, and whoever waits for it is told by the time it
+                    // takes.
                     eprintln!("mcd-harness: the capture failed: {error}");
                     return;
                 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::process::Stdio;
 use std::time::Duration;
 
-use mcd::demo::fabric::{Fabric, HostName, Namespace, find_tool};
+use mcd::demo::namespaces::{HostName, Namespace, Namespaces, find_tool};
 
 use crate::rows::{Ports, Way};
 
@@ -21,53 +21,59 @@ pub struct Cuts {
 
 impl Cuts {
     /// Drops in silence what comes in at the hosts. `primary` tells which host that is.
-    pub fn drop_packets(&mut self, fabric: &Fabric, primary: HostName, ports: Ports, way: Way) -> io::Result<()> {
+    pub fn drop_packets(
+        &mut self,
+        namespaces: &Namespaces,
+        primary: HostName,
+        ports: Ports,
+        way: Way,
+    ) -> io::Result<()> {
         self.rules = true;
         // In the receiver's INPUT chain: a DROP in the sender's OUTPUT would tell the sender.
         if way != Way::ToSecondary {
-            filter(fabric, primary, ports)?;
+            filter(namespaces, primary, ports)?;
         }
         if way != Way::ToPrimary {
-            filter(fabric, primary.other(), ports)?;
+            filter(namespaces, primary.other(), ports)?;
         }
         Ok(())
     }
 
     /// Takes the wire's carrier away.
-    pub fn link_down(&mut self, fabric: &Fabric) -> io::Result<()> {
+    pub fn link_down(&mut self, namespaces: &Namespaces) -> io::Result<()> {
         self.down = true;
-        fabric.host(HostName::A).ip(&["link set wire down"]).map_err(io::Error::other)
+        namespaces.host(HostName::A).ip(&["link set wire down"]).map_err(io::Error::other)
     }
 
     /// Lets the wire carry only 1 MB/s each way.
-    pub fn slow_down(&mut self, fabric: &Fabric) -> io::Result<()> {
+    pub fn slow_down(&mut self, namespaces: &Namespaces) -> io::Result<()> {
         self.slow = true;
         for host in [HostName::A, HostName::B] {
             // A queue of a quarter of a second, as a cheap switch has it.
-            tc(fabric, host, "qdisc replace dev wire root tbf rate 8mbit burst 16kb limit 256kb")?;
+            tc(namespaces, host, "qdisc replace dev wire root tbf rate 8mbit burst 16kb limit 256kb")?;
         }
         Ok(())
     }
 
     /// Mends everything.
-    pub fn mend(&mut self, fabric: &Fabric) -> io::Result<()> {
+    pub fn mend(&mut self, namespaces: &Namespaces) -> io::Result<()> {
         let Cuts { rules, down, slow } = std::mem::take(self);
         if down {
-            fabric.host(HostName::A).ip(&["link set wire up"]).map_err(io::Error::other)?;
+            namespaces.host(HostName::A).ip(&["link set wire up"]).map_err(io::Error::other)?;
         }
         for host in [HostName::A, HostName::B] {
             if rules {
-                restore(fabric.host(host), "*filter\n-F INPUT\nCOMMIT\n")?;
+                restore(namespaces.host(host), "*filter\n-F INPUT\nCOMMIT\n")?;
             }
             if slow {
-                speed_up(fabric, host)?;
+                speed_up(namespaces, host)?;
             }
         }
         Ok(())
     }
 }
 
-fn filter(fabric: &Fabric, host: HostName, ports: Ports) -> io::Result<()> {
+fn filter(namespaces: &Namespaces, host: HostName, ports: Ports) -> io::Result<()> {
     let (first, last) = match ports {
         Ports::Data => (DATA_PORT, DATA_PORT),
         Ports::Heartbeat => (DATA_PORT + 1, DATA_PORT + 1),
@@ -75,7 +81,7 @@ fn filter(fabric: &Fabric, host: HostName, ports: Ports) -> io::Result<()> {
     };
     // Either end may be the one that listens.
     let rule = |side| format!("-A INPUT -i wire -p tcp --{side} {first}:{last} -j DROP\n");
-    restore(fabric.host(host), &format!("*filter\n{}{}COMMIT\n", rule("dport"), rule("sport")))
+    restore(namespaces.host(host), &format!("*filter\n{}{}COMMIT\n", rule("dport"), rule("sport")))
 }
 
 /// Changes all rules of a network at one instant.
@@ -83,25 +89,26 @@ pub fn restore(net: &Namespace, rules: &str) -> io::Result<()> {
     feed(net, "iptables-restore", &["--noflush"], rules).map(drop)
 }
 
-/// Ends [`Cuts::slow_down`]. A queue that is taken away takes along what waits in it, which would be another fault: the loss of a whole
-/// flight, for which TCP waits longer than a heartbeat time-out. So it is emptied first.
-fn speed_up(fabric: &Fabric, host: HostName) -> io::Result<()> {
+/// Ends [`Cuts::slow_down`]. A queue that is taken away takes along what waits in it, which would
+/// be another fault: the loss of a whole flight, for which TCP waits longer than a heartbeat
+/// time-out. So it is emptied first.
+fn speed_up(namespaces: &Namespaces, host: HostName) -> io::Result<()> {
     const LOOKS_MAX: u32 = 2_000;
     const LOOK: Duration = Duration::from_millis(1);
-    tc(fabric, host, "qdisc change dev wire root tbf rate 10gbit burst 4mb limit 4mb")?;
+    tc(namespaces, host, "qdisc change dev wire root tbf rate 10gbit burst 4mb limit 4mb")?;
     for _ in 0..LOOKS_MAX {
-        let shown = tc(fabric, host, "-s qdisc show dev wire")?;
+        let shown = tc(namespaces, host, "-s qdisc show dev wire")?;
         if shown.contains(" backlog 0b 0p ") {
-            return tc(fabric, host, "qdisc del dev wire root").map(drop);
+            return tc(namespaces, host, "qdisc del dev wire root").map(drop);
         }
         std::thread::sleep(LOOK);
     }
     Err(io::Error::other(format!("the queue of host {host}'s wire never became empty")))
 }
 
-fn tc(fabric: &Fabric, host: HostName, command: &str) -> io::Result<String> {
+fn tc(namespaces: &Namespaces, host: HostName, command: &str) -> io::Result<String> {
     let words: Vec<&str> = command.split(' ').collect();
-    feed(fabric.host(host), "tc", &words, "")
+    feed(namespaces.host(host), "tc", &words, "")
 }
 
 /// What a tool says, given `input`.

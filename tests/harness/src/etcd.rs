@@ -1,4 +1,5 @@
-//! `etcd:`: a real etcd in a network of its own, which both hosts reach by another way than each other.
+//! `etcd:`: a real etcd in a network of its own, which both hosts reach by another way than each
+//! other.
 
 use std::fs::{self, File};
 use std::io;
@@ -6,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use mcd::demo::fabric::{Fabric, FabricError, HostName, Namespace, find_tool};
+use mcd::demo::namespaces::{HostName, Namespace, NamespaceError, Namespaces, find_tool};
 use mcd::demo::nodes::die_with_parent;
 
 use crate::cuts::restore;
@@ -32,8 +33,9 @@ pub struct EtcdPlace {
 }
 
 impl EtcdPlace {
-    /// Makes the network, with a way to it from each host, and starts the etcd with its data in `directory`.
-    pub fn new(fabric: &Fabric, directory: &Path) -> Result<EtcdPlace, FabricError> {
+    /// Makes the network, with a way to it from each host, and starts the etcd with its data in
+    /// `directory`.
+    pub fn new(namespaces: &Namespaces, directory: &Path) -> Result<EtcdPlace, NamespaceError> {
         let net = Namespace::new("the arbiter")?;
         net.ip(&[
             "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0".to_owned(),
@@ -41,7 +43,7 @@ impl EtcdPlace {
             "link set br0 up".to_owned(),
         ])?;
         for (host, last) in [(HostName::A, 11), (HostName::B, 12)] {
-            fabric.host(host).ip(&[
+            namespaces.host(host).ip(&[
                 format!("link add arbiter type veth peer name to-{host} netns {}", net.path().display()),
                 format!("address add 10.79.0.{last}/24 dev arbiter"),
                 "link set arbiter up".to_owned(),
@@ -49,7 +51,7 @@ impl EtcdPlace {
             net.ip(&[format!("link set to-{host} master br0 up")])?;
         }
         let mut place = EtcdPlace { net, directory: directory.join("etcd"), child: None, starts: 0 };
-        place.start().map_err(|source| FabricError::Io { action: "start etcd".to_owned(), source })?;
+        place.start().map_err(|source| NamespaceError::Io { action: "start etcd".to_owned(), source })?;
         Ok(place)
     }
 

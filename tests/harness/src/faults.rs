@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mcd::control::status::{NodeStatus, Role, State};
 use mcd::demo::client::monotonic_us;
-use mcd::demo::fabric::HostName;
+use mcd::demo::namespaces::HostName;
 use mcd::demo::nodes::StartAs;
 
 use crate::rows::Fault;
@@ -28,7 +28,8 @@ const REFUSED: i32 = 4;
 pub enum After {
     /// It was never apart.
     Pair,
-    /// This host's node runs the guest, in a newer generation (or alone, if there was no pair before).
+    /// This host's node runs the guest, in a newer generation (or alone, if there was no pair
+    /// before).
     Leads(HostName, Box<NodeStatus>),
     /// Nobody runs the guest.
     Nobody,
@@ -48,7 +49,8 @@ pub struct Done {
 }
 
 impl World<'_> {
-    /// What a fault needs before it: most need a protected guest, some a newcomer that is being filled.
+    /// What a fault needs before it: most need a protected guest, some a newcomer that is being
+    /// filled.
     pub fn prepare(&mut self, fault: Fault) -> Result<(), Trouble> {
         if !matches!(fault, Fault::KillNewcomerInResync | Fault::KillPrimaryInResync) {
             return Ok(());
@@ -60,7 +62,7 @@ impl World<'_> {
         })?;
         self.bury(other);
         // So that the resync lasts.
-        self.cuts.slow_down(&self.fabric).map_err(Trouble::io("slow the link down"))?;
+        self.cuts.slow_down(&self.namespaces).map_err(Trouble::io("slow the link down"))?;
         self.start(StartAs::Secondary, other)?;
         self.wait("a resync to begin", DECISION_LIMIT, |world| {
             let status = world.status(world.runner);
@@ -91,18 +93,18 @@ impl World<'_> {
             }
             Fault::FreezeSecondary(ms) => self.frozen(old.other(), ms, generation, &mut done)?,
             Fault::Drop(ports, way) => {
-                let cut = self.cuts.drop_packets(&self.fabric, old, ports, way);
+                let cut = self.cuts.drop_packets(&self.namespaces, old, ports, way);
                 cut.map_err(Trouble::io("drop packets"))?;
                 done.after = self.decision(generation)?;
                 self.linger()?;
             }
             Fault::LinkDown => {
-                self.cuts.link_down(&self.fabric).map_err(Trouble::io("take the link down"))?;
+                self.cuts.link_down(&self.namespaces).map_err(Trouble::io("take the link down"))?;
                 done.after = self.decision(generation)?;
                 self.linger()?;
             }
             Fault::SlowLink => {
-                self.cuts.slow_down(&self.fabric).map_err(Trouble::io("slow the link down"))?;
+                self.cuts.slow_down(&self.namespaces).map_err(Trouble::io("slow the link down"))?;
                 self.pass(SLOW)?;
                 done.after = self.unchanged(generation)?;
             }
@@ -132,7 +134,8 @@ impl World<'_> {
             Fault::ArbiterFullThenDrop => {
                 self.place.fill().map_err(Trouble::io("fill the arbiter's disk"))?;
                 done.began_us = monotonic_us();
-                let cut = self.cuts.drop_packets(&self.fabric, old, crate::rows::Ports::Both, crate::rows::Way::Both);
+                let cut =
+                    self.cuts.drop_packets(&self.namespaces, old, crate::rows::Ports::Both, crate::rows::Way::Both);
                 cut.map_err(Trouble::io("drop packets"))?;
                 self.without_arbiter(generation, &mut done)?;
             }
@@ -157,18 +160,20 @@ impl World<'_> {
             Fault::KillBothInTakeover | Fault::KillBoth => {
                 self.kill(old)?;
                 if fault == Fault::KillBothInTakeover {
-                    // Anywhere between the first suspicion and the first packets of the heir.
+                    // Anywhere between the first suspicion and the first packets of the new
+                    // primary.
                     thread::sleep(Duration::from_micros(self.rng.below(15_000)));
                 }
                 self.kill(old.other())?;
             }
         }
         self.place.mend().map_err(Trouble::io("mend the arbiter"))?;
-        self.cuts.mend(&self.fabric).map_err(Trouble::io("mend the link"))?;
+        self.cuts.mend(&self.namespaces).map_err(Trouble::io("mend the link"))?;
         Ok(done)
     }
 
-    /// Waits until a node runs the guest in a newer generation, with its takeover's first packet out.
+    /// Waits until a node runs the guest in a newer generation, with its takeover's first packet
+    /// out.
     fn decision(&mut self, generation: u64) -> Result<After, Trouble> {
         self.wait("a node to be given the guest", DECISION_LIMIT, |world| {
             let leads = world.leader().filter(|(_, status)| {

@@ -36,7 +36,7 @@ pub fn page(report: &Report) -> String {
     }
     let _ = write!(
         out,
-        "</p><p><small>Each dot is one trial: the time from the fault to the first packet of the heir. The bar is the median of each stage, counted from the last sign of life.</small></p>"
+        "</p><p><small>Each dot is one trial: the time from the fault to the first packet of the new_primary. The bar is the median of each stage, counted from the last sign of life.</small></p>"
     );
     for fault in report.faults.iter().filter(|fault| fault.takeover_ms.count > 0) {
         diagram(&mut out, fault, &report.trials);

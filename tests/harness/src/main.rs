@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use mcd::demo::fabric::{self, Fabric, FabricError, HostName};
+use mcd::demo::namespaces::{self, HostName, NamespaceError, Namespaces};
 use mcd::demo::nodes::{NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 use nix::mount::{MsFlags, mount};
@@ -37,7 +37,8 @@ use rows::{ROWS, Row};
 use trial::Counts;
 use world::{Parts, World};
 
-/// The first argument with which this program is a node: then it is `mcd` with the arguments that follow.
+/// The first argument with which this program is a node: then it is `mcd` with the arguments that
+/// follow.
 const AS_NODE: &str = "node";
 /// The guest's Ethernet address, which the witness looks for.
 const MAC: [u8; 6] = [0x02, 0x6d, 0x63, 0x64, 0x00, 0x01];
@@ -124,12 +125,12 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<bool, Trouble> {
     let stop = catch_signals().map_err(Trouble::io("watch for signals"))?;
-    fabric::gain_rights()?;
+    namespaces::gain_rights()?;
     own_mounts().map_err(Trouble::io("get mounts of its own"))?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     kvm.map_err(Trouble::io("open /dev/kvm"))?;
     for (tool, package) in [("iptables-restore", "iptables"), ("tc", "iproute2")] {
-        fabric::find_tool(tool).ok_or(FabricError::NoTool { tool, package })?;
+        namespaces::find_tool(tool).ok_or(NamespaceError::NoTool { tool, package })?;
     }
     let seed = match args.seed {
         Some(seed) => seed,
@@ -140,19 +141,28 @@ fn run(args: &Args) -> Result<bool, Trouble> {
         dir.keep();
         println!("the nodes' logs are in {}", dir.path().display());
     }
-    let fabric = Arc::new(Fabric::new()?);
+    let namespaces = Arc::new(Namespaces::new()?);
     let place: Box<dyn Place> = match args.arbiter {
         ArbiterKind::File => Box::new(FilePlace::new(dir.path()).map_err(Trouble::io("make the arbiter's storage"))?),
-        ArbiterKind::Etcd => Box::new(EtcdPlace::new(&fabric, dir.path())?),
+        ArbiterKind::Etcd => Box::new(EtcdPlace::new(&namespaces, dir.path())?),
         ArbiterKind::Command => {
             Box::new(CommandPlace::new(dir.path()).map_err(Trouble::io("write the fencing scripts"))?)
         }
     };
-    let capture = Capture::start(&fabric, MAC).map_err(Trouble::io("watch the clients' network"))?;
+    let capture = Capture::start(&namespaces, MAC).map_err(Trouble::io("watch the clients' network"))?;
     let settings = settings(args, place.as_ref())?;
     let timeout_ms = args.heartbeat_interval_ms * 3;
-    let parts =
-        Parts { settings, timeout_ms, connections: args.connections, seed, fabric, place, capture, dir: &dir, stop };
+    let parts = Parts {
+        settings,
+        timeout_ms,
+        connections: args.connections,
+        seed,
+        namespaces,
+        place,
+        capture,
+        dir: &dir,
+        stop,
+    };
     let report = play(args, seed, World::new(parts))?;
     println!("\n{report}");
     write(args, &report)?;
@@ -260,7 +270,8 @@ fn write(args: &Args, report: &Report) -> Result<(), Trouble> {
     Ok(())
 }
 
-/// Moves this process, which has one thread yet, into a mount namespace of its own: what it mounts ends with it.
+/// Moves this process, which has one thread yet, into a mount namespace of its own: what it mounts
+/// ends with it.
 fn own_mounts() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;

@@ -1,4 +1,5 @@
-//! The little of Ethernet, IPv4 and TCP that a witness must read. Nothing here believes a length that it has not checked.
+//! The little of Ethernet, IPv4 and TCP that a witness must read. Nothing here believes a length
+//! that it has not checked.
 
 use std::net::Ipv4Addr;
 
@@ -52,7 +53,8 @@ const ETHERNET_BYTES: usize = 14;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const PROTOCOL_TCP: u8 = 6;
 
-/// Reads a frame; `None` if it is not even one, or an IPv4 packet with TCP that does not hold what it says.
+/// Reads a frame; `None` if it is not even one, or an IPv4 packet with TCP that does not hold what
+/// it says.
 pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
     let ethertype = number16(frame, 12)?;
     let packet = frame.get(ETHERNET_BYTES..)?;
@@ -65,7 +67,8 @@ pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
     if first >> 4 != 4 || header < 20 || total < header {
         return None;
     }
-    // Fragments carry no header after the first; the guest sends none, and one would show as something else than TCP.
+    // Fragments carry no header after the first; the guest sends none, and one would show as
+    // something else than TCP.
     if protocol != PROTOCOL_TCP || number16(packet, 6)? & 0x3fff != 0 {
         return Some(Packet::Other(ethertype));
     }
@@ -101,7 +104,8 @@ fn address(bytes: &[u8], at: usize) -> Option<Ipv4Addr> {
 #[cfg(test)]
 pub mod build {
 
-    /// A frame with a TCP segment from 10.77.0.2:6379 to 10.77.0.1:`port`, padded to Ethernet's least length.
+    /// A frame with a TCP segment from 10.77.0.2:6379 to 10.77.0.1:`port`, padded to Ethernet's
+    /// least length.
     pub fn tcp(port: u16, sequence: u32, acknowledged: u32, flags: u8, payload: &[u8]) -> Vec<u8> {
         let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
         let total = u16::try_from(40 + payload.len()).unwrap();

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use mcd::demo::fabric::HostName;
+use mcd::demo::namespaces::HostName;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::rows::Fault;
@@ -46,7 +46,8 @@ pub trait Place {
     }
 }
 
-/// `file:`: a directory on a tiny filesystem of its own, shared by both hosts as a cluster's storage is.
+/// `file:`: a directory on a tiny filesystem of its own, shared by both hosts as a cluster's
+/// storage is.
 pub struct FilePlace {
     disk: PathBuf,
 }
@@ -113,7 +114,8 @@ impl Drop for FilePlace {
     }
 }
 
-/// `command:`: a script per host that ends the other host's node, as a power switch would, one at a time.
+/// `command:`: a script per host that ends the other host's node, as a power switch would, one at a
+/// time.
 pub struct CommandPlace {
     directory: PathBuf,
 }

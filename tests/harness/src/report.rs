@@ -44,7 +44,7 @@ pub struct FaultReport {
     pub expected: &'static str,
     /// Who did, and how often.
     pub runs: BTreeMap<String, usize>,
-    /// From the fault to the first packet of the heir, in ms.
+    /// From the fault to the first packet of the new primary, in ms.
     pub takeover_ms: Spread,
     /// Medians of the stages, in ms.
     pub stages_ms: Stages,
@@ -123,7 +123,7 @@ pub struct Frame {
 }
 
 impl Report {
-    /// Sums up.
+    /// Hashes up.
     pub fn new(frame: Frame, trials: Vec<Trial>) -> Report {
         let faults: Vec<FaultReport> = ROWS.iter().filter_map(|row| fault_report(row, &trials)).collect();
         let violations = trials.iter().map(|trial| trial.violations).sum();

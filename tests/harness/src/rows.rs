@@ -1,4 +1,5 @@
-//! The table: every fault, and what must come of it. `docs/failover.md` shows it, the trials assert it.
+//! The table: every fault, and what must come of it. `docs/failover.md` shows it, the trials assert
+//! it.
 
 use std::fmt::Write;
 
@@ -11,7 +12,8 @@ pub enum Fault {
     KillSecondary,
     /// SIGSTOP to the primary, and SIGCONT after so many ms.
     FreezePrimary(u64),
-    /// SIGSTOP to the primary for about the heartbeat time-out: now a little less, now a little more.
+    /// SIGSTOP to the primary for about the heartbeat time-out: now a little less, now a little
+    /// more.
     FreezePrimaryEdge,
     /// SIGSTOP to the secondary, and SIGCONT after so many ms.
     FreezeSecondary(u64),
@@ -25,9 +27,11 @@ pub enum Fault {
     ArbiterCut,
     /// The arbiter is stopped and started again.
     ArbiterRestart,
-    /// The arbiter is out of reach; then SIGKILL to the primary; a second later the arbiter is back.
+    /// The arbiter is out of reach; then SIGKILL to the primary; a second later the arbiter is
+    /// back.
     ArbiterCutThenKillPrimary,
-    /// The arbiter is out of reach; then SIGKILL to the secondary; a second later the arbiter is back.
+    /// The arbiter is out of reach; then SIGKILL to the secondary; a second later the arbiter is
+    /// back.
     ArbiterCutThenKillSecondary,
     /// The arbiter's disk is full; then SIGKILL to the primary; a second later there is room.
     ArbiterFullThenKillPrimary,
@@ -110,8 +114,9 @@ pub enum Silence {
 }
 
 impl Silence {
-    /// The limit in ms, for a pair with this heartbeat time-out and an arbiter that was away for so long. A question that was asked while it
-    /// was away may have to end first, which takes so long.
+    /// The limit in ms, for a pair with this heartbeat time-out and an arbiter that was away for so
+    /// long. A question that was asked while it was away may have to end first, which takes so
+    /// long.
     pub fn limit_ms(self, timeout_ms: u64, away_ms: u64, question_ms: u64) -> Option<u64> {
         match self {
             Silence::Ms(ms) => Some(ms),

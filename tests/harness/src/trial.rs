@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mcd::control::status::TakeoverReport;
 use mcd::demo::client::Tally;
-use mcd::demo::fabric::HostName;
+use mcd::demo::namespaces::HostName;
 use serde::Serialize;
 
 use crate::faults::{After, Done};
@@ -36,7 +36,7 @@ pub struct Trial {
     pub fault: &'static str,
     /// Who ran the guest afterwards.
     pub runs: String,
-    /// From the fault to the first packet of the heir, if there was a takeover, in ms.
+    /// From the fault to the first packet of the new primary, if there was a takeover, in ms.
     pub takeover_ms: Option<f64>,
     /// Its stages.
     pub stages: Option<Stages>,
@@ -105,7 +105,8 @@ impl Counts {
     }
 }
 
-/// Runs one trial. Afterwards the guest is protected again. What the clients saw is added to `totals`.
+/// Runs one trial. Afterwards the guest is protected again. What the clients saw is added to
+/// `totals`.
 pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Trial, Trouble> {
     let (old, generation) = begin(world, row.fault)?;
     let look = |world: &World<'_>| world.session.as_ref().map(|s| Counts::of(&s.tally)).unwrap_or_default();
@@ -157,8 +158,9 @@ pub fn run(world: &mut World<'_>, row: &Row, totals: &mut Counts) -> Result<Tria
 
 /// Brings everything to rest and has every key read back; what was seen until then.
 ///
-/// On a busy machine a node can be given up meanwhile, after the look at who runs the guest: frames of the heir then come before its
-/// takeover is known here. So whoever seems to be one too many is looked for once more among the nodes; a second releaser is none of them.
+/// On a busy machine a node can be given up meanwhile, after the look at who runs the guest: frames
+/// of the new primary then come before its takeover is known here. So whoever seems to be one too
+/// many is looked for once more among the nodes; a second releaser is none of them.
 fn rest(world: &mut World<'_>, row: &Row, old: HostName, unplanned: u64) -> Result<Testimony, Trouble> {
     const LOOKS_MAX: u32 = 3;
     let mut looks = 0;
@@ -174,7 +176,8 @@ fn rest(world: &mut World<'_>, row: &Row, old: HostName, unplanned: u64) -> Resu
     }
 }
 
-/// Brings the guest to a random moment of its protected life. Returns the host it runs on and its generation.
+/// Brings the guest to a random moment of its protected life. Returns the host it runs on and its
+/// generation.
 fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), Trouble> {
     loop {
         world.settle()?;
@@ -188,7 +191,8 @@ fn begin(world: &mut World<'_>, fault: Fault) -> Result<(HostName, u64), Trouble
         world.capture.mark().map_err(Trouble::io("follow the frames"))?;
         world.changes.clear();
         world.gauges().iter().for_each(|gauge| gauge.reset());
-        // The last moments are passed blindly, so that the fault falls anywhere in an epoch, not where a look ends.
+        // The last moments are passed blindly, so that the fault falls anywhere in an epoch, not
+        // where a look ends.
         let blind_us = world.rng.below(1 + world.settings.interval_ms * 1000);
         std::thread::sleep(Duration::from_micros(blind_us));
         let runner = world.runner;
@@ -221,14 +225,15 @@ fn judge_runs(trial: &mut Trial, row: &Row, old: HostName, done: &Done) {
     }
 }
 
-/// How long the guest said nothing because of the fault. At a change of hosts that ends with the heir's first frame: when there are few
-/// clients, all of them may wait for their own timers after that.
+/// How long the guest said nothing because of the fault. At a change of hosts that ends with the
+/// new primary's first frame: when there are few clients, all of them may wait for their own timers
+/// after that.
 fn silence_us(seen: &Testimony, old: HostName, new: HostName) -> u64 {
-    let heir = seen.reigns.windows(2).find_map(|pair| match pair {
+    let new_primary = seen.reigns.windows(2).find_map(|pair| match pair {
         [before, after] if old != new && after.host == new => Some(after.first_us.saturating_sub(before.last_us)),
         _ => None,
     });
-    heir.unwrap_or(seen.longest_silence_us)
+    new_primary.unwrap_or(seen.longest_silence_us)
 }
 
 fn note_takeover(trial: &mut Trial, takeover: &TakeoverReport, began_us: u64) {
@@ -257,7 +262,8 @@ fn judge_frames(trial: &mut Trial, row: &Row, seen: &Testimony, old: HostName, c
     }
 }
 
-/// How many late frames are forgiven, and what is wrong with the reigns if they are not those of `old` and then of `changes`.
+/// How many late frames are forgiven, and what is wrong with the reigns if they are not those of
+/// `old` and then of `changes`.
 fn extra_reigns(
     row: &Row,
     seen: &Testimony,
@@ -265,16 +271,17 @@ fn extra_reigns(
     changes: &[HostName],
     unplanned: bool,
 ) -> (u64, Option<String>) {
-    // Frames that a frozen process had checked before it was stopped leave when it wakes, at most one per thread that releases.
+    // Frames that a frozen process had checked before it was stopped leave when it wakes, at most
+    // one per thread that releases.
     let forgiven =
         if matches!(row.fault, Fault::FreezePrimary(_) | Fault::FreezePrimaryEdge) || unplanned { 1 } else { 0 };
     let (reigns, late_frames) = forgive(&seen.reigns, forgiven);
     let expected: Vec<HostName> = std::iter::once(old).chain(changes.iter().copied()).collect();
     let hosts: Vec<HostName> = reigns.iter().map(|reign| reign.host).collect();
-    // An heir that is killed in its turn may have got as far as its first frames.
-    let heir = row.fault == Fault::KillBothInTakeover && hosts == [old, old.other()];
+    // A new primary that is killed in its turn may have got as far as its first frames.
+    let new_primary = row.fault == Fault::KillBothInTakeover && hosts == [old, old.other()];
     // A host from which no frame came (it died at once) has no reign.
-    if hosts == expected || heir || (hosts.is_empty() && expected.len() == 1) {
+    if hosts == expected || new_primary || (hosts.is_empty() && expected.len() == 1) {
         return (late_frames, None);
     }
     let list = |hosts: &[HostName]| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -282,7 +289,8 @@ fn extra_reigns(
     (late_frames, Some(format!("{wrong} ({:?})", seen.reigns)))
 }
 
-/// The reigns without those of at most `most` frames between two of the other host; and how many frames those were.
+/// The reigns without those of at most `most` frames between two of the other host; and how many
+/// frames those were.
 fn forgive(reigns: &[Reign], most: u64) -> (Vec<Reign>, u64) {
     let (mut kept, mut late): (Vec<Reign>, u64) = (Vec::new(), 0);
     for (at, reign) in reigns.iter().enumerate() {
@@ -324,7 +332,7 @@ mod tests {
         assert_eq!(hosts(&forgive(&late, 0).0), [a, b, a, b]);
         let worse = [reign(a, 9), reign(b, 5), reign(a, 2), reign(b, 7)];
         assert_eq!(hosts(&forgive(&worse, 1).0), [a, b, a, b]);
-        // The heir's first frame is never a late one of its own.
+        // The new primary's first frame is never a late one of its own.
         assert_eq!(hosts(&forgive(&[reign(a, 9), reign(b, 1), reign(a, 3)], 1).0), [a, b, a]);
     }
 }

@@ -1,19 +1,23 @@
-//! The witness: judges every frame that left either host in the guest's name. It knows nothing of mcd.
+//! The witness: judges every frame that left either host in the guest's name. It knows nothing of
+//! mcd.
 //!
-//! - **I3, one releaser.** Every frame is known by the port it came through. The stream of frames is cut into *reigns*, in which all come
-//!   from one host. A takeover is one change of reign; any other change is two releasers at one time.
-//! - **I1, output commit.** What the guest said and acknowledged may never be taken back. The payload at one TCP sequence number is the same
-//!   in every transmission, whoever sends it, and an acknowledgement never goes back. A guest that went on from an older state than one
-//!   that was shown would break at least one of these. (A gap is no fault: what was committed and still held when the host died is a
-//!   packet the network lost, which the guest sends again.)
+//! - **I3, one releaser.** Every frame is known by the port it came through. The stream of frames
+//!   is cut into *reigns*, in which all come from one host. A takeover is one change of reign; any
+//!   other change is two releasers at one time.
+//! - **I1, output commit.** What the guest said and acknowledged may never be taken back. The
+//!   payload at one TCP sequence number is the same in every transmission, whoever sends it, and an
+//!   acknowledgement never goes back. A guest that went on from an older state than one that was
+//!   shown would break at least one of these. (A gap is no fault: what was committed and still held
+//!   when the host died is a packet the network lost, which the guest sends again.)
 
 use std::collections::{HashMap, VecDeque};
 
-use mcd::demo::fabric::HostName;
+use mcd::demo::namespaces::HostName;
 
 use crate::packet::{Packet, Segment, flags, parse};
 
-/// Bytes of each flow that are remembered to compare retransmissions with: more than a window of the guest.
+/// Bytes of each flow that are remembered to compare retransmissions with: more than a window of
+/// the guest.
 const HISTORY_BYTES_MAX: usize = 1 << 18;
 /// Violations kept in words.
 const WORDS_MAX: usize = 20;
@@ -106,7 +110,8 @@ impl Witness {
         (self.frames, self.bytes_compared)
     }
 
-    /// Takes a frame with the guest's source address that came through the port of `host` at `at_us`.
+    /// Takes a frame with the guest's source address that came through the port of `host` at
+    /// `at_us`.
     pub fn frame(&mut self, host: HostName, at_us: u64, frame: &[u8]) {
         self.frames += 1;
         self.longest_silence_us = self.longest_silence_us.max(at_us.saturating_sub(self.last_us));
@@ -135,7 +140,8 @@ impl Witness {
     fn segment(&mut self, host: HostName, segment: &Segment<'_>) {
         let key = (u32::from(segment.target.0), segment.target.1);
         if segment.has(flags::RST) {
-            // Connections of a guest that is gone are rightly refused by the one that was started in its place.
+            // Connections of a guest that is gone are rightly refused by the one that was started
+            // in its place.
             self.resets += u64::from(self.flows.remove(&key).is_some());
             return;
         }
@@ -188,7 +194,8 @@ impl Flow {
             Ok(gap) => self.history.extend(std::iter::repeat_n(UNSEEN, gap)),
             Err(_) => {}
         }
-        // How many of its bytes are old; of these the first few may be older than what is remembered.
+        // How many of its bytes are old; of these the first few may be older than what is
+        // remembered.
         let old = usize::try_from(-ahead.min(0)).unwrap_or(0);
         let (repeated, new) = segment.payload.split_at(old.min(segment.payload.len()));
         let forgotten = old.saturating_sub(self.history.len()).min(repeated.len());
@@ -243,7 +250,7 @@ mod tests {
             (a, tcp(PORT, start, 1, flags::SYN | flags::ACK, b"")),
             (a, data(start.wrapping_add(1), 10, b"hello")),
             (a, data(start.wrapping_add(6), 20, b"world")),
-            // The heir repeats what was not acknowledged, cut in another way, and goes on.
+            // The new primary repeats what was not acknowledged, cut in another way, and goes on.
             (b, data(start.wrapping_add(4), 20, b"loworld!")),
             (b, data(start.wrapping_add(12), 25, b"")),
         ]);
@@ -268,7 +275,8 @@ mod tests {
         };
         // Another reply in place of one that was sent.
         assert!(wrong(data(105, 50, b"5x")).1.contains("differ"));
-        // A reply that was sent and is not known any more: the guest's numbers go on with other bytes.
+        // A reply that was sent and is not known any more: the guest's numbers go on with other
+        // bytes.
         assert!(wrong(data(109, 50, b"new")).1.contains("differ"));
         // A request that was acknowledged and forgotten.
         assert!(wrong(data(110, 49, b"")).1.contains("1 bytes that had been acknowledged"));

@@ -1,4 +1,5 @@
-//! The world of a run: the hosts' network, the nodes, the arbiter's place, the clients and the witness.
+//! The world of a run: the hosts' network, the nodes, the arbiter's place, the clients and the
+//! witness.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -9,8 +10,8 @@ use std::time::{Duration, Instant};
 use mcd::control::status::{NodeStatus, Role, State};
 use mcd::demo::ask::answers_ping;
 use mcd::demo::client::{Dial, Gauge, Tally, connect, monotonic_us};
-use mcd::demo::fabric::{Fabric, GUEST_IPV4, HostName};
 use mcd::demo::load::{Load, LoadOptions, Phase};
+use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces};
 use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
 use mcd::demo::rng::Rng;
 
@@ -27,7 +28,8 @@ const LOOK: Duration = Duration::from_millis(2);
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for a guest to be protected again.
 pub const RESYNC_LIMIT: Duration = Duration::from_secs(60);
-/// Longest wait for a connection to be answered again: clients wait longer and longer before they try again.
+/// Longest wait for a connection to be answered again: clients wait longer and longer before they
+/// try again.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 
 /// The clients of one guest's life.
@@ -49,7 +51,7 @@ pub struct World<'a> {
     /// Decides everything that is left to chance.
     pub rng: Rng,
     /// The networks.
-    pub fabric: Arc<Fabric>,
+    pub namespaces: Arc<Namespaces>,
     /// The arbiter.
     pub place: Box<dyn Place + 'a>,
     /// What is broken between the hosts.
@@ -88,8 +90,8 @@ pub struct Parts<'a> {
     pub connections: usize,
     /// Decides everything that is left to chance.
     pub seed: u64,
-    /// See [`World::fabric`].
-    pub fabric: Arc<Fabric>,
+    /// See [`World::namespaces`].
+    pub namespaces: Arc<Namespaces>,
     /// See [`World::place`].
     pub place: Box<dyn Place + 'a>,
     /// See [`World::capture`].
@@ -103,13 +105,13 @@ pub struct Parts<'a> {
 impl<'a> World<'a> {
     /// A world in which nothing runs.
     pub fn new(parts: Parts<'a>) -> World<'a> {
-        let Parts { settings, timeout_ms, connections, seed, fabric, place, capture, dir, stop } = parts;
+        let Parts { settings, timeout_ms, connections, seed, namespaces, place, capture, dir, stop } = parts;
         World {
             settings,
             timeout_ms,
             connections,
             rng: Rng::new(seed),
-            fabric,
+            namespaces,
             place,
             cuts: Cuts::default(),
             capture,
@@ -180,8 +182,8 @@ impl<'a> World<'a> {
         self.started += 1;
         let name = format!("{host}-{}", self.started);
         let settings = NodeSettings { arbiter: Some(self.place.flag(host)), ..self.settings.clone() };
-        let node =
-            Node::start(role, host, &name, &settings, &self.fabric, self.dir).map_err(Trouble::io("start a node"))?;
+        let node = Node::start(role, host, &name, &settings, &self.namespaces, self.dir)
+            .map_err(Trouble::io("start a node"))?;
         self.place.started(host, node.pid()).map_err(Trouble::io("tell the arbiter of a node"))?;
         if let Some(place) = self.nodes.get_mut(index(host)) {
             *place = Some(node);
@@ -217,7 +219,8 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Whether the node that runs the guest and the other one both call it protected; then its generation.
+    /// Whether the node that runs the guest and the other one both call it protected; then its
+    /// generation.
     pub fn protected(&mut self) -> Option<u64> {
         let runner = self.status(self.runner).filter(|s| s.protected && s.role == Role::Primary)?;
         let other = self.status(self.runner.other()).filter(|s| s.protected && s.role == Role::Secondary)?;
@@ -242,7 +245,8 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Brings everything back: whoever is dead or fenced is started again as a secondary, and the guest is protected in the end.
+    /// Brings everything back: whoever is dead or fenced is started again as a secondary, and the
+    /// guest is protected in the end.
     pub fn settle(&mut self) -> Result<(), Trouble> {
         self.wait("the guest to be protected again", RESYNC_LIMIT, |world| {
             if world.protected().is_some() {
@@ -294,10 +298,10 @@ impl<'a> World<'a> {
 
     fn dial(&self) -> Dial {
         const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-        let fabric = self.fabric.clone();
+        let namespaces = self.namespaces.clone();
         let address = SocketAddr::from((GUEST_IPV4, GUEST_PORT));
         Arc::new(move || -> io::Result<TcpStream> {
-            fabric.lan.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
+            namespaces.lan.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
         })
     }
 

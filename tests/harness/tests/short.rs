@@ -1,5 +1,6 @@
-//! The short form of the soak: the most telling dozen of faults, each once, on real pairs. What must hold is safety and who runs the guest in
-//! the end; how fast it was is for `make soak`, on a machine that does nothing else.
+//! The short form of the soak: the most telling dozen of faults, each once, on real pairs. What
+//! must hold is safety and who runs the guest in the end; how fast it was is for `make soak`, on a
+//! machine that does nothing else.
 
 use std::process::Command;
 

@@ -1,4 +1,5 @@
-//! A person's way into a host: this terminal, connected to the shell on the host's third serial line.
+//! A person's way into a host: this terminal, connected to the shell on the host's third serial
+//! line.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;

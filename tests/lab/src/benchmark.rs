@@ -1,10 +1,11 @@
-//! An unmodified redis-benchmark that runs while a host is lost, and what redis-cli finds afterwards.
+//! An unmodified redis-benchmark that runs while a host is lost, and what redis-cli finds
+//! afterwards.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use mcd::demo::fabric::{GUEST_IPV4, Namespace, find_tool};
+use mcd::demo::namespaces::{GUEST_IPV4, Namespace, find_tool};
 use mcd::demo::nodes::die_with_parent;
 
 use crate::error::LabError;
@@ -21,7 +22,8 @@ pub struct Benchmark {
 }
 
 impl Benchmark {
-    /// Starts it in `network`, with so many `requests` of each kind; what it prints goes into `logs`. The counter must not exist yet.
+    /// Starts it in `network`, with so many `requests` of each kind; what it prints goes into
+    /// `logs`. The counter must not exist yet.
     pub fn start(network: &Namespace, logs: &Path, requests: u32) -> Result<Benchmark, LabError> {
         let program = find_tool("redis-benchmark");
         let program = program.ok_or_else(|| LabError::Missing("redis-benchmark (redis-tools)".to_owned()))?;

@@ -1,4 +1,5 @@
-//! The command channel of a host: a serial line on which init runs one shell command after the other.
+//! The command channel of a host: a serial line on which init runs one shell command after the
+//! other.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -42,8 +43,8 @@ impl Channel {
         Ok(())
     }
 
-    /// Runs `command` in a shell and waits for its end, `limit` between two signs of life. A command that goes on in the
-    /// background must send its output elsewhere.
+    /// Runs `command` in a shell and waits for its end, `limit` between two signs of life. A
+    /// command that goes on in the background must send its output elsewhere.
     pub fn run(&mut self, command: &str, limit: Duration) -> io::Result<Output> {
         self.number += 1;
         self.stream.get_ref().set_read_timeout(Some(limit.max(Duration::from_millis(1))))?;

@@ -1,4 +1,5 @@
-//! Archives as the kernel unpacks them for its first root: cpio, "newc", not compressed (an emulated processor unpacks slowly).
+//! Archives as the kernel unpacks them for its first root: cpio, "newc", not compressed (an
+//! emulated processor unpacks slowly).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -63,7 +64,8 @@ impl Archive {
         self.add(path, Entry::Link { target: target.to_owned() });
     }
 
-    /// What the archive is made of, one line for each name, so that two archives with the same lines are the same.
+    /// What the archive is made of, one line for each name, so that two archives with the same
+    /// lines are the same.
     pub fn inputs(&self) -> io::Result<String> {
         let mut all = String::new();
         for (path, entry) in &self.entries {
@@ -79,13 +81,15 @@ impl Archive {
         Ok(all)
     }
 
-    /// Writes it to `path`, unless what is there was made of the same inputs. True if it was written.
+    /// Writes it to `path`, unless what is there was made of the same inputs. True if it was
+    /// written.
     pub fn write_if_changed(&self, path: &Path) -> io::Result<bool> {
         let (note, inputs) = (path.with_extension("inputs"), self.inputs()?);
         if path.exists() && fs::read_to_string(&note).is_ok_and(|old| old == inputs) {
             return Ok(false);
         }
-        // First the archive under another name, then its note: a run that is interrupted leaves nothing that looks right.
+        // First the archive under another name, then its note: a run that is interrupted leaves
+        // nothing that looks right.
         let fresh = path.with_extension("new");
         self.write(BufWriter::new(File::create(&fresh)?))?;
         let _ = fs::remove_file(&note);
@@ -118,7 +122,8 @@ fn member(out: &mut impl Write, number: u32, path: &str, mode: u32, content: &[u
     let too_big = |_| io::Error::new(io::ErrorKind::FileTooLarge, format!("{path} is too big for a cpio archive"));
     let size = u32::try_from(content.len()).map_err(too_big)?;
     let name_size = u32::try_from(path.len() + 1).map_err(too_big)?;
-    // inode, mode, owner, group, links, time, size, device (2), special device (2), size of the name, checksum.
+    // inode, mode, owner, group, links, time, size, device (2), special device (2), size of the
+    // name, checksum.
     let fields = [number, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
     let mut header = MAGIC.to_owned();
     for field in fields {

@@ -1,12 +1,13 @@
-//! The hosts' disks, and on one of them the guest's. They are files here, which outlive the power cuts of their hosts as disks do: what a
-//! host has written to its disk stays, what it had only in its memory is gone.
+//! The hosts' disks, and on one of them the guest's. They are files here, which outlive the power
+//! cuts of their hosts as disks do: what a host has written to its disk stays, what it had only in
+//! its memory is gone.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use mcd::demo::fabric::{HostName, find_tool};
+use mcd::demo::namespaces::{HostName, find_tool};
 
 use crate::error::LabError;
 
@@ -26,7 +27,8 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// Makes them anew in `directory`: on `first`'s lies an image with an empty file system for the guest, the other one is empty.
+    /// Makes them anew in `directory`: on `first`'s lies an image with an empty file system for the
+    /// guest, the other one is empty.
     pub fn make(directory: &Path, first: HostName) -> Result<Disks, LabError> {
         let disks = Disks { directory: directory.to_owned() };
         // Nothing of an earlier run, whose images would be stamped.
@@ -51,7 +53,8 @@ impl Disks {
     }
 }
 
-/// Makes an image with an ext4 file system in which lies what is in `content`; no root is needed for that.
+/// Makes an image with an ext4 file system in which lies what is in `content`; no root is needed
+/// for that.
 fn make_image(path: &Path, bytes: u64, content: Option<&Path>) -> Result<(), LabError> {
     let action = || LabError::io(format!("make {}", path.display()));
     File::create(path).and_then(|file| file.set_len(bytes)).map_err(action())?;

@@ -3,14 +3,14 @@
 use std::io;
 
 use mcd::control::ClientError;
-use mcd::demo::fabric::FabricError;
+use mcd::demo::namespaces::NamespaceError;
 
 /// Why a lab could not be built or a scenario not be brought to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
     /// The network could not be made.
     #[error(transparent)]
-    Fabric(#[from] FabricError),
+    Namespaces(#[from] NamespaceError),
     /// The system refused something else.
     #[error("cannot {action}: {source}")]
     Io {
@@ -97,7 +97,7 @@ impl LabError {
         const HOST_LACKS_SOMETHING: u8 = 3;
         const KILLED_BY_SIGINT: u8 = 130;
         match self {
-            LabError::Fabric(_) | LabError::Missing(_) | LabError::Kernel { .. } => HOST_LACKS_SOMETHING,
+            LabError::Namespaces(_) | LabError::Missing(_) | LabError::Kernel { .. } => HOST_LACKS_SOMETHING,
             LabError::Interrupted => KILLED_BY_SIGINT,
             _ => FAILURE,
         }

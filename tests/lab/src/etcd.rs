@@ -1,11 +1,12 @@
-//! The arbiter: a real etcd on the clients' network, which each host reaches by another way than the other host.
+//! The arbiter: a real etcd on the clients' network, which each host reaches by another way than
+//! the other host.
 
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use mcd::demo::fabric::{CLIENT_IPV4, Namespace, find_tool};
+use mcd::demo::namespaces::{CLIENT_IPV4, Namespace, find_tool};
 use mcd::demo::nodes::die_with_parent;
 
 use crate::error::LabError;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mcd::demo::fabric::{GUEST_IPV4, GUEST_PREFIX_LEN};
+use mcd::demo::namespaces::{GUEST_IPV4, GUEST_PREFIX_LEN};
 
 use crate::disk::GUEST_IMAGE_PATH;
 use crate::image::{GUEST_INITRD, GUEST_KERNEL};
@@ -40,7 +40,8 @@ impl Guest {
 
     /// The flags that both of its nodes are given.
     pub fn node_flags(self) -> String {
-        // QEMU's emulation lets a guest's XSETBV change its host's XCR0 and tells KVM nothing: so the guest gets a CPU without XSAVE.
+        // QEMU's emulation lets a guest's XSETBV change its host's XCR0 and tells KVM nothing: so
+        // the guest gets a CPU without XSAVE.
         let linux = match self {
             Guest::BuiltIn => String::new(),
             Guest::Linux { .. } => format!(" --cpu baseline --disk {GUEST_IMAGE_PATH},serial=lab"),
@@ -61,7 +62,8 @@ impl Guest {
         if self.is_linux() { 5 } else { 2 }
     }
 
-    /// How many requests of each kind a redis-benchmark sends it: more than it serves before the next fault.
+    /// How many requests of each kind a redis-benchmark sends it: more than it serves before the
+    /// next fault.
     pub fn benchmark_requests(self) -> u32 {
         match self {
             Guest::BuiltIn => 1000,
@@ -76,7 +78,8 @@ impl Guest {
     }
 }
 
-/// What a kernel logs when its machine has not gone on as machines do: parts of lines, in small letters.
+/// What a kernel logs when its machine has not gone on as machines do: parts of lines, in small
+/// letters.
 const COMPLAINTS: [&str; 15] = [
     "lockup",
     "rcu: info",

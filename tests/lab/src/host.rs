@@ -1,4 +1,5 @@
-//! A lab host: a QEMU process whose emulated processor has SVM, so that KVM in it is the ordinary one.
+//! A lab host: a QEMU process whose emulated processor has SVM, so that KVM in it is the ordinary
+//! one.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mcd::control::Client;
-use mcd::demo::fabric::{HostName, Namespace, find_tool};
+use mcd::demo::namespaces::{HostName, Namespace, find_tool};
 use mcd::demo::nodes::die_with_parent;
 use serde_json::json;
 
@@ -98,7 +99,8 @@ impl Host {
             command.args(["-device", &format!("{device},romfile=")]);
         }
         command.args(["-device", "virtio-rng-pci"]);
-        // What the host has flushed is on this machine's disk; what it has not even written is lost with its power.
+        // What the host has flushed is on this machine's disk; what it has not even written is lost
+        // with its power.
         command.args(["-drive", &format!("if=none,id=disk,format=raw,cache=writeback,file={}", disk.display())]);
         command.args(["-device", "virtio-blk-pci,drive=disk"]);
         let output = File::create(file("qemu.log")).map_err(LabError::io("make a log for QEMU"))?;
@@ -145,7 +147,8 @@ impl Host {
             Err(error) => error.to_string(),
         };
         let said = std::fs::read_to_string(&self.log).unwrap_or_default();
-        // A host that restarts ends its QEMU well: nobody asked it to, so it had a triple fault or a panic.
+        // A host that restarts ends its QEMU well: nobody asked it to, so it had a triple fault or
+        // a panic.
         let last = format!(" ({how}; it said \"{}\"){}", said.trim(), self.console.tail());
         Err(LabError::HostGone { host: self.name.to_string(), last })
     }
@@ -198,14 +201,16 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // It may have ended by itself; either way it must be waited for, or it stays in the process table.
+        // It may have ended by itself; either way it must be waited for, or it stays in the process
+        // table.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The kernel's command line. The emulated processors' counters are this machine's own, so they run together and at one speed; by
-/// itself the kernel would measure another speed in each host, and a guest's TSC would not do on the other one.
+/// The kernel's command line. The emulated processors' counters are this machine's own, so they run
+/// together and at one speed; by itself the kernel would measure another speed in each host, and a
+/// guest's TSC would not do on the other one.
 fn command_line(name: HostName, tsc_khz: u64) -> String {
     let (lan, wire) = (net::lan_address(name), name.link_ipv4());
     let clock = format!("tsc=reliable tsc_early_khz={tsc_khz}");

@@ -1,17 +1,18 @@
-//! The first roots of the hosts and of the Linux guest, put together from this system's own programs and Debian's kernel modules.
+//! The first roots of the hosts and of the Linux guest, put together from this system's own
+//! programs and Debian's kernel modules.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mcd::demo::fabric::find_tool;
+use mcd::demo::namespaces::find_tool;
 
 use crate::cpio::Archive;
 use crate::error::LabError;
 use crate::kernel::Kernel;
 
-/// What a host's kernel must load: KVM, the devices QEMU gives it, what guests' networks are made of, and its disk's file system
-/// (with the checksum that ext4 asks for by name).
+/// What a host's kernel must load: KVM, the devices QEMU gives it, what guests' networks are made
+/// of, and its disk's file system (with the checksum that ext4 asks for by name).
 const HOST_MODULES: [&str; 10] = [
     "kvm-amd",
     "virtio_pci",
@@ -42,7 +43,8 @@ pub struct Images {
 }
 
 impl Images {
-    /// Builds what is missing or older than what it is made of, in `directory`, with the node's program `mcd`.
+    /// Builds what is missing or older than what it is made of, in `directory`, with the node's
+    /// program `mcd`.
     pub fn build(directory: &Path, mcd: &Path) -> Result<Images, LabError> {
         let eyes = eyes()?;
         let host = Kernel::open(&directory.join("host-kernel"))?;
@@ -74,7 +76,8 @@ fn write(archive: &Archive, path: &Path) -> Result<(), LabError> {
     Ok(())
 }
 
-/// What every root has: busybox under all its names, the places where the kernel's own file systems go, and `init`.
+/// What every root has: busybox under all its names, the places where the kernel's own file systems
+/// go, and `init`.
 fn base(init: &str) -> Result<Archive, LabError> {
     let mut archive = Archive::default();
     for directory in ["dev", "proc", "sys", "run", "tmp", "root", "var", "sbin", "usr/bin", "usr/sbin"] {
@@ -105,7 +108,8 @@ fn host_archive(kernel: &Kernel, mcd: &Path, eyes: &Path) -> Result<Archive, Lab
 fn guest_archive(kernel: &Kernel, eyes: &Path) -> Result<Archive, LabError> {
     let mut archive = base(include_str!("../init/guest"))?;
     add_modules(&mut archive, kernel, &GUEST_MODULES)?;
-    // Debian's redis-tools hold the server's program too: it is a server when it is called by that name.
+    // Debian's redis-tools hold the server's program too: it is a server when it is called by that
+    // name.
     let redis = find_tool("redis-server").or_else(|| find_tool("redis-check-rdb"));
     let redis = redis.ok_or_else(|| LabError::Missing("redis-server (redis-tools)".to_owned()))?;
     let redis = fs::canonicalize(&redis).map_err(LabError::io(format!("find {}", redis.display())))?;

@@ -1,4 +1,5 @@
-//! Debian's kernels as `make setup-lab` unpacks them, and their modules in the order in which they can be loaded.
+//! Debian's kernels as `make setup-lab` unpacks them, and their modules in the order in which they
+//! can be loaded.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -44,7 +45,8 @@ impl Kernel {
         })
     }
 
-    /// The files of `wanted` and of all that they need, each after what it needs. What is built in is left out.
+    /// The files of `wanted` and of all that they need, each after what it needs. What is built in
+    /// is left out.
     pub fn load_order(&self, wanted: &[&str]) -> Result<Vec<PathBuf>, LabError> {
         let mut order = Vec::new();
         for name in wanted {

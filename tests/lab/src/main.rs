@@ -1,7 +1,7 @@
 //! `mcd-lab`: two virtual hosts with ordinary KVM, a guest, and power cuts.
 //!
-//! QEMU's software processor has SVM, so KVM inside it is what users have on their hosts, even where this machine has none that
-//! is like it. `docs/testing.md` has a picture.
+//! QEMU's software processor has SVM, so KVM inside it is what users have on their hosts, even
+//! where this machine has none that is like it. `docs/testing.md` has a picture.
 
 mod attach;
 mod benchmark;
@@ -32,7 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use clap::Parser;
-use mcd::demo::fabric;
+use mcd::demo::namespaces;
 use mcd::demo::nodes::RunDir;
 use mcd::demo::trouble::catch_signals;
 
@@ -64,7 +64,8 @@ struct Args {
     /// The memory of each host, in MiB
     #[arg(long, default_value_t = 1536)]
     memory: u32,
-    /// The processors of each host. With two of them QEMU's emulation loses races: guests and whole hosts were reset as guests booted
+    /// The processors of each host. With two of them QEMU's emulation loses races: guests and whole
+    /// hosts were reset as guests booted
     #[arg(long, default_value_t = 1)]
     host_cpus: u32,
     /// Leave everything up at the end of a scenario and say how to look around; Ctrl-C ends it
@@ -106,7 +107,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool, LabError> {
     let started = Instant::now();
     let stop = catch_signals().map_err(LabError::io("watch for signals"))?;
-    fabric::gain_rights()?;
+    namespaces::gain_rights()?;
     let images = Images::build(&args.dir, &args.mcd)?;
     let sockets = RunDir::new().map_err(LabError::io("make a directory for the run"))?;
     let site = Arc::new(Site {
@@ -126,7 +127,8 @@ fn run(args: &Args) -> Result<bool, LabError> {
         println!("{}: {}", scenario.name, scenario.shows);
         let mut outcome = try_one(scenario, scenario.name, &options, &mut run, &stop)?;
         if outcome.host_gone && !stop.load(Relaxed) {
-            // No program in a host can do that to it: it was the emulated processor. Once is enough; the report says that it was.
+            // No program in a host can do that to it: it was the emulated processor. Once is
+            // enough; the report says that it was.
             let why = outcome.wrong.unwrap_or_default().lines().next().unwrap_or_default().to_owned();
             println!("{}: once more, because {why}", scenario.name);
             outcome = try_one(scenario, &format!("{}-again", scenario.name), &options, &mut run, &stop)?;

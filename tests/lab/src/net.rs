@@ -7,7 +7,7 @@
 //!                                └── wire-b ── QEMU b eth1 10.78.0.2/30
 //! ```
 
-use mcd::demo::fabric::{CLIENT_IPV4, FabricError, GUEST_PREFIX_LEN, HostName, Namespace};
+use mcd::demo::namespaces::{CLIENT_IPV4, GUEST_PREFIX_LEN, HostName, Namespace, NamespaceError};
 
 /// A host's address on the clients' network, by which it reaches the arbiter.
 pub fn lan_address(host: HostName) -> String {
@@ -15,7 +15,7 @@ pub fn lan_address(host: HostName) -> String {
 }
 
 /// Makes the networks. They end with the value and the processes in it.
-pub fn new() -> Result<Namespace, FabricError> {
+pub fn new() -> Result<Namespace, NamespaceError> {
     let lan = Namespace::new("the lab")?;
     let bridge = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0";
     let mut commands = vec![

@@ -1,5 +1,5 @@
-//! What is looked at after a scenario went wrong, while everything still stands: who answers, and where something waits. A client without a
-//! reply says nothing of where it got lost; this does.
+//! What is looked at after a scenario went wrong, while everything still stands: who answers, and
+//! where something waits. A client without a reply says nothing of where it got lost; this does.
 
 use std::fmt::Write;
 use std::fs;
@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use mcd::demo::fabric::{HostName, find_tool};
+use mcd::demo::namespaces::{HostName, find_tool};
 
 use crate::channel::Output;
 use crate::error::LabError;
@@ -16,7 +16,8 @@ use crate::world::World;
 /// How long a question may go without an answer.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What is asked beside the clients: their connections, whom they take for the guest, and behind which port the bridge has it.
+/// What is asked beside the clients: their connections, whom they take for the guest, and behind
+/// which port the bridge has it.
 const QUESTIONS_HERE: [(&str, &[&str]); 3] = [
     ("ss", &["--tcp", "--info", "--extended", "--options", "--numeric"]),
     ("ip", &["neigh"]),
@@ -62,7 +63,8 @@ impl World {
             let console = self.ask_console("echo a''live", "alive");
             section("the guest's console", &console.map_or_else(|error| error.to_string(), |()| "answers".to_owned()));
         }
-        // The machine as it is, for whoever wants to see its registers. It stays on the host's disk.
+        // The machine as it is, for whoever wants to see its registers. It stays on the host's
+        // disk.
         let runner = self.runner;
         let saved = self.host(runner).and_then(|host| host.run(SAVE_MACHINE, SAVE_LIMIT));
         section(SAVE_MACHINE, &saved.unwrap_or_else(|error| error.to_string()));

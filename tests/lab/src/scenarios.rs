@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use mcd::control::status::NodeStatus;
-use mcd::demo::fabric::HostName;
 use mcd::demo::load::Phase;
+use mcd::demo::namespaces::HostName;
 
 use crate::error::LabError;
 use crate::guest::Guest;
@@ -185,7 +185,8 @@ impl Play {
         Ok(())
     }
 
-    /// After a fault: every acknowledged write is there, read over the connections that lived through it, and the clocks went on.
+    /// After a fault: every acknowledged write is there, read over the connections that lived
+    /// through it, and the clocks went on.
     fn read_back(&mut self, world: &mut World, after: &str) -> Result<(), LabError> {
         let since = Instant::now();
         let keys = world.read_back()?;
@@ -226,17 +227,17 @@ impl Play {
         {
             return Err(LabError::Wrong("redis-benchmark was over before the power cut".to_owned()));
         }
-        let (old, heir) = (world.runner, world.runner.other());
+        let (old, new_primary) = (world.runner, world.runner.other());
         let marks = world.marks();
         let (since, since_us) = (Instant::now(), world.begin());
         world.cut_power(old)?;
         world.wait("the other host to take over", DECISION_LIMIT, |world| {
-            Ok(world.told(marks, heir, "MC_TAKEOVER").map(drop))
+            Ok(world.told(marks, new_primary, "MC_TAKEOVER").map(drop))
         })?;
-        world.runner = heir;
+        world.runner = new_primary;
         let silence_ms = world.wait_answers(since_us)?;
         self.note(
-            format!("power cut {round} of {rounds}: host {old} is lost, host {heir} goes on"),
+            format!("power cut {round} of {rounds}: host {old} is lost, host {new_primary} goes on"),
             since,
             Some(silence_ms),
         );
@@ -277,28 +278,28 @@ impl Play {
         let marks = world.marks();
         let (since, since_us) = (Instant::now(), world.begin());
         world.host(old)?.plug_wire(false)?;
-        let heir = world.wait("a node to be given the guest", DECISION_LIMIT, |world| {
+        let new_primary = world.wait("a node to be given the guest", DECISION_LIMIT, |world| {
             let takeover =
                 world.told(marks, other, "MC_TAKEOVER").filter(|_| world.told(marks, old, "MC_FENCED").is_some());
             let alone = world.told(marks, old, "MC_UNPROTECTED");
             Ok(takeover.map(|_| other).or(alone.map(|_| old)))
         })?;
-        world.runner = heir;
+        world.runner = new_primary;
         let silence_ms = world.wait_answers(since_us)?;
-        self.note(format!("the link is cut: host {heir} goes on"), since, Some(silence_ms));
+        self.note(format!("the link is cut: host {new_primary} goes on"), since, Some(silence_ms));
         world.check_clients()?;
         world.expect_one_runner()?;
         self.read_back(world, "the cut link")?;
         let since = Instant::now();
         let marks = world.marks();
         world.host(old)?.plug_wire(true)?;
-        if heir == other {
+        if new_primary == other {
             world.end_node(old)?;
             world.start_secondary()?;
         }
         // A secondary that lost joins again by itself.
         world.wait_protected(marks)?;
-        self.note(format!("the link is back: host {} protects the guest", heir.other()), since, None);
+        self.note(format!("the link is back: host {} protects the guest", new_primary.other()), since, None);
         world.check_clients()
     }
 }

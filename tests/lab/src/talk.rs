@@ -1,11 +1,12 @@
-//! Talking with the Linux guest: over its console, through the shell it has for the lab, and with what watches its clocks.
+//! Talking with the Linux guest: over its console, through the shell it has for the lab, and with
+//! what watches its clocks.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mcd::demo::client::connect;
-use mcd::demo::fabric::GUEST_IPV4;
+use mcd::demo::namespaces::GUEST_IPV4;
 
 use crate::error::LabError;
 use crate::host::COMMAND_LIMIT;
@@ -33,13 +34,15 @@ pub struct Times {
 }
 
 impl World {
-    /// Types a line on the guest's console on the host where it runs, and waits until `answer` is on its screen.
+    /// Types a line on the guest's console on the host where it runs, and waits until `answer` is
+    /// on its screen.
     pub fn ask_console(&mut self, line: &str, answer: &str) -> Result<(), LabError> {
         let runner = self.runner;
         self.host(runner)?.run(&format!("ask-console '{line}' '{answer}'"), COMMAND_LIMIT).map(drop)
     }
 
-    /// Runs a command in the guest, which must succeed, `limit` between two signs of life; what it prints.
+    /// Runs a command in the guest, which must succeed, `limit` between two signs of life; what it
+    /// prints.
     pub fn guest_run(&mut self, command: &str, limit: Duration) -> Result<String, LabError> {
         let address = SocketAddr::from((GUEST_IPV4, SHELL_PORT));
         let line = format!("{{ {command}\n}} 2>&1\necho \"{STATUS}$?\"\n");

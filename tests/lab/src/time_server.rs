@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mcd::demo::fabric::{CLIENT_IPV4, Namespace};
+use mcd::demo::namespaces::{CLIENT_IPV4, Namespace};
 
 use crate::error::LabError;
 
 /// How long a host may be silent between two questions.
-const PATIENCE: Duration = Duration::from_secs(10);
+const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Where hosts ask.
 pub fn address() -> SocketAddr {
@@ -49,7 +49,7 @@ impl TimeServer {
 
 fn answer(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(WAIT_MAX))?;
     let mut question = [0; 1];
     loop {
         stream.read_exact(&mut question)?;

@@ -1,4 +1,5 @@
-//! What the lab's program in the guest tells, as JSON: shared by those who tell and those who are told.
+//! What the lab's program in the guest tells, as JSON: shared by those who tell and those who are
+//! told.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +13,8 @@ pub struct ClockSteps {
     pub back: u64,
     /// By how much at most, in ns.
     pub back_ns_max: u64,
-    /// Most that it moved on between two reads of this vCPU, in ns. A thread that sleeps or is not run moves it too.
+    /// Most that it moved on between two reads of this vCPU, in ns. A thread that sleeps or is not
+    /// run moves it too.
     pub forward_ns_max: u64,
 }
 
@@ -36,7 +38,8 @@ pub struct Clocks {
     pub cpus: Vec<CpuClocks>,
     /// The wall clock when this was written, in ns since 1970.
     pub realtime_ns: u64,
-    /// How much the distance between wall clock and CLOCK_MONOTONIC changed since the program was started, in ns: at least and at most.
+    /// How much the distance between wall clock and CLOCK_MONOTONIC changed since the program was
+    /// started, in ns: at least and at most.
     pub wall_moved_ns: [i64; 2],
     /// What the kernel reads the time from.
     pub clocksource: String,

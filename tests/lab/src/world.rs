@@ -1,4 +1,5 @@
-//! The world of a scenario: the hosts, their nodes, the arbiter, and the clients who must not notice anything.
+//! The world of a scenario: the hosts, their nodes, the arbiter, and the clients who must not
+//! notice anything.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -10,8 +11,8 @@ use std::time::{Duration, Instant};
 use mcd::control::status::{NodeStatus, Role};
 use mcd::demo::ask::answers_ping;
 use mcd::demo::client::{Dial, Gauge, Tally, connect, monotonic_us};
-use mcd::demo::fabric::{CLIENT_IPV4, GUEST_IPV4, HostName, Namespace};
 use mcd::demo::load::{Load, LoadOptions, Phase};
+use mcd::demo::namespaces::{CLIENT_IPV4, GUEST_IPV4, HostName, Namespace};
 
 use crate::benchmark::Benchmark;
 use crate::channel::Output;
@@ -35,13 +36,15 @@ const HOST_BOOT_LIMIT: Duration = Duration::from_secs(180);
 pub const DECISION_LIMIT: Duration = Duration::from_secs(60);
 /// How long it may take until a guest is protected.
 const RESYNC_LIMIT: Duration = Duration::from_secs(240);
-/// How long a connection may take to be answered again: clients wait longer and longer before they try again.
+/// How long a connection may take to be answered again: clients wait longer and longer before they
+/// try again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 /// How long a redis-benchmark may take.
 const BENCHMARK_LIMIT: Duration = Duration::from_secs(300);
 /// What a host's console says when its node ends; its exit status follows.
 const NODE_ENDED: &str = "lab: the node ended with";
-/// An emulated host with two cores between all of them stands still now and then; suspicion must allow for that.
+/// An emulated host with two cores between all of them stands still now and then; suspicion must
+/// allow for that.
 const NODE_FLAGS: &str = "--heartbeat-interval-ms 1000 --heartbeat-timeout-ms 4000 --arbiter-timeout-ms 5000 \
                           --interval-ms 50 --staging-max 320M";
 
@@ -212,7 +215,8 @@ impl World {
         format!("mcd {role} {flags} {} --console socket", self.guest.node_flags())
     }
 
-    /// Makes sure that a node started by the command `role` on a host ends at once because of its disk; what it says.
+    /// Makes sure that a node started by the command `role` on a host ends at once because of its
+    /// disk; what it says.
     pub fn refused_start(&mut self, name: HostName, role: &str) -> Result<String, LabError> {
         let command = self.node_command(name, &format!("{role} {}", self.guest.boot_flags()));
         let Output { code, text } = self.host(name)?.try_run(&command, COMMAND_LIMIT)?;
@@ -381,7 +385,8 @@ impl World {
         monotonic_us()
     }
 
-    /// Waits until every client has been answered after `since_us`. Returns the longest silence any of them saw, in ms.
+    /// Waits until every client has been answered after `since_us`. Returns the longest silence any
+    /// of them saw, in ms.
     pub fn wait_answers(&mut self, since_us: u64) -> Result<u64, LabError> {
         self.wait("every client to be answered", ANSWER_LIMIT, |world| {
             Ok((world.has_trouble() || world.gauges().all(|gauge| gauge.last_reply_us() > since_us)).then_some(()))
@@ -422,7 +427,8 @@ impl World {
         })
     }
 
-    /// Lets the clients read every key back over the connections they have, and then leaves them at rest. Returns how many replies that were.
+    /// Lets the clients read every key back over the connections they have, and then leaves them at
+    /// rest. Returns how many replies that were.
     pub fn read_back(&mut self) -> Result<u64, LabError> {
         self.bring_clients_to(Phase::Hold)?;
         let before = self.replies();
@@ -431,8 +437,8 @@ impl World {
         self.some_replies_since(before)
     }
 
-    /// The same over new connections, for a server that was started anew. What happened to the old connections does not matter, nor to
-    /// writes that were on their way.
+    /// The same over new connections, for a server that was started anew. What happened to the old
+    /// connections does not matter, nor to writes that were on their way.
     pub fn read_back_anew(&mut self) -> Result<u64, LabError> {
         let seen = |world: &World| {
             let tally = world.session.as_ref().map(|session| Clients::of(&session.tally));

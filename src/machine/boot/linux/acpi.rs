@@ -1,12 +1,14 @@
-//! The ACPI tables: how a Linux guest finds its processors, its serial port and its virtio devices, and how it switches itself off.
+//! The ACPI tables: how a Linux guest finds its processors, its serial port and its virtio devices,
+//! and how it switches itself off.
 //!
 //! ```text
 //! 0xE0000   RSDP, then XSDT, FADT, MADT, DSDT, each on 16 bytes
 //! 0xFFFF0   the end of their room
 //! ```
 //!
-//! The machine is *hardware-reduced* in ACPI's words: it has no PM registers and no SCI, so there is no state of them to be saved. Power-off is a
-//! write to the sleep control register, a reset one to the reset register (see `device::bus`). Every x86 kernel since 2014 knows that.
+//! The machine is *hardware-reduced* in ACPI's words: it has no PM registers and no SCI, so there
+//! is no state of them to be saved. Power-off is a write to the sleep control register, a reset one
+//! to the reset register (see `device::bus`). Every x86 kernel since 2014 knows that.
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -22,7 +24,8 @@ use crate::device::bus::{
 };
 use crate::device::serial::{SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS};
 
-/// Where the tables lie: in the first MiB where firmware has them, so that also a kernel that is not told finds them.
+/// Where the tables lie: in the first MiB where firmware has them, so that also a kernel that is
+/// not told finds them.
 pub(super) const TABLES: u64 = 0xE_0000;
 /// One past the last byte there is room for: where a PC starts.
 const TABLES_END: u64 = super::RESET_VECTOR;
@@ -37,10 +40,12 @@ const TABLE_HEADER_BYTES: u32 = 36;
 
 const LOCAL_APIC: u32 = 0xFEE0_0000;
 const IO_APIC: u32 = 0xFEC0_0000;
-/// What the PC's boot flags of the FADT say: no VGA, no CMOS clock. There is no keyboard controller either, which is a bit not set.
+/// What the PC's boot flags of the FADT say: no VGA, no CMOS clock. There is no keyboard controller
+/// either, which is a bit not set.
 const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 
-/// The tables of a machine with `cpus` vCPUs and virtio devices in `windows`, to be put at [`TABLES`]; the RSDP comes first.
+/// The tables of a machine with `cpus` vCPUs and virtio devices in `windows`, to be put at
+/// [`TABLES`]; the RSDP comes first.
 ///
 /// # Errors
 /// [`LinuxError::Tables`] if they are more than there is room for.
@@ -106,7 +111,8 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     fadt.finalize()
 }
 
-/// The processors, and the one I/O APIC, whose inputs are the interrupt lines one to one: no line is overridden.
+/// The processors, and the one I/O APIC, whose inputs are the interrupt lines one to one: no line
+/// is overridden.
 fn madt(cpus: u8) -> MADT {
     let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC));
     for cpu in 0..cpus {
@@ -118,7 +124,7 @@ fn madt(cpus: u8) -> MADT {
 }
 
 fn dsdt(windows: &[VirtioWindow]) -> Sdt {
-    // Put together first: the table sums itself up again at each piece it is given.
+    // Put together first: the table hashes itself up again at each piece it is given.
     let mut code = Vec::new();
     serial_port(&mut code);
     for (number, window) in windows.iter().enumerate() {
@@ -227,7 +233,8 @@ mod tests {
         assert!(matches!(tables(1, &many), Err(LinuxError::Tables { devices: 4000, .. })));
     }
 
-    /// The reference compiler takes every table apart and finds nothing wrong in what it would put together again.
+    /// The reference compiler takes every table apart and finds nothing wrong in what it would put
+    /// together again.
     #[test]
     fn iasl_finds_no_fault() {
         let Ok(version) = Command::new("iasl").arg("-v").output() else {

@@ -1,4 +1,5 @@
-//! Reads a kernel file: what a bzImage says of itself, and whether the ELF file in it can be loaded.
+//! Reads a kernel file: what a bzImage says of itself, and whether the ELF file in it can be
+//! loaded.
 
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::setup_header;
@@ -25,7 +26,8 @@ const SECTOR_BYTES: usize = 512;
 /// Sectors of setup code if the header says 0.
 const SETUP_SECTORS_DEFAULT: usize = 4;
 
-/// What a plain vmlinux does not say: the longest command line every x86 kernel takes, and the highest address of an initrd.
+/// What a plain vmlinux does not say: the longest command line every x86 kernel takes, and the
+/// highest address of an initrd.
 const CMDLINE_BYTES_DEFAULT: u32 = 2047;
 const INITRD_ADDRESS_MAX_DEFAULT: u32 = 0x7fff_ffff;
 const ALIGNMENT_DEFAULT: u32 = 0x20_0000;
@@ -73,7 +75,8 @@ impl Kernel {
         Ok(Kernel { header, elf, end, entry })
     }
 
-    /// Copies the kernel into memory that was never written, so that what follows a segment's bytes is zero.
+    /// Copies the kernel into memory that was never written, so that what follows a segment's bytes
+    /// is zero.
     ///
     /// # Errors
     /// [`LinuxError::KernelTooLarge`] if it does not fit below `low_end`.
@@ -81,7 +84,8 @@ impl Kernel {
         if self.end > low_end {
             return Err(LinuxError::KernelTooLarge { needed: self.end, given: low_end });
         }
-        // An offset of zero is no offset, and spares the loader the notes of the file, of which nothing is needed.
+        // An offset of zero is no offset, and spares the loader the notes of the file, of which
+        // nothing is needed.
         let offset = Some(GuestAddress(0));
         ElfLoader::load(ram.mmap(), offset, &mut std::io::Cursor::new(&self.elf), None)
             .map_err(|error| LinuxError::damaged(error.to_string()))?;

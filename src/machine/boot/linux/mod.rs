@@ -1,7 +1,8 @@
-//! An unmodified Linux kernel: loaded as its boot protocol wants it (64-bit entry), told of the machine by ACPI tables.
+//! An unmodified Linux kernel: loaded as its boot protocol wants it (64-bit entry), told of the
+//! machine by ACPI tables.
 //!
-//! `image` reads the kernel file, `unpack` unpacks a bzImage's kernel, `acpi` makes the tables, `start` what the entry finds; here the rest of
-//! memory is laid out:
+//! `image` reads the kernel file, `unpack` unpacks a bzImage's kernel, `acpi` makes the tables,
+//! `start` what the entry finds; here the rest of memory is laid out:
 //!
 //! ```text
 //! 0         page tables, boot parameters, command line (see `start`)
@@ -10,7 +11,8 @@
 //! 3 GiB     the hole: devices, I/O APIC, local APIC
 //! 4 GiB     RAM that does not fit below the hole
 //! ```
-//! The kernel is not moved to a random address: that is done by the code in a bzImage that unpacks it, which does not run.
+//! The kernel is not moved to a random address: that is done by the code in a bzImage that unpacks
+//! it, which does not run.
 
 mod acpi;
 mod error;
@@ -36,15 +38,18 @@ use crate::machine::memory::{GuestRam, HOLE_END, HOLE_START};
 
 /// Most bytes a kernel file may have.
 const KERNEL_FILE_BYTES_MAX: u64 = 1 << 30;
-/// One past the last byte of RAM in the first MiB: the rest of it is what PCs have there, and the tables.
+/// One past the last byte of RAM in the first MiB: the rest of it is what PCs have there, and the
+/// tables.
 const LOW_RAM_END: u64 = 0x9_FC00;
 /// Where RAM goes on.
 const HIGH_RAM: u64 = 0x10_0000;
 const PAGE: u64 = 0x1000;
 
-/// Where a PC starts in real mode. Some kernels restart a machine by going there, among them those that find no description of the board.
+/// Where a PC starts in real mode. Some kernels restart a machine by going there, among them those
+/// that find no description of the board.
 const RESET_VECTOR: u64 = 0xF_FFF0;
-/// What they find: `mov al, 0xfe; out 0x64, al; hlt; jmp` to the hlt: the keyboard controller's reset line.
+/// What they find: `mov al, 0xfe; out 0x64, al; hlt; jmp` to the hlt: the keyboard controller's
+/// reset line.
 const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
 /// What the memory map calls RAM, and what nobody may use.
@@ -66,8 +71,8 @@ pub struct LinuxGuest {
     pub append: String,
 }
 
-/// Puts the guest into `ram`, which must be new, and says how its first vCPU starts; the others wait to be started by it. It is told of `cpus`
-/// vCPUs and of virtio devices in `windows`.
+/// Puts the guest into `ram`, which must be new, and says how its first vCPU starts; the others
+/// wait to be started by it. It is told of `cpus` vCPUs and of virtio devices in `windows`.
 ///
 /// # Errors
 /// [`LinuxError`]: the files cannot be read, are not what they should be, or do not fit.

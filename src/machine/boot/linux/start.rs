@@ -1,4 +1,5 @@
-//! What a kernel's 64-bit entry finds: paging on with the first 4 GiB mapped to themselves, flat segments, interrupts off.
+//! What a kernel's 64-bit entry finds: paging on with the first 4 GiB mapped to themselves, flat
+//! segments, interrupts off.
 //!
 //! ```text
 //! 0x0500    GDT
@@ -6,7 +7,8 @@
 //! 0x9000    page tables: PML4, PDPT, four page directories of large pages
 //! 0x20000   command line
 //! ```
-//! All of it is in what the memory map gives the kernel as RAM: it is done with it before it hands that memory out.
+//! All of it is in what the memory map gives the kernel as RAM: it is done with it before it hands
+//! that memory out.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 

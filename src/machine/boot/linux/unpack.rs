@@ -1,8 +1,9 @@
 //! Unpacks the kernel inside a bzImage, whichever way it is packed.
 //!
-//! A bzImage unpacks itself, but the guest pays for that at each boot, and under emulation it takes minutes. The kernel's build
-//! appends the unpacked size (little-endian, 32 bits) to what it packed; gzip has that in its own trailer. So the size is known
-//! before anything is allocated, and a result of any other size is damage.
+//! A bzImage unpacks itself, but the guest pays for that at each boot, and under emulation it takes
+//! minutes. The kernel's build appends the unpacked size (little-endian, 32 bits) to what it
+//! packed; gzip has that in its own trailer. So the size is known before anything is allocated, and
+//! a result of any other size is damage.
 
 use std::io::{self, Read};
 
@@ -10,16 +11,19 @@ use super::error::LinuxError;
 
 /// Most bytes an unpacked kernel may have: ten times a distribution's.
 const KERNEL_BYTES_MAX: u32 = 1 << 30;
-/// Most memory the unpackers may take for their window, in bytes: what `zstd -22 --ultra`, as the kernel's build calls it, needs.
+/// Most memory the unpackers may take for their window, in bytes: what `zstd -22 --ultra`, as the
+/// kernel's build calls it, needs.
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
 /// Bytes of the size behind the packed kernel.
 const SIZE_BYTES: usize = 4;
 
-/// Legacy lz4, which is what the kernel's build makes: blocks of up to 8 MiB, each behind its packed length.
+/// Legacy lz4, which is what the kernel's build makes: blocks of up to 8 MiB, each behind its
+/// packed length.
 const LZ4_MAGIC: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
 const LZ4_BLOCK_BYTES_MAX: usize = 8 << 20;
 
-/// The ways a kernel can be packed, by the first bytes. Those without an unpacker are here to be named.
+/// The ways a kernel can be packed, by the first bytes. Those without an unpacker are here to be
+/// named.
 const PACKINGS: [(&[u8], Packing); 8] = [
     (&[0x1f, 0x8b], Packing::Gzip),
     (&[0xfd, b'7', b'z', b'X', b'Z', 0], Packing::Xz),
@@ -44,7 +48,8 @@ enum Packing {
 /// The kernel in `payload`, which is a bzImage's payload with the size behind it.
 ///
 /// # Errors
-/// [`LinuxError::Packing`] if it is packed in an unknown way, [`LinuxError::Damaged`] if it does not unpack to what it claims.
+/// [`LinuxError::Packing`] if it is packed in an unknown way, [`LinuxError::Damaged`] if it does
+/// not unpack to what it claims.
 pub(super) fn unpack(payload: &[u8]) -> Result<Vec<u8>, LinuxError> {
     let found = PACKINGS.iter().find(|(magic, _)| payload.starts_with(magic)).map(|(_, packing)| *packing);
     let Some((packed, size)) = payload.split_last_chunk::<SIZE_BYTES>() else {
@@ -76,7 +81,8 @@ fn zstd(packed: &[u8]) -> io::Result<impl Read> {
     ruzstd::decoding::StreamingDecoder::new_with_max_window_size(packed, WINDOW_BYTES_MAX).map_err(io::Error::other)
 }
 
-/// Reads at most one byte more than `size`: enough to see that it is too much, and to let the unpacker check its own end.
+/// Reads at most one byte more than `size`: enough to see that it is too much, and to let the
+/// unpacker check its own end.
 fn take(reader: impl Read, size: u32) -> io::Result<Vec<u8>> {
     let mut unpacked = room(size)?;
     reader.take(u64::from(size) + 1).read_to_end(&mut unpacked)?;
@@ -161,7 +167,8 @@ mod tests {
         packed
     }
 
-    /// Packs with a program of the system, as the kernel's build does; nothing if it is not installed.
+    /// Packs with a program of the system, as the kernel's build does; nothing if it is not
+    /// installed.
     fn by_program(program: &str, flags: &[&str], kernel: &[u8]) -> Option<Vec<u8>> {
         let child = Command::new(program).args(flags).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Ok(mut child) = child else {
@@ -208,7 +215,8 @@ mod tests {
             for at in (0..payload.len()).step_by(payload.len() / 61) {
                 let mut bad = payload.clone();
                 bad[at] ^= 0x55;
-                // Legacy lz4 has no checksum: a flipped bit may unpack to another kernel of the same size.
+                // Legacy lz4 has no checksum: a flipped bit may unpack to another kernel of the
+                // same size.
                 if let Ok(unpacked) = unpack(&bad) {
                     assert!(unpacked.len() == kernel.len(), "{name} at {at}");
                 }

@@ -10,8 +10,8 @@ use crate::report::{ClockFigures, DiskFigures};
 use crate::talk::Times;
 use crate::told::{Clocks, CpuClocks, DiskSpeed};
 use crate::world::World;
-use mcd::demo::fabric::HostName;
 use mcd::demo::load::Phase;
+use mcd::demo::namespaces::HostName;
 
 /// How long two images may take to be read, and a guest to end.
 const REST_LIMIT: Duration = Duration::from_secs(120);
@@ -105,14 +105,15 @@ impl Play {
         Ok(())
     }
 
-    /// The guest ends in order: both hosts' images must be equal then, and the file system in them whole.
+    /// The guest ends in order: both hosts' images must be equal then, and the file system in them
+    /// whole.
     pub(super) fn compare_images(&mut self, world: &mut World, before: &Before) -> Result<(), LabError> {
         let since = Instant::now();
         expect_no_complaint(world, before)?;
         let marks = world.let_nodes_end();
         let end = "kill $(pidof redis-server); until umount /data; do sleep 0.1; done 2>/dev/null; (sleep 2; poweroff -f) >/dev/null 2>&1 </dev/null &";
         world.guest_run(end, REST_LIMIT)?;
-        let mut sums = Vec::new();
+        let mut hashes = Vec::new();
         for name in [world.runner, world.runner.other()] {
             let status = world.wait_node_end(marks, name)?;
             if status != "0" {
@@ -126,14 +127,14 @@ impl Play {
             let text = host.run(&format!("mcd disk verify {GUEST_IMAGE_PATH} {GUEST_IMAGE_PATH}"), REST_LIMIT)?;
             let line = text.lines().next().unwrap_or_default().to_owned();
             let sum = line.split(", ").find(|part| part.starts_with("crc32c")).map(str::to_owned);
-            sums.push((sum.ok_or_else(|| LabError::Wrong(format!("no sum in: {text}")))?, line));
+            hashes.push((sum.ok_or_else(|| LabError::Wrong(format!("no sum in: {text}")))?, line));
         }
-        let lines: Vec<&str> = sums.iter().map(|(_, line)| line.as_str()).collect();
-        if sums.iter().any(|(sum, _)| *sum != sums[0].0) {
+        let lines: Vec<&str> = hashes.iter().map(|(_, line)| line.as_str()).collect();
+        if hashes.iter().any(|(sum, _)| *sum != hashes[0].0) {
             return Err(LabError::Wrong(format!("the images of both hosts differ:\n  {}", lines.join("\n  "))));
         }
         self.note(
-            format!("the guest ends; both hosts' images are equal ({}), e2fsck finds nothing", sums[0].0),
+            format!("the guest ends; both hosts' images are equal ({}), e2fsck finds nothing", hashes[0].0),
             since,
             None,
         );

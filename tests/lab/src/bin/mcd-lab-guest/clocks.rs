@@ -1,4 +1,5 @@
-//! Reads the clocks on every vCPU, all the time: none may ever be behind what any vCPU has read before.
+//! Reads the clocks on every vCPU, all the time: none may ever be behind what any vCPU has read
+//! before.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};

@@ -64,7 +64,7 @@ fn measure_file(path: &Path, mib: u64, operations: u32) -> io::Result<DiskSpeed>
     Ok(DiskSpeed { write_mib_s, read_mib_s, sync_write, random_read: summary(&mut times) })
 }
 
-/// Takes the times and sums them up.
+/// Takes the times and hashes them up.
 fn summary(times: &mut Vec<Duration>) -> Operations {
     times.sort();
     let us = |part: usize| times.get(times.len() * part / 100).map_or(0, |time| time.as_micros() as u64);

@@ -1,4 +1,5 @@
-//! `mcd-lab-guest`: the lab's own eyes inside the Linux guest. It watches the clocks, measures the disk, and (in the hosts) sets the clock.
+//! `mcd-lab-guest`: the lab's own eyes inside the Linux guest. It watches the clocks, measures the
+//! disk, and (in the hosts) sets the clock.
 
 mod clocks;
 mod disk;
@@ -58,7 +59,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Asks several times, because the quickest answer is the most exact one, and says how exact it was.
+/// Asks several times, because the quickest answer is the most exact one, and says how exact it
+/// was.
 fn set_clock(server: SocketAddr) -> io::Result<()> {
     const QUESTIONS: u32 = 10;
     let mut stream = TcpStream::connect(server)?;

@@ -1,0 +1,133 @@
+//! A primary that is asked to end, by its operator or with a snapshot, while the arbiter has not
+//! answered.
+
+use std::time::Duration;
+
+use super::super::{Action, Command, Input, Phase, Primary, PrimaryConfig};
+use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
+use crate::protocol::cpu::HostCpu;
+use crate::protocol::failure_detector::HeartbeatConfig;
+use crate::protocol::messages::{Channel, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION};
+use crate::protocol::record::{Record, RecordState};
+use crate::protocol::types::{GuestName, InstanceId, Instant};
+
+const ME: InstanceId = InstanceId(1);
+const PEER: InstanceId = InstanceId(2);
+const DATA: u64 = 11;
+const BEATS: u64 = 12;
+const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
+
+struct Rig {
+    primary: Primary,
+    /// The question that waits for an answer: its ticket, and the record it wants.
+    asked: Option<(u64, Option<Record>)>,
+    exited: bool,
+}
+
+impl Rig {
+    /// Takes an input, and does what the primary wants but answering for the arbiter.
+    fn take(&mut self, input: Input) {
+        let mut inputs = vec![input];
+        while let Some(input) = inputs.pop() {
+            self.primary.handle(Instant::from_us(0), input);
+            while let Some(action) = self.primary.poll_action() {
+                match action {
+                    Action::Push { .. } => inputs.push(Input::Pushed),
+                    // Backwards: what is last is taken first.
+                    Action::Capture { id, .. } => {
+                        let ack = Message::Ack { id, staged_bytes: 0 };
+                        inputs.extend([Input::Message { conn: DATA, message: ack }, Input::Captured { id }]);
+                    }
+                    Action::Ask(call) => {
+                        let wanted = match call.request {
+                            ArbiterRequest::Swap { new, .. } => Some(new),
+                            ArbiterRequest::Read => None,
+                        };
+                        self.asked = Some((call.ticket, wanted));
+                    }
+                    Action::Exit => self.exited = true,
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// The arbiter carries out what it was asked; the record that stands then.
+    fn win(&mut self) -> Option<Record> {
+        let (ticket, wanted) = self.asked.take()?;
+        self.take(Input::Answer { ticket, answer: ArbiterAnswer::Won });
+        wanted
+    }
+
+    /// Protected, with a snapshot that was to stop the guest written while the peer is suspected.
+    fn stopped_while_deciding() -> Rig {
+        let name = || GuestName::new("web").expect("a name");
+        let config = PrimaryConfig {
+            guest: name(),
+            shape: MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]),
+            cpu: CPU.own_guest(),
+            features: 0,
+            interval: Duration::from_secs(1),
+            interval_min: Duration::ZERO,
+            commit_on_output: true,
+            heartbeat: HeartbeatConfig { interval: Duration::from_secs(10), timeout: Duration::from_secs(1000) },
+            arbiter_retry: Duration::from_secs(1),
+            join_timeout: Duration::from_secs(1),
+            push_pages_max: 100,
+        };
+        let record = Record::first(ME);
+        let primary = Primary::new(config, ME, record, Instant::from_us(0));
+        let mut rig = Rig { primary, asked: None, exited: false };
+        for (conn, channel) in [(DATA, Channel::Data), (BEATS, Channel::Heartbeat)] {
+            let (version, staging_bytes_max) = (PROTOCOL_VERSION, u64::MAX);
+            let hello =
+                Hello { channel, version, guest: name(), instance: PEER, features: 0, staging_bytes_max, cpu: CPU };
+            rig.take(Input::Hello { conn, hello });
+        }
+        let beat = Heartbeat { instance: PEER, generation: record.generation, sequence: 1, committed: None };
+        rig.take(Input::Message { conn: BEATS, message: Message::Heartbeat(beat) });
+        // That it can write, and the pair.
+        assert!(rig.win().is_some() && rig.win().is_some());
+        assert_eq!(rig.primary.phase(), Phase::Protected);
+        rig.take(Input::Snapshot { stop: true });
+        rig.take(Input::Closed { conn: DATA, why: "cut".into() });
+        rig.take(Input::SnapshotEnded { written: true });
+        assert_eq!((rig.primary.phase(), rig.primary.guest_runs(), rig.exited), (Phase::Deciding, false, false));
+        rig
+    }
+
+    fn quit(&mut self) {
+        self.take(Input::Command(Command::Quit));
+    }
+}
+
+#[test]
+fn a_guest_stopped_by_its_snapshot_is_stopped_on_record_once_it_is_known_to_be_ours() {
+    let mut rig = Rig::stopped_while_deciding();
+    assert_eq!(rig.win().map(|record| record.state), Some(RecordState::Solo));
+    assert_eq!((rig.primary.phase(), rig.exited), (Phase::Stopping, false));
+    assert_eq!(rig.win().map(|record| record.state), Some(RecordState::Stopped));
+    assert!(rig.exited);
+}
+
+#[test]
+fn a_snapshot_and_one_quit_are_not_an_operator_who_asks_twice() {
+    for answered_first in [false, true] {
+        let mut rig = Rig::stopped_while_deciding();
+        if answered_first {
+            rig.win();
+        }
+        rig.quit();
+        assert!(!rig.exited, "the record does not say yet that the guest is over");
+        while rig.win().is_some() {}
+        assert!(rig.exited && rig.primary.record().state == RecordState::Stopped);
+
+        let mut rig = Rig::stopped_while_deciding();
+        if answered_first {
+            rig.win();
+        }
+        rig.quit();
+        rig.quit();
+        assert!(rig.exited, "twice is twice");
+    }
+}

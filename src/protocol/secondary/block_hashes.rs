@@ -1,0 +1,188 @@
+//! What a secondary tells of its disks: the hashes of blocks, when its primary asks for them. And
+//! what its primary tells it: how far it is.
+
+use std::ops::Range;
+
+use super::{Action, Phase, Secondary};
+use crate::protocol::block_hashes::{BlockHash, SUM_BLOCKS_MAX};
+use crate::protocol::layout::ImageLayout;
+use crate::protocol::messages::features;
+use crate::protocol::mutant;
+use crate::protocol::types::Instant;
+
+impl Secondary {
+    /// The primary asks for hashes. It asks for one run of blocks at a time, so no peer can make
+    /// this node do more than that.
+    pub(super) fn sum_blocks(&mut self, now: Instant, first: u64, count: u32) {
+        match self.summable(first, u64::from(count)) {
+            Ok((disk, _)) if self.is_all_to_come(disk) => {
+                let conn = self.data;
+                self.actions.extend(conn.map(|conn| Action::SendHashes { conn, first, hashes: Vec::new() }));
+            }
+            Ok((_, run)) => {
+                self.summing = Some(first);
+                self.actions.push_back(Action::Sum { run });
+            }
+            Err(why) => self.lose_primary(now, why),
+        }
+    }
+
+    /// An image that was made just now has nothing that a comparison could find, until it is whole.
+    fn is_all_to_come(&self, disk: usize) -> bool {
+        (self.phase == Phase::Syncing || mutant::is("made-for-ever")) && self.made.get(disk) == Some(&true)
+    }
+
+    /// The blocks asked for, and the disk they are on.
+    fn summable(&self, first: u64, count: u64) -> Result<(usize, Range<u64>), &'static str> {
+        if !self.has_hashes() || !matches!(self.phase, Phase::Syncing | Phase::Paired) {
+            return Err("it asked for hashes of blocks out of turn");
+        }
+        if self.summing.is_some() {
+            return Err("it asked for hashes of blocks again before it had them");
+        }
+        let run = first..first.saturating_add(count);
+        let layout = self.welcome.as_ref().map(|welcome| ImageLayout::of(&welcome.shape));
+        let disk = layout.and_then(|layout| layout.disk_of(&run).filter(|_| !layout.is_shared(first)));
+        match disk {
+            Some(disk) if count <= SUM_BLOCKS_MAX => Ok((disk, run)),
+            _ => Err("it asked for hashes of blocks that no disk has"),
+        }
+    }
+
+    fn has_hashes(&self) -> bool {
+        self.welcome
+            .as_ref()
+            .is_some_and(|welcome| welcome.features & self.config.features & features::DISK_HASHES != 0)
+    }
+
+    pub(super) fn hashed(&mut self, first: u64, hashes: Vec<BlockHash>) {
+        if let (Some(_), Some(conn)) = (self.summing.take_if(|summing| *summing == first), self.data) {
+            self.actions.push_back(Action::SendHashes { conn, first, hashes });
+        }
+    }
+
+    pub(super) fn resync_left(&mut self, now: Instant, left: Vec<u64>) {
+        if self.has_hashes() {
+            self.resync_left = left;
+        } else {
+            self.lose_primary(now, "it told of a resync in words that were not agreed on");
+        }
+    }
+
+    /// How many pages there are and how many this newcomer still lacks, as its primary said last:
+    /// of memory, then of each disk. None before it has said so, and when the image is whole.
+    pub fn resync(&self) -> Option<Vec<(u64, u64)>> {
+        if self.phase != Phase::Syncing || self.resync_left.is_empty() {
+            return None;
+        }
+        let layout = ImageLayout::of(&self.welcome.as_ref()?.shape);
+        let disks = (0..layout.disks()).map(|disk| layout.blocks_of(disk)).map(|blocks| blocks.end - blocks.start);
+        let totals = std::iter::once(layout.memory_pages()).chain(disks);
+        Some(totals.zip(&self.resync_left).map(|(total, left)| (total, total.min(*left))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::protocol::cpu::HostCpu;
+    use crate::protocol::messages::{DiskShape, MachineShape, Message, Welcome, features};
+    use crate::protocol::record::Record;
+    use crate::protocol::secondary::{Action, Input, Phase, Secondary, SecondaryConfig};
+    use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId, Instant};
+
+    const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
+    const OLD: InstanceId = InstanceId(1);
+    const NEW: InstanceId = InstanceId(2);
+    const DATA: u64 = 1;
+    const BEATS: u64 = 2;
+
+    fn take(node: &mut Secondary, input: Input) -> Vec<Action> {
+        node.handle(Instant::from_us(0), input);
+        std::iter::from_fn(|| node.poll_action()).collect()
+    }
+
+    fn message(node: &mut Secondary, conn: u64, message: Message) -> Vec<Action> {
+        take(node, Input::Message { conn, message })
+    }
+
+    fn ask(node: &mut Secondary, first: u64) -> Vec<Action> {
+        message(node, DATA, Message::SumBlocks { first, count: 3 })
+    }
+
+    fn commit(node: &mut Secondary, generation: u64, completes_resync: bool) {
+        let id = EpochId { generation: Generation(generation), epoch: 0 };
+        take(node, Input::Staged { conn: DATA, id, completes_resync, began: Instant::from_us(0), staged_bytes: 0 });
+    }
+
+    /// In a resync: four pages of memory, then two disks of three blocks each, of which `made` are
+    /// made just now.
+    fn syncing(made: [bool; 2]) -> Secondary {
+        let disk = DiskShape { bytes: 3 * 4096, read_only: false, shared: false, serial: [0; 20] };
+        let shape = MachineShape { disks: vec![disk; 2], ..MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]) };
+        let config = SecondaryConfig {
+            guest: GuestName::new("web").expect("a name"),
+            cpu: CPU,
+            features: features::DISK_HASHES,
+            staging_bytes_max: u64::MAX,
+            retry: Duration::from_secs(1),
+            answer_timeout: Duration::from_secs(1),
+        };
+        let welcome = Message::Welcome(Welcome {
+            instance: OLD,
+            generation: Generation(1),
+            shape,
+            tsc_khz: 1000,
+            features: features::DISK_HASHES,
+            interval_us: 1000,
+            heartbeat_interval_us: 10_000_000,
+            heartbeat_timeout_us: 1_000_000_000,
+        });
+        let mut node = Secondary::new(config, NEW, 0, Instant::from_us(0));
+        take(&mut node, Input::Tick);
+        take(&mut node, Input::Connected { conn: DATA });
+        message(&mut node, DATA, welcome.clone());
+        take(&mut node, Input::MachineReady { made: made.to_vec() });
+        take(&mut node, Input::Connected { conn: BEATS });
+        message(&mut node, BEATS, welcome);
+        assert_eq!(node.phase(), Phase::Syncing);
+        node
+    }
+
+    #[test]
+    fn an_image_made_just_now_is_not_summed_until_it_is_whole() {
+        let mut node = syncing([false, true]);
+        commit(&mut node, 1, false);
+        let nothing = Action::SendHashes { conn: DATA, first: 7, hashes: Vec::new() };
+        for _ in 0..2 {
+            assert_eq!(ask(&mut node, 7), std::slice::from_ref(&nothing), "and nothing is being hashed");
+        }
+        assert_eq!(ask(&mut node, 4), [Action::Sum { run: 4..7 }], "the other disk was there");
+        let hashes = vec![[9; 32]; 3];
+        let answer = take(&mut node, Input::BlocksHashed { first: 4, hashes: hashes.clone() });
+        assert_eq!(answer, [Action::SendHashes { conn: DATA, first: 4, hashes }]);
+    }
+
+    #[test]
+    fn a_whole_image_is_summed_whoever_made_it() {
+        let mut node = syncing([true, true]);
+        commit(&mut node, 1, true);
+        let record = Record::first(OLD).next_paired(OLD, NEW);
+        message(&mut node, DATA, Message::Paired { record });
+        commit(&mut node, 2, false);
+        assert_eq!((node.phase(), ask(&mut node, 7)), (Phase::Paired, vec![Action::Sum { run: 7..10 }]));
+    }
+
+    #[test]
+    fn blocks_that_no_disk_has_are_not_asked_for() {
+        for (first, count) in [(3, 3), (5, 3), (4, 0), (8, 3), (10, 1), (u64::MAX, 3)] {
+            let mut node = syncing([true, false]);
+            let actions = message(&mut node, DATA, Message::SumBlocks { first, count });
+            assert!(actions.contains(&Action::Close { conn: DATA }), "{first} {count}: {actions:?}");
+        }
+        let mut node = syncing([false, false]);
+        ask(&mut node, 4);
+        assert!(ask(&mut node, 4).contains(&Action::Close { conn: DATA }), "asked again too early");
+    }
+}

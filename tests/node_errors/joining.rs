@@ -1,0 +1,158 @@
+//! What a secondary finds at its `--peer`.
+
+use std::net::TcpListener;
+
+use mcd::control::status::State;
+use mcd::machine::{CpuModel, host_cpu};
+use mcd::protocol::messages::{MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+
+use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
+use super::place::{HOST, PRIMARY, REFUSED, run};
+
+#[test]
+fn another_program_or_another_version() {
+    run("joining::another_program_or_another_version", |place| {
+        let fake = FakePrimary::listen(PRIMARY);
+        let other = frame_of_version(&Message::Welcome(welcome()), PROTOCOL_VERSION + 1);
+        let answers: [(&[u8], &str); 3] = [
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the peer does not speak mcd"),
+            (&garbage(4096), "the peer does not speak mcd"),
+            (&other, "speaks version 3"),
+        ];
+        for (answer, part) in answers {
+            let mut node = place.secondary(&[]);
+            let (mut peer, _) = fake.accept_data();
+            peer.send_bytes(answer);
+            node.fails(REFUSED, &["no primary to join at --peer", part]);
+        }
+        // The data port is right, the heartbeat port is somebody else's.
+        let mut node = place.secondary(&[]);
+        let (mut data, _) = fake.accept_data();
+        data.send(&Message::Welcome(welcome()));
+        let (mut heartbeat, _) = fake.accept_heartbeat();
+        heartbeat.send_bytes(b"-ERR unknown command\r\n-ERR unknown command\r\n");
+        node.fails(REFUSED, &["the peer does not speak mcd"]);
+    });
+}
+
+#[test]
+fn a_primary_that_does_not_fit() {
+    run("joining::a_primary_that_does_not_fit", |place| {
+        let primary = place.primary();
+        place.secondary(&["--guest=mail"]).fails(REFUSED, &["runs guest 'web', not 'mail'", "--peer"]);
+        place.secondary(&["--staging-max=4M"]).fails(REFUSED, &["at most 4 MiB", "--staging-max"]);
+        let swapped = [format!("--peer={}", PRIMARY[1]), format!("--peer-heartbeat={}", PRIMARY[0])];
+        place.secondary(&[&swapped[0], &swapped[1]]).fails(REFUSED, &["this is the heartbeat port"]);
+        primary.assert_serves_alone();
+    });
+}
+
+#[test]
+fn refusals_for_good() {
+    run("joining::refusals_for_good", |place| {
+        let fake = FakePrimary::listen(PRIMARY);
+        for reason in [RefuseReason::Version, RefuseReason::Guest, RefuseReason::Cpu, RefuseReason::Malformed] {
+            let mut node = place.secondary(&[]);
+            let (mut peer, _) = fake.accept_data();
+            peer.send(&Message::Refuse { reason, detail: "not with you".into() });
+            node.fails(REFUSED, &["the primary refused this node: not with you"]);
+        }
+    });
+}
+
+#[test]
+fn welcomes_nobody_should_believe() {
+    run("joining::welcomes_nobody_should_believe", |place| {
+        let fake = FakePrimary::listen(PRIMARY);
+        let ends = |bad: Welcome, code: i32, part: &str| {
+            let mut node = place.secondary(&[]);
+            let (mut peer, _) = fake.accept_data();
+            peer.send(&Message::Welcome(bad));
+            node.fails(code, &[part]);
+        };
+        let welcomes = |bad: Welcome, part: &str| ends(bad, REFUSED, part);
+        let shaped = |memory_bytes: u64, cpus: u8| Welcome {
+            shape: MachineShape { memory_bytes, cpus, ..welcome().shape },
+            ..welcome()
+        };
+        welcomes(shaped(1 << 40, 1), "raise --staging-max");
+        welcomes(shaped(u64::MAX, 1), "no machine has this shape");
+        welcomes(shaped(0, 1), "no machine has this shape");
+        welcomes(shaped((16 << 20) + 1, 1), "no machine has this shape");
+        welcomes(shaped(16 << 20, 0), "no machine has this shape");
+        ends(shaped(16 << 20, 255), HOST, "cannot hold the guest");
+        // It could not be restored here: that is found before anybody counts on it.
+        if !host_cpu(CpuModel::Host).expect("KVM").tsc_scales {
+            let faster = Welcome { tsc_khz: welcome().tsc_khz * 2, ..welcome() };
+            ends(faster, HOST, "cannot hold the guest: vCPU 0: the guest's TSC runs at");
+        }
+        welcomes(Welcome { heartbeat_interval_us: 0, ..welcome() }, "heartbeats every 0");
+        welcomes(Welcome { heartbeat_timeout_us: 1, ..welcome() }, "a time-out of 1");
+    });
+}
+
+#[test]
+fn what_may_change_is_tried_again_and_told_once() {
+    run("joining::what_may_change_is_tried_again_and_told_once", |place| {
+        let mut node = place.secondary(&[]);
+        node.wait_warning("no primary to join yet: cannot connect to 127.0.0.1:7401");
+        let status = node.wait_state(State::Connecting);
+        assert!(status.alarms.iter().any(|alarm| alarm.contains("cannot connect")), "{status}");
+
+        let fake = FakePrimary::listen(PRIMARY);
+        for _ in 0..4 {
+            let (mut peer, _) = fake.accept_data();
+            peer.send(&Message::Refuse { reason: RefuseReason::Busy, detail: "one is enough".into() });
+            peer.is_closed();
+        }
+        node.wait_warning("no primary to join yet: one is enough");
+        for _ in 0..4 {
+            let (mut peer, _) = fake.accept_data();
+            peer.send(&Message::Refuse { reason: RefuseReason::NotPrimary, detail: "ask my neighbour".into() });
+            peer.is_closed();
+        }
+        node.wait_warning("ask my neighbour");
+        assert_eq!(node.status().state, State::Connecting);
+        node.terminate();
+        node.ends_well();
+        for part in ["cannot connect", "one is enough", "ask my neighbour"] {
+            assert_eq!(node.seen(part), 1, "{part}");
+        }
+    });
+}
+
+#[test]
+fn a_primary_that_says_nothing() {
+    run("joining::a_primary_that_says_nothing", |place| {
+        let mute = TcpListener::bind(PRIMARY[0]).expect("a port");
+        let mut node = place.secondary(&[]);
+        let (first, _) = mute.accept().expect("a newcomer");
+        node.wait_warning("the primary did not answer in time");
+        let (mut second, _) = mute.accept().expect("it tries again");
+        // Half a word, and silence: it can still be told to end.
+        std::io::Write::write_all(&mut second, b"MCD1\x01\0").expect("it listens");
+        node.terminate();
+        node.ends_well();
+        drop((first, second));
+    });
+}
+
+#[test]
+fn two_newcomers_and_a_secondary_asked_for_the_guest() {
+    run("joining::two_newcomers_and_a_secondary_asked_for_the_guest", |place| {
+        let primary = place.primary();
+        let mut secondary = place.secondary(&[]);
+        primary.wait_state(State::Protected);
+        // Whoever asks a secondary for the guest is sent on.
+        let mut unknown_peer = Peer::connect("127.0.0.1:7411");
+        unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
+        assert!(unknown_peer.refusal(RefuseReason::NotPrimary).contains("this node is a secondary"));
+        let mut unknown_peer = Peer::connect(PRIMARY[0]);
+        unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
+        unknown_peer.refusal(RefuseReason::Busy);
+        assert!(primary.status().protected && secondary.status().protected);
+        secondary.terminate();
+        secondary.ends_well();
+        primary.wait_state(State::Solo);
+    });
+}
