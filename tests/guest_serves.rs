@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use mcd::demo::namespaces::find_tool;
 use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent, NetBackend, Transmit};
-use mcd::protocol::messages::MachineShape;
+use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::pages::PageSet;
 use netbuf::{PacketPort, TunTapPort};
 use nix::sched::{CloneFlags, unshare};

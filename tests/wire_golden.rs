@@ -3,9 +3,8 @@
 
 use mcd::checkpoint::block_hashes::sum_of;
 use mcd::protocol::cpu::HostCpu;
-use mcd::protocol::messages::{
-    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome,
-};
+use mcd::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape};
+use mcd::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
 use mcd::wire::block_hashes::{decode_hashes, encode_hashes};

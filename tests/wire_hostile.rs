@@ -3,10 +3,8 @@
 //! caps.
 
 use mcd::protocol::cpu::HostCpu;
-use mcd::protocol::messages::{
-    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason,
-    SECTOR_BYTES, Welcome,
-};
+use mcd::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape, SECTOR_BYTES};
+use mcd::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};

@@ -15,7 +15,7 @@ use super::journal::BlockSet;
 use super::packing::{Packer, Packing};
 use crate::protocol::messages::Message;
 use crate::protocol::pages::PAGE_BYTES;
-use crate::protocol::primary::ConnId;
+use crate::protocol::types::ConnId;
 use crate::wire::{FrameBatch, FrameKind, LinkCloser, LinkWriter, WireError};
 
 /// Pages encoded into one frame.

@@ -23,8 +23,8 @@ use super::journal::{Block, BlockSet};
 use crate::device::block::{BlockBackend, Stored};
 use crate::device::shared_image::SharedImage;
 use crate::protocol::pages::PAGE_BYTES;
-use crate::protocol::primary::ConnId;
 use crate::protocol::shared_disk::{HeldWrites, Layer};
+use crate::protocol::types::ConnId;
 use crate::protocol::types::EpochId;
 
 const BLOCK_BYTES: u64 = PAGE_BYTES as u64;

@@ -11,7 +11,7 @@ use super::shared_journal::SharedJournal;
 use crate::device::block::BlockBackend;
 use crate::device::shared_image::SharedImage;
 use crate::protocol::layout::ImageLayout;
-use crate::protocol::primary::ConnId;
+use crate::protocol::types::ConnId;
 
 /// Time between two tries to write to storage that failed.
 const RETRY: Duration = Duration::from_millis(500);

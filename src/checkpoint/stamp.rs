@@ -12,8 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 use super::snapshot::SnapshotId;
-use crate::protocol::claim::check_start_from;
-pub use crate::protocol::claim::{StampRefusal, StampState};
+use crate::protocol::stamp::check_start_from;
+pub use crate::protocol::stamp::{StampRefusal, StampState};
 use crate::protocol::types::{EpochId, Generation, GuestName};
 
 /// The first line: what this is, and the version of its form.

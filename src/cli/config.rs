@@ -16,7 +16,7 @@ use crate::machine::LinuxGuest;
 use crate::node::config::{Compress, GuestAddress, GuestBoot, NodeConfig, PrimaryStart, SecondaryStart};
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::guest_clock::ClockPolicy;
-use crate::protocol::messages::{DISKS_MAX, MachineShape};
+use crate::protocol::machine_shape::{DISKS_MAX, MachineShape};
 use crate::protocol::types::GuestName;
 
 /// The built-in guest needs this much to boot and serve.

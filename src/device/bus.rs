@@ -19,7 +19,7 @@ use super::virtio::blk::{BLK_STATE_VERSION, BlkDevice};
 use super::virtio::net::{NET_STATE_VERSION, NetDevice};
 use super::virtio::rng::{RNG_STATE_VERSION, RngDevice};
 use super::{DeviceStateError, Signals};
-use crate::protocol::messages::MachineShape;
+use crate::protocol::machine_shape::MachineShape;
 
 /// Guest-physical address of the first virtio-mmio device; device n is at `+ n *
 /// VIRTIO_WINDOW_BYTES`.

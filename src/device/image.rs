@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::block::{BlockBackend, Stored};
 use super::shared_image;
-use crate::protocol::messages::SECTOR_BYTES;
+use crate::protocol::machine_shape::SECTOR_BYTES;
 
 /// Bytes of zeros written at a time where the storage cannot make zeros by itself.
 const ZEROS_BYTES: usize = 64 << 10;

@@ -11,7 +11,7 @@ use super::wait::Doorbell;
 use super::{MachineError, MachineEvent};
 use crate::device::bus::DeviceKind;
 use crate::device::{BlockBackend, Signals};
-use crate::protocol::messages::{DISKS_MAX, MachineShape};
+use crate::protocol::machine_shape::{DISKS_MAX, MachineShape};
 
 /// The machine's side of its devices.
 pub(super) struct MachineSignals {

@@ -70,7 +70,7 @@ use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
 use crate::device::Bus;
 use crate::device::bus::VirtioWindow;
-use crate::protocol::messages::MachineShape;
+use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
 /// Most events that wait to be read; more are dropped (the guest can ring the event port for ever).

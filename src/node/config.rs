@@ -10,7 +10,7 @@ use crate::control::console::ConsoleTo;
 use crate::machine::{CpuModel, LinuxGuest};
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::guest_clock::ClockPolicy;
-use crate::protocol::messages::MachineShape;
+use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::types::GuestName;
 
 /// What every node needs to know, in either role: a secondary becomes a primary by takeover, and

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::messages::Message;
-use crate::protocol::primary::ConnId;
+use crate::protocol::types::ConnId;
 use crate::protocol::types::Instant;
 use crate::wire::block_hashes::encode_hashes;
 use crate::wire::{FrameKind, LinkCloser, LinkWatch, LinkWriter};

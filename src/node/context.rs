@@ -22,7 +22,8 @@ use crate::control::console::Console;
 use crate::machine::{CpuModel, Machine};
 use crate::protocol::cpu::{GuestCpu, HostCpu};
 use crate::protocol::event::Event;
-use crate::protocol::messages::{MachineShape, features};
+use crate::protocol::machine_shape::MachineShape;
+use crate::protocol::messages::features;
 use crate::protocol::primary::PrimaryConfig;
 
 /// Time between two questions to an arbiter out of reach, or two tries to reach a primary.

@@ -22,8 +22,8 @@ use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
-use crate::protocol::messages::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
-use crate::protocol::secondary::StorageFault;
+use crate::protocol::machine_shape::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
+use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, Generation, GuestName};
 
 /// Why a node cannot use its disks.

@@ -11,7 +11,8 @@ use crate::machine::MachineEvent;
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::messages::{Hello, Message};
-use crate::protocol::primary::{Command, ConnId};
+use crate::protocol::primary::Command;
+use crate::protocol::types::ConnId;
 use crate::protocol::types::{EpochId, InstanceId, Instant};
 use crate::wire::{LinkCloser, LinkWriter};
 

@@ -31,7 +31,8 @@ use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
-use crate::protocol::primary::{Action, Command, ConnId, Input, OutputCut, Phase, Primary};
+use crate::protocol::primary::{Action, Command, Input, OutputCut, Phase, Primary};
+use crate::protocol::types::ConnId;
 use crate::protocol::types::EpochId;
 
 /// How long the end of a guest waits for shared storage to take its last writes.

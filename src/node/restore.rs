@@ -8,7 +8,7 @@ use super::error::NodeError;
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::snapshot::{SnapshotError, SnapshotHead, SnapshotReader};
 use crate::machine::{Machine, host_cpu};
-use crate::protocol::messages::MachineShape;
+use crate::protocol::machine_shape::MachineShape;
 
 /// A snapshot that fits this host and this node.
 pub struct Snapshot {

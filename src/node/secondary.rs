@@ -22,9 +22,11 @@ use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::guest_clock;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
-use crate::protocol::primary::{Command, ConnId};
+use crate::protocol::primary::Command;
 use crate::protocol::record::Record;
-use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig, StorageFault};
+use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
+use crate::protocol::types::ConnId;
+use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, Instant};
 
 /// How a secondary's life ended.

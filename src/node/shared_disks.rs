@@ -13,10 +13,10 @@ use crate::checkpoint::shared_journal::SharedListener;
 use crate::device::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
 use crate::device::shared_image::{SharedImage, is_block_device};
-use crate::protocol::primary::ConnId;
-use crate::protocol::secondary::StorageFault;
 use crate::protocol::shared_disk::Fencing;
+use crate::protocol::types::ConnId;
 use crate::protocol::types::EpochId;
+use crate::protocol::types::StorageFault;
 
 /// Why a node cannot use shared storage.
 #[derive(Debug, Error)]

@@ -24,7 +24,8 @@ use crate::control::verify::VerifyReport;
 use crate::control::{Handler, QmpError};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::{self, Command, DiskChoice, Primary};
-use crate::protocol::secondary::{self, Secondary, StorageFault};
+use crate::protocol::secondary::{self, Secondary};
+use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, InstanceId};
 
 /// Samples of epochs kept for `mc-query-epochs`.

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use super::messages::MachineShape;
+use super::machine_shape::MachineShape;
 use super::pages::PAGE_BYTES;
 
 /// What is behind a page index.
@@ -108,7 +108,7 @@ impl ImageLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::messages::DiskShape;
+    use crate::protocol::machine_shape::DiskShape;
 
     #[test]
     fn every_index_has_one_place_and_read_only_disks_have_none() {

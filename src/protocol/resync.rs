@@ -195,7 +195,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::messages::{DiskShape, MachineShape};
+    use crate::protocol::machine_shape::{DiskShape, MachineShape};
 
     fn layout(memory_pages: u64, disks: &[u64]) -> ImageLayout {
         let mut shape = MachineShape::bare(memory_pages * 4096, 1, [2, 0, 0, 0, 0, 1]);

@@ -23,7 +23,7 @@
 
 use std::collections::VecDeque;
 
-use super::messages::MachineShape;
+use super::machine_shape::MachineShape;
 use super::mutant;
 use super::types::EpochId;
 

@@ -112,6 +112,18 @@ impl fmt::Debug for InstanceId {
     }
 }
 
+/// Names a connection; the driver gives the numbers and never uses one twice.
+pub type ConnId = u64;
+
+/// Why shared storage cannot be had yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum StorageFault {
+    /// Another node has its lock.
+    Locked(String),
+    /// It does not take what this node kept.
+    Failing(String),
+}
+
 /// Longest guest name, in bytes.
 pub const GUEST_NAME_BYTES_MAX: usize = 64;
 

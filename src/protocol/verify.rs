@@ -161,7 +161,7 @@ impl Verify {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::messages::{DiskShape, MachineShape};
+    use crate::protocol::machine_shape::{DiskShape, MachineShape};
     use crate::protocol::types::Generation;
 
     fn id(epoch: u64) -> EpochId {

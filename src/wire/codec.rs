@@ -6,9 +6,8 @@
 
 use super::error::WireError;
 use crate::protocol::cpu::HostCpu;
-use crate::protocol::messages::{
-    Channel, DISKS_MAX, DiskShape, Heartbeat, Hello, MachineShape, Message, RefuseReason, Welcome,
-};
+use crate::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape};
+use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, RefuseReason, Welcome};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId};

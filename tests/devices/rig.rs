@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use mcd::device::virtio::blk::BlkDevice;
 use mcd::device::virtio::rng::RngDevice;
 use mcd::device::{BlockBackend, Signals, Stored};
-use mcd::protocol::messages::DiskShape;
+use mcd::protocol::machine_shape::DiskShape;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub type Memory = GuestMemoryMmap<()>;

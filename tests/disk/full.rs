@@ -1,7 +1,7 @@
 //! More disk writes in one epoch than may wait for a commit: they wait in the device, the guest
 //! runs on, and nothing is lost.
 
-use mcd::protocol::messages::JOURNAL_BYTES_MAX;
+use mcd::protocol::machine_shape::JOURNAL_BYTES_MAX;
 use nix::sys::signal::Signal;
 
 use super::rights;

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent};
-use mcd::protocol::messages::MachineShape;
+use mcd::protocol::machine_shape::MachineShape;
 
 use crate::support::*;
 

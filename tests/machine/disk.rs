@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mcd::device::bus::VirtioWindow;
 use mcd::device::image::RawImage;
 use mcd::machine::{BlockBackend, CpuModel, GuestRam, Machine, MachineError};
-use mcd::protocol::messages::{DiskShape, MachineShape};
+use mcd::protocol::machine_shape::{DiskShape, MachineShape};
 use mcd::protocol::pages::{PAGE_BYTES, PageSet};
 
 use crate::guest_code;

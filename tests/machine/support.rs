@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use mcd::machine::{CpuModel, GuestRam, InitialVcpu, Machine, NetBackend, Transmit};
-use mcd::protocol::messages::MachineShape;
+use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::pages::PAGE_BYTES;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 

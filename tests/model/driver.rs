@@ -2,9 +2,10 @@
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use mcd::protocol::messages::Message;
-use mcd::protocol::primary::{self, ConnId, OutputCut, Primary};
+use mcd::protocol::primary::{self, OutputCut, Primary};
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::secondary::{self, Secondary};
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::{EpochId, Instant};
 
 use crate::guest::{Guest, Output};

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use mcd::protocol::messages::Message;
-use mcd::protocol::primary::ConnId;
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::EpochId;
 
 use crate::guest::{Page, Pages};

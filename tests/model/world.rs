@@ -9,11 +9,12 @@ use std::time::Duration;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::failure_detector::HeartbeatConfig;
-use mcd::protocol::messages::MachineShape;
+use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::pages::PAGE_BYTES;
-use mcd::protocol::primary::{ConnId, Primary, PrimaryConfig};
+use mcd::protocol::primary::{Primary, PrimaryConfig};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{Secondary, SecondaryConfig};
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::{EpochId, GuestName, InstanceId, Instant};
 
 use crate::bounds::Bounds;

@@ -5,9 +5,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use mcd::machine::host_cpu;
-use mcd::protocol::messages::{
-    Channel, Hello, MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features,
-};
+use mcd::protocol::machine_shape::MachineShape;
+use mcd::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageEncoder, WireError};
 

@@ -4,7 +4,8 @@ use std::net::TcpListener;
 
 use mcd::control::status::State;
 use mcd::machine::{CpuModel, host_cpu};
-use mcd::protocol::messages::{MachineShape, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use mcd::protocol::machine_shape::MachineShape;
+use mcd::protocol::messages::{Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 
 use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
 use super::place::{HOST, PRIMARY, REFUSED, run};

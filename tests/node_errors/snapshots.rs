@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use mcd::checkpoint::snapshot::{self, SavedCpu, SnapshotHead, SnapshotId};
 use mcd::machine::{CpuModel, GuestRam, cpu_maker, host_cpu};
-use mcd::protocol::messages::{DiskShape, MachineShape};
+use mcd::protocol::machine_shape::{DiskShape, MachineShape};
 use mcd::protocol::types::{EpochId, Generation, GuestName};
 use serde_json::json;
 

@@ -3,8 +3,9 @@
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
 use mcd::protocol::pages::PageSet;
-use mcd::protocol::primary::{self, Command, ConnId, OutputCut};
+use mcd::protocol::primary::{self, Command, OutputCut};
 use mcd::protocol::secondary;
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::{EpochId, Instant};
 
 use crate::disks::{Frozen, Question};

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use mcd::protocol::messages::{Channel, Message};
-use mcd::protocol::primary::{self, ConnId};
+use mcd::protocol::primary;
 use mcd::protocol::secondary;
 use mcd::protocol::stall_detector::{StallDetector, TcpInfo};
+use mcd::protocol::types::ConnId;
 use mcd::wire::codec::{decode_message, encode_message};
 
 use crate::net::{Conn, End, Item, ProcId};

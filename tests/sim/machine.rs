@@ -1,6 +1,7 @@
 //! The guest at work, and the sender thread that reads its memory.
 
-use mcd::protocol::primary::{self, ConnId};
+use mcd::protocol::primary;
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::EpochId;
 
 use crate::guest::TORN;

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 
 use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::messages::{Channel, Message};
-use mcd::protocol::primary::ConnId;
 use mcd::protocol::stall_detector::StallDetector;
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::EpochId;
 
 use crate::stream::Receiver;

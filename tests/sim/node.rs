@@ -6,9 +6,10 @@ use std::collections::VecDeque;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::local_record::LocalRecord;
-use mcd::protocol::primary::{self, ConnId, Primary};
+use mcd::protocol::primary::{self, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
 use crate::disks::Frozen;

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::failure_detector::HeartbeatConfig;
-use mcd::protocol::messages::{DiskShape, MachineShape, features};
+use mcd::protocol::machine_shape::{DiskShape, MachineShape};
+use mcd::protocol::messages::features;
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::primary::PrimaryConfig;
 use mcd::protocol::secondary::SecondaryConfig;

@@ -4,11 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use mcd::protocol::primary::{self, ConnId};
+use mcd::protocol::primary;
 use mcd::protocol::record::RecordState;
-use mcd::protocol::secondary::{self, StorageFault};
+use mcd::protocol::secondary;
 use mcd::protocol::shared_disk::{FlushTarget, HeldWrites, KeptWrites, Layer};
+use mcd::protocol::types::ConnId;
 use mcd::protocol::types::EpochId;
+use mcd::protocol::types::StorageFault;
 
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In};

@@ -17,7 +17,7 @@ use crate::device::block::{BlockBackend, Stored};
 use crate::machine::memory::GuestRam;
 use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::layout::ImageLayout;
-use crate::protocol::messages::{DiskShape, MachineShape};
+use crate::protocol::machine_shape::{DiskShape, MachineShape};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::resync::Ledger;
 use crate::protocol::types::{EpochId, Generation};

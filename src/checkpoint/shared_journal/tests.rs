@@ -18,9 +18,9 @@ use crate::device::block::{BlockBackend, Stored};
 use crate::device::shared_image::SharedImage;
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
-use crate::protocol::messages::{DiskShape, MachineShape};
+use crate::protocol::machine_shape::{DiskShape, MachineShape};
 use crate::protocol::pages::PAGE_BYTES;
-use crate::protocol::primary::ConnId;
+use crate::protocol::types::ConnId;
 use crate::protocol::types::{EpochId, Generation};
 
 /// The last block is not whole.

@@ -6,7 +6,8 @@ use std::path::Path;
 use super::{FILE_VERSION, HEAD_BYTES_MAX, MAGIC, PREFACE_BYTES, SnapshotError, SnapshotId};
 use crate::machine::{CpuModel, cpu_maker};
 use crate::protocol::cpu::{GuestCpu, HostCpu};
-use crate::protocol::messages::{MachineShape, PROTOCOL_VERSION};
+use crate::protocol::machine_shape::MachineShape;
+use crate::protocol::messages::PROTOCOL_VERSION;
 use crate::protocol::types::{EpochId, GUEST_NAME_BYTES_MAX, Generation, GuestName};
 use crate::wire::codec::{decode_shape, encode_shape};
 

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use super::{PREFACE_BYTES, SnapshotError, SnapshotHead};
 use crate::machine::GuestRam;
 use crate::machine::memory::MemoryError;
-use crate::protocol::messages::{MachineShape, Message};
+use crate::protocol::machine_shape::MachineShape;
+use crate::protocol::messages::Message;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::wire::{FrameKind, FrameReader, PageDecoder, WireError};
 

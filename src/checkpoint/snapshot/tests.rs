@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use super::*;
 use crate::machine::{CpuModel, GuestRam};
 use crate::protocol::cpu::{GuestCpu, HostCpu};
-use crate::protocol::messages::{DiskShape, MachineShape};
+use crate::protocol::machine_shape::{DiskShape, MachineShape};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::{EpochId, Generation, GuestName};
 

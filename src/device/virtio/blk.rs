@@ -49,7 +49,7 @@ use super::interrupt::Interrupt;
 use super::mmio::{Effect, Transport};
 use crate::device::block::{BlockBackend, Stored};
 use crate::device::{DeviceStateError, Signals};
-use crate::protocol::messages::DiskShape;
+use crate::protocol::machine_shape::DiskShape;
 
 /// virtio device id of a disk.
 const DEVICE_ID_BLK: u32 = 2;

@@ -1,7 +1,7 @@
 //! What a driver learns of a disk before its first request: features and configuration space.
 
 use super::blk_request::{RANGE_SECTORS_MAX, RANGES_MAX};
-use crate::protocol::messages::{DiskShape, SECTOR_BYTES};
+use crate::protocol::machine_shape::{DiskShape, SECTOR_BYTES};
 
 /// The configuration says how large a buffer may be.
 const F_SIZE_MAX: u64 = 1 << 1;

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use super::mmio::Transport;
 use super::transport_state::TransportState;
 use crate::device::{DeviceStateError, StateReader};
-use crate::protocol::messages::DiskShape;
+use crate::protocol::machine_shape::DiskShape;
 
 /// The version of the saved state this build writes.
 pub const BLK_STATE_VERSION: u16 = 1;

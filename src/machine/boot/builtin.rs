@@ -12,7 +12,7 @@ use linux_loader::loader::{Elf, KernelLoader};
 use super::{BootError, tables};
 use crate::machine::initial::{GuestNet, InitialVcpu};
 use crate::machine::memory::GuestRam;
-use crate::protocol::messages::MachineShape;
+use crate::protocol::machine_shape::MachineShape;
 
 /// The guest's image, built by `build.rs`.
 static IMAGE: &[u8] = include_bytes!(env!("MCD_GUEST_ELF"));

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::types::{Action, ConnId, DiskChoice};
+use super::types::{Action, DiskChoice};
 use super::{Phase, Primary};
 use crate::protocol::block_hashes::{BlockHash, Comparison};
 use crate::protocol::event::Event;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::mutant;
-use crate::protocol::types::{EpochId, Instant};
+use crate::protocol::types::{ConnId, EpochId, Instant};
 use crate::protocol::verify::{DiskFindings, Outcome, Verify};
 
 /// Time from one word to a newcomer about its resync to the next.

@@ -24,7 +24,7 @@ mod verdicts;
 use std::collections::VecDeque;
 
 pub use compare::VerifyRefused;
-pub use types::{Action, Command, ConnId, DiskChoice, Input, OutputCut, PrimaryConfig};
+pub use types::{Action, Command, DiskChoice, Input, OutputCut, PrimaryConfig};
 
 use self::epochs::Epochs;
 use self::peer::Peer;
@@ -37,7 +37,7 @@ use super::mutant;
 use super::pages::PageSet;
 use super::record::Record;
 use super::resync::Ledger;
-use super::types::{EpochId, Generation, InstanceId, Instant};
+use super::types::{ConnId, EpochId, Generation, InstanceId, Instant};
 use super::verify::Verify;
 
 /// What a primary is doing.

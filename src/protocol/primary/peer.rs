@@ -2,13 +2,13 @@
 
 use std::hash::{Hash, Hasher};
 
-use super::types::{Action, ConnId};
+use super::types::Action;
 use super::{Phase, Primary};
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::{FailureDetector, HeartbeatConfig, HeartbeatTimer};
 use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use crate::protocol::mutant;
-use crate::protocol::types::{EpochId, Generation, InstanceId, Instant};
+use crate::protocol::types::{ConnId, EpochId, Generation, InstanceId, Instant};
 
 /// The secondary, or the newcomer that becomes it.
 #[derive(Clone, Debug)]

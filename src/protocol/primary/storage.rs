@@ -5,8 +5,8 @@ use super::{Action, Phase, Primary};
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Message, features};
 use crate::protocol::mutant;
-use crate::protocol::primary::ConnId;
 use crate::protocol::resync::Ledger;
+use crate::protocol::types::ConnId;
 use crate::protocol::types::EpochId;
 
 impl Primary {

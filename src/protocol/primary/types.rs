@@ -8,11 +8,9 @@ use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
-use crate::protocol::messages::{Hello, MachineShape, Message};
-use crate::protocol::types::{EpochId, GuestName, Instant};
-
-/// Names a connection; the driver gives the numbers and never uses one twice.
-pub type ConnId = u64;
+use crate::protocol::machine_shape::MachineShape;
+use crate::protocol::messages::{Hello, Message};
+use crate::protocol::types::{ConnId, EpochId, GuestName, Instant};
 
 /// How a primary behaves.
 #[derive(Clone, Debug)]

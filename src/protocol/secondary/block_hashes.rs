@@ -87,7 +87,8 @@ mod tests {
     use std::time::Duration;
 
     use crate::protocol::cpu::HostCpu;
-    use crate::protocol::messages::{DiskShape, MachineShape, Message, Welcome, features};
+    use crate::protocol::machine_shape::{DiskShape, MachineShape};
+    use crate::protocol::messages::{Message, Welcome, features};
     use crate::protocol::record::Record;
     use crate::protocol::secondary::{Action, Input, Phase, Secondary, SecondaryConfig};
     use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId, Instant};

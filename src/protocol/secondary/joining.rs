@@ -5,7 +5,7 @@ use crate::protocol::event::Event;
 use crate::protocol::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
 use crate::protocol::messages::Message;
 use crate::protocol::messages::{Channel, Hello, PROTOCOL_VERSION, RefuseReason, Welcome};
-use crate::protocol::primary::ConnId;
+use crate::protocol::types::ConnId;
 use crate::protocol::types::{Generation, Instant};
 
 impl Secondary {

@@ -19,7 +19,6 @@ mod types;
 use std::collections::VecDeque;
 
 use self::storage::Inheritance;
-pub use storage::StorageFault;
 pub use types::{Action, Ending, Input, SecondaryConfig};
 
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
@@ -27,8 +26,8 @@ use super::event::Event;
 use super::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
 use super::messages::{Heartbeat, Message, Welcome};
 use super::mutant;
-use super::primary::ConnId;
 use super::record::{Record, RecordState};
+use super::types::ConnId;
 use super::types::{EpochId, Generation, InstanceId, Instant};
 
 /// What a secondary is doing.

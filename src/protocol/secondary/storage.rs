@@ -15,21 +15,12 @@ use crate::protocol::arbitration::ArbiterRequest;
 use crate::protocol::event::Event;
 use crate::protocol::mutant;
 use crate::protocol::record::Record;
-use crate::protocol::types::Instant;
+use crate::protocol::types::{Instant, StorageFault};
 
 /// The wait between two tries doubles so often.
 const DOUBLINGS_MAX: u32 = 6;
 /// After so many tries in vain people are told.
 const TRIES_UNTOLD: u32 = 2;
-
-/// Why shared storage cannot be had yet.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum StorageFault {
-    /// Another node has its lock.
-    Locked(String),
-    /// It does not take what this node kept.
-    Failing(String),
-}
 
 /// A new primary on its way to shared storage.
 #[derive(Clone, Debug)]

@@ -8,9 +8,9 @@ use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
-use crate::protocol::primary::ConnId;
 use crate::protocol::record::Record;
-use crate::protocol::secondary::StorageFault;
+use crate::protocol::types::ConnId;
+use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, GuestName, Instant};
 
 /// How a secondary behaves.

@@ -7,7 +7,8 @@ use super::super::{Action, Command, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::failure_detector::HeartbeatConfig;
-use crate::protocol::messages::{Channel, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION};
+use crate::protocol::machine_shape::MachineShape;
+use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION};
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{GuestName, InstanceId, Instant};
 

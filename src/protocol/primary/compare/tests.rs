@@ -11,9 +11,8 @@ use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
-use crate::protocol::messages::{
-    Channel, DiskShape, Heartbeat, Hello, MachineShape, Message, PROTOCOL_VERSION, features,
-};
+use crate::protocol::machine_shape::{DiskShape, MachineShape};
+use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, features};
 use crate::protocol::record::Record;
 use crate::protocol::types::{EpochId, GuestName, InstanceId, Instant};
 use crate::protocol::verify::{DiskFindings, Outcome};
