@@ -4,7 +4,7 @@
 use mcd::checkpoint::block_hashes::sum_of;
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape};
-use mcd::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use mcd::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
 use mcd::wire::block_hashes::{decode_hashes, encode_hashes};
@@ -33,7 +33,7 @@ fn message_is(message: Message, expected: &[&str]) {
 
 #[test]
 fn this_is_version_2() {
-    assert_eq!(PROTOCOL_VERSION, 2);
+    assert_eq!(PROTOCOL_VERSION, 3);
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn hello_and_welcome() {
         })
     };
     let rest = [
-        "0200",
+        "0300",
         "0500",
         "7765622d31",
         A_HEX,
@@ -151,11 +151,17 @@ fn records_heartbeats_and_the_end() {
     message_is(record(RecordState::Paired, Some(B)), &["07", "0800000000000000", "00", A_HEX, "01", B_HEX]);
     message_is(record(RecordState::Solo, None), &["07", "0800000000000000", "01", A_HEX, "00"]);
     message_is(record(RecordState::Stopped, None), &["07", "0800000000000000", "02", A_HEX, "00"]);
-    let heartbeat =
-        |committed| Message::Heartbeat(Heartbeat { instance: B, generation: Generation(8), sequence: 513, committed });
+    let heartbeat = |committed, activity| {
+        let (generation, sequence) = (Generation(8), 513);
+        Message::Heartbeat(Heartbeat { instance: B, generation, sequence, committed, activity })
+    };
     let head = ["08", B_HEX, "0800000000000000", "0102000000000000"].concat();
-    message_is(heartbeat(None), &[&head, "00"]);
-    message_is(heartbeat(Some(epoch(8, 2))), &[&head, "01", "0800000000000000", "0200000000000000"]);
+    let building = Activity::Building { done_bytes: 0x0102 };
+    message_is(heartbeat(None, building), &[&head, "00", "01", "0201000000000000"]);
+    message_is(heartbeat(None, Activity::Capturing), &[&head, "00", "02"]);
+    let committed = "010800000000000000" /* generation */;
+    message_is(heartbeat(Some(epoch(8, 2)), Activity::Ready), &[&head, committed, "0200000000000000", "00"]);
+    message_is(Message::HandOver { reason: "disk".into() }, &["0d", "0400", "6469736b"]);
     message_is(Message::Bye { reason: "done".into() }, &["09", "0400", "646f6e65"]);
     message_is(Message::Bye { reason: String::new() }, &["09", "0000"]);
 }
@@ -199,7 +205,7 @@ fn every_kind_of_frame() {
     for (kind, number) in expected {
         let mut batch = FrameBatch::new();
         batch.push(kind, b"123456789").unwrap();
-        let bytes = ["4d434431", "0200", number, "09000000", "839206e3", "00000000", "313233343536373839"].concat();
+        let bytes = ["4d434431", "0300", number, "09000000", "839206e3", "00000000", "313233343536373839"].concat();
         assert_eq!(hex(batch.as_bytes()), bytes);
         let mut reader = FrameReader::new(batch.as_bytes());
         let frame = reader.read().unwrap();

@@ -4,7 +4,7 @@
 
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape, SECTOR_BYTES};
-use mcd::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use mcd::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use mcd::protocol::pages::PAGE_BYTES;
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
@@ -85,6 +85,11 @@ fn text() -> impl Strategy<Value = String> {
     vec(any::<char>(), 0..=128).prop_map(String::from_iter)
 }
 
+fn activity() -> impl Strategy<Value = Activity> {
+    let building = any::<u64>().prop_map(|done_bytes| Activity::Building { done_bytes });
+    proptest::prop_oneof![Just(Activity::Ready), building, Just(Activity::Capturing)]
+}
+
 fn message() -> impl Strategy<Value = Message> {
     use RefuseReason::*;
     let reason = (0..7usize).prop_map(|n| [Version, Guest, Cpu, Busy, NotPrimary, Staging, Malformed][n]);
@@ -97,11 +102,13 @@ fn message() -> impl Strategy<Value = Message> {
             .prop_map(|(id, pages, state_bytes, digest)| { Message::EpochEnd { id, pages, state_bytes, digest } }),
         (epoch(), any::<u64>()).prop_map(|(id, staged_bytes)| Message::Ack { id, staged_bytes }),
         record().prop_map(|record| Message::Paired { record }),
-        (instance(), any::<u64>(), any::<u64>(), proptest::option::of(epoch())).prop_map(
-            |(instance, generation, sequence, committed)| {
-                Message::Heartbeat(Heartbeat { instance, generation: Generation(generation), sequence, committed })
+        (instance(), any::<u64>(), any::<u64>(), proptest::option::of(epoch()), activity()).prop_map(
+            |(instance, generation, sequence, committed, activity)| {
+                let generation = Generation(generation);
+                Message::Heartbeat(Heartbeat { instance, generation, sequence, committed, activity })
             }
         ),
+        text().prop_map(|reason| Message::HandOver { reason }),
         text().prop_map(|reason| Message::Bye { reason }),
         epoch().prop_map(|through| Message::Written { through }),
     ]

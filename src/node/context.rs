@@ -28,8 +28,14 @@ use crate::protocol::primary::PrimaryConfig;
 
 /// Time between two questions to an arbiter out of reach, or two tries to reach a primary.
 pub const RETRY: Duration = Duration::from_millis(200);
-/// How long a newcomer may take to build its machine and open its second connection.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a newcomer may take from its hello to its heartbeat connection.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a newcomer may make no progress with building its machine.
+const BUILD_SILENCE_MAX: Duration = Duration::from_secs(30);
+/// How long a node vouches for a guest that cannot be captured, if the operator says nothing else.
+pub const STALL_MAX: Duration = Duration::from_secs(2);
+/// How long the secondary may take to take over a guest that was handed over.
+const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB,
 /// about 1 ms on a fast link).
 const PUSH_PAGES_MAX: usize = 512;
@@ -131,6 +137,9 @@ impl Context {
             heartbeat: self.config.heartbeat,
             arbiter_retry: RETRY,
             join_timeout: JOIN_TIMEOUT,
+            build_silence_max: BUILD_SILENCE_MAX,
+            stall_max: STALL_MAX,
+            handover_timeout: HANDOVER_TIMEOUT,
             push_pages_max: PUSH_PAGES_MAX,
         }
     }

@@ -156,6 +156,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
             staging_bytes_max: context.config.staging_bytes_max,
             retry: RETRY,
             answer_timeout: ANSWER_TIMEOUT,
+            stall_max: context::STALL_MAX,
         };
         let protocol = Secondary::new(config.clone(), me, last_conn, start_at);
         let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol).run()?;

@@ -3,6 +3,7 @@
 
 mod snapshot;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
 use crate::protocol::messages::{Channel, Message, features};
-use crate::protocol::primary::{Action, Command, Input, OutputCut, Phase, Primary};
+use crate::protocol::primary::{Action, End, GuestEnd, Input, OutputCut, Phase, Primary};
 use crate::protocol::types::ConnId;
 use crate::protocol::types::EpochId;
 
@@ -74,10 +75,9 @@ pub struct PrimaryNode {
     dirty: DirtyPages,
     on_its_way: Option<OnItsWay>,
     announcer: Announcer,
-    replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
+    tickets: u64,
+    replies: HashMap<u64, crossbeam::channel::Sender<Result<Value, String>>>,
     snapshots: Snapshots,
-    /// The guest asked for a reset.
-    restart: bool,
     end: Option<PrimaryEnd>,
 }
 
@@ -108,9 +108,9 @@ impl PrimaryNode {
             dirty: DirtyPages::new(pages),
             on_its_way: None,
             announcer,
-            replies: Vec::new(),
+            tickets: 0,
+            replies: HashMap::new(),
             snapshots: Snapshots::default(),
-            restart: false,
             end: None,
         }
     }
@@ -142,10 +142,6 @@ impl PrimaryNode {
             self.act()?;
             self.disks.runs_in(self.protocol.generation());
             self.publish();
-            for reply in self.replies.drain(..) {
-                // The client may have given up waiting.
-                let _ = reply.send(Ok(serde_json::json!({})));
-            }
             if let Some(end) = self.end.take() {
                 if !self.drain_shared_disks()? {
                     // The images are not what it says of them.
@@ -245,16 +241,10 @@ impl PrimaryNode {
             }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => self.machine_event(event)?,
-            NodeEvent::Command { command: Command::VerifyDisks(choice), reply }
-                if let Err(why) = self.protocol.may_verify(choice) =>
-            {
-                // The client may have given up waiting.
-                reply.into_iter().for_each(|reply| drop(reply.send(Err(why.to_string()))));
-                None
-            }
             NodeEvent::Command { command, reply } => {
-                self.replies.extend(reply);
-                Some(Input::Command(command))
+                self.tickets += 1;
+                self.replies.extend(reply.map(|reply| (self.tickets, reply)));
+                Some(Input::Command { ticket: self.tickets, command })
             }
             NodeEvent::Snapshot { request, reply } => self.snapshot_asked(request, reply),
             NodeEvent::SnapshotWritten(result) => self.snapshot_written(result),
@@ -275,16 +265,15 @@ impl PrimaryNode {
     fn machine_event(&mut self, event: MachineEvent) -> Result<Option<Input>, NodeError> {
         tracing::info!(?event, "guest");
         match event {
-            MachineEvent::Shutdown => return Ok(Some(Input::GuestShutdown)),
-            MachineEvent::VcpuFailed { .. } => return Err(NodeError::GuestFailed(format!("{event:?}"))),
+            MachineEvent::Shutdown => return Ok(Some(Input::GuestEnded(GuestEnd::Shutdown))),
+            MachineEvent::VcpuFailed { .. } => {
+                return Ok(Some(Input::GuestEnded(GuestEnd::Failed(format!("{event:?}")))));
+            }
             MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
                 self.context.status.guest_alarm(format!("the guest is in trouble: {event:?}"));
             }
             MachineEvent::Reset => {
-                // Its kernel is known to the node that started it, which may not be this one:
-                // whoever starts nodes starts it again.
-                self.restart = true;
-                return Ok(Some(Input::GuestShutdown));
+                return Ok(Some(Input::GuestEnded(GuestEnd::Reset)));
             }
             MachineEvent::Booted => {}
         }
@@ -298,7 +287,10 @@ impl PrimaryNode {
             match action {
                 Action::Send { conn, message } => self.send(conn, message),
                 Action::Close { conn } => self.close(conn),
-                Action::StartTracking { conn } => self.start_tracking(conn)?,
+                Action::StartTracking { conn } => {
+                    self.start_tracking(conn)?;
+                    self.protocol.handle(clock::now(), Input::Tracking { conn, result: Ok(()) });
+                }
                 Action::StopTracking => self.stop_tracking()?,
                 Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
@@ -316,17 +308,27 @@ impl PrimaryNode {
                     self.disks.shared().into_iter().for_each(SharedJournal::alone);
                     self.machine.kick_net();
                 }
-                Action::Run(run) => self.run_guest(run)?,
+                Action::Run(run) => {
+                    self.run_guest(run)?;
+                    self.protocol.handle(clock::now(), Input::RunDone { run, result: Ok(()) });
+                }
                 Action::Snapshot => self.begin_snapshot(),
                 Action::NoSnapshot { why } => self.snapshot_refused(why),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence()?,
-                Action::Exit => {
-                    self.end = Some(match self.protocol.phase() {
-                        Phase::Fenced => PrimaryEnd::Fenced,
-                        _ if self.restart => PrimaryEnd::Restart,
-                        _ => PrimaryEnd::Quit,
-                    });
+                Action::Exit(end) => match end {
+                    End::Fenced => self.end = Some(PrimaryEnd::Fenced),
+                    End::GuestOver { restart: true } => self.end = Some(PrimaryEnd::Restart),
+                    End::GuestOver { .. } | End::Quit => self.end = Some(PrimaryEnd::Quit),
+                    End::GuestFailed(why) => return Err(NodeError::GuestFailed(why)),
+                },
+                Action::Heartbeat { conn, beat, .. } => self.send(conn, Message::Heartbeat(beat)),
+                Action::Answer { ticket, result } => {
+                    if let Some(reply) = self.replies.remove(&ticket) {
+                        // The client may have given up waiting.
+                        let result = result.map(|()| serde_json::json!({})).map_err(|why| why.to_string());
+                        let _ = reply.send(result);
+                    }
                 }
                 Action::Tell(event) => self.context.tell(&event),
             }
@@ -429,7 +431,7 @@ impl PrimaryNode {
                 self.dirty.put_back();
                 self.disks.journal().put_back();
                 self.disks.shared().into_iter().for_each(SharedJournal::put_back);
-                Input::CaptureFailed { why: error.to_string() }
+                Input::CaptureFailed { id, why: error.to_string() }
             }
         };
         self.protocol.handle(clock::now(), input);

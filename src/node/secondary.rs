@@ -1,5 +1,6 @@
 //! The driver of the node that holds the guest's image. It holds no rule.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,6 @@ use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::guest_clock;
 use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
-use crate::protocol::primary::Command;
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::ConnId;
@@ -85,6 +85,8 @@ pub struct SecondaryNode<'a> {
     staged: Option<Box<StagedEpoch>>,
     stages: Stages,
     meter: Meter,
+    tickets: u64,
+    replies: HashMap<u64, super::events::Reply>,
     end: Option<SecondaryEnd>,
 }
 
@@ -106,6 +108,8 @@ impl<'a> SecondaryNode<'a> {
             staged: None,
             stages: Stages::default(),
             meter: Meter::default(),
+            tickets: 0,
+            replies: HashMap::new(),
             end: None,
         }
     }
@@ -224,13 +228,10 @@ impl<'a> SecondaryNode<'a> {
                 closer.shutdown();
                 None
             }
-            NodeEvent::Command { command: Command::Quit, reply } => {
-                answer(reply, Ok(serde_json::json!({})));
-                Some(Input::Quit)
-            }
-            NodeEvent::Command { reply, .. } => {
-                answer(reply, Err("this node is a secondary: it does not run the guest; ask the primary".into()));
-                None
+            NodeEvent::Command { command, reply } => {
+                self.tickets += 1;
+                self.replies.extend(reply.map(|reply| (self.tickets, reply)));
+                Some(Input::Command { ticket: self.tickets, command })
             }
             NodeEvent::Snapshot { reply, .. } => {
                 answer(Some(reply), Err("this node is a secondary: it does not run the guest; ask the primary".into()));
@@ -266,6 +267,15 @@ impl<'a> SecondaryNode<'a> {
                 Action::Close { conn } => {
                     self.stages.suspected_us = clock::monotonic_us();
                     self.connections.close(conn);
+                }
+                Action::Heartbeat { conn, beat, .. } => {
+                    if let Some(why) = self.connections.send(conn, &Message::Heartbeat(beat)) {
+                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
+                    }
+                }
+                Action::Answer { ticket, result } => {
+                    let result = result.map(|()| serde_json::json!({})).map_err(|why| why.to_string());
+                    answer(self.replies.remove(&ticket), result);
                 }
                 Action::BuildMachine(welcome) => self.build(welcome),
                 Action::Commit { id } => self.commit(id)?,

@@ -7,6 +7,7 @@
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
+use super::event::Event;
 use super::mutant;
 use super::record::Record;
 use super::types::Instant;
@@ -65,12 +66,14 @@ pub struct Arbitration {
     request: Option<ArbiterRequest>,
     waiting: bool,
     again_at: Option<Instant>,
+    /// Why the arbiter did not answer, while it does not.
+    lost: Option<String>,
 }
 
 impl Arbitration {
     /// Asks nothing yet; asks again `retry` after an answer "out of reach".
     pub fn new(retry: Duration) -> Arbitration {
-        Arbitration { retry, ticket: 0, request: None, waiting: false, again_at: None }
+        Arbitration { retry, ticket: 0, request: None, waiting: false, again_at: None, lost: None }
     }
 
     /// Starts a question and returns it. An earlier one is forgotten: its answer will be ignored.
@@ -80,6 +83,13 @@ impl Arbitration {
         self.waiting = true;
         self.ticket += 1;
         ArbiterCall { ticket: self.ticket, request }
+    }
+
+    /// Asks after a while. An earlier question is forgotten.
+    pub fn ask_later(&mut self, now: Instant, request: ArbiterRequest) {
+        self.request = Some(request);
+        self.waiting = false;
+        self.again_at = Some(now + self.retry);
     }
 
     /// Forgets the question in hand.
@@ -92,6 +102,23 @@ impl Arbitration {
     /// True while a question has no final answer.
     pub fn is_asking(&self) -> bool {
         self.request.is_some()
+    }
+
+    /// Why the arbiter is out of reach, if it is.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.as_deref()
+    }
+
+    /// What people are told of an answer: that the arbiter was lost, or that it is back. Once each.
+    pub fn reach_changed(&mut self, verdict: &Verdict) -> Option<Event> {
+        match verdict {
+            Verdict::Unreachable(why) => {
+                let first = self.lost.is_none();
+                self.lost = Some(why.clone());
+                first.then(|| Event::ArbiterLost { why: why.clone() })
+            }
+            Verdict::Won(_) | Verdict::Stands(_) => self.lost.take().map(|_| Event::ArbiterBack),
+        }
     }
 
     /// When the question is to be asked again.
@@ -108,8 +135,8 @@ impl Arbitration {
 
     /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Arbitration { retry, ticket, request, waiting, again_at } = self;
-        (retry, ticket, request, waiting, again_at.map(|at| at.since(now))).hash(into);
+        let Arbitration { retry, ticket, request, waiting, again_at, lost } = self;
+        (retry, ticket, request, waiting, again_at.map(|at| at.since(now)), lost.is_some()).hash(into);
     }
 
     /// Takes an answer; `None` if it answers a forgotten question.

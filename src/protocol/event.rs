@@ -3,7 +3,10 @@
 use std::fmt;
 use std::time::Duration;
 
+use thiserror::Error;
+
 use super::messages::RefuseReason;
+use super::peer_loss::PeerLoss;
 use super::types::{EpochId, Generation, InstanceId};
 
 /// Something an operator may want to know.
@@ -26,7 +29,7 @@ pub enum Event {
     /// The newcomer went away before it was of use.
     NewcomerLost {
         /// Why.
-        why: String,
+        why: PeerLoss,
     },
     /// The guest has a committed copy elsewhere, and the arbiter knows.
     Protected {
@@ -43,6 +46,18 @@ pub enum Event {
     /// The peer may be dead; the arbiter is asked.
     Suspected {
         /// Why.
+        why: PeerLoss,
+    },
+    /// The guest cannot be captured for now; past `stall_max` it is handed over.
+    GuestStuck {
+        /// How long the capture has lasted.
+        stuck: Duration,
+        /// For how long this node goes on vouching for the guest.
+        stall_max: Duration,
+    },
+    /// The guest could not be captured for too long: the secondary is asked to take over.
+    HandedOver {
+        /// Why.
         why: String,
     },
     /// This node takes over the guest.
@@ -57,7 +72,7 @@ pub enum Event {
         /// Why.
         why: String,
     },
-    /// This node stood still for too long and asks the arbiter before it releases anything.
+    /// This node was asleep for too long and asks the arbiter before it releases anything.
     Stalled {
         /// For how long.
         stall: Duration,
@@ -108,8 +123,25 @@ pub enum Event {
     /// The secondary lost its place; it joins again as a newcomer.
     Rejoining {
         /// Why.
-        why: String,
+        why: RejoinReason,
     },
+}
+
+/// Why a secondary drops its image and joins again.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Error)]
+pub enum RejoinReason {
+    /// The primary was lost before the image was of use.
+    #[error("the primary was lost: {0}")]
+    Lost(PeerLoss),
+    /// Another node won the guest.
+    #[error("the arbiter gave the guest to another node")]
+    GuestElsewhere,
+    /// Another node won the guest while this one waited for a shared disk.
+    #[error("the guest was given to another node while this one waited for its disk")]
+    GuestElsewhereMeanwhile,
+    /// The arbiter does not know the guest.
+    #[error("the arbiter has no record of this guest")]
+    NoRecord,
 }
 
 impl Event {
@@ -122,6 +154,8 @@ impl Event {
             Event::Protected { .. } => "MC_PROTECTED",
             Event::Unprotected { .. } => "MC_UNPROTECTED",
             Event::Suspected { .. } => "MC_SUSPECTED",
+            Event::GuestStuck { .. } => "MC_GUEST_STUCK",
+            Event::HandedOver { .. } => "MC_HANDED_OVER",
             Event::Takeover { .. } => "MC_TAKEOVER",
             Event::Fenced { .. } => "MC_FENCED",
             Event::Stalled { .. } => "MC_STALLED",
@@ -167,10 +201,21 @@ impl fmt::Display for Event {
                 write!(f, "unprotected: {why}; the guest runs alone and waits for a newcomer")
             }
             Event::Suspected { why } => write!(f, "peer suspected: {why}; asking the arbiter"),
+            Event::GuestStuck { stuck, stall_max } => write!(
+                f,
+                "the guest cannot be captured since {} ms; after {} ms it is handed over to the secondary",
+                stuck.as_millis(),
+                stall_max.as_millis()
+            ),
+            Event::HandedOver { why } => write!(f, "guest handed over: {why}; the secondary is asked to run it"),
             Event::Takeover { generation, epoch } => write!(f, "takeover: {generation}, from epoch {epoch}"),
             Event::Fenced { why } => write!(f, "fenced: {why}; the guest is stopped here and nothing is released"),
             Event::Stalled { stall } => {
-                write!(f, "this node stood still for {} ms; asking the arbiter", stall.as_millis())
+                write!(
+                    f,
+                    "this node was asleep for {} ms; asking the arbiter before it releases anything",
+                    stall.as_millis()
+                )
             }
             Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
             Event::ArbiterBack => write!(f, "arbiter answers again"),

@@ -1,4 +1,5 @@
-//! Heartbeats: when to send one, when a silence is too long, and when it was *we* who slept.
+//! Heartbeats: when to vouch for this node again, when the peer's silence is too long, and how long
+//! this node was asleep itself.
 
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
@@ -16,39 +17,45 @@ pub struct HeartbeatConfig {
     pub timeout: Duration,
 }
 
-/// Says when the next heartbeat is due and gives it its number.
+/// Says when the heartbeat thread has to be fed again.
+///
+/// Heartbeats leave from a thread of their own, which repeats the newest one it was given every
+/// interval until a deadline: so neither a capture nor a full disk queue delays them, and an engine
+/// that hangs is not vouched for much longer than `stall_max`.
 #[derive(Clone, Debug)]
 pub struct HeartbeatTimer {
     interval: Duration,
     due: Instant,
-    sequence: u64,
 }
 
 impl HeartbeatTimer {
-    /// A pulse whose first heartbeat is due at once.
+    /// A timer whose first heartbeat is due at once.
     pub fn new(interval: Duration, now: Instant) -> HeartbeatTimer {
-        HeartbeatTimer { interval, due: now, sequence: 0 }
+        HeartbeatTimer { interval, due: now }
     }
 
-    /// When the next heartbeat is due.
+    /// The heartbeat thread is to be fed at `now`: there is something new to say.
+    pub fn feed_at(&mut self, now: Instant) {
+        self.due = self.due.min(now);
+    }
+
+    /// When the heartbeat thread is to be fed next.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// The number of the heartbeat to send now, if one is due.
-    pub fn beat(&mut self, now: Instant) -> Option<u64> {
-        if now < self.due {
-            return None;
+    /// True if the heartbeat thread is to be fed now.
+    pub fn is_due(&mut self, now: Instant) -> bool {
+        let due = now >= self.due;
+        if due {
+            self.due = now + self.interval;
         }
-        self.due = now + self.interval;
-        self.sequence += 1;
-        Some(self.sequence)
+        due
     }
 
-    /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)). A
-    /// heartbeat's number changes nothing.
+    /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let HeartbeatTimer { interval, due, sequence: _ } = self;
+        let HeartbeatTimer { interval, due } = self;
         (interval, due.since(now)).hash(into);
     }
 }
@@ -102,6 +109,19 @@ impl FailureDetector {
         }
     }
 
+    /// This node was asleep: the silence of that time proves nothing, and after a stall nothing that
+    /// was heard before it does.
+    pub fn slept(&mut self, now: Instant, slept: Slept) {
+        if mutant::is("own-sleep-counts") {
+            return;
+        }
+        if slept.stall.is_some() {
+            return self.heard(now);
+        }
+        self.heard = self.heard + slept.unheard;
+        self.moved = self.moved + slept.unheard;
+    }
+
     /// When the peer becomes suspect if nothing more is heard.
     pub fn deadline(&self) -> Instant {
         self.heard.max(self.moved.min(self.late_until())) + self.timeout
@@ -126,32 +146,44 @@ impl FailureDetector {
     }
 }
 
-/// Notices that this node itself stood still (SIGSTOP, a frozen host): then what it remembers
-/// hearing proves nothing.
+/// Notices that this node itself was asleep (SIGSTOP, steal time, a frozen host). What it did not
+/// hear meanwhile proves nothing, however short the sleep was, so that time is taken off every
+/// judgement about others; after a long sleep this node's own right to run the guest is in doubt.
 #[derive(Clone, Debug)]
 pub struct SleepGuard {
+    tick: Duration,
     limit: Duration,
     awake: Instant,
 }
 
+/// How long a node was asleep when it should have been awake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slept {
+    /// Time in which this node should have looked at its sockets and did not.
+    pub unheard: Duration,
+    /// The whole gap, if it is as long as the time after which the peer suspects this node.
+    pub stall: Option<Duration>,
+}
+
 impl SleepGuard {
-    /// A guard that calls a gap of `limit` or more between two looks a stall. The driver looks at
-    /// least every heartbeat interval.
-    pub fn new(limit: Duration, now: Instant) -> SleepGuard {
-        SleepGuard { limit, awake: now }
+    /// A guard of a node that is awake at least every `tick`; a gap of `limit` or more between two
+    /// looks is a stall.
+    pub fn new(tick: Duration, limit: Duration, now: Instant) -> SleepGuard {
+        SleepGuard { tick, limit, awake: now }
     }
 
-    /// Looks at the clock; the length of the stall that just ended, if there was one.
-    pub fn look(&mut self, now: Instant) -> Option<Duration> {
+    /// Looks at the clock: how long the node was asleep, if it was.
+    pub fn look(&mut self, now: Instant) -> Option<Slept> {
         let gap = now.since(self.awake);
         self.awake = self.awake.max(now);
-        (gap >= self.limit).then_some(gap)
+        let unheard = gap.checked_sub(self.tick).filter(|unheard| !unheard.is_zero())?;
+        Some(Slept { unheard, stall: (gap >= self.limit).then_some(gap) })
     }
 
     /// Tells a checker the state. How much longer than the limit a stall was changes nothing.
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let SleepGuard { limit, awake } = self;
-        (limit, now.since(*awake).min(*limit)).hash(into);
+        let SleepGuard { tick, limit, awake } = self;
+        (tick, limit, now.since(*awake).min(*limit)).hash(into);
     }
 }
 
@@ -200,18 +232,27 @@ mod tests {
     }
 
     #[test]
-    fn a_pulse_beats_once_per_interval() {
+    fn the_heartbeat_thread_is_fed_once_per_interval() {
         let mut timer = HeartbeatTimer::new(10 * MS, Instant::from_us(0));
-        assert_eq!(timer.beat(Instant::from_us(0)), Some(1));
-        assert_eq!(timer.beat(Instant::from_us(9_999)), None);
-        assert_eq!(timer.beat(Instant::from_us(10_000)), Some(2));
+        let fed = [0, 9_999, 10_000].map(|us| timer.is_due(Instant::from_us(us)));
+        assert_eq!(fed, [true, false, true]);
     }
 
     #[test]
-    fn a_stall_is_noticed_once() {
-        let mut guard = SleepGuard::new(30 * MS, Instant::from_us(0));
-        assert_eq!(guard.look(Instant::from_us(29_000)), None);
-        assert_eq!(guard.look(Instant::from_us(89_000)), Some(60 * MS));
-        assert_eq!(guard.look(Instant::from_us(89_001)), None);
+    fn own_sleep_is_noticed_once_and_a_long_one_is_a_stall() {
+        let mut guard = SleepGuard::new(10 * MS, 30 * MS, Instant::from_us(0));
+        assert_eq!(guard.look(Instant::from_us(10_000)), None, "it need not be awake more often");
+        assert_eq!(guard.look(Instant::from_us(39_000)), Some(Slept { unheard: 19 * MS, stall: None }));
+        let long = Slept { unheard: 50 * MS, stall: Some(60 * MS) };
+        assert_eq!(guard.look(Instant::from_us(99_000)), Some(long));
+        assert_eq!(guard.look(Instant::from_us(99_001)), None);
+    }
+
+    #[test]
+    fn a_sleep_shorter_than_the_time_out_is_taken_off_the_silence() {
+        let mut detector = FailureDetector::new(30 * MS, Instant::from_us(0));
+        detector.slept(Instant::from_us(29_000), Slept { unheard: 25 * MS, stall: None });
+        assert_eq!(detector.suspects(Instant::from_us(54_999)), None);
+        assert!(detector.suspects(Instant::from_us(55_000)).is_some());
     }
 }

@@ -6,7 +6,7 @@ use super::record::Record;
 use super::types::{EpochId, Generation, GuestName, InstanceId};
 
 /// The protocol version this build speaks. A peer of another version is refused with both numbers.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// Which of the two connections of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -86,6 +86,21 @@ pub enum RefuseReason {
     Malformed,
 }
 
+/// What a node is in the middle of, beside being alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activity {
+    /// Nothing long.
+    Ready,
+    /// A newcomer builds its machine and touches its memory: bytes done so far. It takes no epochs
+    /// yet.
+    Building {
+        /// They go up as long as the work goes on.
+        done_bytes: u64,
+    },
+    /// A primary captures an epoch.
+    Capturing,
+}
+
 /// The newest epoch a node has committed, and what it is doing: sent as the heartbeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Heartbeat {
@@ -97,6 +112,8 @@ pub struct Heartbeat {
     pub sequence: u64,
     /// Newest epoch the sender knows to be committed, if any.
     pub committed: Option<EpochId>,
+    /// What the sender is in the middle of.
+    pub activity: Activity,
 }
 
 impl Heartbeat {
@@ -173,6 +190,12 @@ pub enum Message {
     },
     /// Either way, on the heartbeat connection.
     Heartbeat(Heartbeat),
+    /// Primary → secondary: the guest cannot go on here, or cannot be captured any more: ask the
+    /// arbiter for it.
+    HandOver {
+        /// The sentence a person reads; at most 512 bytes.
+        reason: String,
+    },
     /// Either way: the sender ends on purpose; nothing is to be taken over.
     Bye {
         /// The sentence a person reads; at most 512 bytes.
@@ -195,6 +218,7 @@ impl Message {
             Message::ResyncLeft { .. } => "resync-left",
             Message::Written { .. } => "written",
             Message::Heartbeat(_) => "heartbeat",
+            Message::HandOver { .. } => "hand-over",
             Message::Bye { .. } => "bye",
         }
     }

@@ -4,6 +4,7 @@
 pub mod arbitration;
 pub mod block_hashes;
 pub mod claim;
+pub mod command;
 pub mod cpu;
 pub mod event;
 pub mod failure_detector;
@@ -14,6 +15,7 @@ pub mod machine_shape;
 pub mod messages;
 pub mod mutant;
 pub mod pages;
+pub mod peer_loss;
 pub mod primary;
 pub mod record;
 pub mod resync;

@@ -7,7 +7,7 @@
 use super::error::WireError;
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape};
-use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, RefuseReason, Welcome};
+use crate::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, RefuseReason, Welcome};
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId};
@@ -27,6 +27,11 @@ const TAG_BYE: u8 = 9;
 const TAG_WRITTEN: u8 = 10;
 const TAG_SUM_BLOCKS: u8 = 11;
 const TAG_RESYNC_LEFT: u8 = 12;
+const TAG_HAND_OVER: u8 = 13;
+
+const ACTIVITY_READY: u8 = 0;
+const ACTIVITY_BUILDING: u8 = 1;
+const ACTIVITY_CAPTURING: u8 = 2;
 
 /// Most parts of an image: memory and the disks.
 const PARTS_MAX: usize = 1 + DISKS_MAX;
@@ -93,6 +98,10 @@ pub fn encode_message(message: &Message, out: &mut Vec<u8>) {
             to.u8(TAG_BYE);
             to.text(reason);
         }
+        Message::HandOver { reason } => {
+            to.u8(TAG_HAND_OVER);
+            to.text(reason);
+        }
         Message::SumBlocks { first, count } => {
             to.u8(TAG_SUM_BLOCKS);
             to.u64(*first);
@@ -127,6 +136,7 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
         TAG_WRITTEN => Message::Written { through: from.epoch()? },
         TAG_HEARTBEAT => Message::Heartbeat(from.heartbeat()?),
         TAG_BYE => Message::Bye { reason: from.text()? },
+        TAG_HAND_OVER => Message::HandOver { reason: from.text()? },
         TAG_SUM_BLOCKS => Message::SumBlocks { first: from.u64()?, count: from.u32()? },
         TAG_RESYNC_LEFT => Message::ResyncLeft { left: from.resync_left()? },
         _ => return malformed("message: unknown tag"),
@@ -253,6 +263,14 @@ impl Encoder<'_> {
         self.flag(heartbeat.committed.is_some());
         if let Some(id) = heartbeat.committed {
             self.epoch(id);
+        }
+        match heartbeat.activity {
+            Activity::Ready => self.u8(ACTIVITY_READY),
+            Activity::Building { done_bytes } => {
+                self.u8(ACTIVITY_BUILDING);
+                self.u64(done_bytes);
+            }
+            Activity::Capturing => self.u8(ACTIVITY_CAPTURING),
         }
     }
 
@@ -412,6 +430,12 @@ impl<'a> Decoder<'a> {
             generation: Generation(self.u64()?),
             sequence: self.u64()?,
             committed: self.option(Self::epoch)?,
+            activity: match self.u8()? {
+                ACTIVITY_READY => Activity::Ready,
+                ACTIVITY_BUILDING => Activity::Building { done_bytes: self.u64()? },
+                ACTIVITY_CAPTURING => Activity::Capturing,
+                _ => return malformed("heartbeat: unknown activity"),
+            },
         })
     }
 

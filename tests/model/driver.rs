@@ -195,7 +195,7 @@ impl World {
 
     fn do_primary(&mut self, n: usize, action: primary::Action) {
         use primary::Action;
-        if self.nodes[n].fenced && !matches!(action, Action::Close { .. } | Action::Exit) {
+        if self.nodes[n].fenced && !matches!(action, Action::Close { .. } | Action::Exit(_) | Action::Answer { .. }) {
             let how = format!("node {n} was fenced, and does {action:?}");
             self.check(Err(Broken { property: FENCED, how }));
         }
@@ -209,6 +209,7 @@ impl World {
                     guest.take_dirty();
                     guest.tracking = true;
                 }
+                self.feed(n, Event::Primary(primary::Input::Tracking { conn, result: Ok(()) }));
             }
             Action::StopTracking => {
                 let node = self.node(n);
@@ -234,6 +235,7 @@ impl World {
                 if let Some(guest) = &mut self.node(n).guest {
                     guest.runs = run;
                 }
+                self.feed(n, Event::Primary(primary::Input::RunDone { run, result: Ok(()) }));
             }
             Action::Ask(call) => self.ask(n, call),
             Action::Fence => {
@@ -244,7 +246,9 @@ impl World {
                 node.fenced = true;
                 self.close_all(n);
             }
-            Action::Exit => self.exit(n),
+            Action::Exit(_) => self.exit(n),
+            Action::Heartbeat { conn, beat, until: _ } => self.send(n, conn, Item::Message(Message::Heartbeat(beat))),
+            Action::Answer { .. } => {}
         }
     }
 
@@ -273,7 +277,7 @@ impl World {
         if std::mem::take(&mut node.capture_fails) {
             guest.put_back(&dirty);
             let why = "no memory".into();
-            return self.feed(n, Event::Primary(primary::Input::CaptureFailed { why }));
+            return self.feed(n, Event::Primary(primary::Input::CaptureFailed { id, why }));
         }
         let (counter, truth) = (guest.counter, guest.pages);
         let mut set = mcd::protocol::pages::PageSet::empty(guest.pages.len() as u64);
@@ -342,6 +346,8 @@ impl World {
             Action::Connect { conn, .. } => self.connect(n, conn),
             Action::Send { conn, message } => self.send(n, conn, Item::Message(message)),
             Action::Close { conn } => self.close(n, conn),
+            Action::Heartbeat { conn, beat, until: _ } => self.send(n, conn, Item::Message(Message::Heartbeat(beat))),
+            Action::Answer { .. } => {}
             Action::BuildMachine(_) => self.built(n),
             Action::Sum { .. } | Action::SendHashes { .. } => unreachable!("no node offers hashes"),
             Action::Commit { id } => self.commit(n, id),

@@ -200,12 +200,12 @@ impl World {
             }
             Move::Checkpoint { node } => {
                 world.bounds.checkpoints -= 1;
-                world.happen(node, Event::Primary(primary::Input::Command(Command::Checkpoint)));
+                world.happen(node, Event::Primary(primary::Input::Command { ticket: 0, command: Command::Checkpoint }));
             }
             Move::Quit { node } => {
                 world.fault(|bounds| &mut bounds.quits);
                 world.excused = true;
-                world.happen(node, Event::Primary(primary::Input::Command(Command::Quit)));
+                world.happen(node, Event::Primary(primary::Input::Command { ticket: 0, command: Command::Quit }));
             }
         }
         Some(world)

@@ -204,6 +204,9 @@ pub fn primary_config() -> PrimaryConfig {
         heartbeat: HeartbeatConfig { interval: UNIT, timeout: UNIT * TIMEOUT_UNITS },
         arbiter_retry: UNIT,
         join_timeout: UNIT,
+        build_silence_max: UNIT * 100,
+        stall_max: UNIT * 100,
+        handover_timeout: UNIT,
         push_pages_max: PAGES,
     }
 }
@@ -216,6 +219,7 @@ pub fn secondary_config() -> SecondaryConfig {
         staging_bytes_max: u64::MAX,
         retry: UNIT,
         answer_timeout: UNIT,
+        stall_max: UNIT * 100,
     }
 }
 

@@ -8,7 +8,7 @@ use mcd::checkpoint::block_hashes::sum_of;
 use mcd::control::status::{NodeStatus, State};
 use mcd::protocol::block_hashes::{BlockHash, SUM_BLOCKS_MAX};
 use mcd::protocol::machine_shape::{DiskShape, MachineShape};
-use mcd::protocol::messages::{Channel, Heartbeat, Hello, Message, Welcome, features};
+use mcd::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, Welcome, features};
 use mcd::protocol::types::{Generation, InstanceId};
 use mcd::wire::block_hashes::{decode_hashes, encode_hashes};
 use mcd::wire::codec::decode_message;
@@ -152,7 +152,8 @@ impl Newcomer {
     fn beat(&mut self) {
         self.sequence += 1;
         let (instance, sequence) = (InstanceId(self.instance), self.sequence);
-        let beat = Heartbeat { instance, generation: Generation(1), sequence, committed: None };
+        let beat =
+            Heartbeat { instance, generation: Generation(1), sequence, committed: None, activity: Activity::Ready };
         self.heartbeat.send(&Message::Heartbeat(beat));
     }
 

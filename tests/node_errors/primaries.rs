@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use mcd::protocol::messages::{Channel, Heartbeat, Message};
+use mcd::protocol::messages::{Activity, Channel, Heartbeat, Message};
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, InstanceId};
 use mcd::wire::FrameKind;
@@ -77,7 +77,13 @@ fn frames_out_of_place() {
         sent(&frame(&Message::Welcome(welcome())), "welcome out of turn");
         sent(&frame(&Message::Hello(hello(Channel::Data, 9))), "what does not belong here (hello)");
         sent(&frame(&Message::Ack { id: epoch(3), staged_bytes: 0 }), "what does not belong here (ack)");
-        let beat = Heartbeat { instance: InstanceId(77), generation: Generation(5), sequence: 1, committed: None };
+        let beat = Heartbeat {
+            instance: InstanceId(77),
+            generation: Generation(5),
+            sequence: 1,
+            committed: None,
+            activity: Activity::Ready,
+        };
         sent(&frame(&Message::Heartbeat(beat)), "what does not belong here (heartbeat)");
 
         // Before the welcome, and before the second connection.

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use crossbeam::channel::RecvTimeoutError;
 use mcd::control::status::State;
 use mcd::protocol::cpu::HostCpu;
-use mcd::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason};
+use mcd::protocol::messages::{Activity, Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason};
 use mcd::protocol::types::{GuestName, InstanceId};
 
 use super::fake::{Peer, bulk, frame, frame_of_version, garbage, hello};
@@ -170,6 +170,7 @@ fn a_newcomer_that_is_welcome_and_then_goes_wrong() {
             generation: mcd::protocol::types::Generation(1),
             sequence: 1,
             committed: None,
+            activity: Activity::Ready,
         };
         heartbeat.send(&Message::Heartbeat(beat));
         third.is_closed();

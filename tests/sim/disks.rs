@@ -215,7 +215,7 @@ impl World {
         for slot in 0..self.slots.len() {
             let Some(proc) = self.slots[slot] else { continue };
             let Role::Primary(machine) = &self.procs[proc].role else { continue };
-            if machine.may_verify(DiskChoice::All).is_ok() && self.rng.chance(400) {
+            if machine.check_verify(DiskChoice::All).is_ok() && self.rng.chance(400) {
                 self.command(proc, Command::VerifyDisks(DiskChoice::All));
             }
         }

@@ -1,8 +1,10 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
+use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
 use mcd::protocol::pages::PageSet;
+use mcd::protocol::peer_loss::{PeerFault, PeerLoss};
 use mcd::protocol::primary::{self, Command, OutputCut};
 use mcd::protocol::secondary;
 use mcd::protocol::types::ConnId;
@@ -11,13 +13,9 @@ use mcd::protocol::types::{EpochId, Instant};
 use crate::disks::{Frozen, Question};
 use crate::guest::Output;
 use crate::net::{Item, ProcId};
-use crate::node::{Act, AnyPhase, In, Job, Role, Sender};
+use crate::node::{Act, AnyPhase, Capture, In, Job, Role, Sender};
 use crate::plan::FaultKind;
 use crate::world::{Event, World};
-
-/// What a node says of a peer that does not keep to the protocol.
-const ODD: [&str; 6] =
-    ["out of turn", "out of order", "does not belong", "not on its way", "hashes of blocks", "not agreed on"];
 
 /// Turns without time passing after which a machine is taken to spin.
 const TURNS_MAX: u32 = 5_000;
@@ -106,6 +104,7 @@ impl World {
         node.idle_until = node.idle_until.max(until);
         if freeze {
             node.paused_until = node.paused_until.max(until);
+            node.frozen_until = node.frozen_until.max(until);
         }
         self.note(proc, || format!("STALLS for {} ms{}", us / 1000, if freeze { ", guest too" } else { "" }));
     }
@@ -116,7 +115,7 @@ impl World {
             In::Background { conn, pages } => match &self.procs[proc].role {
                 Role::Secondary(machine) if machine.takes_pages(conn) => self.apply(proc, &pages),
                 _ => {
-                    let why = "it sent pages out of turn".into();
+                    let why = PeerFault::PagesOutOfTurn.to_string();
                     self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
                 }
             },
@@ -156,7 +155,7 @@ impl World {
     fn feed_primary(&mut self, proc: ProcId, now: Instant, input: primary::Input) {
         let node = &mut self.procs[proc];
         if let Role::Primary(machine) = &mut node.role {
-            let quit = matches!(input, primary::Input::Command(Command::Quit));
+            let quit = matches!(input, primary::Input::Command { command: Command::Quit, .. });
             node.may_exit |= quit && (node.quits >= 2 || machine.phase() == primary::Phase::Protected);
             machine.handle(now, input);
         }
@@ -165,7 +164,7 @@ impl World {
     fn feed_secondary(&mut self, proc: ProcId, now: Instant, input: secondary::Input) {
         let quits = self.procs[proc].quits;
         if let Role::Secondary(machine) = &mut self.procs[proc].role {
-            let quit = matches!(input, secondary::Input::Quit);
+            let quit = matches!(input, secondary::Input::Command { command: Command::Quit, .. });
             let asks = matches!(machine.phase(), secondary::Phase::Deciding | secondary::Phase::Locking);
             self.excused |= quit && (quits >= 2 || !asks);
             let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
@@ -178,14 +177,15 @@ impl World {
     /// Epochs that arrive excuse late heartbeats for a while only: when they are lost, a secondary
     /// must notice in time.
     fn mind_silence(&mut self, proc: ProcId, heartbeat: bool, epoch: bool) {
-        let (now, timeout) = (self.now, self.plan.timeout_us);
+        let (now, timeout, heartbeat_us) = (self.now, self.plan.timeout_us, self.plan.heartbeat_us);
         let node = &mut self.procs[proc];
-        let slept = now - node.fed_at >= timeout * 9 / 10;
+        let slept = (now - node.fed_at).saturating_sub(heartbeat_us * 9 / 10);
         node.fed_at = now;
-        if heartbeat || slept {
+        if heartbeat || slept > timeout / 2 {
             (node.heard_at, node.epochs_unheard) = (now, 0);
             return;
         }
+        node.heard_at += slept;
         node.epochs_unheard += u32::from(epoch);
         let Role::Secondary(machine) = &node.role else { return };
         let silence = now - node.heard_at;
@@ -200,11 +200,15 @@ impl World {
     /// Where nothing ever goes wrong but that the wire carries little, nobody may be suspected.
     fn mind_suspicion(&mut self, proc: ProcId, event: &mcd::protocol::event::Event) {
         use mcd::protocol::event::Event as Told;
-        let gone = matches!(event, Told::Suspected { .. } | Told::NewcomerLost { .. } | Told::Rejoining { .. });
-        let text = event.to_string();
-        if ODD.iter().any(|odd| text.contains(odd)) {
-            self.violate(format!("n{}: {text}; but every node keeps to the protocol", self.procs[proc].slot));
+        let loss = match event {
+            Told::Suspected { why } | Told::NewcomerLost { why } => Some(why),
+            Told::Rejoining { why: RejoinReason::Lost(why) } => Some(why),
+            _ => None,
+        };
+        if let Some(PeerLoss::Fault(fault)) = loss {
+            self.violate(format!("n{}: {fault}; but every node keeps to the protocol", self.procs[proc].slot));
         }
+        let gone = loss.is_some() || matches!(event, Told::Rejoining { .. });
         if gone && self.plan.only_narrow {
             self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
         }
@@ -246,6 +250,7 @@ impl World {
             }
             Action::StartTracking { conn } => self.start_tracking(proc, conn),
             Action::StopTracking => {
+                self.procs[proc].tracking_token = 0;
                 self.drop_sender(proc);
                 self.pass_writes(proc);
                 self.procs[proc].frozen = None;
@@ -277,15 +282,18 @@ impl World {
                 if let Some(guest) = &mut self.procs[proc].guest {
                     guest.runs = run;
                 }
+                self.procs[proc].urgent.push_back(In::Primary(primary::Input::RunDone { run, result: Ok(()) }));
             }
+            Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(proc, conn, beat, until),
+            Action::Answer { ticket, result } => self.answered(proc, ticket, result),
             Action::Snapshot => self.write_snapshot(proc),
             Action::NoSnapshot { why } => self.no_snapshot(proc, why),
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
-            Action::Exit => {
+            Action::Exit(end) => {
                 let protected = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Protected);
                 self.excused |= protected || self.procs[proc].may_exit;
-                self.note(proc, || "exits".into());
+                self.note(proc, || format!("exits: {end:?}"));
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);
                 self.end(proc);
@@ -311,6 +319,8 @@ impl World {
     }
 
     fn start_tracking(&mut self, proc: ProcId, conn: ConnId) {
+        let us = self.takes(self.plan.capture_us);
+        self.after(us, Event::Tracking { proc, conn });
         if self.procs[proc].conn(conn).is_none() {
             return;
         }
@@ -318,6 +328,7 @@ impl World {
         let token = self.tokens;
         let node = &mut self.procs[proc];
         node.sender = Some(Sender { conn, token, jobs: Default::default() });
+        node.tracking_token = token;
         node.frozen = None;
         if let Some(guest) = &mut node.guest {
             guest.take_dirty();
@@ -326,12 +337,35 @@ impl World {
         self.hold_writes(proc, conn);
     }
 
+    /// Begins a capture: the cut comes after a while, and everything else goes on meanwhile.
     fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, output: OutputCut) {
         let us = self.takes(self.plan.capture_us);
-        let now = self.now;
+        let token = self.procs[proc].tracking_token;
+        self.after(us, Event::Cut(Capture { proc, id, completes, output, token }));
+    }
+
+    /// The cut of a capture that was begun before. One that was begun for a newcomer who is given up
+    /// since changes nothing.
+    pub fn cut(&mut self, capture: Capture) {
+        let Capture { proc, id, token, .. } = capture;
+        if !self.procs[proc].alive || !self.procs[proc].is_primary() {
+            return;
+        }
+        if self.now < self.procs[proc].frozen_until {
+            return self.at(self.procs[proc].frozen_until, Event::Cut(capture));
+        }
+        if self.procs[proc].tracking_token != token && !mutant::is("late-cut-carried-out") {
+            let why = "the newcomer was given up meanwhile".into();
+            self.procs[proc].inbox.push_back(In::Primary(primary::Input::CaptureFailed { id, why }));
+            return self.drive(proc);
+        }
+        self.cut_now(capture);
+        self.drive(proc);
+    }
+
+    fn cut_now(&mut self, capture: Capture) {
+        let Capture { proc, id, completes, output, token: _ } = capture;
         let node = &mut self.procs[proc];
-        node.idle_until = node.idle_until.max(now + us);
-        node.paused_until = node.paused_until.max(now + us);
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
         let dirty = guest.take_dirty();
@@ -344,7 +378,7 @@ impl World {
         if fails {
             guest.dirty.union_with(&dirty);
             node.disk.put_back();
-            node.urgent.push_back(In::Primary(primary::Input::CaptureFailed { why: "no memory".into() }));
+            node.inbox.push_back(In::Primary(primary::Input::CaptureFailed { id, why: "no memory".into() }));
             self.note(proc, || format!("capture {id} FAILS"));
             return;
         }
@@ -364,7 +398,7 @@ impl World {
             machine.note_dirty_pages(&memory);
             machine.note_blocks(dirty.iter().filter(|page| *page >= self.plan.memory));
         }
-        node.urgent.push_back(In::Primary(primary::Input::Captured { id }));
+        node.inbox.push_back(In::Primary(primary::Input::Captured { id }));
         self.stats.epochs += 1;
         let check = self.model.captured(id, snapshot);
         self.check(check);
@@ -440,6 +474,8 @@ impl World {
             Action::Connect { conn, channel } => self.connect(proc, conn, channel),
             Action::Send { conn, message } => self.send(proc, conn, Item::Message(message)),
             Action::Close { conn } => self.close(proc, conn),
+            Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(proc, conn, beat, until),
+            Action::Answer { ticket, result } => self.answered(proc, ticket, result),
             Action::BuildMachine(_) => self.build_image(proc),
             Action::Sum { run } => self.sum_image(proc, run),
             Action::SendHashes { conn, first, hashes } => self.send(proc, conn, Item::Hashes { first, hashes }),

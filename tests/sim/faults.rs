@@ -124,7 +124,7 @@ impl World {
             return;
         }
         guest.shut_down = true;
-        node.inbox.push_back(In::Primary(primary::Input::GuestShutdown));
+        node.inbox.push_back(In::Primary(primary::Input::GuestEnded(primary::GuestEnd::Shutdown)));
         self.note(proc, || "the guest shuts down".into());
         self.drive(proc);
     }

@@ -1,11 +1,11 @@
 //! The image of a newcomer: built, filled behind the epochs, and brought from commit to commit.
 
 use mcd::protocol::secondary;
-use mcd::protocol::types::EpochId;
+use mcd::protocol::types::{EpochId, InstanceId};
 
 use crate::net::ProcId;
-use crate::node::{HOLE, In};
-use crate::world::World;
+use crate::node::{HOLE, In, Role};
+use crate::world::{Event, World};
 
 impl World {
     /// Memory of a new machine has nothing but holes; its disks have what lies there, or are made.
@@ -13,10 +13,19 @@ impl World {
         let us = self.takes(self.plan.build_us);
         let (blocks, made) = self.find_disks(self.procs[proc].slot);
         let node = &mut self.procs[proc];
-        node.idle_until = node.idle_until.max(self.now + us);
         node.image = vec![HOLE; self.plan.memory as usize];
         node.image.extend(blocks);
-        node.urgent.push_back(In::Secondary(secondary::Input::MachineReady { made }));
+        let instance = node.me;
+        self.after(us, Event::Built { proc, instance, made });
+    }
+
+    /// The machine of a newcomer is there, if that newcomer still is.
+    pub fn built(&mut self, proc: ProcId, instance: InstanceId, made: Vec<bool>) {
+        let node = &mut self.procs[proc];
+        if node.alive && node.me == instance && matches!(node.role, Role::Secondary(_)) {
+            node.inbox.push_back(In::Secondary(secondary::Input::MachineReady { made }));
+            self.drive(proc);
+        }
     }
 
     pub fn apply(&mut self, proc: ProcId, pages: &[(u64, u64)]) {

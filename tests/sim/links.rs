@@ -347,6 +347,7 @@ impl World {
 
     /// A process closes a connection: what was sent before still leaves.
     pub fn close(&mut self, proc: ProcId, local: ConnId) {
+        self.procs[proc].heartbeats.take_if(|beats| beats.conn == local);
         let Some(conn) = self.procs[proc].conn(local) else { return };
         self.procs[proc].conns.retain(|(mine, _)| *mine != local);
         self.close_end_of(conn, proc);

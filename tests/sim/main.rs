@@ -9,6 +9,7 @@ mod disks;
 mod driver;
 mod faults;
 mod guest;
+mod heartbeats;
 mod image;
 mod links;
 mod machine;

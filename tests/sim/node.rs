@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::local_record::LocalRecord;
+use mcd::protocol::messages::Heartbeat;
 use mcd::protocol::primary::{self, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::{self, Secondary};
@@ -89,6 +90,28 @@ pub enum Job {
     Epoch { id: EpochId, completes: bool, pages: Vec<(u64, u64)>, counter: u64, life: u64 },
 }
 
+/// A capture that was begun.
+#[derive(Clone, Copy, Debug)]
+pub struct Capture {
+    pub proc: usize,
+    pub id: EpochId,
+    pub completes: bool,
+    pub output: primary::OutputCut,
+    /// Names the tracking it was begun under.
+    pub token: u64,
+}
+
+/// What the heartbeat thread repeats.
+#[derive(Clone, Copy, Debug)]
+pub struct Heartbeats {
+    pub conn: ConnId,
+    pub beat: Heartbeat,
+    /// By the node's own clock.
+    pub until: Instant,
+    /// Only the newest timer counts.
+    pub token: u64,
+}
+
 /// The thread that owns the data connection's writing end.
 #[derive(Debug)]
 pub struct Sender {
@@ -130,6 +153,13 @@ pub struct Proc {
     pub idle_until: u64,
     /// The guest does nothing until then.
     pub paused_until: u64,
+    /// No thread of the process does anything until then.
+    pub frozen_until: u64,
+    pub heartbeats: Option<Heartbeats>,
+    /// Names the tracking for the newcomer or secondary; 0 without.
+    pub tracking_token: u64,
+    /// Commands that were given and not answered.
+    pub unanswered: Vec<u64>,
     pub wake_at: u64,
     /// When the machine was last fed anything, and when it last heard a heartbeat (or slept, which
     /// counts as one).
@@ -184,6 +214,10 @@ impl Proc {
             pending: None,
             idle_until: 0,
             paused_until: 0,
+            frozen_until: 0,
+            heartbeats: None,
+            tracking_token: 0,
+            unanswered: Vec::new(),
             wake_at: u64::MAX,
             fed_at: 0,
             heard_at: 0,

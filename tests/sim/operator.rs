@@ -1,6 +1,7 @@
 //! Whoever looks after the world: starts what is down, says when a run is over, and asks the
 //! question of I6: who has the guest?
 
+use mcd::protocol::command::CommandRefused;
 use mcd::protocol::primary::{self, Command};
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::secondary;
@@ -88,15 +89,26 @@ impl World {
             return;
         }
         node.quits += u32::from(command == Command::Quit);
+        self.tickets += 1;
+        let ticket = self.tickets;
         match node.role {
-            Role::Primary(_) => node.inbox.push_back(In::Primary(primary::Input::Command(command))),
-            Role::Secondary(_) if command == Command::Quit => {
-                node.inbox.push_back(In::Secondary(secondary::Input::Quit));
-            }
+            Role::Primary(_) => node.inbox.push_back(In::Primary(primary::Input::Command { ticket, command })),
+            Role::Secondary(_) => node.inbox.push_back(In::Secondary(secondary::Input::Command { ticket, command })),
             _ => return,
         }
+        node.unanswered.push(ticket);
         self.note(proc, || format!("operator: {command:?}"));
         self.drive(proc);
+    }
+
+    /// Each command is answered once.
+    pub fn answered(&mut self, proc: ProcId, ticket: u64, result: Result<(), CommandRefused>) {
+        let waiting = &mut self.procs[proc].unanswered;
+        match waiting.iter().position(|waits| *waits == ticket) {
+            Some(at) => drop(waiting.remove(at)),
+            None => self.violate(format!("n{}: command {ticket} is answered twice", self.procs[proc].slot)),
+        }
+        self.note(proc, || format!("answer: {result:?}"));
     }
 
     /// An operator wants a snapshot, if one may be taken now.

@@ -111,6 +111,7 @@ pub struct Plan {
     pub commit_on_output: bool,
     pub retry_us: u64,
     pub join_timeout_us: u64,
+    pub stall_max_us: u64,
     pub push_pages_max: usize,
     pub delay_us: (u64, u64),
     pub tail_per_mille: u64,
@@ -190,6 +191,7 @@ impl Plan {
             commit_on_output: rng.chance(700),
             retry_us: rng.range(5_000, 30_000),
             join_timeout_us: rng.range(40_000, 200_000),
+            stall_max_us: timeout_us * rng.range(2, 12),
             push_pages_max: rng.range(1, 32) as usize,
             delay_us: (20, rng.range(50, 1_500)),
             tail_per_mille: if !only_narrow && rng.chance(300) { rng.range(1, 20) } else { 0 },
@@ -262,6 +264,9 @@ impl Plan {
             heartbeat: HeartbeatConfig { interval: us(self.heartbeat_us), timeout: us(self.timeout_us) },
             arbiter_retry: us(self.retry_us),
             join_timeout: us(self.join_timeout_us),
+            build_silence_max: us(self.build_us + self.slow_us + self.timeout_us * 20),
+            stall_max: us(self.stall_max_us),
+            handover_timeout: us(self.timeout_us * 4),
             push_pages_max: self.push_pages_max,
         }
     }
@@ -274,6 +279,7 @@ impl Plan {
             staging_bytes_max: 1 << 30,
             retry: Duration::from_micros(self.retry_us),
             answer_timeout: Duration::from_micros(self.join_timeout_us),
+            stall_max: Duration::from_micros(self.stall_max_us),
         }
     }
 }

@@ -10,14 +10,14 @@ use mcd::protocol::mutant;
 use mcd::protocol::primary::{Command, Primary};
 use mcd::protocol::record::Record;
 use mcd::protocol::secondary::Secondary;
-use mcd::protocol::types::InstanceId;
+use mcd::protocol::types::{ConnId, InstanceId};
 
 use crate::arbiter::Arbiter;
 use crate::disks::{HostDisks, Question};
 use crate::guest::{Guest, Output};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
-use crate::node::{Clock, Proc, Role};
+use crate::node::{Capture, Clock, Proc, Role};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
 use crate::storage::Storage;
@@ -28,25 +28,79 @@ use crate::trace::Trace;
 #[derive(Clone, Debug)]
 pub enum Event {
     Wake(ProcId),
-    Deliver { conn: usize, from: usize },
-    UserTimeout { conn: usize, end: usize, since: u64 },
+    Deliver {
+        conn: usize,
+        from: usize,
+    },
+    UserTimeout {
+        conn: usize,
+        end: usize,
+        since: u64,
+    },
     Connect(usize),
     ConnectFails(usize),
-    Reset { conn: usize, end: usize, why: &'static str },
-    SenderStep { proc: ProcId, token: u64 },
+    Reset {
+        conn: usize,
+        end: usize,
+        why: &'static str,
+    },
+    SenderStep {
+        proc: ProcId,
+        token: u64,
+    },
     GuestStep(ProcId),
-    ArbiterHears { proc: ProcId, call: ArbiterCall },
-    ArbiterAnswers { proc: ProcId, ticket: u64, answer: ArbiterAnswer },
-    ArbiterSilent { proc: ProcId, ticket: u64 },
+    ArbiterHears {
+        proc: ProcId,
+        call: ArbiterCall,
+    },
+    ArbiterAnswers {
+        proc: ProcId,
+        ticket: u64,
+        answer: ArbiterAnswer,
+    },
+    ArbiterSilent {
+        proc: ProcId,
+        ticket: u64,
+    },
     Rejoin(ProcId),
     Restored(ProcId),
+    /// The moment of a capture's cut.
+    Cut(Capture),
+    Tracking {
+        proc: ProcId,
+        conn: ConnId,
+    },
+    /// The heartbeat thread's timer.
+    Beat {
+        proc: ProcId,
+        token: u64,
+    },
+    /// A newcomer's machine is there.
+    Built {
+        proc: ProcId,
+        instance: InstanceId,
+        made: Vec<bool>,
+    },
     DiskWritten(ProcId),
     HashesRead(ProcId, Question),
-    OwnHashes { proc: ProcId, ticket: u64, hashes: Result<Vec<BlockHash>, String> },
-    BlocksHashed { proc: ProcId, instance: InstanceId, run: std::ops::Range<u64>, hashes: Vec<BlockHash> },
+    OwnHashes {
+        proc: ProcId,
+        ticket: u64,
+        hashes: Result<Vec<BlockHash>, String>,
+    },
+    BlocksHashed {
+        proc: ProcId,
+        instance: InstanceId,
+        run: std::ops::Range<u64>,
+        hashes: Vec<BlockHash>,
+    },
     Start(usize),
     Command(ProcId, Command),
-    SnapshotEnds { proc: ProcId, stop: bool, written: bool },
+    SnapshotEnds {
+        proc: ProcId,
+        stop: bool,
+        written: bool,
+    },
     Fault,
     FaultAt(FaultKind, usize),
     Operator,
@@ -121,6 +175,7 @@ pub struct World {
     pub encoder: Encoder,
     pub versions: u64,
     pub tokens: u64,
+    pub tickets: u64,
     pub protected_since: Option<(u64, u64)>,
 }
 
@@ -157,6 +212,7 @@ impl World {
             // What the hosts' disks begin with is below.
             versions: 100,
             tokens: 0,
+            tickets: 0,
             protected_since: None,
         };
         world.model.late_us_max = world.plan.late_us_max();
@@ -264,6 +320,10 @@ impl World {
             }
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
+            Event::Cut(capture) => self.cut(capture),
+            Event::Tracking { proc, conn } => self.tracking(proc, conn),
+            Event::Beat { proc, token } => self.beat(proc, token),
+            Event::Built { proc, instance, made } => self.built(proc, instance, made),
             Event::DiskWritten(proc) => self.disk_written(proc),
             Event::HashesRead(proc, question) => self.read_hashes(proc, question),
             Event::OwnHashes { proc, ticket, hashes } => self.own_hashes(proc, ticket, hashes),

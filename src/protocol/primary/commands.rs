@@ -1,10 +1,12 @@
 //! What operators and the guest itself ask of a primary: stop, go on, checkpoint, a snapshot, end.
 
-use super::{Action, Command, Phase, Primary};
+use super::{Action, End, GuestEnd, Phase, Primary};
 use crate::protocol::arbitration::ArbiterRequest;
+use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::event::Event;
 use crate::protocol::messages::Message;
 use crate::protocol::mutant;
+use crate::protocol::types::EpochId;
 
 /// A snapshot of the guest, for which it stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,26 +20,111 @@ pub(super) enum Snapshot {
     Stopped,
 }
 
+/// Commands that wait for what they ask for, by their tickets.
+#[derive(Clone, Debug, Default, Hash)]
+pub(super) struct Pending {
+    /// `checkpoint`: until the epoch is committed, once one was begun for it.
+    checkpoints: Vec<(u64, Option<EpochId>)>,
+    /// `stop` and `cont`: until the vCPUs are as asked.
+    runs: Vec<u64>,
+    /// Orders to the vCPUs that are not carried out yet.
+    orders: u32,
+}
+
 impl Primary {
-    pub(super) fn command(&mut self, command: Command) {
-        match command {
-            Command::Stop => self.stopped_by_operator = true,
-            Command::Cont => self.stopped_by_operator = false,
-            Command::Checkpoint => self.epochs.press(),
-            Command::VerifyDisks(choice) => self.verify_disks(choice),
-            Command::Quit => self.quit(),
+    pub(super) fn command(&mut self, ticket: u64, command: Command) {
+        let refused = match (command, self.phase) {
+            (Command::Quit, _) => {
+                self.answer(ticket, Ok(()));
+                return self.quit();
+            }
+            (_, Phase::Fenced) => Err(CommandRefused::Fenced),
+            (_, Phase::Stopping) => Err(CommandRefused::Stopping),
+            (Command::Stop | Command::Cont, _) => {
+                self.stopped_by_operator = command == Command::Stop;
+                self.pending.runs.push(ticket);
+                self.sync_run();
+                return self.answer_runs(Ok(()));
+            }
+            (Command::Checkpoint, _) if self.peer.is_none() => Err(CommandRefused::NoSecondary),
+            (Command::Checkpoint, _) => {
+                self.epochs.press();
+                return self.pending.checkpoints.push((ticket, None));
+            }
+            (Command::VerifyDisks(choice), _) => self.verify_disks(choice).map_err(CommandRefused::Verify),
+        };
+        self.answer(ticket, refused);
+    }
+
+    pub(super) fn answer(&mut self, ticket: u64, result: Result<(), CommandRefused>) {
+        self.actions.push_back(Action::Answer { ticket, result });
+    }
+
+    /// The vCPUs run or are stopped as the oldest order asked, or could not be stopped.
+    pub(super) fn run_done(&mut self, run: bool, result: Result<(), String>) {
+        self.pending.orders = self.pending.orders.saturating_sub(1);
+        let result = result.map_err(CommandRefused::NotStopped);
+        if result.is_err() && !run {
+            // It runs on, so an operator's `stop` had no effect.
+            self.stopped_by_operator = false;
+        }
+        self.answer_runs(result);
+    }
+
+    fn answer_runs(&mut self, result: Result<(), CommandRefused>) {
+        if self.pending.orders == 0 || result.is_err() {
+            for ticket in std::mem::take(&mut self.pending.runs) {
+                self.answer(ticket, result.clone());
+            }
+        }
+    }
+
+    /// An epoch was begun: it is the one that earlier `checkpoint` commands wait for.
+    pub(super) fn checkpoint_begun(&mut self, id: EpochId) {
+        self.pending.checkpoints.iter_mut().for_each(|(_, epoch)| *epoch = epoch.or(Some(id)));
+    }
+
+    pub(super) fn checkpoint_committed(&mut self, id: EpochId) {
+        let done = |(_, epoch): &mut (u64, Option<EpochId>)| epoch.is_some_and(|epoch| epoch <= id);
+        let tickets: Vec<_> = self.pending.checkpoints.extract_if(.., done).map(|(ticket, _)| ticket).collect();
+        tickets.into_iter().for_each(|ticket| self.answer(ticket, Ok(())));
+    }
+
+    pub(super) fn checkpoints_lost(&mut self) {
+        for (ticket, _) in std::mem::take(&mut self.pending.checkpoints) {
+            self.answer(ticket, Err(CommandRefused::SecondaryLost));
+        }
+    }
+
+    /// The guest ended itself.
+    pub(super) fn guest_ended(&mut self, end: GuestEnd) {
+        match end {
+            GuestEnd::Shutdown => self.shut_down(),
+            GuestEnd::Reset => {
+                // Its kernel is known to the node that started it, which may not be this one.
+                self.restart = true;
+                self.shut_down();
+            }
+            GuestEnd::Failed(why) => {
+                if let Some(peer) = self.peer.as_ref().filter(|_| self.phase == Phase::Protected) {
+                    let message = Message::HandOver { reason: why.clone() };
+                    self.actions.push_back(Action::Send { conn: peer.data, message });
+                }
+                self.actions.push_back(Action::Exit(End::GuestFailed(why)));
+            }
         }
     }
 
     /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if
-    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is
-    /// waited for, unless the operator asks twice.
+    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is waited
+    /// for, unless the operator asks twice.
     pub(super) fn quit(&mut self) {
         let twice = std::mem::replace(&mut self.quitting, true);
         match self.phase {
-            _ if twice => self.actions.push_back(Action::Exit),
-            Phase::Protected => self.actions.push_back(Action::Exit),
-            _ if mutant::is("quit-at-once") => self.actions.push_back(Action::Exit),
+            Phase::Fenced => self.actions.push_back(Action::Exit(End::Fenced)),
+            _ if twice => self.actions.push_back(Action::Exit(End::Quit)),
+            Phase::Protected => self.actions.push_back(Action::Exit(End::Quit)),
+            _ if mutant::is("quit-at-once") => self.actions.push_back(Action::Exit(End::Quit)),
             Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
             _ => self.shut_down(),
         }
@@ -121,7 +208,7 @@ impl Primary {
             self.actions.push_back(Action::Send { conn: peer.data, message });
         }
         self.drop_connections();
-        self.actions.push_back(Action::Exit);
+        self.actions.push_back(Action::Exit(End::GuestOver { restart: self.restart }));
     }
 
     pub(super) fn sync_run(&mut self) {
@@ -130,6 +217,7 @@ impl Primary {
         let wanted = may && !self.stopped_by_operator && !self.stopped_by_full_output && !preserved;
         if wanted != self.guest_runs {
             self.guest_runs = wanted;
+            self.pending.orders += 1;
             self.actions.push_back(Action::Run(wanted));
         }
     }

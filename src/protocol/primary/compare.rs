@@ -3,15 +3,15 @@
 
 use std::time::Duration;
 
-use thiserror::Error;
-
-use super::types::{Action, DiskChoice};
+use super::types::Action;
 use super::{Phase, Primary};
 use crate::protocol::block_hashes::{BlockHash, Comparison};
+use crate::protocol::command::{DiskChoice, VerifyRefused};
 use crate::protocol::event::Event;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Channel, Message, features};
 use crate::protocol::mutant;
+use crate::protocol::peer_loss::PeerFault;
 use crate::protocol::types::{ConnId, EpochId, Instant};
 use crate::protocol::verify::{DiskFindings, Outcome, Verify};
 
@@ -21,23 +21,6 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// other closely is left its host: at most 50 MiB are compared in a second.
 const VERIFY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Why disks cannot be verified now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum VerifyRefused {
-    /// There is nothing to compare with.
-    #[error("the guest is not protected: there is no secondary with a whole image to compare with")]
-    NotProtected,
-    /// The secondary is an older build.
-    #[error("the secondary's mcd is older and cannot sum its disks; run the same mcd on both hosts")]
-    Unable,
-    /// One at a time.
-    #[error("the disks are being verified already; mc-query-disk-verify says how far that is")]
-    Busy,
-    /// There is no such disk, or none at all.
-    #[error("the guest has no such disk that it can write; disks count from 0 in the order of --disk")]
-    NoSuchDisk,
-}
-
 impl Primary {
     // ---- verify ----
 
@@ -45,7 +28,7 @@ impl Primary {
     ///
     /// # Errors
     /// [`VerifyRefused`].
-    pub fn may_verify(&self, choice: DiskChoice) -> Result<(), VerifyRefused> {
+    pub fn check_verify(&self, choice: DiskChoice) -> Result<(), VerifyRefused> {
         if self.phase != Phase::Protected {
             return Err(VerifyRefused::NotProtected);
         }
@@ -74,11 +57,11 @@ impl Primary {
         chosen.map(|(number, _)| number).collect()
     }
 
-    pub(super) fn verify_disks(&mut self, choice: DiskChoice) {
-        if self.may_verify(choice).is_ok() {
-            let verify = Verify::new(&ImageLayout::of(&self.config.shape), &self.chosen(choice));
-            self.verify = Some(Box::new(verify));
-        }
+    pub(super) fn verify_disks(&mut self, choice: DiskChoice) -> Result<(), VerifyRefused> {
+        self.check_verify(choice)?;
+        let verify = Verify::new(&ImageLayout::of(&self.config.shape), &self.chosen(choice));
+        self.verify = Some(Box::new(verify));
+        Ok(())
     }
 
     /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may
@@ -166,7 +149,7 @@ impl Primary {
             return;
         }
         let Some(comparison) = &mut self.comparison else {
-            return self.lose_peer("it sent hashes of blocks that nobody asked for");
+            return self.lose_peer(PeerFault::UnaskedHashes.into());
         };
         if hashes.is_empty() && self.phase == Phase::Resync && first == comparison.run().start {
             let run = comparison.run();
@@ -179,7 +162,7 @@ impl Primary {
         } else if comparison.take_theirs(first, hashes) {
             self.compared();
         } else {
-            self.lose_peer("it sent other hashes of blocks than it was asked for");
+            self.lose_peer(PeerFault::UnaskedHashes.into());
         }
     }
 

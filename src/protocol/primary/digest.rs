@@ -3,7 +3,7 @@
 use std::hash::{Hash, Hasher};
 
 use super::{Action, Primary};
-use crate::protocol::messages::{Message, features};
+use crate::protocol::messages::features;
 use crate::protocol::types::Instant;
 
 impl Primary {
@@ -14,10 +14,14 @@ impl Primary {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
         let Primary {
-            config, me, record, phase, peer, epochs, ledger, comparison, tickets, verify, progress_at, verify_at, arbitration, guard, proven, pairing_checked, storage_behind, arbiter_lost,
-            stopped_by_operator, stopped_by_full_output, snapshot, quitting, guest_runs, actions,
+            config, me, record, phase, candidates, peer, begun, tracking, handed_over_until, epochs, ledger, comparison, tickets, verify, progress_at, verify_at, arbitration, guard, proven, pairing_checked, storage_behind,
+            stopped_by_operator, stopped_by_full_output, snapshot, quitting, restart, guest_runs, pending, actions,
         } = self;
-        (me, record, phase, ledger, proven, pairing_checked, storage_behind, arbiter_lost.is_some()).hash(into);
+        (me, record, phase, ledger, proven, pairing_checked, storage_behind, tracking).hash(into);
+        begun.is_some().hash(into);
+        begun.iter().for_each(|begun| begun.digest(now, into));
+        (handed_over_until.map(|until| until.since(now)), restart, pending).hash(into);
+        candidates.iter().for_each(|candidate| candidate.digest(now, into));
         (comparison, tickets, verify).hash(into);
         if self.peer_features() & features::DISK_HASHES != 0 {
             (progress_at.since(now), verify_at.since(now)).hash(into);
@@ -34,7 +38,7 @@ impl Primary {
             match action {
                 Action::Tell(_) => {}
                 Action::Release { through, before } => (through, before.since(now)).hash(into),
-                Action::Send { conn, message: Message::Heartbeat(beat) } => (conn, beat.unnumbered()).hash(into),
+                Action::Heartbeat { conn, beat, until: _ } => (conn, beat).hash(into),
                 other => other.hash(into),
             }
         }

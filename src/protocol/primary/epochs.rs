@@ -97,10 +97,14 @@ impl Epochs {
         }
     }
 
-    /// The capture failed.
-    pub fn failed(&mut self, now: Instant) {
-        self.capturing = None;
-        self.last_capture = now;
+    /// The capture failed; false if the epoch was given up before.
+    pub fn failed(&mut self, id: EpochId, now: Instant) -> bool {
+        let current = self.capturing == Some(id);
+        if current {
+            self.capturing = None;
+            self.last_capture = now;
+        }
+        current
     }
 
     /// The peer says that it has committed `id`; false if that cannot be.

@@ -1,7 +1,7 @@
 //! The rules of the node that runs the guest.
 //!
 //! ```text
-//!            hello          first heartbeat           last page pushed, arbiter in reach
+//!         both hellos      heartbeat: ready          last page pushed, arbiter in reach
 //!   Solo ────────────▶ Joining ────────────▶ Resync ────────────▶ Completing (output held)
 //!    ▲ ▲                  │                    │                        │ ack
 //!    │ └──── newcomer lost: nothing was held ──┘                        │
@@ -11,7 +11,13 @@
 //!                     │ swap lost                     │ another record stands
 //!                     └──────────▶ Fenced ◀───────────┘
 //! ```
+//!
+//! Captures and the start of dirty tracking are begun and done: the driver may take any time for
+//! them, and everything else goes on meanwhile. A guest that cannot be captured for `stall_max` is
+//! handed over: the secondary is asked to take over, and this node looks at the record until that
+//! came about, or asks for the guest again when it did not (`capture.rs`).
 
+mod capture;
 mod commands;
 mod compare;
 mod digest;
@@ -23,18 +29,21 @@ mod verdicts;
 
 use std::collections::VecDeque;
 
-pub use compare::VerifyRefused;
-pub use types::{Action, Command, DiskChoice, Input, OutputCut, PrimaryConfig};
+pub use super::command::{Command, DiskChoice};
+pub use types::{Action, End, GuestEnd, Input, OutputCut, PrimaryConfig};
 
+use self::capture::Begun;
+use self::commands::Pending;
 use self::epochs::Epochs;
-use self::peer::Peer;
+use self::peer::{Candidate, Peer};
 use super::arbitration::{ArbiterRequest, Arbitration};
 use super::block_hashes::Comparison;
 use super::event::Event;
 use super::failure_detector::SleepGuard;
-use super::messages::{Channel, Message};
+use super::messages::{Activity, Channel, Heartbeat, Message};
 use super::mutant;
 use super::pages::PageSet;
+use super::peer_loss::{PeerFault, PeerLoss};
 use super::record::Record;
 use super::resync::Ledger;
 use super::types::{ConnId, EpochId, Generation, InstanceId, Instant};
@@ -45,7 +54,7 @@ use super::verify::Verify;
 pub enum Phase {
     /// Runs the guest alone; output passes.
     Solo,
-    /// A newcomer said hello, builds its machine, and opens its heartbeat connection.
+    /// A newcomer has both connections and builds its machine.
     Joining,
     /// A newcomer receives epochs and pages; output passes.
     Resync,
@@ -72,8 +81,16 @@ pub struct Primary {
     me: InstanceId,
     record: Record,
     phase: Phase,
+    /// Newcomers that have not opened their heartbeat connection yet.
+    candidates: Vec<Candidate>,
     peer: Option<Peer>,
     epochs: Epochs,
+    /// What the driver was asked to do with the machine and has not finished.
+    begun: Option<Begun>,
+    /// Dirty pages are tracked for the newcomer or secondary.
+    tracking: bool,
+    /// Until when the secondary may take over the guest that was handed over.
+    handed_over_until: Option<Instant>,
     ledger: Option<Ledger>,
     /// Blocks that both nodes are summing, in a resync or for `verify`.
     comparison: Option<Box<Comparison>>,
@@ -92,14 +109,17 @@ pub struct Primary {
     pairing_checked: bool,
     /// Shared storage may lack what was written before this resync began.
     storage_behind: bool,
-    arbiter_lost: Option<String>,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
     /// A snapshot, for which the guest stands still.
     snapshot: Option<commands::Snapshot>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
+    /// The guest asked for a reset with its end.
+    restart: bool,
     guest_runs: bool,
+    /// Commands that wait for what they ask for.
+    pending: Pending,
     actions: VecDeque<Action>,
 }
 
@@ -110,8 +130,12 @@ impl Primary {
             me,
             record,
             phase: Phase::Solo,
+            candidates: Vec::new(),
             peer: None,
             epochs: Epochs::new(record.generation, now),
+            begun: None,
+            tracking: false,
+            handed_over_until: None,
             ledger: None,
             comparison: None,
             tickets: 0,
@@ -119,16 +143,17 @@ impl Primary {
             progress_at: now,
             verify_at: now,
             arbitration: Arbitration::new(config.arbiter_retry),
-            guard: SleepGuard::new(config.heartbeat.timeout, now),
+            guard: SleepGuard::new(config.heartbeat.interval, config.heartbeat.timeout, now),
             proven: true,
             pairing_checked: false,
             storage_behind: false,
-            arbiter_lost: None,
             stopped_by_operator: false,
             stopped_by_full_output: false,
             snapshot: None,
             quitting: false,
+            restart: false,
             guest_runs: true,
+            pending: Pending::default(),
             actions: VecDeque::new(),
             config,
         }
@@ -176,7 +201,7 @@ impl Primary {
 
     /// Why the arbiter is out of reach, if it is.
     pub fn arbiter_lost(&self) -> Option<&str> {
-        self.arbiter_lost.as_deref()
+        self.arbitration.lost()
     }
 
     /// True if the guest's vCPUs are to run (outside a capture's pause).
@@ -221,13 +246,15 @@ impl Primary {
             Input::Tick => {}
             Input::Hello { conn, hello } => self.hello(now, conn, hello),
             Input::Message { conn, message } => self.message(now, conn, message),
-            Input::Closed { conn, why } => self.closed(now, conn, &why),
+            Input::Closed { conn, why } => self.closed(conn, why),
             Input::OutputWaiting => self.epochs.output_waiting(),
             Input::OutputFull => self.output_full(),
             // A disk waits, not the guest: nothing has to stop, only the epoch to be cut.
             Input::JournalFull => self.epochs.press(),
             Input::Captured { id } => self.captured(id),
-            Input::CaptureFailed { why } => self.capture_failed(now, &why),
+            Input::CaptureFailed { id, why } => self.capture_failed(now, id, why),
+            Input::Tracking { conn, result } => self.tracking(conn, result),
+            Input::RunDone { run, result } => self.run_done(run, result),
             Input::Pushed => self.pushed(),
             Input::PeerHashes { conn, first, hashes } => self.peer_hashes(conn, first, hashes),
             Input::OwnHashes { ticket, hashes } => self.own_hashes(ticket, hashes),
@@ -239,8 +266,8 @@ impl Primary {
                     self.verdict(now, verdict);
                 }
             }
-            Input::Command(command) => self.command(command),
-            Input::GuestShutdown => self.shut_down(),
+            Input::Command { ticket, command } => self.command(ticket, command),
+            Input::GuestEnded(end) => self.guest_ended(end),
             Input::Snapshot { stop } => self.take_snapshot(stop),
             Input::SnapshotEnded { written } => self.snapshot_ended(written),
         }
@@ -257,16 +284,19 @@ impl Primary {
         if self.phase == Phase::Fenced {
             return None;
         }
-        let peer = self.peer.as_ref().and_then(|peer| peer.due(self.phase));
+        let peer = self.peer.as_ref().map(|peer| peer.due(self.build_silence_max()));
         let capture = self.may_capture().then(|| self.epochs.due(&self.config, self.cuts_on_output()));
-        [peer, capture, self.arbitration.due()].into_iter().flatten().min()
+        let stuck = self.stuck_due();
+        [peer, capture, stuck, self.candidates_due(), self.arbitration.due()].into_iter().flatten().min()
     }
 
     fn on_time(&mut self, now: Instant) {
         if let Some(call) = self.arbitration.poll(now) {
             self.actions.push_back(Action::Ask(call));
         }
+        self.mind_candidates(now);
         self.mind_peer(now);
+        self.mind_capture(now);
         self.resync_step(now);
         if mutant::is("frozen-after-the-cut") {
             self.consider_capture(now);
@@ -277,19 +307,27 @@ impl Primary {
     }
 
     fn mind_peer(&mut self, now: Instant) {
-        let committed = self.epochs.committed();
-        let (me, generation) = (self.me, self.record.generation);
+        let building = self.build_silence_max();
+        let activity = if self.is_capturing() { Activity::Capturing } else { Activity::Ready };
+        let beat = Heartbeat {
+            instance: self.me,
+            generation: self.record.generation,
+            sequence: 0,
+            committed: self.epochs.committed(),
+            activity,
+        };
         let Some(peer) = &mut self.peer else { return };
-        if let Some((conn, beat)) = peer.beat(now, me, generation, committed) {
-            self.actions.push_back(Action::Send { conn, message: Message::Heartbeat(beat) });
+        if peer.is_beat_due(now) {
+            let until = now + self.config.stall_max;
+            self.actions.push_back(Action::Heartbeat { conn: peer.heartbeat, beat, until });
         }
-        if let Some(why) = peer.suspicion(now, self.phase) {
-            self.lose_peer(&why);
+        if let Some(why) = peer.suspicion(now, building) {
+            self.lose_peer(why);
         }
     }
 
     fn resync_step(&mut self, now: Instant) {
-        if self.phase != Phase::Resync {
+        if self.phase != Phase::Resync || !self.tracking {
             return;
         }
         self.tell_progress(now);
@@ -303,55 +341,6 @@ impl Primary {
             // changes nothing, but an arbiter that cannot write says so.
             self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
         }
-    }
-
-    // ---- captures ----
-
-    fn may_capture(&self) -> bool {
-        matches!(self.phase, Phase::Resync | Phase::Protected) && self.epochs.idle()
-    }
-
-    fn cuts_on_output(&self) -> bool {
-        self.phase == Phase::Protected && (self.config.commit_on_output || self.epochs.is_pressed())
-    }
-
-    fn completes(&self) -> bool {
-        let ready = self.phase == Phase::Resync && self.pairing_checked && !self.storage_behind;
-        ready && self.ledger.as_ref().is_some_and(Ledger::is_done)
-    }
-
-    fn consider_capture(&mut self, now: Instant) {
-        if !self.may_capture() {
-            return;
-        }
-        let completes_resync = self.completes();
-        if !completes_resync && now < self.epochs.due(&self.config, self.cuts_on_output()) {
-            return;
-        }
-        let id = self.epochs.begin(now);
-        let output = match self.phase {
-            Phase::Resync if completes_resync && !mutant::is("hold-one-epoch-late") => OutputCut::Hold,
-            Phase::Resync => OutputCut::Pass,
-            _ if id.epoch == 0 && mutant::is("hold-one-epoch-late") => OutputCut::Hold,
-            _ => OutputCut::Seal,
-        };
-        if completes_resync {
-            self.phase = Phase::Completing;
-        }
-        self.actions.push_back(Action::Capture { id, completes_resync, output });
-    }
-
-    fn captured(&mut self, id: EpochId) {
-        self.epochs.captured(id);
-        self.hash_preserved(id);
-        if mutant::is("release-on-send") && self.phase == Phase::Protected {
-            self.actions.push_back(Action::Release { through: id.epoch, before: Instant::from_us(u64::MAX) });
-        }
-    }
-
-    fn capture_failed(&mut self, now: Instant, why: &str) {
-        self.epochs.failed(now);
-        self.lose_peer(&format!("capture failed ({why})"));
     }
 
     fn pushed(&mut self) {
@@ -369,10 +358,11 @@ impl Primary {
 
     fn acked(&mut self, now: Instant, id: EpochId) {
         if !self.epochs.commit(id) {
-            self.lose_peer(&format!("it acknowledged epoch {id}, which is not on its way"));
+            self.lose_peer(PeerFault::AckNotInFlight(id).into());
             return;
         }
         self.actions.push_back(Action::Committed { id });
+        self.checkpoint_committed(id);
         self.write_through_unreleased(id);
         match self.phase {
             Phase::Completing if mutant::is("pair-without-the-arbiter") => {
@@ -392,47 +382,36 @@ impl Primary {
         }
     }
 
-    fn release(&mut self, now: Instant) {
-        if self.phase != Phase::Protected || !(self.proven || mutant::is("no-check-after-a-stall")) {
-            return;
-        }
-        let Some(committed) = self.epochs.committed() else { return };
-        // The peer waits for the whole time-out after our last heartbeat, which left at most one
-        // interval ago.
-        let mut slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
-        if mutant::is("release-without-deadline") {
-            slack = std::time::Duration::MAX;
-        }
-        self.actions.push_back(Action::Release { through: committed.epoch, before: now + slack });
-        self.write_through(committed);
-    }
-
     // ---- the peer ----
 
     fn drop_connections(&mut self) {
         self.stop_comparing();
+        self.checkpoints_lost();
+        for candidate in std::mem::take(&mut self.candidates) {
+            self.actions.push_back(Action::Close { conn: candidate.data });
+        }
         if let Some(peer) = self.peer.take() {
-            for conn in [Some(peer.data), peer.heartbeat].into_iter().flatten() {
+            for conn in [peer.data, peer.heartbeat] {
                 self.actions.push_back(Action::Close { conn });
             }
         }
     }
 
-    fn lose_peer(&mut self, why: &str) {
+    fn lose_peer(&mut self, why: PeerLoss) {
         self.drop_connections();
         match self.phase {
             Phase::Completing if mutant::is("completing-given-up") => self.go_solo(),
             Phase::Joining | Phase::Resync => {
                 self.go_solo();
-                self.tell(Event::NewcomerLost { why: why.into() });
+                self.tell(Event::NewcomerLost { why });
             }
             Phase::Protected if mutant::is("alone-without-the-arbiter") => self.go_solo(),
             Phase::Pairing if mutant::is("pairing-given-up") => self.go_solo(),
-            // A newcomer that has the epoch on its way may take the guest over from the record that
+            // A newcomer that has the epoch in flight may take the guest over from the record that
             // stands: nothing held may leave before another record bars that.
             Phase::Completing | Phase::Protected => {
                 self.phase = Phase::Deciding;
-                self.tell(Event::Suspected { why: why.into() });
+                self.tell(Event::Suspected { why });
                 let new = self.record.next_solo(self.me);
                 self.ask(ArbiterRequest::Swap { expected: self.record, new });
             }
@@ -445,6 +424,8 @@ impl Primary {
         self.phase = Phase::Solo;
         self.ledger = None;
         self.pairing_checked = false;
+        self.tracking = false;
+        self.handed_over_until = None;
         self.arbitration.forget();
         self.stopped_by_full_output = false;
         self.epochs.abandon();
@@ -461,6 +442,7 @@ impl Primary {
         self.begin_ledger();
         self.progress_at = now;
         self.epochs.start(now);
+        self.begun = Some(Begun::tracking(conn, now));
         self.actions.push_back(Action::StartTracking { conn });
         if let Some(peer) = &self.peer {
             self.tell(Event::ResyncStarted { newcomer: peer.instance, scales_tsc: peer.scales_tsc });
@@ -471,18 +453,19 @@ impl Primary {
         let Some(peer) = &self.peer else { return };
         match (peer.channel_of(conn), message) {
             (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => {
-                self.heartbeat(now)
+                self.heartbeat(now, beat.activity);
             }
             (Some(Channel::Data), Message::Ack { id, .. }) => self.acked(now, id),
-            (Some(_), Message::Bye { reason }) => self.lose_peer(&format!("it left ({reason})")),
-            (Some(_), other) => self.lose_peer(&format!("it sent what does not belong here ({})", other.name())),
+            (Some(_), Message::Bye { reason }) => self.lose_peer(PeerLoss::Left(reason)),
+            (Some(_), other) => self.lose_peer(PeerFault::Misplaced(other.name()).into()),
             (None, _) => {}
         }
     }
 
-    fn closed(&mut self, _now: Instant, conn: ConnId, why: &str) {
+    fn closed(&mut self, conn: ConnId, why: String) {
+        self.candidates.retain(|candidate| candidate.data != conn);
         if self.peer.as_ref().is_some_and(|peer| peer.channel_of(conn).is_some()) {
-            self.lose_peer(why);
+            self.lose_peer(PeerLoss::Closed(why));
         }
     }
 

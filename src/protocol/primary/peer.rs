@@ -1,116 +1,141 @@
 //! Who the primary's peer is: hellos, its two connections, and whether it is alive.
 
 use std::hash::{Hash, Hasher};
+use std::time::Duration;
 
 use super::types::Action;
 use super::{Phase, Primary};
 use crate::protocol::event::Event;
-use crate::protocol::failure_detector::{FailureDetector, HeartbeatConfig, HeartbeatTimer};
-use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::failure_detector::{FailureDetector, HeartbeatConfig, HeartbeatTimer, Slept};
+use crate::protocol::messages::{Activity, Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use crate::protocol::mutant;
-use crate::protocol::types::{ConnId, EpochId, Generation, InstanceId, Instant};
+use crate::protocol::peer_loss::PeerLoss;
+use crate::protocol::types::{ConnId, InstanceId, Instant};
+
+const BUSY: &str = "this primary has a secondary, or is deciding about one; try again later";
+
+/// Most newcomers that said hello and have not opened their heartbeat connection yet.
+pub const CANDIDATES_MAX: usize = 8;
+
+/// A newcomer that said hello on its data connection. It becomes the peer with its heartbeat
+/// connection; until then it holds nothing up, whoever it is.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    pub instance: InstanceId,
+    pub data: ConnId,
+    features: u64,
+    scales_tsc: bool,
+    join_by: Instant,
+}
+
+impl Candidate {
+    /// Tells a checker the state.
+    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+        let Candidate { instance, data, features, scales_tsc: _, join_by } = self;
+        (instance, data, features, join_by.since(now)).hash(into);
+    }
+}
 
 /// The secondary, or the newcomer that becomes it.
 #[derive(Clone, Debug)]
 pub struct Peer {
     pub instance: InstanceId,
     pub data: ConnId,
-    pub heartbeat: Option<ConnId>,
+    pub heartbeat: ConnId,
     /// What both sides can do.
     pub features: u64,
     /// Its host runs the guest's TSC at another speed than its own.
     pub scales_tsc: bool,
-    life: Option<(HeartbeatTimer, FailureDetector)>,
-    join_by: Instant,
+    timer: HeartbeatTimer,
+    detector: FailureDetector,
+    /// What it said last of its machine in the making, and when that last went up.
+    done_bytes: u64,
+    progress_at: Instant,
 }
 
 impl Peer {
-    fn new(instance: InstanceId, data: ConnId, features: u64, scales_tsc: bool, join_by: Instant) -> Peer {
-        Peer { instance, data, heartbeat: None, features, scales_tsc, life: None, join_by }
-    }
-
-    fn join(&mut self, conn: ConnId, config: HeartbeatConfig, now: Instant) {
-        self.heartbeat = Some(conn);
-        self.life = Some((HeartbeatTimer::new(config.interval, now), FailureDetector::new(config.timeout, now)));
+    fn new(candidate: &Candidate, heartbeat: ConnId, config: HeartbeatConfig, now: Instant) -> Peer {
+        Peer {
+            instance: candidate.instance,
+            data: candidate.data,
+            heartbeat,
+            features: candidate.features,
+            scales_tsc: candidate.scales_tsc,
+            timer: HeartbeatTimer::new(config.interval, now),
+            detector: FailureDetector::new(config.timeout, now),
+            done_bytes: 0,
+            progress_at: now,
+        }
     }
 
     pub fn channel_of(&self, conn: ConnId) -> Option<Channel> {
-        if conn == self.data {
-            Some(Channel::Data)
-        } else {
-            (self.heartbeat == Some(conn)).then_some(Channel::Heartbeat)
+        match conn {
+            _ if conn == self.data => Some(Channel::Data),
+            _ if conn == self.heartbeat => Some(Channel::Heartbeat),
+            _ => None,
         }
     }
 
-    pub fn heard(&mut self, now: Instant) {
-        if let Some((_, detector)) = &mut self.life {
-            detector.heard(now);
-        }
+    /// This node was asleep for so long: what it did not hear meanwhile proves nothing.
+    pub fn slept(&mut self, now: Instant, slept: Slept) {
+        self.detector.slept(now, slept);
+        self.progress_at = self.progress_at + slept.unheard;
     }
 
-    /// We slept ourselves: the silence proves nothing.
-    pub fn forgive(&mut self, now: Instant) {
-        self.heard(now);
-    }
-
-    /// The heartbeat to send now, if one is due.
-    pub fn beat(
-        &mut self,
-        now: Instant,
-        me: InstanceId,
-        generation: Generation,
-        committed: Option<EpochId>,
-    ) -> Option<(ConnId, Heartbeat)> {
-        let conn = self.heartbeat?;
-        let (timer, _) = self.life.as_mut()?;
-        let sequence = timer.beat(now)?;
-        Some((conn, Heartbeat { instance: me, generation, sequence, committed }))
+    /// True if the heartbeat thread is to be fed now.
+    pub fn is_beat_due(&mut self, now: Instant) -> bool {
+        self.timer.is_due(now)
     }
 
     /// Why the peer is suspect, if it is.
-    pub fn suspicion(&self, now: Instant, phase: Phase) -> Option<String> {
-        match &self.life {
-            Some((_, detector)) => {
-                detector.suspects(now).map(|silence| format!("no heartbeat for {} ms", silence.as_millis()))
-            }
-            None if phase == Phase::Joining && now >= self.join_by => {
-                Some("it did not open its heartbeat connection in time".into())
-            }
-            None => None,
+    pub fn suspicion(&self, now: Instant, building_since_max: Option<Duration>) -> Option<PeerLoss> {
+        if let Some(silence) = self.detector.suspects(now) {
+            return Some(PeerLoss::Silent { silence });
         }
+        let silence = now.since(self.progress_at);
+        building_since_max.filter(|max| silence >= *max).map(|_| PeerLoss::NoProgress { silence })
     }
 
     /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Peer { instance, data, heartbeat, features, scales_tsc: _, life, join_by } = self;
-        (instance, data, heartbeat, features, life.is_some()).hash(into);
-        match life {
-            Some((timer, detector)) => {
-                timer.digest(now, into);
-                detector.digest(now, into);
-            }
-            None => join_by.since(now).hash(into),
-        }
+        let Peer { instance, data, heartbeat, features, scales_tsc: _, timer, detector, done_bytes, progress_at } =
+            self;
+        (instance, data, heartbeat, features, done_bytes, progress_at.since(now)).hash(into);
+        timer.digest(now, into);
+        detector.digest(now, into);
     }
 
     /// When the peer next needs attention.
-    pub fn due(&self, phase: Phase) -> Option<Instant> {
-        match &self.life {
-            Some((timer, detector)) => Some(timer.due().min(detector.deadline())),
-            None => (phase == Phase::Joining).then_some(self.join_by),
-        }
+    pub fn due(&self, building_since_max: Option<Duration>) -> Instant {
+        let due = self.timer.due().min(self.detector.deadline());
+        building_since_max.map_or(due, |max| due.min(self.progress_at + max))
     }
 }
 
 impl Primary {
-    /// Takes a heartbeat. The newcomer's first one says that it has heard our welcome on both
-    /// connections: an epoch that arrived before that would find it unprepared.
-    pub(super) fn heartbeat(&mut self, now: Instant) {
+    /// How long the newcomer may make no progress, while it builds its machine.
+    pub(super) fn build_silence_max(&self) -> Option<Duration> {
+        (self.phase == Phase::Joining).then_some(self.config.build_silence_max)
+    }
+
+    /// Takes a heartbeat. The newcomer's first one that says it is ready shows that it has a machine
+    /// and has heard our welcome on both connections: an epoch that arrived before would find it
+    /// unprepared.
+    pub(super) fn heartbeat(&mut self, now: Instant, activity: Activity) {
         let Some(peer) = &mut self.peer else { return };
-        peer.heard(now);
+        peer.detector.heard(now);
         let data = peer.data;
-        if self.phase == Phase::Joining {
-            self.start_resync(now, data);
+        match activity {
+            Activity::Building { done_bytes } => {
+                if done_bytes > peer.done_bytes {
+                    (peer.done_bytes, peer.progress_at) = (done_bytes, now);
+                }
+            }
+            // What was begun for the newcomer before this one has to end first.
+            Activity::Ready | Activity::Capturing if self.phase == Phase::Joining && self.begun.is_none() => {
+                self.start_resync(now, data);
+            }
+            Activity::Ready | Activity::Capturing => {}
         }
     }
 
@@ -120,23 +145,54 @@ impl Primary {
             return self.refuse(conn, reason, detail);
         }
         self.actions.push_back(Action::Send { conn, message: Message::Welcome(self.welcome(&hello)) });
-        match (hello.channel, &mut self.peer) {
-            (Channel::Data, _) => {
-                let features = self.config.features & hello.features;
-                let scales_tsc = hello.cpu.takes(self.config.cpu) == Ok(true);
-                let join_by = now + self.config.join_timeout;
-                self.peer = Some(Peer::new(hello.instance, conn, features, scales_tsc, join_by));
-                self.phase = Phase::Joining;
-            }
-            (Channel::Heartbeat, Some(peer)) => {
-                peer.join(conn, self.config.heartbeat, now);
-                if mutant::is("resync-before-the-first-heartbeat") {
-                    let data = peer.data;
-                    self.start_resync(now, data);
-                }
-            }
-            (Channel::Heartbeat, None) => {}
+        match hello.channel {
+            Channel::Data => self.add_candidate(now, conn, &hello),
+            Channel::Heartbeat => self.join_candidate(now, conn, hello.instance),
         }
+    }
+
+    fn add_candidate(&mut self, now: Instant, conn: ConnId, hello: &Hello) {
+        let again = self.candidates.iter().position(|candidate| candidate.instance == hello.instance);
+        let full = self.candidates.len() >= CANDIDATES_MAX && !mutant::is("candidates-without-bound");
+        if let Some(old) = again.or(full.then_some(0)) {
+            let old = self.candidates.remove(old);
+            let detail = "other newcomers said hello and this one did not open its heartbeat connection".into();
+            self.refuse(old.data, RefuseReason::Busy, detail);
+        }
+        self.candidates.push(Candidate {
+            instance: hello.instance,
+            data: conn,
+            features: self.config.features & hello.features,
+            scales_tsc: hello.cpu.takes(self.config.cpu) == Ok(true),
+            join_by: now + self.config.join_timeout,
+        });
+    }
+
+    fn join_candidate(&mut self, now: Instant, conn: ConnId, instance: InstanceId) {
+        let Some(at) = self.candidates.iter().position(|candidate| candidate.instance == instance) else { return };
+        let candidate = self.candidates.remove(at);
+        self.peer = Some(Peer::new(&candidate, conn, self.config.heartbeat, now));
+        self.phase = Phase::Joining;
+        for other in std::mem::take(&mut self.candidates) {
+            self.refuse(other.data, RefuseReason::Busy, BUSY.into());
+        }
+        if mutant::is("resync-before-the-first-heartbeat") {
+            self.start_resync(now, candidate.data);
+        }
+    }
+
+    /// Lets go of newcomers that did not open their heartbeat connection in time.
+    pub(super) fn mind_candidates(&mut self, now: Instant) {
+        while let Some(late) = self.candidates.iter().position(|candidate| now >= candidate.join_by) {
+            let late = self.candidates.remove(late);
+            let detail = "it did not open its heartbeat connection in time".into();
+            self.refuse(late.data, RefuseReason::Busy, detail);
+        }
+    }
+
+    /// When the next candidate's time is over.
+    pub(super) fn candidates_due(&self) -> Option<Instant> {
+        self.candidates.iter().map(|candidate| candidate.join_by).min()
     }
 
     /// Turns a newcomer away, and says why to it and to people.
@@ -188,17 +244,12 @@ impl Primary {
             );
             return no(RefuseReason::Staging, detail);
         }
-        match (hello.channel, &self.peer, self.phase) {
-            (Channel::Data, None, Phase::Solo) => Ok(()),
-            (Channel::Heartbeat, Some(peer), Phase::Joining)
-                if peer.instance == hello.instance && peer.heartbeat.is_none() =>
-            {
-                Ok(())
-            }
-            (Channel::Data, ..) => {
-                no(RefuseReason::Busy, "this primary has a secondary, or is deciding about one; try again later".into())
-            }
-            (Channel::Heartbeat, ..) => no(
+        let is_candidate = self.candidates.iter().any(|candidate| candidate.instance == hello.instance);
+        match (hello.channel, self.phase) {
+            (Channel::Data, Phase::Solo) => Ok(()),
+            (Channel::Heartbeat, Phase::Solo) if is_candidate => Ok(()),
+            (Channel::Data, _) => no(RefuseReason::Busy, BUSY.into()),
+            (Channel::Heartbeat, _) => no(
                 RefuseReason::Malformed,
                 "a heartbeat connection comes second, from the newcomer that said hello".into(),
             ),

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use crate::protocol::block_hashes::BlockHash;
+use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::machine_shape::MachineShape;
-use crate::protocol::messages::{Hello, Message};
+use crate::protocol::messages::{Heartbeat, Hello, Message};
 use crate::protocol::types::{ConnId, EpochId, GuestName, Instant};
 
 /// How a primary behaves.
@@ -33,36 +34,45 @@ pub struct PrimaryConfig {
     pub heartbeat: HeartbeatConfig,
     /// Time between two questions to an arbiter out of reach.
     pub arbiter_retry: Duration,
-    /// How long a newcomer may take from its hello to its second connection.
+    /// How long a newcomer may take from its hello to its heartbeat connection.
     pub join_timeout: Duration,
+    /// How long a newcomer that builds its machine may make no progress.
+    pub build_silence_max: Duration,
+    /// How long this node vouches for a guest that cannot be captured, and how long its heartbeats
+    /// outlast an engine that hangs. Longer than the heartbeat time-out.
+    pub stall_max: Duration,
+    /// How long the secondary may take to take over a guest that was handed over, before this node
+    /// asks for it again.
+    pub handover_timeout: Duration,
     /// Most pages in one background push.
     pub push_pages_max: usize,
 }
 
-/// What an operator asks of a primary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Stop the vCPUs.
-    Stop,
-    /// Let them go on.
-    Cont,
-    /// Cut an epoch now.
-    Checkpoint,
-    /// Compare disks with the secondary's, while the guest runs.
-    VerifyDisks(DiskChoice),
-    /// End this node. A protected guest goes on at the secondary; an unprotected one is shut down.
-    Quit,
+/// How the guest ended itself.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum GuestEnd {
+    /// It switched itself off.
+    Shutdown,
+    /// It asked for a reset.
+    Reset,
+    /// A vCPU cannot go on; why, in words.
+    Failed(String),
 }
 
-/// Which disks are meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DiskChoice {
-    /// Every one that travels.
-    All,
-    /// The one with this number in the machine's shape.
-    Number(u64),
-    /// The one with this serial number, filled up with zero bytes.
-    Serial([u8; 20]),
+/// Why a primary's process ends.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// The guest is over, on record: its last writes are the disks' newest.
+    GuestOver {
+        /// It asked for a reset: whoever starts nodes starts it again.
+        restart: bool,
+    },
+    /// An operator ends this node; the guest goes on at the secondary, if that is on record.
+    Quit,
+    /// Another node runs the guest.
+    Fenced,
+    /// A vCPU cannot go on; why, in words. The secondary takes over, if there is one.
+    GuestFailed(String),
 }
 
 /// What happened, told to the primary.
@@ -102,10 +112,26 @@ pub enum Input {
         /// The epoch.
         id: EpochId,
     },
-    /// The capture failed; its dirty pages was put back.
+    /// The capture failed, and nothing of the epoch was lost: it is in the next one.
     CaptureFailed {
+        /// The epoch.
+        id: EpochId,
         /// Why, in words.
         why: String,
+    },
+    /// Dirty pages are tracked since now, for the newcomer on this connection; or they cannot be.
+    Tracking {
+        /// The connection.
+        conn: ConnId,
+        /// Why not, in words.
+        result: Result<(), String>,
+    },
+    /// The vCPUs run or are stopped, as `Run` asked; or they could not be stopped.
+    RunDone {
+        /// What was asked for.
+        run: bool,
+        /// Why it could not be done, in words.
+        result: Result<(), String>,
     },
     /// The background push asked for was read and handed to the link.
     Pushed,
@@ -145,10 +171,15 @@ pub enum Input {
         /// The answer.
         answer: ArbiterAnswer,
     },
-    /// An operator asks for something.
-    Command(Command),
-    /// The guest shut itself down.
-    GuestShutdown,
+    /// An operator asks for something; `Answer` says what came of it.
+    Command {
+        /// Names the request in the answer.
+        ticket: u64,
+        /// What is asked for.
+        command: Command,
+    },
+    /// The guest ended itself.
+    GuestEnded(GuestEnd),
     /// An operator wants a snapshot of the guest. Answered at once, by `Snapshot` or `NoSnapshot`.
     Snapshot {
         /// The guest is to stop for good with it.
@@ -187,17 +218,18 @@ pub enum Action {
         /// The connection.
         conn: ConnId,
     },
-    /// From now on know every page the guest or a device writes, and hold writes to shared storage;
-    /// say `StorageSynced` once it has all that was written before (if there is such storage).
+    /// Begin to track every page the guest or a device writes, and to hold writes to shared storage;
+    /// say `Tracking` when it is done, and `StorageSynced` once such storage has all that was written
+    /// before.
     StartTracking {
         /// Where epochs and pushes go from now on.
         conn: ConnId,
     },
-    /// Stop knowing; forget what is on its way to the newcomer. Writes held for shared storage go
+    /// Stop tracking; forget what is on its way to the newcomer. Writes held for shared storage go
     /// there, all of them.
     StopTracking,
-    /// Capture an epoch: pause, save, copy dirty pages, seal output, resume; send it; then say
-    /// `Captured` or `CaptureFailed`.
+    /// Begin to capture an epoch: pause, save, copy dirty pages, cut output, resume, send. Say
+    /// `Captured` or `CaptureFailed` when it is done, however long that takes.
     Capture {
         /// Its name.
         id: EpochId,
@@ -248,7 +280,7 @@ pub enum Action {
     /// Let all held output go (and held writes to shared storage), and let what follows pass at
     /// once.
     ReleaseAll,
-    /// Let the guest run (or not).
+    /// Let the guest run (or not), then say `RunDone`.
     Run(bool),
     /// The guest stands still: save it to the snapshot's file while it does, then say
     /// `SnapshotEnded`.
@@ -264,8 +296,25 @@ pub enum Action {
     /// give up the lock of shared storage when no write is under way any more. Only the control
     /// socket stays.
     Fence,
+    /// From now on send this heartbeat on the connection every heartbeat interval, the first at
+    /// once, and none after `until`.
+    Heartbeat {
+        /// The connection.
+        conn: ConnId,
+        /// The heartbeat; whoever sends it gives it its number.
+        beat: Heartbeat,
+        /// The moment after which this node is not vouched for.
+        until: Instant,
+    },
+    /// The answer to a command.
+    Answer {
+        /// The command's ticket.
+        ticket: u64,
+        /// Why it has no effect, if it has none.
+        result: Result<(), CommandRefused>,
+    },
     /// End the process.
-    Exit,
+    Exit(End),
     /// Tell people.
     Tell(Event),
 }

@@ -1,11 +1,12 @@
 //! What a primary asks of the arbiter, and what follows from each answer.
 
 use super::{Action, Phase, Primary};
-use super::{Command, Input};
+use super::{End, Input};
 use crate::protocol::arbitration::{ArbiterRequest, Verdict};
 use crate::protocol::event::Event;
 use crate::protocol::messages::{Message, RefuseReason};
 use crate::protocol::mutant;
+use crate::protocol::peer_loss::PeerLoss;
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::Instant;
 
@@ -16,10 +17,12 @@ impl Primary {
     }
 
     pub(super) fn notice_stall(&mut self, now: Instant) {
-        let Some(stall) = self.guard.look(now) else { return };
+        let Some(slept) = self.guard.look(now) else { return };
         if let Some(peer) = &mut self.peer {
-            peer.forgive(now);
+            peer.slept(now, slept);
         }
+        self.begun_slept(slept.unheard);
+        let Some(stall) = slept.stall else { return };
         if matches!(self.phase, Phase::Pairing | Phase::Protected) {
             self.tell(Event::Stalled { stall });
             self.prove_again();
@@ -34,15 +37,8 @@ impl Primary {
     }
 
     pub(super) fn verdict(&mut self, now: Instant, verdict: Verdict) {
-        if let Verdict::Unreachable(why) = verdict {
-            if self.arbiter_lost.is_none() {
-                self.tell(Event::ArbiterLost { why: why.clone() });
-            }
-            self.arbiter_lost = Some(why);
-            return;
-        }
-        if self.arbiter_lost.take().is_some() {
-            self.tell(Event::ArbiterBack);
+        if let Some(event) = self.arbitration.reach_changed(&verdict) {
+            self.tell(event);
         }
         match (self.phase, verdict) {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
@@ -78,6 +74,7 @@ impl Primary {
     pub(super) fn confirmed(&mut self, now: Instant) {
         match self.phase {
             Phase::Resync => self.pairing_checked = true,
+            Phase::Deciding => self.not_taken_over(now),
             Phase::Protected => {
                 self.proven = true;
                 self.release(now);
@@ -102,7 +99,7 @@ impl Primary {
         self.actions.push_back(Action::Send { conn, message: Message::Paired { record } });
         self.tell(Event::Protected { generation: record.generation, peer: instance });
         if self.quitting {
-            self.actions.push_back(Action::Exit);
+            self.actions.push_back(Action::Exit(End::Quit));
         } else if !self.proven {
             self.ask(ArbiterRequest::Read);
         }
@@ -116,7 +113,7 @@ impl Primary {
         self.tell(if was_paired {
             Event::Unprotected { why: "the secondary is gone".into() }
         } else {
-            Event::NewcomerLost { why: "it went away as its image became whole".into() }
+            Event::NewcomerLost { why: PeerLoss::Left("as its image became whole".into()) }
         });
         if self.ends_with_the_answer() {
             self.shut_down();
@@ -143,13 +140,14 @@ impl Primary {
         self.actions.push_back(Action::Fence);
         self.tell(Event::Fenced { why });
         if self.ends_with_the_answer() {
-            self.actions.push_back(Action::Exit);
+            self.actions.push_back(Action::Exit(End::Fenced));
         }
     }
 
     pub(super) fn handle_fenced(&mut self, input: Input) {
         match input {
-            Input::Command(Command::Quit) => self.actions.push_back(Action::Exit),
+            Input::Command { ticket, command } => self.command(ticket, command),
+            Input::RunDone { run, result } => self.run_done(run, result),
             Input::Snapshot { stop } => self.take_snapshot(stop),
             Input::Hello { conn, .. } => {
                 let detail = "this node is fenced: another node runs the guest; name that one with --peer".into();

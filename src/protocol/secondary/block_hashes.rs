@@ -8,6 +8,7 @@ use crate::protocol::block_hashes::{BlockHash, SUM_BLOCKS_MAX};
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::features;
 use crate::protocol::mutant;
+use crate::protocol::peer_loss::PeerFault;
 use crate::protocol::types::Instant;
 
 impl Secondary {
@@ -23,7 +24,7 @@ impl Secondary {
                 self.summing = Some(first);
                 self.actions.push_back(Action::Sum { run });
             }
-            Err(why) => self.lose_primary(now, why),
+            Err(fault) => self.lose_primary(now, fault.into()),
         }
     }
 
@@ -33,19 +34,19 @@ impl Secondary {
     }
 
     /// The blocks asked for, and the disk they are on.
-    fn summable(&self, first: u64, count: u64) -> Result<(usize, Range<u64>), &'static str> {
+    fn summable(&self, first: u64, count: u64) -> Result<(usize, Range<u64>), PeerFault> {
         if !self.has_hashes() || !matches!(self.phase, Phase::Syncing | Phase::Paired) {
-            return Err("it asked for hashes of blocks out of turn");
+            return Err(PeerFault::HashesOutOfTurn);
         }
         if self.summing.is_some() {
-            return Err("it asked for hashes of blocks again before it had them");
+            return Err(PeerFault::HashesOutOfTurn);
         }
         let run = first..first.saturating_add(count);
         let layout = self.welcome.as_ref().map(|welcome| ImageLayout::of(&welcome.shape));
         let disk = layout.and_then(|layout| layout.disk_of(&run).filter(|_| !layout.is_shared(first)));
         match disk {
             Some(disk) if count <= SUM_BLOCKS_MAX => Ok((disk, run)),
-            _ => Err("it asked for hashes of blocks that no disk has"),
+            _ => Err(PeerFault::NoSuchBlocks),
         }
     }
 
@@ -65,7 +66,7 @@ impl Secondary {
         if self.has_hashes() {
             self.resync_left = left;
         } else {
-            self.lose_primary(now, "it told of a resync in words that were not agreed on");
+            self.lose_primary(now, PeerFault::FeatureNotAgreed.into());
         }
     }
 
@@ -129,6 +130,7 @@ mod tests {
             staging_bytes_max: u64::MAX,
             retry: Duration::from_secs(1),
             answer_timeout: Duration::from_secs(1),
+            stall_max: Duration::from_secs(2000),
         };
         let welcome = Message::Welcome(Welcome {
             instance: OLD,
@@ -144,9 +146,9 @@ mod tests {
         take(&mut node, Input::Tick);
         take(&mut node, Input::Connected { conn: DATA });
         message(&mut node, DATA, welcome.clone());
-        take(&mut node, Input::MachineReady { made: made.to_vec() });
         take(&mut node, Input::Connected { conn: BEATS });
         message(&mut node, BEATS, welcome);
+        take(&mut node, Input::MachineReady { made: made.to_vec() });
         assert_eq!(node.phase(), Phase::Syncing);
         node
     }

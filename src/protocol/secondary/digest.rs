@@ -3,7 +3,6 @@
 use std::hash::{Hash, Hasher};
 
 use super::{Action, Secondary};
-use crate::protocol::messages::Message;
 use crate::protocol::types::Instant;
 
 impl Secondary {
@@ -15,11 +14,11 @@ impl Secondary {
         #[rustfmt::skip]
         let Secondary {
             config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation, expected, committed, began: _,
-            record, inheritance, summing, resync_left, arbitration, arbiter_lost, cause: _, no_primary: _, quitting, actions,
+            record, inheritance, summing, resync_left, arbitration, done_bytes, cause: _, no_primary: _, quitting, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
         welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
-        (generation, expected, committed, record, arbiter_lost.is_some(), quitting).hash(into);
+        (generation, expected, committed, record, done_bytes, quitting).hash(into);
         (made, summing, resync_left).hash(into);
         (life.is_some(), guard.is_some(), inheritance.as_ref().map(|inheritance| inheritance.digest())).hash(into);
         if let Some((timer, detector)) = life {
@@ -34,7 +33,7 @@ impl Secondary {
             match action {
                 Action::Tell(_) => {}
                 Action::Promote { record, epoch, began: _, cause: _ } => (record, epoch).hash(into),
-                Action::Send { conn, message: Message::Heartbeat(beat) } => (conn, beat.unnumbered()).hash(into),
+                Action::Heartbeat { conn, beat, until: _ } => (conn, beat).hash(into),
                 other => other.hash(into),
             }
         }

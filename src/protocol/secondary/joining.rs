@@ -1,12 +1,12 @@
 //! How a newcomer gets to a primary, and begins again when that fails.
 
 use super::{Action, Ending, Phase, Secondary};
-use crate::protocol::event::Event;
+use crate::protocol::command::{Command, CommandRefused};
+use crate::protocol::event::{Event, RejoinReason};
 use crate::protocol::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
-use crate::protocol::messages::Message;
-use crate::protocol::messages::{Channel, Hello, PROTOCOL_VERSION, RefuseReason, Welcome};
-use crate::protocol::types::ConnId;
-use crate::protocol::types::{Generation, Instant};
+use crate::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
+use crate::protocol::peer_loss::{PeerFault, PeerLoss};
+use crate::protocol::types::{ConnId, Generation, Instant};
 
 impl Secondary {
     pub(super) fn new_conn(&mut self) -> ConnId {
@@ -50,29 +50,29 @@ impl Secondary {
         self.step_at = None;
         match self.phase {
             Phase::Greeting if self.data == Some(conn) => {
-                if let Err((reason, detail)) = self.judge_welcome(&welcome) {
+                if let Err((reason, detail)) = self.check_welcome(&welcome) {
                     return self.exit(Ending::Refused { reason, detail });
                 }
-                self.phase = Phase::Building;
                 self.generation = welcome.generation;
                 self.no_primary = None;
-                self.actions.push_back(Action::BuildMachine(welcome.clone()));
                 self.welcome = Some(welcome);
+                self.open_heartbeat_connection(now);
             }
             Phase::Joining if self.heartbeat == Some(conn) && self.welcome.as_ref() == Some(&welcome) => {
-                self.phase = Phase::Syncing;
+                self.phase = Phase::Building;
                 let interval = std::time::Duration::from_micros(welcome.heartbeat_interval_us);
                 let timeout = std::time::Duration::from_micros(welcome.heartbeat_timeout_us);
                 self.life = Some((HeartbeatTimer::new(interval, now), FailureDetector::new(timeout, now)));
-                self.guard = Some(SleepGuard::new(timeout, now));
+                self.guard = Some(SleepGuard::new(interval, timeout, now));
+                self.actions.push_back(Action::BuildMachine(welcome));
             }
-            _ => self.start_over(now, "the primary said welcome out of turn"),
+            _ => self.lose_primary(now, PeerFault::WelcomeOutOfTurn.into()),
         }
     }
 
     /// A primary welcomes nobody whom it asks too much of; one that does so all the same is not
     /// believed, whatever it is.
-    pub(super) fn judge_welcome(&self, welcome: &Welcome) -> Result<(), (RefuseReason, String)> {
+    pub(super) fn check_welcome(&self, welcome: &Welcome) -> Result<(), (RefuseReason, String)> {
         let epoch_bytes_max = welcome.shape.epoch_bytes_max();
         if epoch_bytes_max > self.config.staging_bytes_max {
             let detail = format!(
@@ -98,6 +98,14 @@ impl Secondary {
             return;
         }
         self.made = made;
+        self.phase = Phase::Syncing;
+        if let Some((timer, _)) = &mut self.life {
+            // The primary begins with the heartbeat that says so.
+            timer.feed_at(now);
+        }
+    }
+
+    fn open_heartbeat_connection(&mut self, now: Instant) {
         let conn = self.new_conn();
         self.phase = Phase::Joining;
         self.heartbeat = Some(conn);
@@ -107,26 +115,35 @@ impl Secondary {
 
     pub(super) fn refused(&mut self, now: Instant, reason: RefuseReason, detail: String) {
         if matches!(reason, RefuseReason::Busy | RefuseReason::NotPrimary) {
-            self.start_over(now, &detail);
+            self.start_over(now, PeerLoss::Closed(detail));
         } else {
             self.exit(Ending::Refused { reason, detail });
         }
     }
 
-    /// Back to the start. Before anything was built that costs only a while; afterwards this
+    /// Back to the start. Before a machine is begun that costs only a while; afterwards this
     /// instance is over.
-    pub(super) fn start_over(&mut self, now: Instant, why: &str) {
+    pub(super) fn start_over(&mut self, now: Instant, why: PeerLoss) {
         self.close_connections();
-        if matches!(self.phase, Phase::Connecting | Phase::Greeting) {
+        if matches!(self.phase, Phase::Connecting | Phase::Greeting | Phase::Joining) {
             self.phase = Phase::Connecting;
             self.step_at = Some(now + self.config.retry);
             // Told once, not with every try.
-            if self.no_primary.as_deref() != Some(why) {
-                self.no_primary = Some(why.to_owned());
-                self.tell(Event::NoPrimary { why: why.to_owned() });
+            let why = why.to_string();
+            if self.no_primary.as_ref() != Some(&why) {
+                self.no_primary = Some(why.clone());
+                self.tell(Event::NoPrimary { why });
             }
         } else {
-            self.rejoin(why);
+            self.rejoin(RejoinReason::Lost(why));
+        }
+    }
+
+    pub(super) fn command(&mut self, ticket: u64, command: Command) {
+        let result = if command == Command::Quit { Ok(()) } else { Err(CommandRefused::Secondary) };
+        self.actions.push_back(Action::Answer { ticket, result });
+        if command == Command::Quit {
+            self.quit();
         }
     }
 
@@ -140,13 +157,13 @@ impl Secondary {
         }
     }
 
-    pub(super) fn rejoin(&mut self, why: &str) {
+    pub(super) fn rejoin(&mut self, why: RejoinReason) {
         if self.quitting {
             return self.exit(Ending::Quit);
         }
         self.close_connections();
         self.phase = Phase::Done;
-        self.tell(Event::Rejoining { why: why.into() });
+        self.tell(Event::Rejoining { why });
         self.actions.push_back(Action::Rejoin { after: self.config.retry });
     }
 

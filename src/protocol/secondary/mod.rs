@@ -1,7 +1,7 @@
 //! The rules of the node that holds the guest's image.
 //!
 //! ```text
-//!  Connecting ─▶ Greeting ─▶ Building ─▶ Joining ─▶ Syncing ─▶ Standby ─▶ Paired
+//!  Connecting ─▶ Greeting ─▶ Joining ─▶ Building ─▶ Syncing ─▶ Standby ─▶ Paired
 //!      ▲  primary busy or out of reach      │           │    image whole  │  on record as the peer
 //!      └────────────────────────────────────┘           │          │      │
 //!                                           link lost:  ▼          ▼      ▼
@@ -22,13 +22,13 @@ use self::storage::Inheritance;
 pub use types::{Action, Ending, Input, SecondaryConfig};
 
 use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
-use super::event::Event;
+use super::event::{Event, RejoinReason};
 use super::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
-use super::messages::{Heartbeat, Message, Welcome};
+use super::messages::{Activity, Heartbeat, Message, Welcome};
 use super::mutant;
+use super::peer_loss::{PeerFault, PeerLoss};
 use super::record::{Record, RecordState};
-use super::types::ConnId;
-use super::types::{EpochId, Generation, InstanceId, Instant};
+use super::types::{ConnId, EpochId, Generation, InstanceId, Instant};
 
 /// What a secondary is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,10 +37,10 @@ pub enum Phase {
     Connecting,
     /// Said hello; waits for the answer.
     Greeting,
-    /// Builds the machine.
-    Building,
     /// Opens its heartbeat connection.
     Joining,
+    /// Builds the machine; heartbeats go both ways and say how far it is.
+    Building,
     /// Receives epochs and pages; the image has holes.
     Syncing,
     /// The image is whole, and the primary holds its output since: it takes over if the primary
@@ -86,7 +86,8 @@ pub struct Secondary {
     resync_left: Vec<u64>,
     inheritance: Option<Inheritance>,
     arbitration: Arbitration,
-    arbiter_lost: Option<String>,
+    /// Bytes of the machine in the making, while it is.
+    done_bytes: u64,
     cause: String,
     no_primary: Option<String>,
     /// An operator ends this node as soon as the arbiter has answered.
@@ -119,7 +120,7 @@ impl Secondary {
             resync_left: Vec::new(),
             inheritance: None,
             arbitration: Arbitration::new(config.retry),
-            arbiter_lost: None,
+            done_bytes: 0,
             cause: String::new(),
             no_primary: None,
             quitting: false,
@@ -160,7 +161,7 @@ impl Secondary {
 
     /// Why the arbiter is out of reach, if it is.
     pub fn arbiter_lost(&self) -> Option<&str> {
-        self.arbiter_lost.as_deref()
+        self.arbitration.lost()
     }
 
     /// Why there is no primary yet, while that is so.
@@ -179,8 +180,9 @@ impl Secondary {
             Input::Connected { conn } => self.connected(now, conn),
             Input::Message { conn, message } => self.message(now, conn, message),
             Input::Moved { conn, ago } => self.moved(now, conn, ago),
-            Input::Closed { conn, why } => self.closed(now, conn, &why),
+            Input::Closed { conn, why } => self.closed(now, conn, why),
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
+            Input::BuildProgress { done_bytes } => self.done_bytes = done_bytes,
             Input::MachineReady { made } => self.machine_ready(now, made),
             Input::MachineFailed { why } => self.exit(Ending::NoMachine(why)),
             Input::Staged { conn, id, completes_resync, staged_bytes, began } => {
@@ -195,7 +197,7 @@ impl Secondary {
             Input::StorageLocked => self.storage_locked(),
             Input::KeptWritten => self.kept_written(),
             Input::StorageRefused(trouble) => self.storage_refused(now, trouble),
-            Input::Quit => self.quit(),
+            Input::Command { ticket, command } => self.command(ticket, command),
         }
         self.on_time(now);
     }
@@ -220,32 +222,36 @@ impl Secondary {
             match self.phase {
                 Phase::Connecting => self.try_primary(),
                 Phase::Locking => self.actions.push_back(Action::TakeStorage),
-                _ => self.start_over(now, "the primary did not answer in time"),
+                _ => self.start_over(now, PeerLoss::NoAnswer),
             }
         }
         self.mind_primary(now);
     }
 
     fn notice_stall(&mut self, now: Instant) {
-        let Some(stall) = self.guard.as_mut().and_then(|guard| guard.look(now)) else { return };
+        let Some(slept) = self.guard.as_mut().and_then(|guard| guard.look(now)) else { return };
         if let Some((_, detector)) = &mut self.life {
-            // We slept ourselves: the silence proves nothing.
-            detector.heard(now);
-            self.tell(Event::Stalled { stall });
+            detector.slept(now, slept);
+            if let Some(stall) = slept.stall {
+                self.tell(Event::Stalled { stall });
+            }
         }
     }
 
     fn mind_primary(&mut self, now: Instant) {
+        let activity = match self.phase {
+            Phase::Building => Activity::Building { done_bytes: self.done_bytes },
+            _ => Activity::Ready,
+        };
+        let (instance, generation, committed) = (self.me, self.generation, self.committed);
         let (Some((timer, detector)), Some(conn)) = (&mut self.life, self.heartbeat) else { return };
         if let Some(silence) = detector.suspects(now) {
-            let why = format!("no heartbeat for {} ms", silence.as_millis());
             if !mutant::is("silence-never-suspected") {
-                self.lose_primary(now, &why);
+                self.lose_primary(now, PeerLoss::Silent { silence });
             }
-        } else if let Some(sequence) = timer.beat(now) {
-            let beat =
-                Heartbeat { instance: self.me, generation: self.generation, sequence, committed: self.committed };
-            self.actions.push_back(Action::Send { conn, message: Message::Heartbeat(beat) });
+        } else if timer.is_due(now) {
+            let beat = Heartbeat { instance, generation, sequence: 0, committed, activity };
+            self.actions.push_back(Action::Heartbeat { conn, beat, until: now + self.config.stall_max });
         }
     }
 
@@ -270,8 +276,9 @@ impl Secondary {
             Message::Written { through } if on_data && self.holds_epochs() => {
                 self.actions.push_back(Action::Forget { through });
             }
+            Message::HandOver { reason } if on_data => self.lose_primary(now, PeerLoss::HandedOver(reason)),
             Message::Bye { reason } => self.exit(Ending::GuestEnded(reason)),
-            other => self.lose_primary(now, &format!("it sent what does not belong here ({})", other.name())),
+            other => self.lose_primary(now, PeerFault::Misplaced(other.name()).into()),
         }
     }
 
@@ -302,7 +309,7 @@ impl Secondary {
         }
         let syncing = self.phase == Phase::Syncing;
         if !syncing && self.phase != Phase::Paired {
-            self.lose_primary(now, &format!("it sent epoch {id} out of turn"));
+            self.lose_primary(now, PeerFault::EpochOutOfTurn(id).into());
             return;
         }
         let in_order = match self.expected {
@@ -310,7 +317,7 @@ impl Secondary {
             None => id.generation == self.generation,
         };
         if !in_order || (completes_resync && !syncing) {
-            self.lose_primary(now, &format!("it sent epoch {id} out of order"));
+            self.lose_primary(now, PeerFault::EpochOutOfOrder(id).into());
             return;
         }
         self.expected = Some(id.next());
@@ -336,7 +343,7 @@ impl Secondary {
             && Some(record.owner) == self.primary()
             && record.generation == self.generation.next();
         if self.phase != Phase::Standby || !ours {
-            self.lose_primary(now, "it announced a pair that is not this one");
+            self.lose_primary(now, PeerFault::OtherPair.into());
             return;
         }
         self.phase = Phase::Paired;
@@ -348,15 +355,20 @@ impl Secondary {
 
     // ---- takeover ----
 
-    fn closed(&mut self, now: Instant, conn: ConnId, why: &str) {
+    fn closed(&mut self, now: Instant, conn: ConnId, why: String) {
         if self.data == Some(conn) || self.heartbeat == Some(conn) {
-            self.lose_primary(now, why);
+            self.lose_primary(now, PeerLoss::Closed(why));
         }
     }
 
     /// True if epochs have their place in this phase.
     fn holds_epochs(&self) -> bool {
         matches!(self.phase, Phase::Syncing | Phase::Standby | Phase::Paired)
+    }
+
+    /// True if the image is whole: this node may take over with it.
+    pub fn has_whole_image(&self) -> bool {
+        matches!(self.phase, Phase::Standby | Phase::Paired | Phase::Deciding | Phase::Locking | Phase::Promoted)
     }
 
     /// True if pages behind the epochs have their place on this connection now.
@@ -371,17 +383,17 @@ impl Secondary {
         if ours && matches!(self.phase, Phase::Greeting | Phase::Joining) {
             self.exit(Ending::Foreign(why));
         } else {
-            self.closed(now, conn, &why);
+            self.closed(now, conn, why);
         }
     }
 
-    fn lose_primary(&mut self, now: Instant, why: &str) {
+    fn lose_primary(&mut self, now: Instant, why: PeerLoss) {
         match self.phase {
             Phase::Standby | Phase::Paired => {
                 self.close_connections();
                 self.phase = Phase::Deciding;
-                self.cause = why.to_owned();
-                self.tell(Event::Suspected { why: why.to_owned() });
+                self.cause = why.to_string();
+                self.tell(Event::Suspected { why });
                 self.ask_for_the_guest();
             }
             Phase::Deciding | Phase::Locking | Phase::Promoted | Phase::Done => {}
@@ -408,15 +420,8 @@ impl Secondary {
     }
 
     fn verdict(&mut self, verdict: Verdict) {
-        if let Verdict::Unreachable(why) = verdict {
-            if self.arbiter_lost.is_none() {
-                self.tell(Event::ArbiterLost { why: why.clone() });
-            }
-            self.arbiter_lost = Some(why);
-            return;
-        }
-        if self.arbiter_lost.take().is_some() {
-            self.tell(Event::ArbiterBack);
+        if let Some(event) = self.arbitration.reach_changed(&verdict) {
+            self.tell(event);
         }
         if self.phase == Phase::Locking
             && let Verdict::Stands(record) = verdict
@@ -432,7 +437,7 @@ impl Secondary {
             }
             Verdict::Won(record) => self.inherit(record),
             Verdict::Stands(Some(record)) => self.lost_to(record),
-            Verdict::Stands(None) => self.rejoin("the arbiter has no record of this guest"),
+            Verdict::Stands(None) => self.rejoin(RejoinReason::NoRecord),
             Verdict::Unreachable(_) => {}
         }
     }
@@ -450,7 +455,7 @@ impl Secondary {
                 self.record = Some(record);
                 self.ask_for_the_guest();
             }
-            _ => self.rejoin("the arbiter gave the guest to another node"),
+            _ => self.rejoin(RejoinReason::GuestElsewhere),
         }
     }
 

@@ -12,7 +12,7 @@
 
 use super::{Action, Phase, Secondary};
 use crate::protocol::arbitration::ArbiterRequest;
-use crate::protocol::event::Event;
+use crate::protocol::event::{Event, RejoinReason};
 use crate::protocol::mutant;
 use crate::protocol::record::Record;
 use crate::protocol::types::{Instant, StorageFault};
@@ -76,7 +76,7 @@ impl Secondary {
     pub(super) fn still_ours(&mut self, stands: Option<Record>) {
         match &mut self.inheritance {
             Some(inheritance) if stands == Some(inheritance.record) => self.actions.push_back(Action::WriteKept),
-            _ => self.rejoin("the guest was given to another node while this one waited for its disk"),
+            _ => self.rejoin(RejoinReason::GuestElsewhereMeanwhile),
         }
     }
 

@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use crate::protocol::block_hashes::BlockHash;
+use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
-use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
+use crate::protocol::messages::{Channel, Heartbeat, Message, RefuseReason, Welcome};
 use crate::protocol::record::Record;
-use crate::protocol::types::ConnId;
-use crate::protocol::types::StorageFault;
-use crate::protocol::types::{EpochId, GuestName, Instant};
+use crate::protocol::types::{ConnId, EpochId, GuestName, Instant, StorageFault};
 
 /// How a secondary behaves.
 #[derive(Clone, Debug)]
@@ -28,6 +27,8 @@ pub struct SecondaryConfig {
     pub retry: Duration,
     /// How long a primary may take to answer a hello.
     pub answer_timeout: Duration,
+    /// How long this node's heartbeats outlast an engine that hangs.
+    pub stall_max: Duration,
 }
 
 /// What happened, told to the secondary.
@@ -67,6 +68,11 @@ pub enum Input {
         conn: ConnId,
         /// What it spoke, in words.
         why: String,
+    },
+    /// The machine asked for is being built.
+    BuildProgress {
+        /// Bytes of it that are there.
+        done_bytes: u64,
     },
     /// The machine asked for is built.
     MachineReady {
@@ -112,9 +118,14 @@ pub enum Input {
     KeptWritten,
     /// Shared storage cannot be had.
     StorageRefused(StorageFault),
-    /// An operator ends this node. While it asks the arbiter for the guest, or waits for its disk,
-    /// only the second time counts.
-    Quit,
+    /// An operator asks for something; `Answer` says what came of it. While this node asks the
+    /// arbiter for the guest, or waits for its disk, only the second `quit` counts.
+    Command {
+        /// Names the request in the answer.
+        ticket: u64,
+        /// What is asked for.
+        command: Command,
+    },
 }
 
 /// Why a secondary's process ends.
@@ -159,7 +170,25 @@ pub enum Action {
         /// The connection.
         conn: ConnId,
     },
-    /// Build the machine, then say `MachineReady` or `MachineFailed`.
+    /// From now on send this heartbeat on the connection every heartbeat interval, the first at
+    /// once, and none after `until`.
+    Heartbeat {
+        /// The connection.
+        conn: ConnId,
+        /// The heartbeat; whoever sends it gives it its number.
+        beat: Heartbeat,
+        /// The moment after which this node is not vouched for.
+        until: Instant,
+    },
+    /// The answer to a command.
+    Answer {
+        /// The command's ticket.
+        ticket: u64,
+        /// Why it has no effect, if it has none.
+        result: Result<(), CommandRefused>,
+    },
+    /// Begin to build the machine, say `BuildProgress` now and then, and `MachineReady` or
+    /// `MachineFailed` when it is done.
     BuildMachine(Welcome),
     /// This staged epoch is committed: keep it, and apply it in order.
     Commit {

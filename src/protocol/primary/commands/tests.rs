@@ -8,7 +8,7 @@ use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::machine_shape::MachineShape;
-use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION};
+use crate::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION};
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{GuestName, InstanceId, Instant};
 
@@ -34,6 +34,8 @@ impl Rig {
             while let Some(action) = self.primary.poll_action() {
                 match action {
                     Action::Push { .. } => inputs.push(Input::Pushed),
+                    Action::StartTracking { conn } => inputs.push(Input::Tracking { conn, result: Ok(()) }),
+                    Action::Run(run) => inputs.push(Input::RunDone { run, result: Ok(()) }),
                     // Backwards: what is last is taken first.
                     Action::Capture { id, .. } => {
                         let ack = Message::Ack { id, staged_bytes: 0 };
@@ -46,7 +48,7 @@ impl Rig {
                         };
                         self.asked = Some((call.ticket, wanted));
                     }
-                    Action::Exit => self.exited = true,
+                    Action::Exit(_) => self.exited = true,
                     _ => {}
                 }
             }
@@ -74,6 +76,9 @@ impl Rig {
             heartbeat: HeartbeatConfig { interval: Duration::from_secs(10), timeout: Duration::from_secs(1000) },
             arbiter_retry: Duration::from_secs(1),
             join_timeout: Duration::from_secs(1),
+            build_silence_max: Duration::from_secs(1),
+            stall_max: Duration::from_secs(2000),
+            handover_timeout: Duration::from_secs(1),
             push_pages_max: 100,
         };
         let record = Record::first(ME);
@@ -85,7 +90,13 @@ impl Rig {
                 Hello { channel, version, guest: name(), instance: PEER, features: 0, staging_bytes_max, cpu: CPU };
             rig.take(Input::Hello { conn, hello });
         }
-        let beat = Heartbeat { instance: PEER, generation: record.generation, sequence: 1, committed: None };
+        let beat = Heartbeat {
+            instance: PEER,
+            generation: record.generation,
+            sequence: 1,
+            committed: None,
+            activity: Activity::Ready,
+        };
         rig.take(Input::Message { conn: BEATS, message: Message::Heartbeat(beat) });
         // That it can write, and the pair.
         assert!(rig.win().is_some() && rig.win().is_some());
@@ -98,7 +109,7 @@ impl Rig {
     }
 
     fn quit(&mut self) {
-        self.take(Input::Command(Command::Quit));
+        self.take(Input::Command { ticket: 1, command: Command::Quit });
     }
 }
 

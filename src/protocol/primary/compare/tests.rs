@@ -5,14 +5,15 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use super::super::{Action, Command, DiskChoice, Input, Phase, Primary, PrimaryConfig, VerifyRefused};
+use super::super::{Action, Command, DiskChoice, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use crate::protocol::block_hashes::BlockHash;
+use crate::protocol::command::{CommandRefused, VerifyRefused};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::machine_shape::{DiskShape, MachineShape};
-use crate::protocol::messages::{Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, features};
+use crate::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, features};
 use crate::protocol::record::Record;
 use crate::protocol::types::{EpochId, GuestName, InstanceId, Instant};
 use crate::protocol::verify::{DiskFindings, Outcome};
@@ -46,6 +47,9 @@ fn config() -> PrimaryConfig {
         heartbeat: HeartbeatConfig { interval: Duration::from_secs(10), timeout: Duration::from_secs(1000) },
         arbiter_retry: Duration::from_secs(1),
         join_timeout: Duration::from_secs(1),
+        build_silence_max: Duration::from_secs(1),
+        stall_max: Duration::from_secs(2000),
+        handover_timeout: Duration::from_secs(1),
         push_pages_max: 100,
     }
 }
@@ -64,6 +68,8 @@ struct Rig {
     froze_ms: Vec<u64>,
     /// The peer answers questions for hashes.
     answers: bool,
+    /// The answer to the newest command.
+    answer: Option<Result<(), CommandRefused>>,
 }
 
 impl Rig {
@@ -80,6 +86,7 @@ impl Rig {
             told: Vec::new(),
             froze_ms: Vec::new(),
             answers: true,
+            answer: None,
         };
         for (conn, channel) in [(DATA, Channel::Data), (BEATS, Channel::Heartbeat)] {
             let hello = Hello {
@@ -93,7 +100,13 @@ impl Rig {
             };
             rig.take(Input::Hello { conn, hello });
         }
-        let beat = Heartbeat { instance: PEER, generation: record.generation, sequence: 1, committed: None };
+        let beat = Heartbeat {
+            instance: PEER,
+            generation: record.generation,
+            sequence: 1,
+            committed: None,
+            activity: Activity::Ready,
+        };
         rig.take(Input::Message { conn: BEATS, message: Message::Heartbeat(beat) });
         rig
     }
@@ -139,6 +152,12 @@ impl Rig {
                 let hashes = hashes(first..first + u64::from(count), &self.differ);
                 vec![Input::PeerHashes { conn: DATA, first, hashes }]
             }
+            Action::StartTracking { conn } => vec![Input::Tracking { conn, result: Ok(()) }],
+            Action::Run(run) => vec![Input::RunDone { run, result: Ok(()) }],
+            Action::Answer { ticket: 1, result } => {
+                self.answer = Some(result);
+                Vec::new()
+            }
             Action::Tell(event) => {
                 self.told.push(event);
                 Vec::new()
@@ -155,9 +174,11 @@ impl Rig {
     }
 
     fn verify(&mut self, choice: DiskChoice) -> Result<(), VerifyRefused> {
-        self.primary.may_verify(choice)?;
-        self.take(Input::Command(Command::VerifyDisks(choice)));
-        Ok(())
+        self.take(Input::Command { ticket: 1, command: Command::VerifyDisks(choice) });
+        match self.answer.take() {
+            Some(Err(CommandRefused::Verify(refused))) => Err(refused),
+            answer => Ok(answer.expect("an answer").expect("no other refusal")),
+        }
     }
 
     fn outcome(&self) -> Option<&Outcome> {
@@ -172,7 +193,7 @@ fn hashes(run: Range<u64>, differ: &BTreeSet<u64>) -> Vec<BlockHash> {
 #[test]
 fn a_newcomer_is_pushed_its_memory_and_the_blocks_that_differ() {
     let alone = Primary::new(config(), ME, Record::first(ME), Instant::from_us(0));
-    assert_eq!(alone.may_verify(DiskChoice::All), Err(VerifyRefused::NotProtected));
+    assert_eq!(alone.check_verify(DiskChoice::All), Err(VerifyRefused::NotProtected));
     let mut rig = Rig::joined(features::DISK_HASHES, &[5, 4 + BLOCKS]);
     rig.pass(10);
     assert_eq!(rig.primary.phase(), Phase::Protected);
@@ -187,7 +208,7 @@ fn a_newcomer_is_pushed_its_memory_and_the_blocks_that_differ() {
     rig.pass(10);
     assert_eq!(rig.primary.phase(), Phase::Protected);
     assert_eq!((rig.pushed.len() as u64, rig.hashed.len()), (4 + BLOCKS + 1, 0));
-    assert_eq!(rig.primary.may_verify(DiskChoice::All), Err(VerifyRefused::Unable));
+    assert_eq!(rig.primary.check_verify(DiskChoice::All), Err(VerifyRefused::Unable));
 }
 
 #[test]
@@ -197,10 +218,10 @@ fn a_verify_sums_frozen_blocks_as_of_their_epoch_and_not_too_fast() {
     rig.hashed.clear();
     rig.differ = [5, 6, 4 + BLOCKS].into();
     for choice in [DiskChoice::Number(1), DiskChoice::Number(3), DiskChoice::Serial([2; 20])] {
-        assert_eq!(rig.primary.may_verify(choice), Err(VerifyRefused::NoSuchDisk));
+        assert_eq!(rig.primary.check_verify(choice), Err(VerifyRefused::NoSuchDisk));
     }
     rig.verify(DiskChoice::All).expect("a pair");
-    assert_eq!(rig.primary.may_verify(DiskChoice::All), Err(VerifyRefused::Busy));
+    assert_eq!(rig.primary.check_verify(DiskChoice::All), Err(VerifyRefused::Busy));
     rig.pass(100);
     assert_eq!(rig.outcome(), Some(&Outcome::Done));
     let runs: Vec<_> = rig.hashed.iter().map(|(run, _)| run.clone()).collect();

@@ -1,0 +1,72 @@
+//! What an operator asks of a node, and why it is refused.
+
+use thiserror::Error;
+
+/// What an operator asks of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Stop the vCPUs.
+    Stop,
+    /// Let them go on.
+    Cont,
+    /// Cut an epoch now.
+    Checkpoint,
+    /// Compare disks with the secondary's, while the guest runs.
+    VerifyDisks(DiskChoice),
+    /// End this node. A protected guest goes on at the secondary; an unprotected one is shut down.
+    Quit,
+}
+
+/// Which disks are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DiskChoice {
+    /// Every one that travels.
+    All,
+    /// The one with this number in the machine's shape.
+    Number(u64),
+    /// The one with this serial number, filled up with zero bytes.
+    Serial([u8; 20]),
+}
+
+/// Why a command has no effect.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Error)]
+pub enum CommandRefused {
+    /// This node does not run the guest.
+    #[error("this node is a secondary: it does not run the guest; ask the primary")]
+    Secondary,
+    /// The guest runs elsewhere.
+    #[error("this node is fenced: another node runs the guest; ask that one")]
+    Fenced,
+    /// The guest is being shut down.
+    #[error("the guest is being shut down")]
+    Stopping,
+    /// There is nobody an epoch could be sent to.
+    #[error("there is no secondary, so there are no epochs; start one with mcd secondary")]
+    NoSecondary,
+    /// The secondary was lost before the epoch was committed.
+    #[error("the secondary was lost before the epoch was committed")]
+    SecondaryLost,
+    /// The vCPUs or a device did not stop.
+    #[error("the guest could not be stopped: {0}")]
+    NotStopped(String),
+    /// The disks cannot be verified now.
+    #[error(transparent)]
+    Verify(#[from] VerifyRefused),
+}
+
+/// Why disks cannot be verified now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
+pub enum VerifyRefused {
+    /// There is nothing to compare with.
+    #[error("the guest is not protected: there is no secondary with a whole image to compare with")]
+    NotProtected,
+    /// The secondary is an older build.
+    #[error("the secondary's mcd is older and cannot sum its disks; run the same mcd on both hosts")]
+    Unable,
+    /// One at a time.
+    #[error("the disks are being verified already; mc-query-disk-verify says how far that is")]
+    Busy,
+    /// There is no such disk, or none at all.
+    #[error("the guest has no such disk that it can write; disks count from 0 in the order of --disk")]
+    NoSuchDisk,
+}

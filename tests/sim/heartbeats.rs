@@ -1,0 +1,42 @@
+//! The heartbeat thread of a simulated process, and what its machine thread reports.
+
+use mcd::protocol::messages::{Heartbeat, Message};
+use mcd::protocol::primary;
+use mcd::protocol::types::{ConnId, Instant};
+
+use crate::net::{Item, ProcId};
+use crate::node::{Heartbeats, In};
+use crate::world::{Event, World};
+
+impl World {
+    /// The protocol feeds the heartbeat thread: it sends this one at once, and again every interval.
+    pub fn feed_heartbeats(&mut self, proc: ProcId, conn: ConnId, beat: Heartbeat, until: Instant) {
+        self.tokens += 1;
+        let token = self.tokens;
+        self.procs[proc].heartbeats = Some(Heartbeats { conn, beat, until, token });
+        self.beat(proc, token);
+    }
+
+    /// The heartbeat thread's timer: it works while the engine is busy, and not while the process is
+    /// frozen.
+    pub fn beat(&mut self, proc: ProcId, token: u64) {
+        let node = &self.procs[proc];
+        let Some(beats) = node.heartbeats.filter(|beats| node.alive && beats.token == token) else { return };
+        if self.now < node.frozen_until {
+            return self.at(node.frozen_until, Event::Beat { proc, token });
+        }
+        if node.clock.local(self.now) >= beats.until {
+            return;
+        }
+        self.send(proc, beats.conn, Item::Message(Message::Heartbeat(beats.beat)));
+        self.after(self.plan.heartbeat_us, Event::Beat { proc, token });
+    }
+
+    /// Dirty pages are tracked.
+    pub fn tracking(&mut self, proc: ProcId, conn: ConnId) {
+        if self.procs[proc].alive && self.procs[proc].is_primary() {
+            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Tracking { conn, result: Ok(()) }));
+            self.drive(proc);
+        }
+    }
+}
