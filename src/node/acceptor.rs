@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::Sender;
-
 use super::events::NodeEvent;
+use super::inbox::InboxSender;
 use super::{clock, priority};
 use crate::checkpoint::stage::{Stager, StagingBudget};
 use crate::protocol::layout::ImageLayout;
@@ -31,7 +30,7 @@ const ACCEPTED_FROM: ConnId = 1 << 32;
 pub struct Acceptor {
     next: AtomicU64,
     open: AtomicUsize,
-    events: Sender<NodeEvent>,
+    events: InboxSender,
 }
 
 impl Acceptor {
@@ -39,7 +38,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// [`LinkError`] if a port cannot be had.
-    pub fn open(data: SocketAddr, heartbeat: SocketAddr, events: Sender<NodeEvent>) -> Result<(), LinkError> {
+    pub fn open(data: SocketAddr, heartbeat: SocketAddr, events: InboxSender) -> Result<(), LinkError> {
         let acceptor = Arc::new(Acceptor { next: AtomicU64::new(ACCEPTED_FROM), open: AtomicUsize::new(0), events });
         for (at, channel) in [(data, Channel::Data), (heartbeat, Channel::Heartbeat)] {
             let listener = Listener::bind(&at.to_string())?;
@@ -90,14 +89,14 @@ impl Acceptor {
             Err((reason, why)) => return turn_away(peer, &closer, &mut writer, reason, why),
         };
         let conn = self.next.fetch_add(1, Ordering::Relaxed);
-        if self.events.send(NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() }).is_err() {
+        if self.events.from_link(NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() }).is_err() {
             return;
         }
         priority::raise();
         let why = read_messages(conn, &mut reader, &self.events);
         closer.shutdown();
         // The node is ending if nobody listens.
-        let _ = self.events.send(NodeEvent::Closed { conn, why });
+        let _ = self.events.from_link(NodeEvent::Closed { conn, why });
     }
 }
 
@@ -149,7 +148,7 @@ fn turn_away(
 }
 
 /// Reads messages until the connection ends; why it did.
-fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEvent>) -> String {
+fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &InboxSender) -> String {
     loop {
         let event = match reader.read() {
             Ok(frame) if frame.kind == FrameKind::Probe => continue,
@@ -163,7 +162,7 @@ fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEven
             Ok(event) => event,
             Err(error) => return error.to_string(),
         };
-        if events.send(event).is_err() {
+        if events.from_link(event).is_err() {
             return "this node is ending".into();
         }
     }
@@ -173,18 +172,13 @@ fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEven
 ///
 /// # Errors
 /// If the thread cannot be started.
-pub fn connect(
-    conn: ConnId,
-    to: SocketAddr,
-    budget: Arc<StagingBudget>,
-    events: Sender<NodeEvent>,
-) -> std::io::Result<()> {
+pub fn connect(conn: ConnId, to: SocketAddr, budget: Arc<StagingBudget>, events: InboxSender) -> std::io::Result<()> {
     spawn("mcd-receive", move || {
         let end = match Link::connect(&to.to_string(), CONNECT_TIMEOUT) {
             Ok(link) => {
                 let closer = link.closer();
                 let (reader, writer) = link.split();
-                if events.send(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
+                if events.from_link(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
                     return;
                 }
                 priority::raise();
@@ -195,7 +189,7 @@ pub fn connect(
             Err(error) => NodeEvent::Closed { conn, why: error.to_string() },
         };
         // The node is ending if nobody listens.
-        let _ = events.send(end);
+        let _ = events.from_link(end);
     })
 }
 
@@ -207,7 +201,7 @@ struct Receiver<'a> {
     stager: Option<Stager>,
     /// When the epoch that is arriving, or the last one, began to.
     began: types::Instant,
-    events: &'a Sender<NodeEvent>,
+    events: &'a InboxSender,
 }
 
 impl Receiver<'_> {
@@ -227,7 +221,7 @@ impl Receiver<'_> {
                 Err(error) => return NodeEvent::Closed { conn, why: error.to_string() },
             };
             let sent = match event {
-                Ok(Some(event)) => self.events.send(event).map_err(|_| "this node is ending".to_owned()),
+                Ok(Some(event)) => self.events.from_link(event).map_err(|_| "this node is ending".to_owned()),
                 Ok(None) => Ok(()),
                 Err(why) => Err(why),
             };

@@ -9,6 +9,7 @@ use crossbeam::channel::unbounded;
 use super::arbiter_thread::{ArbiterThread, Reach};
 use super::config::{ArbiterConfig, Compress, NodeConfig, OnPeerLoss};
 use super::events::NodeEvent;
+use super::inbox::{Next, inbox};
 use super::open_arbiter;
 use super::status::StatusStore;
 use crate::arbiter::etcd::EtcdConfig;
@@ -50,7 +51,7 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
 /// it was said to.
 fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus) {
     let config = node(arbiter);
-    let (events, inbox) = unbounded();
+    let (events, inbox) = inbox();
     let status = StatusStore::new(&config, Role::Secondary, events.clone());
     let noticed = {
         let status = status.clone();
@@ -61,7 +62,7 @@ fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus)
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let new = expected.next_solo(InstanceId(2));
     thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected, new } });
-    let Ok(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.recv() else {
+    let Next::Event(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.next(None) else {
         panic!("no answer, or the wrong one");
     };
     (why, status.status())
@@ -127,7 +128,7 @@ impl Arbiter for Moody {
 
 #[test]
 fn an_arbiter_that_nobody_asks_is_looked_at() {
-    let (events, _inbox) = unbounded();
+    let (events, _inbox) = inbox();
     let (seen, looks) = unbounded();
     let noticed = move |reach: Reach| {
         // The test has seen enough.
@@ -146,14 +147,14 @@ fn a_node_that_ends_does_not_wait_for_its_script() {
         return;
     }
     let config = node(ArbiterConfig::Command { script: "/usr/bin/yes".into(), timeout: Duration::from_secs(600) });
-    let (events, inbox) = unbounded();
+    let (events, inbox) = inbox();
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, |_| {}).unwrap();
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let request = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
     thread.ask(ArbiterCall { ticket: 1, request });
     // Ends the run, or calls it off before it began.
     drop(thread);
-    let Ok(NodeEvent::Answer { answer: ArbiterAnswer::Unreachable(why), .. }) = inbox.recv() else {
+    let Next::Event(NodeEvent::Answer { answer: ArbiterAnswer::Unreachable(why), .. }) = inbox.next(None) else {
         panic!("no answer, or the wrong one");
     };
     assert!(why.contains("this node is ending"), "{why}");

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::events::NodeEvent;
+use super::inbox::InboxSender;
 use super::priority;
 use crate::arbiter::{Arbiter, Canceller, Swap};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
@@ -36,7 +37,7 @@ impl ArbiterThread {
     /// answered.
     pub fn start(
         arbiter: Box<dyn Arbiter>,
-        events: Sender<NodeEvent>,
+        events: InboxSender,
         noticed: impl FnMut(Reach) + Send + 'static,
     ) -> std::io::Result<ArbiterThread> {
         ArbiterThread::start_watching(arbiter, events, WATCH, noticed)
@@ -45,7 +46,7 @@ impl ArbiterThread {
     /// The same, with the time without a question after which the arbiter is looked at.
     pub fn start_watching(
         arbiter: Box<dyn Arbiter>,
-        events: Sender<NodeEvent>,
+        events: InboxSender,
         watch: Duration,
         noticed: impl FnMut(Reach) + Send + 'static,
     ) -> std::io::Result<ArbiterThread> {
@@ -83,7 +84,7 @@ impl Drop for ArbiterThread {
 fn work(
     mut arbiter: Box<dyn Arbiter>,
     questions: &Receiver<ArbiterCall>,
-    events: &Sender<NodeEvent>,
+    events: &InboxSender,
     watch: Duration,
     mut noticed: impl FnMut(Reach),
 ) {
@@ -104,7 +105,7 @@ fn work(
             ArbiterAnswer::Won | ArbiterAnswer::Record(_) => None,
         };
         noticed(Reach { lost, watched: false });
-        if events.send(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
+        if events.report(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
             break;
         }
     }

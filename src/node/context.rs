@@ -4,7 +4,6 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
 use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
 use super::arbiter_thread::{ArbiterThread, Reach};
@@ -12,7 +11,7 @@ use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::events::NodeEvent;
+use super::inbox::{Flag, Inbox, InboxSender};
 use super::status::StatusStore;
 use crate::arbiter::Arbiter;
 use crate::checkpoint::capture::CapturePool;
@@ -38,8 +37,8 @@ const PUSH_PAGES_MAX: usize = 512;
 pub struct ContextWithoutArbiter {
     pub config: NodeConfig,
     pub guest_ip: Option<Ipv4Addr>,
-    pub inbox: Receiver<NodeEvent>,
-    pub events: Sender<NodeEvent>,
+    pub inbox: Inbox,
+    pub events: InboxSender,
     pub status: Arc<StatusStore>,
     pub sink: EventSink,
     pub console: Console,
@@ -89,9 +88,9 @@ pub struct Context {
     /// The guest's address, if known: announced after a takeover.
     pub guest_ip: Option<Ipv4Addr>,
     /// Everything that happens arrives here.
-    pub inbox: Receiver<NodeEvent>,
+    pub inbox: Inbox,
     /// The way into the inbox.
-    pub events: Sender<NodeEvent>,
+    pub events: InboxSender,
     /// What people see.
     pub status: Arc<StatusStore>,
     /// What programs are told.
@@ -143,11 +142,11 @@ impl Context {
 }
 
 /// The tap, behind a closed gate that tells `events` what waits.
-pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<OutputGate>, NodeError> {
+pub fn open_gate(config: &NodeConfig, events: &InboxSender) -> Result<Arc<OutputGate>, NodeError> {
     let port = VnetTapPort::open(&config.tap)?;
     let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
-    let acceptor = OutputForwarder { events: events.clone() };
-    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(acceptor), clock::monotonic_us))
+    let forwarder = OutputForwarder { events: events.clone() };
+    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(forwarder), clock::monotonic_us))
 }
 
 /// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose
@@ -158,33 +157,28 @@ pub fn new_machine(
     gate: Arc<OutputGate>,
     disks: &NodeDisks,
     console: &Console,
-    events: &Sender<NodeEvent>,
+    events: &InboxSender,
 ) -> Result<Machine, NodeError> {
     let machine = Machine::new(shape, cpu, gate, disks.gates(), console.writer())?;
     console.plug(machine.console_input());
-    let (from, to) = (machine.events(), events.clone());
-    std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
-        for event in from {
-            if to.send(NodeEvent::Machine(event)).is_err() {
-                break;
-            }
-        }
-    })?;
+    let (from, to) = (machine.events(), events.of_new_machine());
+    std::thread::Builder::new()
+        .name("mcd-guest".into())
+        .spawn(move || from.into_iter().for_each(|event| to.send(event)))?;
     Ok(machine)
 }
 
-/// Turns the gate's calls (from vCPU threads) into events.
+/// Turns the gate's calls, which come from vCPU and device threads, into events.
 struct OutputForwarder {
-    events: Sender<NodeEvent>,
+    events: InboxSender,
 }
 
 impl OutputListener for OutputForwarder {
     fn output_waiting(&self) {
-        // A node that is ending does not mind.
-        let _ = self.events.send(NodeEvent::OutputWaiting);
+        self.events.raise(Flag::OutputWaiting);
     }
 
     fn output_full(&self) {
-        let _ = self.events.send(NodeEvent::OutputFull);
+        self.events.raise(Flag::OutputFull);
     }
 }

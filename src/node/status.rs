@@ -8,13 +8,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded};
+use crossbeam::channel::bounded;
 use crossbeam::queue::ArrayQueue;
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 
 use super::config::{ArbiterConfig, NodeConfig};
 use super::events::{NodeEvent, SnapshotRequest};
+use super::inbox::InboxSender;
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
 use crate::checkpoint::output::HeldFigures;
@@ -112,12 +113,12 @@ pub struct StatusStore {
     /// The newest vitals nobody has read yet.
     latest: ArrayQueue<StatusSnapshot>,
     notes: ArrayQueue<Note>,
-    events: Sender<NodeEvent>,
+    events: InboxSender,
 }
 
 impl StatusStore {
     /// The board of a node that was started for `role` and has done nothing yet.
-    pub fn new(config: &NodeConfig, role: Role, events: Sender<NodeEvent>) -> Arc<StatusStore> {
+    pub fn new(config: &NodeConfig, role: Role, events: InboxSender) -> Arc<StatusStore> {
         let (arbiter_kind, arbiter_detail) = match &config.arbiter {
             ArbiterConfig::File { directory, .. } => ("file", directory.display().to_string()),
             ArbiterConfig::Etcd(etcd) => ("etcd", format!("{}{}", etcd.endpoints.join(","), etcd.prefix)),
@@ -361,8 +362,8 @@ impl StatusStore {
 
     fn command(&self, command: Command) -> Result<Value, QmpError> {
         let (reply, result) = bounded(1);
-        let gone = || QmpError::generic("this node is ending");
-        self.events.send(NodeEvent::Command { command, reply: Some(reply) }).map_err(|_| gone())?;
+        let command_event = NodeEvent::Command { command, reply: Some(reply) };
+        self.events.command(command_event).map_err(|error| QmpError::generic(error.to_string()))?;
         match result.recv_timeout(COMMAND_TIMEOUT) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(why)) => Err(QmpError::generic(why)),
@@ -380,9 +381,9 @@ impl StatusStore {
         let stop = arguments.get("stop").map_or(Some(false), Value::as_bool);
         let stop = stop.ok_or_else(|| QmpError::generic("'stop' must be true or false"))?;
         let (reply, result) = bounded(1);
-        let gone = || QmpError::generic("this node is ending");
         let request = SnapshotRequest { path, stop };
-        self.events.send(NodeEvent::Snapshot { request, reply }).map_err(|_| gone())?;
+        let command_event = NodeEvent::Snapshot { request, reply };
+        self.events.command(command_event).map_err(|error| QmpError::generic(error.to_string()))?;
         match result.recv_timeout(SNAPSHOT_TIMEOUT) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(why)) => Err(QmpError::generic(why)),
