@@ -18,6 +18,7 @@ mod block_hasher;
 pub mod clock;
 pub mod config;
 mod connections;
+mod connector;
 mod context;
 mod disks;
 mod error;
@@ -39,7 +40,6 @@ use std::time::Duration;
 pub use disks::DiskError;
 pub use error::NodeError;
 
-use self::acceptor::Acceptor;
 use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, ContextWithoutArbiter, RETRY, new_machine, open_gate};
 use self::disks::NodeDisks;
@@ -263,7 +263,7 @@ fn open_endpoints(
     inbox: Inbox,
 ) -> Result<(Server, ContextWithoutArbiter), NodeError> {
     let cpu = host_cpu(config.cpu)?;
-    Acceptor::open(config.listen, config.heartbeat_listen, events.clone())?;
+    acceptor::listen(config.listen, config.heartbeat_listen, events.clone())?;
     let status = StatusStore::new(&config, role, events.clone());
     let server = Server::bind(&config.control, status.clone())?;
     signals::listen(events.clone())?;

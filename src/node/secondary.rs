@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::acceptor;
 use super::config::SecondaryStart;
 use super::connections::{Connections, LinkNews};
 use super::context::{Context, new_machine, open_gate};
@@ -12,7 +11,7 @@ use super::error::NodeError;
 use super::events::NodeEvent;
 use super::inbox::Next;
 use super::meter::Meter;
-use super::{clock, priority};
+use super::{clock, connector, priority};
 use crate::checkpoint::apply::{Applier, ApplyNews};
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
@@ -290,7 +289,7 @@ impl<'a> SecondaryNode<'a> {
             Channel::Data => self.start.peer,
             Channel::Heartbeat => self.start.peer_heartbeat,
         };
-        acceptor::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
+        connector::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
         Ok(())
     }
 
