@@ -1,4 +1,4 @@
-//! What a node has whatever its role: its configuration, its inbox, its board and its arbiter.
+//! What a node has whatever its role: its configuration, its inbox, its status and its arbiter.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
-use super::arbiter_thread::{ArbiterThread, Reach};
+use super::arbiter_thread::{ArbiterThread, Contact, ContactBy, Reachability};
 use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
@@ -58,27 +58,34 @@ impl ContextWithoutArbiter {
     }
 }
 
-/// Writes down whether the arbiter answers, and tells programs what was found while nobody asked:
-/// what is found by a question is told by `protocol/`, which asked it.
-fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Reach) + Send {
-    let mut told = false;
-    move |Reach { lost, watched }| {
-        match &lost {
-            Some(why) if watched && !told => {
-                told = true;
-                tracing::warn!(event = "MC_ARBITER_LOST", "arbiter out of reach: {why}");
-                sink.emit("MC_ARBITER_LOST", serde_json::json!({ "detail": format!("arbiter out of reach: {why}") }));
+/// Keeps in the status whether the arbiter answers, and sends the events of what the watch finds.
+/// Those of a question are sent by `protocol/`, which asked it.
+fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Contact) + Send {
+    let mut reported = false;
+    move |Contact { reachability, by }| {
+        match &reachability {
+            Reachability::Unreachable { why } if by == ContactBy::Watch && !reported => {
+                reported = true;
+                report(&sink, &Event::ArbiterLost { why: why.clone() });
             }
-            None if told => {
-                told = false;
-                let event = Event::ArbiterBack;
-                tracing::info!(event = event.name(), "{event}");
-                sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
+            Reachability::Reachable if reported => {
+                reported = false;
+                report(&sink, &Event::ArbiterBack);
             }
-            Some(_) | None => {}
+            Reachability::Unreachable { .. } | Reachability::Reachable => {}
         }
-        status.arbiter_noticed(lost);
+        status.arbiter_contacted(reachability);
     }
+}
+
+/// Writes an event to the log and sends it to the control clients; waits for neither.
+fn report(sink: &EventSink, event: &Event) {
+    if event.is_warning() {
+        tracing::warn!(event = event.name(), "{event}");
+    } else {
+        tracing::info!(event = event.name(), "{event}");
+    }
+    sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
 }
 
 /// The parts of a node that outlive its role.
@@ -91,30 +98,25 @@ pub struct Context {
     pub inbox: Inbox,
     /// The way into the inbox.
     pub events: InboxSender,
-    /// What people see.
+    /// What the control socket answers queries from.
     pub status: Arc<StatusStore>,
-    /// What programs are told.
+    /// The way to the control clients.
     pub sink: EventSink,
     /// The guest's serial console.
     pub console: Console,
-    /// Who decides.
+    /// The arbiter's thread.
     pub arbiter: ArbiterThread,
     /// The CPU this host can give a guest.
     pub cpu: HostCpu,
     /// Room for captures, made ready in the background from the start: a node may need it at any
-    /// moment, and in a abort.
+    /// moment, and at once.
     pub captures: CapturePool,
 }
 
 impl Context {
-    /// Tells people and programs.
+    /// Writes an event to the log and sends it to the control clients.
     pub fn tell(&self, event: &Event) {
-        if event.is_warning() {
-            tracing::warn!(event = event.name(), "{event}");
-        } else {
-            tracing::info!(event = event.name(), "{event}");
-        }
-        self.sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
+        report(&self.sink, event);
     }
 
     /// The protocol's view of the configuration.

@@ -16,6 +16,7 @@ mod arbiter_tests;
 mod arbiter_thread;
 mod block_hasher;
 pub mod clock;
+mod commands;
 pub mod config;
 mod connections;
 mod connector;
@@ -40,6 +41,7 @@ use std::time::Duration;
 pub use disks::DiskError;
 pub use error::NodeError;
 
+use self::commands::Commands;
 use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, ContextWithoutArbiter, RETRY, new_machine, open_gate};
 use self::disks::NodeDisks;
@@ -264,8 +266,8 @@ fn open_endpoints(
 ) -> Result<(Server, ContextWithoutArbiter), NodeError> {
     let cpu = host_cpu(config.cpu)?;
     acceptor::listen(config.listen, config.heartbeat_listen, events.clone())?;
-    let status = StatusStore::new(&config, role, events.clone());
-    let server = Server::bind(&config.control, status.clone())?;
+    let status = StatusStore::new(&config, role);
+    let server = Server::bind(&config.control, Commands::new(status.clone(), events.clone()))?;
     signals::listen(events.clone())?;
     let sink = server.events();
     Ok((server, ContextWithoutArbiter { config, guest_ip, inbox, events, status, sink, console, cpu }))
