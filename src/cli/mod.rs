@@ -80,7 +80,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
 fn primary(mut node: NodeArgs, machine: &MachineArgs, cold: bool) -> Result<ExitCode, Failure> {
     let restored = machine.restore.as_deref().map(|path| restore::adopt(path, &mut node, machine)).transpose()?;
     let (config, start) = (config::node(&node)?, config::primary(&node, machine, restored.as_ref(), cold)?);
-    log::start(&node.log, Level::INFO);
+    let _log = log::start(&node.log, Level::INFO);
     node::prepare_process();
     ended(node::run_primary(config, &start))
 }
@@ -96,7 +96,7 @@ fn cold_start(args: ColdStartArgs) -> Result<ExitCode, Failure> {
 
 fn secondary(args: &SecondaryArgs) -> Result<ExitCode, Failure> {
     let (config, start) = (config::node(&args.node)?, config::secondary(args)?);
-    log::start(&args.node.log, Level::INFO);
+    let _log = log::start(&args.node.log, Level::INFO);
     node::prepare_process();
     ended(node::run_secondary(config, &start))
 }
@@ -123,7 +123,7 @@ fn run_demo(args: DemoArgs) -> Result<ExitCode, Failure> {
     let Some(memory_mib) = memory_mib.filter(|mib| (16..=65_536).contains(mib)) else {
         return Err(Failure::usage(format!("--memory {memory}: give whole MiB from 16M to 64G, such as 128M")));
     };
-    log::start(&args.log, Level::WARN);
+    let _log = log::start(&args.log, Level::WARN);
     let ended = demo::run(DemoOptions {
         rounds: args.rounds,
         json: args.json,

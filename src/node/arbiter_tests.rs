@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use crossbeam::channel::unbounded;
 
-use super::arbiter_thread::{ArbiterThread, Reach};
+use super::arbiter_thread::{ArbiterThread, Contact, ContactBy};
 use super::config::{ArbiterConfig, Compress, NodeConfig, OnPeerLoss};
 use super::events::NodeEvent;
+use super::inbox::{Next, inbox};
 use super::open_arbiter;
 use super::status::StatusStore;
 use crate::arbiter::etcd::EtcdConfig;
@@ -22,7 +23,8 @@ use crate::protocol::types::{GuestName, InstanceId};
 
 const WAIT_MAX: Duration = Duration::from_secs(1);
 
-fn node(arbiter: ArbiterConfig) -> NodeConfig {
+/// The configuration of a node with this arbiter.
+pub(super) fn config(arbiter: ArbiterConfig) -> NodeConfig {
     NodeConfig {
         guest: GuestName::new("web").unwrap(),
         tap: "tap0".into(),
@@ -49,19 +51,19 @@ fn node(arbiter: ArbiterConfig) -> NodeConfig {
 /// Asks an arbiter for what a secondary asks for, and gives what it says, and the status of a node
 /// it was said to.
 fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus) {
-    let config = node(arbiter);
-    let (events, inbox) = unbounded();
-    let status = StatusStore::new(&config, Role::Secondary, events.clone());
+    let config = config(arbiter);
+    let (events, inbox) = inbox();
+    let status = StatusStore::new(&config, Role::Secondary);
     let noticed = {
         let status = status.clone();
-        move |Reach { lost, .. }: Reach| status.arbiter_noticed(lost)
+        move |contact: Contact| status.arbiter_contacted(contact.reachability)
     };
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, noticed).unwrap();
     assert!(status.status().alarms.is_empty() && status.status().arbiter.reachable);
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let new = expected.next_solo(InstanceId(2));
     thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected, new } });
-    let Ok(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.recv() else {
+    let Next::Event(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.next(None) else {
         panic!("no answer, or the wrong one");
     };
     (why, status.status())
@@ -127,11 +129,11 @@ impl Arbiter for Moody {
 
 #[test]
 fn an_arbiter_that_nobody_asks_is_looked_at() {
-    let (events, _inbox) = unbounded();
+    let (events, _inbox) = inbox();
     let (seen, looks) = unbounded();
-    let noticed = move |reach: Reach| {
+    let noticed = move |contact: Contact| {
         // The test has seen enough.
-        let _ = seen.send((reach.watched, reach.lost.is_some()));
+        let _ = seen.send((contact.by == ContactBy::Watch, contact.reachability.why_not().is_some()));
     };
     let watch = Duration::from_millis(1);
     let _thread = ArbiterThread::start_watching(Box::new(Moody { well: true }), events, watch, noticed).unwrap();
@@ -145,15 +147,15 @@ fn a_node_that_ends_does_not_wait_for_its_script() {
         println!("skipped: there is no /usr/bin/yes to take for a script that never ends");
         return;
     }
-    let config = node(ArbiterConfig::Command { script: "/usr/bin/yes".into(), timeout: Duration::from_secs(600) });
-    let (events, inbox) = unbounded();
+    let config = config(ArbiterConfig::Command { script: "/usr/bin/yes".into(), timeout: Duration::from_secs(600) });
+    let (events, inbox) = inbox();
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, |_| {}).unwrap();
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let request = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
     thread.ask(ArbiterCall { ticket: 1, request });
     // Ends the run, or calls it off before it began.
     drop(thread);
-    let Ok(NodeEvent::Answer { answer: ArbiterAnswer::Unreachable(why), .. }) = inbox.recv() else {
+    let Next::Event(NodeEvent::Answer { answer: ArbiterAnswer::Unreachable(why), .. }) = inbox.next(None) else {
         panic!("no answer, or the wrong one");
     };
     assert!(why.contains("this node is ending"), "{why}");

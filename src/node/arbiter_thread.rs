@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::events::NodeEvent;
+use super::inbox::InboxSender;
 use super::priority;
 use crate::arbiter::{Arbiter, Canceller, Swap};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
@@ -15,12 +16,44 @@ use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 /// Time without a question after which the arbiter is looked at.
 const WATCH: Duration = Duration::from_secs(5);
 
-/// How the arbiter was found.
-pub struct Reach {
-    /// Why it did not answer; `None` if it did.
-    pub lost: Option<String>,
-    /// True if nobody had asked it anything: then nobody else hears of it.
-    pub watched: bool,
+/// Whether the arbiter answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Reachability {
+    /// It does.
+    Reachable,
+    /// It does not.
+    Unreachable {
+        /// Why, and what to do.
+        why: String,
+    },
+}
+
+impl Reachability {
+    /// Why it does not answer, if so.
+    pub(super) fn why_not(&self) -> Option<&str> {
+        match self {
+            Reachability::Reachable => None,
+            Reachability::Unreachable { why } => Some(why),
+        }
+    }
+}
+
+/// What a read or a swap showed of the arbiter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Contact {
+    /// Whether it answered.
+    pub(super) reachability: Reachability,
+    /// Who wanted to know.
+    pub(super) by: ContactBy,
+}
+
+/// Who turned to the arbiter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ContactBy {
+    /// The protocol, which hears of the outcome itself.
+    Protocol,
+    /// This thread, because nobody else had for a while: nobody else hears of the outcome.
+    Watch,
 }
 
 /// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is
@@ -36,8 +69,8 @@ impl ArbiterThread {
     /// answered.
     pub fn start(
         arbiter: Box<dyn Arbiter>,
-        events: Sender<NodeEvent>,
-        noticed: impl FnMut(Reach) + Send + 'static,
+        events: InboxSender,
+        noticed: impl FnMut(Contact) + Send + 'static,
     ) -> std::io::Result<ArbiterThread> {
         ArbiterThread::start_watching(arbiter, events, WATCH, noticed)
     }
@@ -45,9 +78,9 @@ impl ArbiterThread {
     /// The same, with the time without a question after which the arbiter is looked at.
     pub fn start_watching(
         arbiter: Box<dyn Arbiter>,
-        events: Sender<NodeEvent>,
+        events: InboxSender,
         watch: Duration,
-        noticed: impl FnMut(Reach) + Send + 'static,
+        noticed: impl FnMut(Contact) + Send + 'static,
     ) -> std::io::Result<ArbiterThread> {
         let (calls, questions) = unbounded::<ArbiterCall>();
         let cancel = arbiter.canceller();
@@ -83,28 +116,31 @@ impl Drop for ArbiterThread {
 fn work(
     mut arbiter: Box<dyn Arbiter>,
     questions: &Receiver<ArbiterCall>,
-    events: &Sender<NodeEvent>,
+    events: &InboxSender,
     watch: Duration,
-    mut noticed: impl FnMut(Reach),
+    mut noticed: impl FnMut(Contact),
 ) {
     loop {
         let call = match questions.recv_timeout(watch) {
             Ok(call) => call,
             Err(RecvTimeoutError::Timeout) => {
-                let lost = arbiter.read().err().map(|error| error.to_string());
-                noticed(Reach { lost, watched: true });
+                let reachability = match arbiter.read() {
+                    Ok(_) => Reachability::Reachable,
+                    Err(error) => Reachability::Unreachable { why: error.to_string() },
+                };
+                noticed(Contact { reachability, by: ContactBy::Watch });
                 continue;
             }
             Err(RecvTimeoutError::Disconnected) => break,
         };
         let answer = answer(arbiter.as_mut(), call.request);
-        tracing::debug!(?call, ?answer, "arbiter");
-        let lost = match &answer {
-            ArbiterAnswer::Unreachable(why) => Some(why.clone()),
-            ArbiterAnswer::Won | ArbiterAnswer::Record(_) => None,
+        tracing::debug!(?call, ?answer, "the arbiter was asked");
+        let reachability = match &answer {
+            ArbiterAnswer::Unreachable(why) => Reachability::Unreachable { why: why.clone() },
+            ArbiterAnswer::Won | ArbiterAnswer::Record(_) => Reachability::Reachable,
         };
-        noticed(Reach { lost, watched: false });
-        if events.send(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
+        noticed(Contact { reachability, by: ContactBy::Protocol });
+        if events.report(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
             break;
         }
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crossbeam::channel::{Sender, unbounded};
 
 use super::events::NodeEvent;
+use super::inbox::InboxSender;
 use super::priority;
 use crate::checkpoint::block_hashes::hash_run;
 use crate::checkpoint::image::GuestImage;
@@ -38,11 +39,7 @@ impl BlockHasher {
     ///
     /// # Errors
     /// If a thread cannot be started.
-    pub fn start(
-        image: GuestImage,
-        journal: Arc<DiskJournal>,
-        events: Sender<NodeEvent>,
-    ) -> std::io::Result<BlockHasher> {
+    pub fn start(image: GuestImage, journal: Arc<DiskJournal>, events: InboxSender) -> std::io::Result<BlockHasher> {
         let worker = Worker { image, journal, events };
         let resync = worker.clone().start("mcd-sum", || {})?;
         let verify = worker.start("mcd-verify", priority::lower)?;
@@ -62,7 +59,7 @@ impl BlockHasher {
 struct Worker {
     image: GuestImage,
     journal: Arc<DiskJournal>,
-    events: Sender<NodeEvent>,
+    events: InboxSender,
 }
 
 impl Worker {
@@ -73,7 +70,7 @@ impl Worker {
             begin();
             for Job { ticket, run, as_of } in queue {
                 let hashes = self.sum(run, as_of);
-                if self.events.send(NodeEvent::OwnHashes { ticket, hashes }).is_err() {
+                if self.events.report(NodeEvent::OwnHashes { ticket, hashes }).is_err() {
                     return;
                 }
             }

@@ -1,18 +1,17 @@
-//! What a node has whatever its role: its configuration, its inbox, its board and its arbiter.
+//! What a node has whatever its role: its configuration, its inbox, its status and its arbiter.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
 use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
-use super::arbiter_thread::{ArbiterThread, Reach};
+use super::arbiter_thread::{ArbiterThread, Contact, ContactBy, Reachability};
 use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::events::NodeEvent;
+use super::inbox::{Flag, Inbox, InboxSender};
 use super::status::StatusStore;
 use crate::arbiter::Arbiter;
 use crate::checkpoint::capture::CapturePool;
@@ -44,8 +43,8 @@ const PUSH_PAGES_MAX: usize = 512;
 pub struct ContextWithoutArbiter {
     pub config: NodeConfig,
     pub guest_ip: Option<Ipv4Addr>,
-    pub inbox: Receiver<NodeEvent>,
-    pub events: Sender<NodeEvent>,
+    pub inbox: Inbox,
+    pub events: InboxSender,
     pub status: Arc<StatusStore>,
     pub sink: EventSink,
     pub console: Console,
@@ -65,27 +64,34 @@ impl ContextWithoutArbiter {
     }
 }
 
-/// Writes down whether the arbiter answers, and tells programs what was found while nobody asked:
-/// what is found by a question is told by `protocol/`, which asked it.
-fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Reach) + Send {
-    let mut told = false;
-    move |Reach { lost, watched }| {
-        match &lost {
-            Some(why) if watched && !told => {
-                told = true;
-                tracing::warn!(event = "MC_ARBITER_LOST", "arbiter out of reach: {why}");
-                sink.emit("MC_ARBITER_LOST", serde_json::json!({ "detail": format!("arbiter out of reach: {why}") }));
+/// Keeps in the status whether the arbiter answers, and sends the events of what the watch finds.
+/// Those of a question are sent by `protocol/`, which asked it.
+fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Contact) + Send {
+    let mut reported = false;
+    move |Contact { reachability, by }| {
+        match &reachability {
+            Reachability::Unreachable { why } if by == ContactBy::Watch && !reported => {
+                reported = true;
+                report(&sink, &Event::ArbiterLost { why: why.clone() });
             }
-            None if told => {
-                told = false;
-                let event = Event::ArbiterBack;
-                tracing::info!(event = event.name(), "{event}");
-                sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
+            Reachability::Reachable if reported => {
+                reported = false;
+                report(&sink, &Event::ArbiterBack);
             }
-            Some(_) | None => {}
+            Reachability::Unreachable { .. } | Reachability::Reachable => {}
         }
-        status.arbiter_noticed(lost);
+        status.arbiter_contacted(reachability);
     }
+}
+
+/// Writes an event to the log and sends it to the control clients; waits for neither.
+fn report(sink: &EventSink, event: &Event) {
+    if event.is_warning() {
+        tracing::warn!(event = event.name(), "{event}");
+    } else {
+        tracing::info!(event = event.name(), "{event}");
+    }
+    sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
 }
 
 /// The parts of a node that outlive its role.
@@ -95,33 +101,28 @@ pub struct Context {
     /// The guest's address, if known: announced after a takeover.
     pub guest_ip: Option<Ipv4Addr>,
     /// Everything that happens arrives here.
-    pub inbox: Receiver<NodeEvent>,
+    pub inbox: Inbox,
     /// The way into the inbox.
-    pub events: Sender<NodeEvent>,
-    /// What people see.
+    pub events: InboxSender,
+    /// What the control socket answers queries from.
     pub status: Arc<StatusStore>,
-    /// What programs are told.
+    /// The way to the control clients.
     pub sink: EventSink,
     /// The guest's serial console.
     pub console: Console,
-    /// Who decides.
+    /// The arbiter's thread.
     pub arbiter: ArbiterThread,
     /// The CPU this host can give a guest.
     pub cpu: HostCpu,
     /// Room for captures, made ready in the background from the start: a node may need it at any
-    /// moment, and in a abort.
+    /// moment, and at once.
     pub captures: CapturePool,
 }
 
 impl Context {
-    /// Tells people and programs.
+    /// Writes an event to the log and sends it to the control clients.
     pub fn tell(&self, event: &Event) {
-        if event.is_warning() {
-            tracing::warn!(event = event.name(), "{event}");
-        } else {
-            tracing::info!(event = event.name(), "{event}");
-        }
-        self.sink.emit(event.name(), serde_json::json!({ "detail": event.to_string() }));
+        report(&self.sink, event);
     }
 
     /// The protocol's view of the configuration.
@@ -152,11 +153,11 @@ impl Context {
 }
 
 /// The tap, behind a closed gate that tells `events` what waits.
-pub fn open_gate(config: &NodeConfig, events: &Sender<NodeEvent>) -> Result<Arc<OutputGate>, NodeError> {
+pub fn open_gate(config: &NodeConfig, events: &InboxSender) -> Result<Arc<OutputGate>, NodeError> {
     let port = VnetTapPort::open(&config.tap)?;
     let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
-    let acceptor = OutputForwarder { events: events.clone() };
-    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(acceptor), clock::monotonic_us))
+    let forwarder = OutputForwarder { events: events.clone() };
+    Ok(OutputGate::new(Box::new(port), OutputBuffer::new(limits), Box::new(forwarder), clock::monotonic_us))
 }
 
 /// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose
@@ -167,33 +168,28 @@ pub fn new_machine(
     gate: Arc<OutputGate>,
     disks: &NodeDisks,
     console: &Console,
-    events: &Sender<NodeEvent>,
+    events: &InboxSender,
 ) -> Result<Machine, NodeError> {
     let machine = Machine::new(shape, cpu, gate, disks.gates(), console.writer())?;
     console.plug(machine.console_input());
-    let (from, to) = (machine.events(), events.clone());
-    std::thread::Builder::new().name("mcd-guest".into()).spawn(move || {
-        for event in from {
-            if to.send(NodeEvent::Machine(event)).is_err() {
-                break;
-            }
-        }
-    })?;
+    let (from, to) = (machine.events(), events.of_new_machine());
+    std::thread::Builder::new()
+        .name("mcd-guest".into())
+        .spawn(move || from.into_iter().for_each(|event| to.send(event)))?;
     Ok(machine)
 }
 
-/// Turns the gate's calls (from vCPU threads) into events.
+/// Turns the gate's calls, which come from vCPU and device threads, into events.
 struct OutputForwarder {
-    events: Sender<NodeEvent>,
+    events: InboxSender,
 }
 
 impl OutputListener for OutputForwarder {
     fn output_waiting(&self) {
-        // A node that is ending does not mind.
-        let _ = self.events.send(NodeEvent::OutputWaiting);
+        self.events.raise(Flag::OutputWaiting);
     }
 
     fn output_full(&self) {
-        let _ = self.events.send(NodeEvent::OutputFull);
+        self.events.raise(Flag::OutputFull);
     }
 }

@@ -9,7 +9,7 @@ use crossbeam::channel::{Sender, unbounded};
 use thiserror::Error;
 
 use super::config::{DiskConfig, NodeConfig};
-use super::events::NodeEvent;
+use super::inbox::{Flag, InboxSender};
 use super::shared_disks::{self, NodeImage, SharedDiskForwarder, SharedError};
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
@@ -300,10 +300,10 @@ impl NodeDisks {
         config: &NodeConfig,
         shape: &MachineShape,
         images: Vec<NodeImage>,
-        events: &Sender<NodeEvent>,
+        events: &InboxSender,
     ) -> Result<NodeDisks, DiskError> {
         let layout = Arc::new(ImageLayout::of(shape));
-        let journal = DiskJournal::new(JOURNAL_BYTES_MAX, Box::new(Acceptor { events: events.clone() }));
+        let journal = DiskJournal::new(JOURNAL_BYTES_MAX, Box::new(JournalForwarder { events: events.clone() }));
         let held = SharedJournal::new(JOURNAL_BYTES_MAX, Box::new(SharedDiskForwarder { events: events.clone() }));
         let backends: Vec<_> = images.iter().map(NodeImage::backend).collect();
         let gate = |(disk, image): (usize, &NodeImage)| -> Arc<dyn BlockBackend> {
@@ -488,13 +488,12 @@ fn stamp(
 }
 
 /// Turns the journal's calls (from disks' threads) into events.
-struct Acceptor {
-    events: Sender<NodeEvent>,
+struct JournalForwarder {
+    events: InboxSender,
 }
 
-impl JournalListener for Acceptor {
+impl JournalListener for JournalForwarder {
     fn journal_full(&self) {
-        // A node that is ending does not mind.
-        let _ = self.events.send(NodeEvent::JournalFull);
+        self.events.raise(Flag::JournalFull);
     }
 }

@@ -1,4 +1,5 @@
-//! What reaches a driver: everything that happens to a node arrives on one channel, in one order.
+//! What reaches a driver: everything that happens to a node arrives in its
+//! [`Inbox`](super::inbox::Inbox).
 
 use std::path::PathBuf;
 
@@ -171,4 +172,37 @@ pub enum NodeEvent {
         /// Where the result goes once the command took effect.
         reply: Option<Reply>,
     },
+}
+
+impl NodeEvent {
+    /// The connection it is of, if it is of one.
+    pub(super) fn conn(&self) -> Option<ConnId> {
+        match self {
+            NodeEvent::Accepted { conn, .. }
+            | NodeEvent::Connected { conn, .. }
+            | NodeEvent::Message { conn, .. }
+            | NodeEvent::Closed { conn, .. }
+            | NodeEvent::Foreign { conn, .. }
+            | NodeEvent::Staged { conn, .. }
+            | NodeEvent::Background { conn, .. }
+            | NodeEvent::Pushed { conn, .. }
+            | NodeEvent::PeerHashes { conn, .. }
+            | NodeEvent::StorageSynced { conn } => Some(*conn),
+            _ => None,
+        }
+    }
+
+    /// Bytes that it holds and nobody else counts: a staged epoch is in the staging budget.
+    pub(super) fn payload_bytes(&self) -> usize {
+        match self {
+            NodeEvent::Background { payload, .. } => payload.len(),
+            NodeEvent::PeerHashes { hashes, .. } => size_of_val(hashes.as_slice()),
+            _ => 0,
+        }
+    }
+
+    /// True for what a control client sent.
+    pub(super) fn is_command(&self) -> bool {
+        matches!(self, NodeEvent::Command { .. } | NodeEvent::Snapshot { .. })
+    }
 }

@@ -6,7 +6,7 @@
 //!  link readers ─ messages ───────┤   one inbox            ├─▶ sender thread ─▶ data connection
 //!  arbiter thread ─ answers ──────┼─▶ driver thread ─▶ protocol ─▶ actions ─▶ heartbeat connection
 //!  control socket ─ commands ─────┘        │               └─▶ arbiter thread
-//!                                          └─▶ board ◀─ control socket (reads without waiting)
+//!                                          └─▶ status snapshot ◀─ control socket (never waits)
 //! ```
 
 mod acceptor;
@@ -16,12 +16,15 @@ mod arbiter_tests;
 mod arbiter_thread;
 mod block_hasher;
 pub mod clock;
+mod commands;
 pub mod config;
 mod connections;
+mod connector;
 mod context;
 mod disks;
 mod error;
 mod events;
+mod inbox;
 mod memory_holder;
 mod meter;
 mod primary;
@@ -35,16 +38,14 @@ mod status;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
-
 pub use disks::DiskError;
 pub use error::NodeError;
 
-use self::acceptor::Acceptor;
+use self::commands::Commands;
 use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, ContextWithoutArbiter, RETRY, new_machine, open_gate};
 use self::disks::NodeDisks;
-use self::events::NodeEvent;
+use self::inbox::{Inbox, InboxSender, inbox};
 use self::primary::{PrimaryEnd, PrimaryNode};
 use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
 use self::status::StatusStore;
@@ -91,7 +92,7 @@ pub fn prepare_process() {
 /// See [`NodeError`]: what the host lacks, what the arbiter says, what failed.
 pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, NodeError> {
     let me = new_instance()?;
-    let (events, inbox) = unbounded();
+    let (events, inbox) = inbox();
     let gate = open_gate(&config, &events)?;
     let mut shape = start.shape.clone();
     let mut snapshot = match &start.boot {
@@ -137,7 +138,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
 /// # Errors
 /// See [`NodeError`].
 pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeEnd, NodeError> {
-    let (events, inbox) = unbounded();
+    let (events, inbox) = inbox();
     // An occupied tap or image is told now, not at the takeover.
     drop(open_gate(&config, &events)?);
     disks::look(&config)?;
@@ -261,13 +262,13 @@ fn open_endpoints(
     role: Role,
     guest_ip: Option<Ipv4Addr>,
     console: Console,
-    events: Sender<NodeEvent>,
-    inbox: Receiver<NodeEvent>,
+    events: InboxSender,
+    inbox: Inbox,
 ) -> Result<(Server, ContextWithoutArbiter), NodeError> {
     let cpu = host_cpu(config.cpu)?;
-    Acceptor::open(config.listen, config.heartbeat_listen, events.clone())?;
-    let status = StatusStore::new(&config, role, events.clone());
-    let server = Server::bind(&config.control, status.clone())?;
+    acceptor::listen(config.listen, config.heartbeat_listen, events.clone())?;
+    let status = StatusStore::new(&config, role);
+    let server = Server::bind(&config.control, Commands::new(status.clone(), events.clone()))?;
     signals::listen(events.clone())?;
     let sink = server.events();
     Ok((server, ContextWithoutArbiter { config, guest_ip, inbox, events, status, sink, console, cpu }))

@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::RecvTimeoutError;
 use serde_json::Value;
 
 use self::snapshot::Snapshots;
@@ -19,6 +18,7 @@ use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::inbox::Next;
 use super::meter::Meter;
 use super::{clock, priority};
 use crate::checkpoint::capture::{CapturePool, capture};
@@ -195,15 +195,12 @@ impl PrimaryNode {
         if let Some((conn, LinkNews::Stuck(why))) = self.connections.news(clock::now(), probe) {
             return Ok(Some(Input::Closed { conn, why }));
         }
-        let event = match self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min() {
-            None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
-            Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
-                Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) => return Ok(Some(Input::Tick)),
-                Err(RecvTimeoutError::Disconnected) => return Err(NodeError::Gone),
-            },
-        };
-        self.translate(event)
+        let until = self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min();
+        match self.context.inbox.next(until) {
+            Next::Event(event) => self.translate(event),
+            Next::Due => Ok(Some(Input::Tick)),
+            Next::Gone => Err(NodeError::Gone),
+        }
     }
 
     fn translate(&mut self, event: NodeEvent) -> Result<Option<Input>, NodeError> {
@@ -263,7 +260,7 @@ impl PrimaryNode {
     }
 
     fn machine_event(&mut self, event: MachineEvent) -> Result<Option<Input>, NodeError> {
-        tracing::info!(?event, "guest");
+        tracing::info!(?event, "the guest's machine reports an event");
         match event {
             MachineEvent::Shutdown => return Ok(Some(Input::GuestEnded(GuestEnd::Shutdown))),
             MachineEvent::VcpuFailed { .. } => {
@@ -375,7 +372,7 @@ impl PrimaryNode {
                 SenderReport::Failed(why) => NodeEvent::Closed { conn, why },
             };
             // The driver is gone: nobody needs to know.
-            let _ = events.send(event);
+            let _ = events.report(event);
         };
         let image = self.disks.image(self.machine.memory().clone());
         let packing = match self.context.config.compress {

@@ -4,17 +4,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::RecvTimeoutError;
-
-use super::acceptor;
 use super::config::SecondaryStart;
 use super::connections::{Connections, LinkNews};
 use super::context::{Context, new_machine, open_gate};
 use super::disks::{self, NodeDisks};
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::inbox::Next;
 use super::meter::Meter;
-use super::{clock, priority};
+use super::{clock, connector, priority};
 use crate::checkpoint::apply::{Applier, ApplyNews};
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
@@ -154,16 +152,12 @@ impl<'a> SecondaryNode<'a> {
         if let Some(news) = self.link_news() {
             return Ok(Some(news));
         }
-        let event = match self.protocol.poll_timeout() {
-            None => self.context.inbox.recv().map_err(|_| NodeError::Gone)?,
-            Some(at) => match self.context.inbox.recv_timeout(clock::until(at)) {
-                Ok(event) => event,
-                // What arrived while we waited counts before the time does.
-                Err(RecvTimeoutError::Timeout) => return Ok(Some(self.link_news().unwrap_or(Input::Tick))),
-                Err(RecvTimeoutError::Disconnected) => return Err(NodeError::Gone),
-            },
-        };
-        self.translate(event)
+        match self.context.inbox.next(self.protocol.poll_timeout()) {
+            Next::Event(event) => self.translate(event),
+            // What arrived while we waited counts before the time does.
+            Next::Due => Ok(Some(self.link_news().unwrap_or(Input::Tick))),
+            Next::Gone => Err(NodeError::Gone),
+        }
     }
 
     fn link_news(&mut self) -> Option<Input> {
@@ -305,7 +299,7 @@ impl<'a> SecondaryNode<'a> {
             Channel::Data => self.start.peer,
             Channel::Heartbeat => self.start.peer_heartbeat,
         };
-        acceptor::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
+        connector::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
         Ok(())
     }
 
@@ -343,7 +337,7 @@ impl<'a> SecondaryNode<'a> {
                 ApplyNews::Failed(why) => NodeEvent::ImageFailed { instance, why },
             };
             // A node that is ending does not mind.
-            let _ = events.send(event);
+            let _ = events.report(event);
         };
         let applier = Applier::start(image, self.budget.clone(), tell)?;
         Ok((Image { machine, gate, disks, welcome, applier, is_whole: false }, made))

@@ -4,11 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crossbeam::channel::Sender;
 use thiserror::Error;
 
 use super::config::{ArbiterConfig, DiskConfig, NodeConfig};
 use super::events::NodeEvent;
+use super::inbox::{Flag, InboxSender};
 use crate::checkpoint::shared_journal::SharedListener;
 use crate::device::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
@@ -144,25 +144,25 @@ fn locked(path: &Path) -> String {
 /// Turns the calls of shared images' threads into events.
 pub struct SharedDiskForwarder {
     /// Where they go.
-    pub events: Sender<NodeEvent>,
+    pub events: InboxSender,
 }
 
 impl SharedListener for SharedDiskForwarder {
     fn cut_wanted(&self) {
-        // A node that is ending does not mind, here and below.
-        let _ = self.events.send(NodeEvent::JournalFull);
+        self.events.raise(Flag::JournalFull);
     }
 
     fn written(&self, through: EpochId) {
-        let _ = self.events.send(NodeEvent::Written { through });
+        self.events.written(through);
     }
 
     fn synced(&self, conn: ConnId) {
-        let _ = self.events.send(NodeEvent::StorageSynced { conn });
+        // A node that is ending needs no report.
+        let _ = self.events.report(NodeEvent::StorageSynced { conn });
     }
 
     fn has_room(&self) {
-        let _ = self.events.send(NodeEvent::DisksHaveRoom);
+        self.events.raise(Flag::DisksHaveRoom);
     }
 
     fn trouble(&self, why: Option<String>) {
@@ -170,7 +170,7 @@ impl SharedListener for SharedDiskForwarder {
             Some(why) => tracing::warn!(why, "shared storage fails, its writes are held and tried again"),
             None => tracing::info!("shared storage works again"),
         }
-        let _ = self.events.send(NodeEvent::StorageFault(why));
+        self.events.storage_fault(why);
     }
 }
 

@@ -1,29 +1,24 @@
-//! What a node shows: the driver drops notes, the control socket reads them at any time.
+//! The status of a node: its driver pushes notes, the control socket reads them at any time.
 //!
 //! Neither waits for the other. A driver that took a lock which a client's thread holds would stand
 //! still whenever that thread is not scheduled, and a node that stands still is suspected: so the
 //! driver only pushes into queues, and readers put the notes together.
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded};
 use crossbeam::queue::ArrayQueue;
 use parking_lot::{Mutex, MutexGuard};
-use serde_json::{Map, Value, json};
 
+use super::arbiter_thread::Reachability;
 use super::config::{ArbiterConfig, NodeConfig};
-use super::events::{NodeEvent, SnapshotRequest};
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
 use crate::checkpoint::output::HeldFigures;
-use crate::control::metrics::{EpochLog, EpochSample};
+use crate::control::metrics::{EpochLog, EpochSample, EpochsReply};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
 use crate::control::verify::VerifyReport;
-use crate::control::{Handler, QmpError};
 use crate::protocol::pages::PAGE_BYTES;
-use crate::protocol::primary::{self, Command, DiskChoice, Primary};
+use crate::protocol::primary::{self, Primary};
 use crate::protocol::secondary::{self, Secondary};
 use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, InstanceId};
@@ -32,27 +27,6 @@ use crate::protocol::types::{EpochId, InstanceId};
 const SAMPLES_MAX: usize = 16_384;
 /// Notes kept for readers: some ten seconds of back-to-back epochs; of more the oldest are lost.
 const NOTES_MAX: usize = 16_384;
-/// How long a command may take to take effect before its client is told that it did not.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same for a snapshot, which has to be written: an hour is enough for a terabyte.
-const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
-const COMMANDS: &[&str] = &[
-    "query-status",
-    "query-name",
-    "mc-query",
-    "mc-query-epochs",
-    "mc-checkpoint",
-    "mc-disk-verify",
-    "mc-query-disk-verify",
-    "mc-snapshot",
-    "stop",
-    "cont",
-    "quit",
-];
-/// The parameters that commands have.
-const PARAMETERS: &[(&str, &str)] =
-    &[("mc-query-epochs", "since"), ("mc-disk-verify", "disk"), ("mc-snapshot", "path"), ("mc-snapshot", "stop")];
-
 /// The figures that change all the time; cheap to copy.
 #[derive(Clone, Debug)]
 struct StatusSnapshot {
@@ -89,8 +63,8 @@ struct Shown {
     verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
-    /// Why the arbiter did not answer when it was last looked at.
-    arbiter_lost: Option<String>,
+    /// Whether the arbiter answered when it was last asked.
+    arbiter: Reachability,
 }
 
 /// A note for the readers.
@@ -101,23 +75,22 @@ enum Note {
     Takeover(Box<TakeoverReport>),
     GuestAlarm(String),
     Verify(Box<VerifyReport>),
-    Arbiter(Option<String>),
+    Arbiter(Reachability),
     Storage(Option<String>),
 }
 
-/// The board of one node, over all its roles.
+/// The status of one node, over all its roles.
 pub struct StatusStore {
     fixed: Fixed,
     shown: Mutex<Shown>,
-    /// The newest vitals nobody has read yet.
+    /// The newest snapshot that nobody has read yet.
     latest: ArrayQueue<StatusSnapshot>,
     notes: ArrayQueue<Note>,
-    events: Sender<NodeEvent>,
 }
 
 impl StatusStore {
-    /// The board of a node that was started for `role` and has done nothing yet.
-    pub fn new(config: &NodeConfig, role: Role, events: Sender<NodeEvent>) -> Arc<StatusStore> {
+    /// The status of a node that was started for `role` and has done nothing yet.
+    pub fn new(config: &NodeConfig, role: Role) -> Arc<StatusStore> {
         let (arbiter_kind, arbiter_detail) = match &config.arbiter {
             ArbiterConfig::File { directory, .. } => ("file", directory.display().to_string()),
             ArbiterConfig::Etcd(etcd) => ("etcd", format!("{}{}", etcd.endpoints.join(","), etcd.prefix)),
@@ -156,11 +129,10 @@ impl StatusStore {
                 guest_alarm: None,
                 verify: None,
                 storage: None,
-                arbiter_lost: None,
+                arbiter: Reachability::Reachable,
             }),
             latest: ArrayQueue::new(1),
             notes: ArrayQueue::new(NOTES_MAX),
-            events,
         })
     }
 
@@ -186,7 +158,7 @@ impl StatusStore {
                 Note::Takeover(report) => shown.takeover = Some(*report),
                 Note::Verify(report) => shown.verify = Some(*report),
                 Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
-                Note::Arbiter(lost) => shown.arbiter_lost = lost,
+                Note::Arbiter(reachability) => shown.arbiter = reachability,
                 Note::Storage(trouble) => shown.storage = trouble,
             }
         }
@@ -293,9 +265,9 @@ impl StatusStore {
         self.note(Note::Verify(Box::new(report)));
     }
 
-    /// The arbiter was found to answer, or not to.
-    pub fn arbiter_noticed(&self, lost: Option<String>) {
-        self.note(Note::Arbiter(lost));
+    /// The arbiter was asked and answered, or did not.
+    pub(super) fn arbiter_contacted(&self, reachability: Reachability) {
+        self.note(Note::Arbiter(reachability));
     }
 
     /// Shared storage was found to take writes, or not to.
@@ -306,9 +278,9 @@ impl StatusStore {
     /// The whole status.
     pub fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { snapshot, log, takeover, guest_alarm, storage, arbiter_lost, verify: _ } = &*shown;
+        let Shown { snapshot, log, takeover, guest_alarm, storage, arbiter, verify: _ } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
-        let arbiter_lost = snapshot.arbiter_lost.as_ref().or(arbiter_lost.as_ref());
+        let arbiter_lost = snapshot.arbiter_lost.as_deref().or(arbiter.why_not());
         if let Some(why) = arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(snapshot.state)));
         }
@@ -337,7 +309,7 @@ impl StatusStore {
             arbiter: ArbiterStatus {
                 kind: self.fixed.arbiter_kind.into(),
                 reachable: arbiter_lost.is_none(),
-                detail: arbiter_lost.unwrap_or(&self.fixed.arbiter_detail).clone(),
+                detail: arbiter_lost.unwrap_or(&self.fixed.arbiter_detail).to_owned(),
             },
             interval_ms: self.fixed.interval_ms,
             pause_us: log.pause_us(),
@@ -359,35 +331,19 @@ impl StatusStore {
         }
     }
 
-    fn command(&self, command: Command) -> Result<Value, QmpError> {
-        let (reply, result) = bounded(1);
-        let gone = || QmpError::generic("this node is ending");
-        self.events.send(NodeEvent::Command { command, reply: Some(reply) }).map_err(|_| gone())?;
-        match result.recv_timeout(COMMAND_TIMEOUT) {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(why)) => Err(QmpError::generic(why)),
-            Err(_) if command == Command::Quit => Ok(json!({})),
-            Err(_) => Err(QmpError::generic("the command did not take effect in time; see mc-query for the state")),
-        }
+    /// The guest's name.
+    pub(super) fn guest(&self) -> &str {
+        &self.fixed.guest
     }
-}
 
-impl StatusStore {
-    /// Has a snapshot written, which may take a while.
-    fn snapshot(&self, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
-        let path = arguments.get("path").and_then(Value::as_str).map(PathBuf::from).filter(|path| path.is_absolute());
-        let path = path.ok_or_else(|| QmpError::generic("'path' must be a path that begins at the root"))?;
-        let stop = arguments.get("stop").map_or(Some(false), Value::as_bool);
-        let stop = stop.ok_or_else(|| QmpError::generic("'stop' must be true or false"))?;
-        let (reply, result) = bounded(1);
-        let gone = || QmpError::generic("this node is ending");
-        let request = SnapshotRequest { path, stop };
-        self.events.send(NodeEvent::Snapshot { request, reply }).map_err(|_| gone())?;
-        match result.recv_timeout(SNAPSHOT_TIMEOUT) {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(why)) => Err(QmpError::generic(why)),
-            Err(_) => Err(QmpError::generic("the snapshot was not written in time; see mc-query for the state")),
-        }
+    /// The figures of committed epochs from this index of the log on.
+    pub(super) fn epochs_since(&self, since: u64) -> EpochsReply {
+        self.shown().log.since(since)
+    }
+
+    /// How the last verify of the guest's disks is, if there was one.
+    pub(super) fn verify_report(&self) -> Option<VerifyReport> {
+        self.shown().verify.clone()
     }
 }
 
@@ -410,58 +366,4 @@ fn with_first_packet(mut report: TakeoverReport, first_out_us: Option<u64>) -> T
     report.first_packet_monotonic_us = first_out_us;
     report.first_packet_ms = first_out_us.map(|us| us.saturating_sub(report.started_monotonic_us) as f64 / 1000.0);
     report
-}
-
-impl Handler for StatusStore {
-    fn commands(&self) -> &[&str] {
-        COMMANDS
-    }
-
-    fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
-        if arguments.keys().any(|key| !PARAMETERS.contains(&(command, key.as_str()))) {
-            return Err(QmpError::generic(format!("{command} was given a parameter that it does not have")));
-        }
-        match command {
-            "query-status" => Ok(self.status().query_status()),
-            "query-name" => Ok(json!({ "name": self.fixed.guest })),
-            "mc-query" => to_value(&self.status()),
-            "mc-query-epochs" => {
-                let since = arguments.get("since").map_or(Some(0), Value::as_u64);
-                let since = since.ok_or_else(|| QmpError::generic("'since' must be a number, 0 or more"))?;
-                to_value(&self.shown().log.since(since))
-            }
-            "mc-disk-verify" => self.command(Command::VerifyDisks(disk_choice(arguments.get("disk"))?)),
-            "mc-query-disk-verify" => match &self.shown().verify {
-                Some(report) => to_value(report),
-                None => Err(QmpError::generic("no disk was verified yet: ask for it with mc-disk-verify")),
-            },
-            "mc-checkpoint" => self.command(Command::Checkpoint),
-            "mc-snapshot" => self.snapshot(arguments),
-            "stop" => self.command(Command::Stop),
-            "cont" => self.command(Command::Cont),
-            "quit" => self.command(Command::Quit),
-            other => Err(QmpError::not_found(format!("The command {other} has not been found"))),
-        }
-    }
-}
-
-fn disk_choice(disk: Option<&Value>) -> Result<DiskChoice, QmpError> {
-    let bad = || QmpError::generic("'disk' must be a disk's number, counted from 0, or its serial number");
-    match disk {
-        None => Ok(DiskChoice::All),
-        Some(Value::String(text)) => {
-            let mut serial = [0; 20];
-            serial
-                .get_mut(..text.len())
-                .filter(|room| !room.is_empty())
-                .ok_or_else(bad)?
-                .copy_from_slice(text.as_bytes());
-            Ok(DiskChoice::Serial(serial))
-        }
-        Some(other) => other.as_u64().map(DiskChoice::Number).ok_or_else(bad),
-    }
-}
-
-fn to_value(value: &impl serde::Serialize) -> Result<Value, QmpError> {
-    serde_json::to_value(value).map_err(|error| QmpError::generic(error.to_string()))
 }

@@ -1,6 +1,7 @@
 //! Floor 1: every rule about epochs, acks, release, takeover, resync and capacity. Pure: no socket,
 //! thread, clock, file, KVM or random source; a test enforces it.
 
+pub mod admission;
 pub mod arbitration;
 pub mod block_hashes;
 pub mod claim;

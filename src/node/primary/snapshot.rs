@@ -136,7 +136,7 @@ impl PrimaryNode {
         let thread = std::thread::Builder::new().name("mcd-snapshot".into()).spawn(move || {
             let written = snapshot::write(&path, &head, &memory, &state, &cancelled);
             // A node that is ending does not mind.
-            let _ = events.send(NodeEvent::SnapshotWritten(written));
+            let _ = events.report(NodeEvent::SnapshotWritten(written));
         })?;
         saving.thread = Some(thread);
         Ok(())
