@@ -9,14 +9,14 @@ use crossbeam::channel::Sender;
 
 use super::events::NodeEvent;
 use super::{clock, priority};
-use crate::checkpoint::stage::{Stager, StagingBudget};
-use crate::protocol::layout::ImageLayout;
+use crate::checkpoint::receiver::{EpochReceiver, ReceiveError, Received};
+use crate::checkpoint::stage::StagingBudget;
 use crate::protocol::messages::{Channel, Hello, Message, RefuseReason};
-use crate::protocol::types;
 use crate::protocol::types::ConnId;
 use crate::wire::block_hashes::decode_hashes;
 use crate::wire::link::{Link, LinkError, LinkReader, Listener};
 use crate::wire::{FrameKind, LinkCloser, LinkWriter, WireError};
+use crate::wire::{HeartbeatError, HeartbeatPeer, heartbeat_message};
 
 /// How long an unknown peer may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,6 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const ACCEPTED_MAX: usize = 32;
 /// Accepted connections are numbered from here; a secondary numbers its own from 1.
 const ACCEPTED_FROM: ConnId = 1 << 32;
+/// Why a connection ends when the node does.
+const ENDING: &str = "this node is ending";
 
 /// The two ears of a node.
 pub struct Acceptor {
@@ -94,7 +96,11 @@ impl Acceptor {
             return;
         }
         priority::raise();
-        let why = read_messages(conn, &mut reader, &self.events);
+        let why = match channel {
+            Channel::Data => read_data(conn, &mut reader, &self.events),
+            Channel::Heartbeat => read_heartbeats(conn, HeartbeatPeer::Secondary, &mut reader, &self.events)
+                .map_or(ENDING.into(), |error| error.to_string()),
+        };
         closer.shutdown();
         // The node is ending if nobody listens.
         let _ = self.events.send(NodeEvent::Closed { conn, why });
@@ -148,8 +154,8 @@ fn turn_away(
     closer.shutdown();
 }
 
-/// Reads messages until the connection ends; why it did.
-fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEvent>) -> String {
+/// Reads a secondary's messages until the data connection ends; why it did.
+fn read_data(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEvent>) -> String {
     loop {
         let event = match reader.read() {
             Ok(frame) if frame.kind == FrameKind::Probe => continue,
@@ -164,18 +170,37 @@ fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &Sender<NodeEven
             Err(error) => return error.to_string(),
         };
         if events.send(event).is_err() {
-            return "this node is ending".into();
+            return ENDING.into();
         }
     }
 }
 
-/// Connects to a primary in a thread of its own, which then reads.
+/// Reads `peer`'s heartbeats until the connection ends; `None` if this node does.
+fn read_heartbeats(
+    conn: ConnId,
+    peer: HeartbeatPeer,
+    reader: &mut LinkReader,
+    events: &Sender<NodeEvent>,
+) -> Option<HeartbeatError> {
+    loop {
+        let message = match reader.read().map_err(HeartbeatError::from) {
+            Ok(frame) => heartbeat_message(peer, frame),
+            Err(error) => Err(error),
+        };
+        match message {
+            Ok(message) => events.send(NodeEvent::Message { conn, message }).ok()?,
+            Err(error) => return Some(error),
+        }
+    }
+}
+
+/// Connects to a primary's `channel` in a thread of its own, which then reads.
 ///
 /// # Errors
 /// If the thread cannot be started.
 pub fn connect(
     conn: ConnId,
-    to: SocketAddr,
+    (to, channel): (SocketAddr, Channel),
     budget: Arc<StagingBudget>,
     events: Sender<NodeEvent>,
 ) -> std::io::Result<()> {
@@ -183,12 +208,18 @@ pub fn connect(
         let end = match Link::connect(&to.to_string(), CONNECT_TIMEOUT) {
             Ok(link) => {
                 let closer = link.closer();
-                let (reader, writer) = link.split();
+                let (mut reader, writer) = link.split();
                 if events.send(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
                     return;
                 }
                 priority::raise();
-                let end = Receiver { conn, budget, stager: None, began: clock::now(), events: &events }.run(reader);
+                let end = match channel {
+                    Channel::Data => receive(conn, EpochReceiver::new(budget), &mut reader, &events),
+                    Channel::Heartbeat => {
+                        let error = read_heartbeats(conn, HeartbeatPeer::Primary, &mut reader, &events);
+                        ended(conn, error.map(|error| (error.is_foreign(), error.to_string())))
+                    }
+                };
                 closer.shutdown();
                 end
             }
@@ -199,83 +230,39 @@ pub fn connect(
     })
 }
 
-/// Reads what a primary sends: messages, epochs, background pages.
-struct Receiver<'a> {
+/// Reads what a primary sends over the data connection until there is no more to read; the event
+/// that says why.
+fn receive(
     conn: ConnId,
-    budget: Arc<StagingBudget>,
-    /// There is one once the primary's welcome told the guest's size.
-    stager: Option<Stager>,
-    /// When the epoch that is arriving, or the last one, began to.
-    began: types::Instant,
-    events: &'a Sender<NodeEvent>,
+    mut receiver: EpochReceiver,
+    reader: &mut LinkReader,
+    events: &Sender<NodeEvent>,
+) -> NodeEvent {
+    loop {
+        let received = match reader.read().map_err(ReceiveError::from) {
+            Ok(frame) => receiver.take(clock::now(), frame),
+            Err(error) => Err(error),
+        };
+        let event = match received {
+            Ok(Received::Nothing) => continue,
+            Ok(Received::Message(message)) => NodeEvent::Message { conn, message },
+            Ok(Received::Epoch { epoch, began }) => NodeEvent::Staged { conn, epoch, began },
+            Ok(Received::Background(payload)) => NodeEvent::Background { conn, payload },
+            Err(error) => return ended(conn, Some((error.is_foreign(), error.to_string()))),
+        };
+        if events.send(event).is_err() {
+            return ended(conn, None);
+        }
+    }
 }
 
-impl Receiver<'_> {
-    /// Reads until there is no more to read; the event that says why.
-    fn run(mut self, mut reader: LinkReader) -> NodeEvent {
-        let conn = self.conn;
-        loop {
-            let event = match reader.read() {
-                Ok(frame) if frame.kind == FrameKind::Probe => continue,
-                Ok(frame) if frame.kind == FrameKind::Message => frame.message().map(|message| self.message(message)),
-                Ok(frame) => Ok(self.bulk(frame.kind, frame.payload)),
-                Err(error) => Err(error),
-            };
-            let event = match event {
-                Ok(event) => event,
-                Err(error) if error.is_foreign() => return NodeEvent::Foreign { conn, why: error.to_string() },
-                Err(error) => return NodeEvent::Closed { conn, why: error.to_string() },
-            };
-            let sent = match event {
-                Ok(Some(event)) => self.events.send(event).map_err(|_| "this node is ending".to_owned()),
-                Ok(None) => Ok(()),
-                Err(why) => Err(why),
-            };
-            if let Err(why) = sent {
-                return NodeEvent::Closed { conn, why };
-            }
-        }
-    }
-
-    fn message(&mut self, message: Message) -> Result<Option<NodeEvent>, String> {
-        let conn = self.conn;
-        match message {
-            Message::EpochBegin { id, completes_resync } => {
-                self.began = clock::now();
-                self.stager()?.begin(id, completes_resync).map_err(|error| error.to_string())?;
-                Ok(None)
-            }
-            Message::EpochEnd { id, pages, state_bytes, digest } => {
-                let epoch = self.stager()?.end(id, pages, state_bytes, digest).map_err(|error| error.to_string())?;
-                Ok(Some(NodeEvent::Staged { conn, epoch: Box::new(epoch), began: self.began }))
-            }
-            message => {
-                if let Message::Welcome(welcome) = &message {
-                    let pages = ImageLayout::of(&welcome.shape).pages();
-                    self.stager = Some(Stager::new(self.budget.clone(), pages));
-                }
-                Ok(Some(NodeEvent::Message { conn, message }))
-            }
-        }
-    }
-
-    fn bulk(&mut self, kind: FrameKind, payload: &[u8]) -> Result<Option<NodeEvent>, String> {
-        let conn = self.conn;
-        let stager = self.stager()?;
-        let staged = match kind {
-            FrameKind::Pages => stager.pages(payload).map(|()| None),
-            FrameKind::State => stager.state(payload).map(|()| None),
-            FrameKind::Background => {
-                stager.background(payload).map(|payload| Some(NodeEvent::Background { conn, payload }))
-            }
-            FrameKind::Hashes => return Err("the primary sent hashes, which are a secondary's to send".into()),
-            FrameKind::Message | FrameKind::Probe => Ok(None),
-        };
-        staged.map_err(|error| error.to_string())
-    }
-
-    fn stager(&mut self) -> Result<&mut Stager, String> {
-        self.stager.as_mut().ok_or_else(|| "the primary sent an epoch before its welcome".into())
+/// The event of a connection that ended: because of a peer that may be foreign, with the reason in
+/// words, or because this node ends.
+fn ended(conn: ConnId, error: Option<(bool, String)>) -> NodeEvent {
+    match error {
+        Some((true, why)) => NodeEvent::Foreign { conn, why },
+        Some((false, why)) => NodeEvent::Closed { conn, why },
+        None => NodeEvent::Closed { conn, why: ENDING.into() },
     }
 }
 

@@ -295,7 +295,7 @@ impl<'a> SecondaryNode<'a> {
             Channel::Data => self.start.peer,
             Channel::Heartbeat => self.start.peer_heartbeat,
         };
-        acceptor::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
+        acceptor::connect(conn, (address, channel), self.budget.clone(), self.context.events.clone())?;
         Ok(())
     }
 
