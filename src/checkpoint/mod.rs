@@ -11,6 +11,7 @@ pub mod image;
 pub mod journal;
 pub mod output;
 pub mod packing;
+pub mod receiver;
 pub mod sender;
 pub mod shared_journal;
 pub mod shared_writer;

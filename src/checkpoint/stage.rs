@@ -19,6 +19,13 @@ pub enum StageError {
         /// The frame.
         what: &'static str,
     },
+    /// A frame without content: it spends nothing of the budget, so nothing would bound how many
+    /// of them there are.
+    #[error("the primary sent an empty frame of {what}")]
+    Empty {
+        /// What there should have been in it.
+        what: &'static str,
+    },
     /// The figures at the end do not agree with what came.
     #[error("epoch {id} is not whole: {what} is {came}, announced as {announced}")]
     NotWhole {
@@ -154,6 +161,7 @@ impl Stager {
 
     /// Encoded pages of the open epoch.
     pub fn pages(&mut self, payload: &[u8]) -> Result<(), StageError> {
+        check_not_empty(payload, "pages")?;
         let count = check_pages(payload, self.pages_total)?;
         let open = self.spend(payload, "pages")?;
         open.pages += count;
@@ -163,6 +171,7 @@ impl Stager {
 
     /// A part of the open epoch's machine state.
     pub fn state(&mut self, payload: &[u8]) -> Result<(), StageError> {
+        check_not_empty(payload, "machine state")?;
         let open = self.spend(payload, "machine state")?;
         open.epoch.state.extend_from_slice(payload);
         Ok(())
@@ -184,6 +193,7 @@ impl Stager {
         if self.open.is_some() {
             return Err(StageError::OutOfPlace { what: "background pages inside an epoch" });
         }
+        check_not_empty(payload, "background pages")?;
         check_pages(payload, self.pages_total)?;
         if !self.budget.spend(payload.len() as u64, 0) {
             return Err(StageError::TooLarge { id: EpochId::default(), budget_bytes: self.budget.bytes_max() });
@@ -209,6 +219,10 @@ impl Stager {
         }
         Ok(open.epoch)
     }
+}
+
+fn check_not_empty(payload: &[u8], what: &'static str) -> Result<(), StageError> {
+    if payload.is_empty() { Err(StageError::Empty { what }) } else { Ok(()) }
 }
 
 /// Checks that a chunk can be applied, all of it, and counts its pages.
@@ -254,7 +268,8 @@ mod tests {
         stager.begin(id(0), false).unwrap();
         stager.state(b"a").unwrap();
         stager.state(b"bc").unwrap();
-        assert!(stager.background(&[]).is_err());
+        assert!(matches!(stager.background(b"pages"), Err(StageError::OutOfPlace { .. })));
+        assert!(matches!(stager.state(&[]), Err(StageError::Empty { .. })));
         let epoch = stager.end(id(0), 0, 3, digest).unwrap();
         assert_eq!((epoch.state.as_slice(), epoch.bytes), (b"abc".as_slice(), 3));
     }

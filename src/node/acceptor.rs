@@ -19,6 +19,7 @@ use crate::protocol::types::ConnId;
 use crate::wire::block_hashes::decode_hashes;
 use crate::wire::link::{Link, LinkError, LinkReader, Listener};
 use crate::wire::{FrameKind, LinkCloser, LinkWriter, WireError};
+use crate::wire::{HeartbeatError, HeartbeatPeer, heartbeat_message};
 
 /// A pair needs two connections, and for a moment four when it forms anew.
 const ADMISSION: AdmissionConfig = AdmissionConfig {
@@ -31,6 +32,8 @@ const ADMISSION: AdmissionConfig = AdmissionConfig {
 };
 /// Accepted connections are numbered from here; a secondary numbers its own from 1.
 const ACCEPTED_FROM: ConnId = 1 << 32;
+/// Why a connection ends when the node does.
+pub(super) const ENDING: &str = "this node is ending";
 
 /// Listens on both ports, in threads of their own, as long as the process lives.
 ///
@@ -145,10 +148,15 @@ impl Acceptor {
     /// Reads what follows the hello, until the connection ends.
     fn read(&self, conn: ConnId, hello: Hello, mut reader: LinkReader, silent: Silent) {
         let Silent { writer, closer, .. } = silent;
+        let channel = hello.channel;
         let accepted = NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() };
         if self.events.from_link(accepted).is_ok() {
             priority::raise();
-            let why = read_messages(conn, &mut reader, &self.events);
+            let why = match channel {
+                Channel::Data => read_data(conn, &mut reader, &self.events),
+                Channel::Heartbeat => read_heartbeats(conn, HeartbeatPeer::Secondary, &mut reader, &self.events)
+                    .map_or(ENDING.into(), |error| error.to_string()),
+            };
             closer.shutdown();
             // A node that is ending needs no more events.
             let _ = self.events.from_link(NodeEvent::Closed { conn, why });
@@ -235,8 +243,8 @@ fn read_hello(reader: &mut LinkReader, channel: Channel) -> Result<Hello, (Optio
     }
 }
 
-/// Reads messages until the connection ends; why it did.
-fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &InboxSender) -> String {
+/// Reads a secondary's messages until the data connection ends; why it did.
+fn read_data(conn: ConnId, reader: &mut LinkReader, events: &InboxSender) -> String {
     loop {
         let event = match reader.read() {
             Ok(frame) if frame.kind == FrameKind::Probe => continue,
@@ -251,7 +259,26 @@ fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &InboxSender) ->
             Err(error) => return error.to_string(),
         };
         if events.from_link(event).is_err() {
-            return "this node is ending".into();
+            return ENDING.into();
+        }
+    }
+}
+
+/// Reads `peer`'s heartbeats until the connection ends; `None` if this node does.
+pub(super) fn read_heartbeats(
+    conn: ConnId,
+    peer: HeartbeatPeer,
+    reader: &mut LinkReader,
+    events: &InboxSender,
+) -> Option<HeartbeatError> {
+    loop {
+        let message = match reader.read().map_err(HeartbeatError::from) {
+            Ok(frame) => heartbeat_message(peer, frame),
+            Err(error) => Err(error),
+        };
+        match message {
+            Ok(message) => events.from_link(NodeEvent::Message { conn, message }).ok()?,
+            Err(error) => return Some(error),
         }
     }
 }

@@ -299,7 +299,7 @@ impl<'a> SecondaryNode<'a> {
             Channel::Data => self.start.peer,
             Channel::Heartbeat => self.start.peer_heartbeat,
         };
-        connector::connect(conn, address, self.budget.clone(), self.context.events.clone())?;
+        connector::connect(conn, (address, channel), self.budget.clone(), self.context.events.clone())?;
         Ok(())
     }
 

@@ -14,12 +14,14 @@ pub mod block_hashes;
 pub mod codec;
 pub mod error;
 pub mod frame;
+pub mod heartbeat;
 pub mod link;
 pub mod pages;
 pub mod watch;
 
 pub use error::{PageError, WireError};
 pub use frame::{Frame, FrameBatch, FrameKind, FrameReader, FrameWriter};
+pub use heartbeat::{HeartbeatError, HeartbeatPeer, heartbeat_message};
 pub use link::{Link, LinkCloser, LinkError, LinkReader, LinkWriter, Listener, ListenerCloser};
 pub use pages::{PageDecoder, PageEncoder, PageKind, PageRecord};
 pub use watch::LinkWatch;

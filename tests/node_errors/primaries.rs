@@ -70,6 +70,8 @@ fn frames_out_of_place() {
         sent(&bulk(FrameKind::Pages, &pages(&[2])), "pages outside an epoch");
         sent(&bulk(FrameKind::Background, &pages(&[PAGES])), "beyond the guest's 4096 pages");
         sent(&bulk(FrameKind::Background, &garbage(5000)), "page");
+        sent(&bulk(FrameKind::Background, &[]), "an empty frame of background pages");
+        sent(&[begin.clone(), bulk(FrameKind::Pages, &[])].concat(), "an empty frame of pages");
         let mut damaged = bulk(FrameKind::Background, &pages(&[2]));
         *damaged.last_mut().expect("bytes") ^= 1;
         sent(&damaged, "arrived damaged");
@@ -96,6 +98,27 @@ fn frames_out_of_place() {
             peer.send(&Message::Welcome(welcome()));
             peer.send_bytes(&bytes);
             peer.is_closed();
+            node.wait_warning(part);
+        }
+    });
+}
+
+#[test]
+fn a_heartbeat_connection_takes_heartbeats_only() {
+    run("primaries::a_heartbeat_connection_takes_heartbeats_only", |place| {
+        let fake = FakePrimary::listen(PRIMARY);
+        let mut node = place.secondary(&[]);
+        let bye = Message::Bye { reason: "the guest was shut down".into() };
+        let cases = [
+            (Epoch::new(0).frames(), "a heartbeat connection (epoch-begin)"),
+            (bulk(FrameKind::Background, &pages(&[2])), "a background frame, which does not belong"),
+            (bulk(FrameKind::Probe, &[]), "a probe frame, which does not belong"),
+            (frame(&bye), "a heartbeat connection (bye)"),
+        ];
+        for (bytes, part) in cases {
+            let mut joined = fake.join();
+            joined.heartbeat.send_bytes(&bytes);
+            joined.closes();
             node.wait_warning(part);
         }
     });

@@ -175,6 +175,19 @@ fn a_newcomer_that_is_welcome_and_then_goes_wrong() {
         heartbeat.send(&Message::Heartbeat(beat));
         third.is_closed();
         primary.wait_warning("what does not belong here (heartbeat)");
+
+        // Pages, and messages of the data connection, on the heartbeat connection.
+        let pages = bulk(mcd::wire::FrameKind::Background, &super::fake::pages(&[1]));
+        let ack = frame(&Message::Ack { id: super::fake::epoch(0), staged_bytes: 0 });
+        for (instance, bytes, part) in [(6, pages, "a background frame"), (7, ack, "a heartbeat connection (ack)")] {
+            let mut data = welcomed(instance);
+            let mut heartbeat = Peer::connect(PRIMARY[1]);
+            heartbeat.send(&Message::Hello(hello(Channel::Heartbeat, instance)));
+            assert!(matches!(heartbeat.read(), Ok(Message::Welcome(_))));
+            heartbeat.send_bytes(&bytes);
+            data.is_closed();
+            primary.wait_warning(part);
+        }
         is_well(place, &mut primary);
     });
 }

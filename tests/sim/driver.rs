@@ -119,13 +119,13 @@ impl World {
                     self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
                 }
             },
-            In::Epoch { conn, mut staged } => {
+            In::Epoch { conn, mut staged, began } => {
                 if mutant::is("ack-before-whole") {
                     staged.pages.truncate(staged.pages.len() / 2);
                 }
                 let (id, completes_resync) = (staged.id, staged.completes);
                 self.procs[proc].staged = Some(staged);
-                let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0, began: now };
+                let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0, began };
                 self.feed_secondary(proc, now, staged);
             }
             In::Primary(primary::Input::OutputWaiting) => {

@@ -234,10 +234,11 @@ impl World {
         let end = &mut self.conns[conn].ends[to];
         let (proc, local) = (end.proc, end.local);
         let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages)));
-        match receiver.take(bytes) {
+        let now = self.procs[proc].clock.local(self.now);
+        match receiver.take(now, bytes) {
             Ok(arrived) => {
                 self.procs[proc].inbox.extend(arrived.into_iter().map(|arrived| match arrived {
-                    Arrived::Epoch(staged) => In::Epoch { conn: local, staged },
+                    Arrived::Epoch { staged, began } => In::Epoch { conn: local, staged, began },
                     Arrived::Background(pages) => In::Background { conn: local, pages },
                 }));
                 self.drive(proc);

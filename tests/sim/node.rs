@@ -62,6 +62,7 @@ pub enum In {
     Epoch {
         conn: ConnId,
         staged: Staged,
+        began: Instant,
     },
     Answer {
         ticket: u64,

@@ -5,11 +5,12 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use mcd::checkpoint::stage::{StagedEpoch, Stager, StagingBudget};
+use mcd::checkpoint::receiver::{EpochReceiver, Received};
+use mcd::checkpoint::stage::{StagedEpoch, StagingBudget};
 use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::messages::Message;
 use mcd::protocol::pages::PAGE_BYTES;
-use mcd::protocol::types::EpochId;
+use mcd::protocol::types::{EpochId, Instant};
 use mcd::wire::block_hashes::{decode_hashes, encode_hashes};
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageDecoder, PageEncoder};
 
@@ -126,14 +127,14 @@ pub fn sums_over_the_wire(first: u64, hashes: &[BlockHash]) -> Result<(u64, Vec<
 
 /// What a receiver made of bytes.
 pub enum Arrived {
-    Epoch(Staged),
+    Epoch { staged: Staged, began: Instant },
     Background(Vec<(u64, u64)>),
 }
 
-/// Reads the bytes of one connection.
+/// Reads the bytes of one connection with the node's own receiver.
 pub struct Receiver {
     reader: FrameReader<Pipe>,
-    stager: Stager,
+    epochs: EpochReceiver,
     budget: Arc<StagingBudget>,
     pages: u64,
 }
@@ -142,12 +143,12 @@ impl Receiver {
     /// For a guest of so many pages.
     pub fn new(pages: u64) -> Receiver {
         let budget = StagingBudget::new(1 << 30);
-        let stager = Stager::new(budget.clone(), pages);
-        Receiver { reader: FrameReader::new(Pipe(VecDeque::new())), stager, budget, pages }
+        let epochs = EpochReceiver::for_pages(budget.clone(), pages);
+        Receiver { reader: FrameReader::new(Pipe(VecDeque::new())), epochs, budget, pages }
     }
 
     /// Takes bytes as they come, wherever they were cut.
-    pub fn take(&mut self, bytes: &[u8]) -> Result<Vec<Arrived>, String> {
+    pub fn take(&mut self, now: Instant, bytes: &[u8]) -> Result<Vec<Arrived>, String> {
         self.reader.source_mut().0.extend(bytes);
         let mut arrived = Vec::new();
         loop {
@@ -156,27 +157,17 @@ impl Receiver {
                 Err(error) if error.is_timeout() => return Ok(arrived),
                 Err(error) => return Err(error.to_string()),
             };
-            match frame.kind {
-                FrameKind::Pages => self.stager.pages(frame.payload).map_err(|error| error.to_string())?,
-                FrameKind::State => self.stager.state(frame.payload).map_err(|error| error.to_string())?,
-                FrameKind::Background => {
-                    let payload = self.stager.background(frame.payload).map_err(|error| error.to_string())?;
+            match self.epochs.take(now, frame).map_err(|error| error.to_string())? {
+                Received::Nothing => {}
+                Received::Background(payload) => {
                     arrived.push(Arrived::Background(decode(&payload, self.pages)?));
                     self.budget.give_back(payload.len() as u64);
                 }
-                FrameKind::Probe => {}
-                FrameKind::Hashes => return Err("a primary sent hashes, which are a secondary's to send".into()),
-                FrameKind::Message => match frame.message().map_err(|error| error.to_string())? {
-                    Message::EpochBegin { id, completes_resync } => {
-                        self.stager.begin(id, completes_resync).map_err(|error| error.to_string())?;
-                    }
-                    Message::EpochEnd { id, pages, state_bytes, digest } => {
-                        let whole = self.stager.end(id, pages, state_bytes, digest).map_err(|e| e.to_string())?;
-                        self.budget.give_back(whole.bytes);
-                        arrived.push(Arrived::Epoch(staged(&whole, self.pages)?));
-                    }
-                    other => return Err(format!("a {} inside an epoch", other.name())),
-                },
+                Received::Epoch { epoch, began } => {
+                    self.budget.give_back(epoch.bytes);
+                    arrived.push(Arrived::Epoch { staged: staged(&epoch, self.pages)?, began });
+                }
+                Received::Message(other) => return Err(format!("a {} inside an epoch", other.name())),
             }
         }
     }
