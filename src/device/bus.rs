@@ -82,6 +82,9 @@ pub enum PortEffect {
 /// The devices of one machine.
 pub struct Bus<M: GuestMemory + Send + Sync + 'static> {
     serial: Mutex<SerialPort>,
+    /// Where the serial port's output goes. Never locked together with the port: a console that
+    /// blocks holds up the vCPU that writes to it and nobody else.
+    console: Mutex<Box<dyn Write + Send>>,
     pci: Mutex<PciPorts>,
     net: NetDevice<M>,
     disks: Vec<BlkDevice<M>>,
@@ -161,8 +164,8 @@ impl<M: GuestMemory + Clone + Send + Sync + 'static> Bus<M> {
         let mut devices = vec![id(DeviceKind::Serial, 0), id(DeviceKind::Net, 0), id(DeviceKind::Pci, 0)];
         devices.extend((0u16..).zip(&blocks).map(|(instance, _)| id(DeviceKind::Block, instance)));
         devices.extend(rng.iter().map(|_| id(DeviceKind::Rng, 0)));
-        let (serial, pci) = (Mutex::new(SerialPort::new(console, signals)), Mutex::default());
-        Ok(Bus { serial, pci, net, disks: blocks, rng, devices })
+        let serial = Mutex::new(SerialPort::new(signals));
+        Ok(Bus { serial, console: Mutex::new(console), pci: Mutex::default(), net, disks: blocks, rng, devices })
     }
 }
 
@@ -187,6 +190,9 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         if let Some(register) = serial_register(port) {
             let mut serial = self.serial.lock();
             data.iter().for_each(|byte| serial.write(register, *byte));
+            let output = serial.take_output();
+            drop(serial);
+            self.write_console(&output);
             return PortEffect::None;
         }
         if let Some(offset) = pci_offset(port) {
@@ -197,6 +203,14 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
             (KEYBOARD_COMMAND_PORT, Some(&KEYBOARD_RESET)) | (RESET_PORT, Some(&RESET_VALUE)) => PortEffect::Reset,
             (POWER_PORT, Some(&SLEEP_OFF)) => PortEffect::Off,
             _ => PortEffect::None,
+        }
+    }
+
+    /// A console that fails loses the bytes: the guest has no use for the error.
+    fn write_console(&self, output: &[u8]) {
+        if !output.is_empty() {
+            let mut console = self.console.lock();
+            let _ = console.write_all(output).and_then(|()| console.flush());
         }
     }
 
@@ -221,7 +235,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         }
     }
 
-    /// Where the guest finds its virtio devices, for whoever tells it.
+    /// Where the guest finds its virtio devices: what boot writes into its tables.
     pub fn virtio_windows(&self) -> Vec<VirtioWindow> {
         let count = 1 + self.disks.len() + usize::from(self.rng.is_some());
         (0u8..).take(count).map(VirtioWindow::of).collect()
@@ -254,16 +268,31 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         self.disks.iter().for_each(BlkDevice::kick);
     }
 
-    /// Keeps every device thread out of guest memory and from changing a disk, and input out of the
-    /// devices; returns when all have let go.
-    pub fn quiesce(&self) {
-        self.serial.lock().hold(true);
+    /// From now on no disk's thread touches guest memory or changes its disk;
+    /// [`Bus::busy_disk`] says whether one still does. Never blocks, however slow a disk is.
+    pub fn begin_quiesce_disks(&self) {
         self.disks.iter().for_each(BlkDevice::begin_quiesce);
-        self.net.quiesce();
-        self.disks.iter().for_each(BlkDevice::quiesce);
     }
 
-    /// Lets the device threads work again.
+    /// A disk whose thread is not quiet yet, counted from 0.
+    pub fn busy_disk(&self) -> Option<usize> {
+        self.disks.iter().position(|disk| !disk.is_quiet())
+    }
+
+    /// The same for the network card's thread ([`Bus::net_is_quiet`]); input stays out of the serial
+    /// port, and a vCPU that serves a queue stops after the chain it is at.
+    pub fn begin_quiesce(&self) {
+        self.net.begin_quiesce();
+        self.rng.iter().for_each(RngDevice::begin_quiesce);
+        self.serial.lock().hold(true);
+    }
+
+    /// True when the network card's thread is out of guest memory.
+    pub fn net_is_quiet(&self) -> bool {
+        self.net.is_quiet()
+    }
+
+    /// Lets all devices work again.
     pub fn unquiesce(&self) {
         self.serial.lock().hold(false);
         self.net.unquiesce();

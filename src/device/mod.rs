@@ -24,6 +24,9 @@ pub trait Signals: Send + Sync {
     fn ring(&self);
     /// The guest broke the rules of `device`, which now does nothing until the guest resets it.
     fn broken(&self, device: &'static str, reason: &str);
+    /// A device's thread that was to be quiet has become so: whoever waits for that looks again.
+    /// Called with a device's lock held; it must not block.
+    fn quiesced(&self);
 }
 
 /// Why a device's saved state was refused.

@@ -1,12 +1,11 @@
-//! The serial console: a 16550 at port 0x3F8 on interrupt 4. What the guest writes goes to the
-//! console given to the machine; what a person types waits here until the guest takes it.
+//! The serial console: a 16550 at port 0x3F8 on interrupt 4. What the guest writes waits here until
+//! it is taken, so that no console can block whoever needs the port; what a person types waits here
+//! until the guest takes it.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::io::{self, Write};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial, SerialState};
 
@@ -27,20 +26,6 @@ const WAITING_BYTES_MAX: usize = 64 << 10;
 /// The register that hands over input.
 const DATA_REGISTER: u8 = 0;
 
-/// The console writer, kept across restores.
-#[derive(Clone)]
-struct Console(Arc<Mutex<Box<dyn Write + Send>>>);
-
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.lock().flush()
-    }
-}
-
 /// The interrupt of the serial port: edge-triggered, as ISA has it.
 struct SerialIrq {
     signals: Arc<dyn Signals>,
@@ -58,23 +43,20 @@ impl Trigger for SerialIrq {
 
 /// The serial console.
 pub struct SerialPort {
-    serial: Serial<SerialIrq, NoEvents, Console>,
-    console: Console,
+    serial: Serial<SerialIrq, NoEvents, Vec<u8>>,
     signals: Arc<dyn Signals>,
     /// Typed, and not yet in the FIFO. Not part of the saved state: for the guest it is still on
     /// the line.
     waiting: VecDeque<u8>,
-    /// The machine stands still: nothing goes into the FIFO, whose interrupt a capture could miss.
+    /// The machine is paused: nothing goes into the FIFO, whose interrupt a capture could miss.
     held: bool,
 }
 
 impl SerialPort {
-    /// A serial port that writes to `console`. The writer must not block for long: a vCPU waits for
-    /// it.
-    pub fn new(console: Box<dyn Write + Send>, signals: Arc<dyn Signals>) -> SerialPort {
-        let console = Console(Arc::new(Mutex::new(console)));
+    /// A serial port that takes no input yet.
+    pub fn new(signals: Arc<dyn Signals>) -> SerialPort {
         let irq = SerialIrq { signals: Arc::clone(&signals) };
-        SerialPort { serial: Serial::new(irq, console.clone()), console, signals, waiting: VecDeque::new(), held: true }
+        SerialPort { serial: Serial::new(irq, Vec::new()), signals, waiting: VecDeque::new(), held: true }
     }
 
     /// The guest reads register `register` (0 to 7).
@@ -93,7 +75,7 @@ impl SerialPort {
         self.fill();
     }
 
-    /// Keeps input out of the port while the machine stands still, or lets it in again.
+    /// Keeps input out of the port while the machine is paused, or lets it in again.
     pub fn hold(&mut self, held: bool) {
         self.held = held;
         self.fill();
@@ -110,9 +92,14 @@ impl SerialPort {
         self.waiting.drain(..taken);
     }
 
-    /// The guest writes register `register`. A console that fails loses the byte: the guest has no
-    /// use for the error.
+    /// What the guest has written since the last call.
+    pub fn take_output(&mut self) -> Vec<u8> {
+        std::mem::take(self.serial.writer_mut())
+    }
+
+    /// The guest writes register `register`.
     pub fn write(&mut self, register: u8, value: u8) {
+        // Neither a vector nor the interrupt line can fail.
         let _ = self.serial.write(register, value);
         if register != DATA_REGISTER {
             // It may have left loopback mode.
@@ -165,7 +152,7 @@ impl SerialPort {
             in_buffer,
         };
         let irq = SerialIrq { signals: Arc::clone(&self.signals) };
-        self.serial = Serial::from_state(&state, irq, NoEvents, self.console.clone())
+        self.serial = Serial::from_state(&state, irq, NoEvents, self.take_output())
             .map_err(|_| DeviceStateError::new("serial state was refused"))?;
         Ok(())
     }
@@ -178,14 +165,14 @@ mod tests {
 
     #[test]
     fn state_survives_and_garbage_does_not() {
-        let mut port = SerialPort::new(Box::new(io::sink()), Arc::new(Recorder::default()));
+        let mut port = SerialPort::new(Arc::new(Recorder::default()));
         port.write(3, 0x80);
         port.write(0, 0x0c);
         port.write(3, 0x03);
         port.write(7, 0x5a);
         let mut bytes = Vec::new();
         port.save(&mut bytes);
-        let mut other = SerialPort::new(Box::new(io::sink()), Arc::new(Recorder::default()));
+        let mut other = SerialPort::new(Arc::new(Recorder::default()));
         other.restore(&bytes).expect("restore");
         let mut again = Vec::new();
         other.save(&mut again);
@@ -201,13 +188,13 @@ mod tests {
     #[test]
     fn input_of_any_length_arrives_in_order_with_interrupts() {
         let recorder = Arc::new(Recorder::default());
-        let mut port = SerialPort::new(Box::new(io::sink()), recorder.clone());
+        let mut port = SerialPort::new(recorder.clone());
         // The guest wants an interrupt for input.
         port.write(1, 1);
         recorder.lines.lock().clear();
         let typed: Vec<u8> = (0..1000u32).map(|n| n as u8).collect();
         port.input(&typed);
-        assert!(recorder.lines.lock().is_empty(), "the machine stands still");
+        assert!(recorder.lines.lock().is_empty(), "the machine is paused");
         port.hold(false);
         let mut read = Vec::new();
         while port.read(5) & 1 == 1 {
@@ -221,24 +208,14 @@ mod tests {
     }
 
     #[test]
-    fn the_console_outlives_a_restore() {
-        let sink = Arc::new(Mutex::new(Vec::new()));
-        struct Shared(Arc<Mutex<Vec<u8>>>);
-        impl Write for Shared {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.lock().extend_from_slice(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let mut port = SerialPort::new(Box::new(Shared(Arc::clone(&sink))), Arc::new(Recorder::default()));
+    fn output_waits_until_it_is_taken_also_across_a_restore() {
+        let mut port = SerialPort::new(Arc::new(Recorder::default()));
         port.write(0, b'a');
         let mut bytes = Vec::new();
         port.save(&mut bytes);
         port.restore(&bytes).expect("restore");
         port.write(0, b'b');
-        assert_eq!(sink.lock().as_slice(), b"ab");
+        assert_eq!(port.take_output(), b"ab");
+        assert!(port.take_output().is_empty(), "taken once");
     }
 }

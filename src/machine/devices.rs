@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crossbeam::channel::Sender;
 use kvm_ioctls::VmFd;
 
+use super::pause::PauseSignal;
 use super::state::sections::Kind;
 use super::wait::Doorbell;
 use super::{MachineError, MachineEvent};
@@ -18,6 +19,7 @@ pub(super) struct MachineSignals {
     pub(super) vm: Arc<VmFd>,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
     pub(super) events: Sender<MachineEvent>,
+    pub(super) pause_signal: Arc<PauseSignal>,
 }
 
 impl Signals for MachineSignals {
@@ -35,6 +37,10 @@ impl Signals for MachineSignals {
 
     fn broken(&self, device: &'static str, reason: &str) {
         let _ = self.events.try_send(MachineEvent::DeviceBroken { device, reason: reason.to_owned() });
+    }
+
+    fn quiesced(&self) {
+        self.pause_signal.notify();
     }
 }
 

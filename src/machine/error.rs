@@ -134,10 +134,24 @@ pub enum MachineError {
     /// A restore failed half way; what the machine holds is of no guest.
     #[error("the machine cannot run: its last restore failed, restore a whole state first")]
     HalfRestored,
-    /// A vCPU did not stop or obey in time.
-    #[error(
-        "vCPU {cpu} did not {what} within {limit_s} s: the host is stalled or the console or network backend blocks"
-    )]
+    /// Something did not stop within the limit of a pause; the guest runs on.
+    #[error("{what} did not stop within {waited_ms} ms: the host or its storage is stalled, or a backend blocks")]
+    PauseTimedOut {
+        /// `vCPU 2`, `disk 0`, `the network card`.
+        what: String,
+        /// How long it was waited for, in milliseconds.
+        waited_ms: u64,
+    },
+    /// A pause was aborted; the guest runs on.
+    #[error("the pause was aborted after {waited_ms} ms, when {what} had not stopped")]
+    PauseAborted {
+        /// What the pause was waiting for, as in [`MachineError::PauseTimedOut`].
+        what: String,
+        /// How long it had waited, in milliseconds.
+        waited_ms: u64,
+    },
+    /// A stopped vCPU did not carry out an order in time.
+    #[error("vCPU {cpu} did not {what} within {limit_s} s: the host is stalled")]
     Stuck {
         /// The vCPU.
         cpu: u16,

@@ -5,10 +5,12 @@
 //!
 //! ```text
 //! controller                          vCPU thread                       device thread
-//! pause()  order Park, kick  ───────→ leaves the guest
-//!          quiesce devices  ─────────────────────────────────────────→ out of guest memory
+//! pause()  quiesce disks, then the rest ────────────────────────────→ out of guest memory
+//!          ←───────────────────────────────────────────────────────── quiesced
+//!          order Park, kick  ───────→ leaves the guest
 //!                                     completes pending I/O
 //!          ←──────────────── stopped
+//!          order Harvest
 //! collect_dirty(), copy_pages()        harvests its state into its slot
 //! save()   ←──────────────── settled
 //!          slots, chips, devices → bytes
@@ -16,17 +18,18 @@
 //!          unquiesce devices  ───────────────────────────────────────→ works again
 //! ```
 //!
-//! [`Machine::pause`] returns as soon as guest memory stands still; the vCPU threads are then still
+//! [`Machine::pause_within`] returns as soon as guest memory no longer changes; the vCPU threads are then still
 //! reading their own state, and [`Machine::save`] waits for them. A controller that copies pages in
 //! between gets that time for nothing. (Harvesting writes no guest memory, so the dirty log may be
 //! read before it is over.)
 //!
 //! # Rooms
 //!
-//! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty`
-//! what changed · `vcpu` threads and the pause word · `wait` the wait port · `saving` its state out
-//! and in · `state` the byte form of everything · `host` what this host can do · `cpuid` which of
-//! it a guest is shown · `initial` what a guest starts with · `boot` who gives it that.
+//! `devices` what they can make happen, and which there are · `memory` where RAM lies ·
+//! `dirty_log` what changed · `pause` stopping the guest · `vcpu` threads and the pause word ·
+//! `wait` the wait port · `save_restore` its state out and in · `state` the byte form of everything
+//! · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a guest
+//! starts with · `boot` who gives it that.
 
 pub mod boot;
 mod cpuid;
@@ -37,6 +40,7 @@ mod futex;
 mod host;
 pub mod initial;
 pub mod memory;
+mod pause;
 mod save_restore;
 mod state;
 mod vcpu;
@@ -57,6 +61,7 @@ pub use self::error::{KvmError, MachineError, StateError};
 pub use self::host::{CPUS_MAX, cpu_digest, cpu_maker, host_cpu};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};
+pub use self::pause::PauseAbort;
 pub use self::state::FormatError;
 pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 
@@ -65,6 +70,7 @@ use self::dirty_log::DirtyLog;
 use self::error::kvm;
 use self::host::HostCaps;
 use self::memory::GuestMmap;
+use self::pause::PauseSignal;
 use self::vcpu::gate::{Order, SpinLimit};
 use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
@@ -129,6 +135,7 @@ pub struct Machine {
     ram: GuestRam,
     shape: MachineShape,
     dirty_log: DirtyLog,
+    pause_signal: Arc<PauseSignal>,
     events: Receiver<MachineEvent>,
     running: bool,
     /// A restore failed: what the machine holds is of no guest.
@@ -165,12 +172,24 @@ impl Machine {
         let vm = Arc::new(create_vm(&kvm_fd)?);
         let (events_in, events) = bounded(EVENTS_MAX);
         let doorbells: Vec<Arc<Doorbell>> = (0..shape.cpus).map(|_| Arc::default()).collect();
-        let signals = MachineSignals { vm: Arc::clone(&vm), doorbells: doorbells.clone(), events: events_in.clone() };
+        let pause_signal = Arc::new(PauseSignal::default());
+        let signals = MachineSignals {
+            vm: Arc::clone(&vm),
+            doorbells: doorbells.clone(),
+            events: events_in.clone(),
+            pause_signal: Arc::clone(&pause_signal),
+        };
         let bus = Bus::new(ram.mmap().clone(), shape, net, disks, console, Arc::new(signals))
             .map_err(|reason| MachineError::Start { what: "the devices", reason })?;
         let bus = Arc::new(bus);
-        let common =
-            Common { cpus: shape.cpus, caps, bus: Arc::clone(&bus), events: events_in, timeout: timeout(shape.cpus) };
+        let common = Common {
+            cpus: shape.cpus,
+            caps,
+            bus: Arc::clone(&bus),
+            events: events_in,
+            pause_signal: Arc::clone(&pause_signal),
+            spin_limit: spin_limit(shape.cpus),
+        };
         let mut machine = Machine {
             vcpus: Vec::new(),
             bus,
@@ -178,6 +197,7 @@ impl Machine {
             dirty_log: DirtyLog::new(&ram),
             ram,
             shape: shape.clone(),
+            pause_signal,
             events,
             running: false,
             half_restored: false,
@@ -237,37 +257,8 @@ impl Machine {
         }
         if !self.running {
             self.running = true;
-            self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Run));
-            self.bus.unquiesce();
+            self.run_guest();
         }
-        Ok(())
-    }
-
-    /// Stops the guest. When this returns, every vCPU is out of the guest with its I/O complete, no
-    /// device thread is in guest memory, and the vCPUs' state is being read by their own threads
-    /// ([`Machine::save`] waits for it).
-    ///
-    /// # Errors
-    /// [`MachineError::Stuck`] if a vCPU does not stop within ten seconds; the machine runs on
-    /// then.
-    pub fn pause(&mut self) -> Result<(), MachineError> {
-        if !self.running {
-            return Ok(());
-        }
-        let start = Instant::now();
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Park));
-        // While the kick is on its way.
-        self.bus.quiesce();
-        let stopped: Result<(), MachineError> = self.vcpus.iter().try_for_each(Vcpu::wait_stopped);
-        if stopped.is_err() {
-            self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Run));
-            self.bus.unquiesce();
-            return stopped;
-        }
-        // Every interrupt on its way has arrived.
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.order(Order::Harvest));
-        self.running = false;
-        self.times = PauseTimes { stop_us: elapsed_us(start), ..PauseTimes::default() };
         Ok(())
     }
 
@@ -402,7 +393,7 @@ fn create_vm(kvm_fd: &kvm_ioctls::Kvm) -> Result<VmFd, MachineError> {
 }
 
 /// Looking before sleeping pays only where the other side has a core of its own.
-fn timeout(cpus: u8) -> SpinLimit {
+fn spin_limit(cpus: u8) -> SpinLimit {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if cores > usize::from(cpus) {
         SpinLimit { controller: Duration::from_micros(50), vcpu: Duration::from_micros(100) }

@@ -38,7 +38,7 @@ const HOSTILE: [Hostile; 12] = [
         },
         "no end",
     ),
-    ("head outside the table", |r| r.add(TX, SIZE + 5), "empty"),
+    ("head outside the table", |r| r.add(TX, SIZE + 5), "no end"),
     (
         "outside memory",
         |r| {
@@ -164,10 +164,10 @@ fn a_hostile_receive_buffer_breaks_the_device() {
 #[test]
 fn states_that_cannot_be_are_refused() {
     let rig = Rig::ready();
-    rig.device.quiesce();
+    rig.quiesce();
     let state = rig.state();
     let other = Rig::bare();
-    other.device.quiesce();
+    other.quiesce();
     for cut in 0..state.len() {
         assert!(other.device.restore(&state[..cut]).is_err());
     }
@@ -219,21 +219,21 @@ proptest! {
         }
         rig.notify(RX);
         rig.notify(TX);
-        rig.device.quiesce();
+        rig.quiesce();
         let _ = rig.state();
     }
 
     #[test]
     fn no_state_bytes_make_the_device_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
         let rig = Rig::ready();
-        rig.device.quiesce();
+        rig.quiesce();
         let mut state = rig.state();
         for (at, byte) in changes {
             let at = at.index(state.len());
             state[at] = byte;
         }
         let other = Rig::bare();
-        other.device.quiesce();
+        other.quiesce();
         let _ = other.device.restore(&state);
         other.device.unquiesce();
         other.notify(TX);

@@ -62,7 +62,7 @@ fn a_full_backend_leaves_frames_in_the_queue_until_it_has_room() {
     rig.device.kick();
     until("one frame more", || rig.used(TX) == 3);
     // While paused nothing moves; the room is found at resume.
-    rig.device.quiesce();
+    rig.quiesce();
     rig.backend.room.store(2, Ordering::SeqCst);
     rig.device.kick();
     assert_eq!(rig.used(TX), 3);
@@ -102,7 +102,7 @@ fn frames_wait_outside_until_there_are_buffers_and_nobody_spins() {
     assert_eq!(rig.used_flags(RX), 0, "the driver is to notify");
     // Without buffers the backend is not even looked at, however often the device is woken.
     for _ in 0..200 {
-        rig.device.quiesce();
+        rig.quiesce();
         rig.device.unquiesce();
         rig.notify(RX);
     }
@@ -130,7 +130,7 @@ fn a_paused_device_leaves_memory_alone() {
     let mut rig = Rig::ready();
     rig.put_buffer(0, 2048);
     rig.notify(RX);
-    rig.device.quiesce();
+    rig.quiesce();
     rig.backend.send(vec![1; 60]);
     for _ in 0..1_000 {
         std::thread::yield_now();
@@ -162,11 +162,11 @@ fn state_goes_to_another_device_and_on() {
     rig.put_frame(1, 2, 60);
     rig.notify(TX);
     rig.put_buffer(0, 2048);
-    rig.device.quiesce();
+    rig.quiesce();
     let state = rig.state();
 
     let other = Rig::bare();
-    other.device.quiesce();
+    other.quiesce();
     let mut image = vec![0; MEMORY];
     rig.mem.read_slice(&mut image, GuestAddress(0)).expect("read");
     other.mem.write_slice(&image, GuestAddress(0)).expect("write");

@@ -86,14 +86,14 @@ fn what_was_not_agreed_on_is_dropped_and_never_reaches_the_other_side() {
 fn a_restored_device_tells_its_backend_what_was_agreed_on() {
     let mut rig = Rig::in_front_of(ALL);
     rig.agree(CSUM);
-    rig.device.quiesce();
+    rig.quiesce();
     let other = Rig::in_front_of(ALL);
-    other.device.quiesce();
+    other.quiesce();
     other.device.restore(&rig.state()).expect("restore");
     let checksum = Offloads { checksum: true, ..Offloads::NONE };
     assert_eq!(other.backend.agreed.lock().expect("agreed").last(), Some(&checksum));
     let plain = Rig::bare();
-    plain.device.quiesce();
+    plain.quiesce();
     let error = plain.device.restore(&rig.state()).expect_err("it cannot carry them").to_string();
     assert!(error.contains("features"), "{error}");
 }

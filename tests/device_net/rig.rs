@@ -44,6 +44,7 @@ impl Signals for Machine {
         assert_eq!(device, "virtio-net");
         self.broken.lock().expect("broken").push(reason.to_owned());
     }
+    fn quiesced(&self) {}
 }
 
 pub struct Backend {
@@ -153,6 +154,12 @@ impl Rig {
         let mut rig = Rig::bare();
         rig.set_up();
         rig
+    }
+
+    /// Pauses the device: returns when it is quiet.
+    pub fn quiesce(&self) {
+        self.device.begin_quiesce();
+        until("the device to be quiet", || self.device.is_quiet());
     }
 
     pub fn set_up(&mut self) {

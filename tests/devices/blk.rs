@@ -198,7 +198,7 @@ fn a_full_backend_keeps_the_request_until_there_is_room() {
     disk.rig.notify();
     disk.rig.until_used(1);
     // Full, paused, resumed: still there.
-    disk.rig.device.quiesce();
+    disk.rig.quiesce();
     let _ = disk.in_flight();
     disk.rig.device.unquiesce();
     assert_eq!(disk.rig.used(), 1);

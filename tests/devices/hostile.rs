@@ -80,7 +80,7 @@ fn a_hostile_chain_breaks_the_disk_and_nothing_else() {
             "{name}: {told:?}"
         );
         assert!(disk.disk.done().is_empty(), "{name}");
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         let mut after = disk.rig.get(0, MEMORY);
         // The device's word that it wants no notifies.
         after[USED as usize] = memory[USED as usize];
@@ -117,7 +117,7 @@ fn a_ring_taken_away_in_flight_is_not_written() {
     let memory = disk.rig.get(0, MEMORY);
     disk.disk.allow(Call::Read, 1);
     until("the disk's answer", || disk.disk.done().len() == 1);
-    disk.rig.device.quiesce();
+    disk.rig.quiesce();
     assert!(disk.rig.get(0, MEMORY) == memory);
 }
 
@@ -128,11 +128,11 @@ fn states_that_cannot_be_are_refused() {
     disk.put(0, IN, 0, 512, true);
     disk.rig.notify();
     disk.disk.until_waiting(Call::Read);
-    disk.rig.device.quiesce();
+    disk.rig.quiesce();
     let state = disk.state();
     disk.disk.allow(Call::Read, usize::MAX);
     let other = DiskRig::bare(pattern(SECTORS as usize * 512), false);
-    other.rig.device.quiesce();
+    other.rig.quiesce();
     for cut in 0..state.len() {
         assert!(other.rig.device.restore(&state[..cut]).is_err());
     }
@@ -239,7 +239,7 @@ proptest! {
         } else {
             until("every chain to be answered or the device to break", || disk.rig.used() == added || disk.rig.is_broken());
         }
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         let after = disk.rig.get(0, MEMORY);
         for (at, _) in before.iter().zip(&after).enumerate().filter(|(_, (before, after))| before != after) {
             let at = at as u64;
@@ -255,19 +255,19 @@ proptest! {
         disk.put(0, IN, 0, 512, true);
         disk.put(1, OUT, 0, 512, false);
         disk.rig.notify();
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         let mut state = disk.state();
         for (at, byte) in changes {
             let at = at.index(state.len());
             state[at] = byte;
         }
         let other = DiskRig::bare(pattern(SECTORS as usize * 512), false);
-        other.rig.device.quiesce();
+        other.rig.quiesce();
         other.rig.copy_memory(&disk.rig);
         let _ = other.rig.device.restore(&state);
         other.rig.device.unquiesce();
         other.rig.notify();
-        other.rig.device.quiesce();
+        other.rig.quiesce();
         other.state();
     }
 

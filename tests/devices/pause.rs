@@ -26,7 +26,7 @@ fn a_slow_read_or_flush_does_not_delay_a_pause_and_shows_nothing_until_its_end()
         disk.rig.notify();
         disk.disk.until_waiting(call);
         // Returns although the disk does not answer: the test would hang here.
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         let before = visible(&disk);
         assert_eq!((before.1, before.2), (NO_STATUS, 0));
         assert_eq!(disk.in_flight(), [0]);
@@ -39,7 +39,7 @@ fn a_slow_read_or_flush_does_not_delay_a_pause_and_shows_nothing_until_its_end()
         disk.rig.until_used(1);
         assert_eq!(disk.status(0), OK);
         assert_eq!(disk.disk.done().len(), 1, "asked once");
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         assert!(disk.in_flight().is_empty());
     }
 }
@@ -61,7 +61,7 @@ fn a_pause_waits_for_a_change_that_has_begun_and_none_begins_in_it() {
         std::thread::scope(|scope| {
             disk.rig.device.begin_quiesce();
             scope.spawn(|| {
-                disk.rig.device.quiesce();
+                disk.rig.quiesce();
                 order.lock().expect("order").push("quiet");
             });
             // Registers answer meanwhile: a vCPU does not wait for the disk.
@@ -86,7 +86,7 @@ fn a_pause_waits_for_a_change_that_has_begun_and_none_begins_in_it() {
 /// Another device in front of `content`, with the memory and the state of a paused one.
 fn restored(from: &DiskRig, content: Vec<u8>) -> DiskRig {
     let other = DiskRig::bare(content, false);
-    other.rig.device.quiesce();
+    other.rig.quiesce();
     other.rig.copy_memory(&from.rig);
     let state = from.state();
     other.rig.device.restore(&state).expect("restore");
@@ -111,7 +111,7 @@ fn requests_in_flight_and_in_the_ring_are_done_after_a_restore() {
         if kind == OUT {
             disk.disk.allow(call, 1);
         }
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         assert_eq!(disk.in_flight(), [0], "the second is still in the ring");
         // What the other node's disk has: for a write, either nothing of it or all.
         for content in [pattern(SECTORS as usize * 512), disk.disk.content()] {
@@ -138,7 +138,7 @@ fn requests_in_flight_and_in_the_ring_are_done_after_a_restore() {
 fn a_raised_interrupt_is_raised_again() {
     let mut disk = DiskRig::ready();
     assert_eq!(disk.ask(FLUSH, 0, 0, false), OK);
-    disk.rig.device.quiesce();
+    disk.rig.quiesce();
     let other = restored(&disk, disk.disk.content());
     assert_eq!(*other.rig.machine.line.lock().expect("line"), [true]);
     other.rig.write(0x64, 1);
@@ -156,7 +156,7 @@ fn a_large_write_may_be_paused_between_its_pieces_and_is_done_again_whole() {
     disk.disk.until_waiting(Call::Write);
     disk.rig.device.begin_quiesce();
     disk.disk.allow(Call::Write, 1);
-    disk.rig.device.quiesce();
+    disk.rig.quiesce();
     assert!(disk.disk.done().len() < 3, "not all of it");
     assert_eq!((disk.in_flight(), disk.rig.used()), (vec![0], 0));
     let other = restored(&disk, disk.disk.content());
@@ -249,7 +249,7 @@ fn a_device_ends_while_paused_waiting_for_room_or_at_work() {
             disk.put(0, OUT, 0, 512, false);
             disk.rig.notify();
             if paused {
-                disk.rig.device.quiesce();
+                disk.rig.quiesce();
             }
             drop(disk);
         }
@@ -270,7 +270,7 @@ fn pauses_at_any_moment_lose_and_double_nothing() {
         disk.put(2, FLUSH, 0, 0, false);
         disk.rig.notify();
         (0..round % 50).for_each(|_| std::hint::spin_loop());
-        disk.rig.device.quiesce();
+        disk.rig.quiesce();
         // A third of the rounds go on with another device, as after a takeover.
         if round % 3 == 0 {
             let added = disk.rig.added;

@@ -27,6 +27,9 @@ pub const HEADERS: u64 = 0x2_0000;
 pub const DATA: u64 = 0x4_0000;
 pub const DATA_END: u64 = 0xc_0000;
 
+/// How long anything is waited for.
+const GIVE_UP: Duration = Duration::from_secs(30);
+
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
@@ -39,6 +42,8 @@ pub struct Machine {
     pub line: Mutex<Vec<bool>>,
     pub rings: AtomicUsize,
     pub broken: Mutex<Vec<String>>,
+    quiesced: Mutex<usize>,
+    quiet: Condvar,
 }
 
 impl Signals for Machine {
@@ -51,6 +56,10 @@ impl Signals for Machine {
     }
     fn broken(&self, device: &'static str, reason: &str) {
         self.broken.lock().expect("broken").push(format!("{device}: {reason}"));
+    }
+    fn quiesced(&self) {
+        *self.quiesced.lock().expect("quiesced") += 1;
+        self.quiet.notify_all();
     }
 }
 
@@ -111,9 +120,8 @@ impl Disk {
     /// Returns when a call of this kind waits at its gate.
     pub fn until_waiting(&self, call: Call) {
         let gates = self.gates.lock().expect("gates");
-        let timeout = Duration::from_secs(30);
         let (_gates, timeout) =
-            self.moved.wait_timeout_while(gates, timeout, |gates| !gates.waiting.contains(&call)).expect("gates");
+            self.moved.wait_timeout_while(gates, GIVE_UP, |gates| !gates.waiting.contains(&call)).expect("gates");
         assert!(!timeout.timed_out(), "no {call:?} came");
     }
     /// The calls that went on: kind, offset, bytes.
@@ -168,6 +176,16 @@ impl BlockBackend for Disk {
     }
     fn write_zeroes(&self, offset: u64, bytes: u64, _may_unmap: bool) -> io::Result<Stored> {
         self.change(Call::Zero, offset, bytes, |_| 0)
+    }
+}
+
+impl Rig<BlkDevice<Memory>> {
+    /// Pauses the device: returns when it is quiet. Relies on the machine being told of that.
+    pub fn quiesce(&self) {
+        self.device.begin_quiesce();
+        let quiesced = self.machine.quiesced.lock().expect("quiesced");
+        let wait = self.machine.quiet.wait_timeout_while(quiesced, GIVE_UP, |_| !self.device.is_quiet());
+        assert!(!wait.expect("quiesced").1.timed_out(), "the device is never quiet");
     }
 }
 
@@ -308,7 +326,7 @@ pub fn until(what: &str, done: impl FnMut() -> bool) {
 pub fn until_or(mut done: impl FnMut() -> bool, what: impl Fn() -> String) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(30), "gave up waiting: {}", what());
+        assert!(start.elapsed() < GIVE_UP, "gave up waiting: {}", what());
         std::thread::yield_now();
     }
 }

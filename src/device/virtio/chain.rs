@@ -5,12 +5,14 @@
 //! piece by piece ([`Stream`]).
 //!
 //! A chain may loop, point outside memory, be empty, claim gigabytes, or mix readable and writable
-//! buffers wrongly. All of that ends in a [`ChainError`]: the work done on a chain is bounded by
-//! the queue's size and the frame's cap before it is looked at.
+//! buffers wrongly. All of that ends in a [`ChainError`]. Every chain is walked by [`Walk`], which
+//! looks at no more descriptors than the queue has, and follows an indirect table (at most
+//! [`INDIRECT_DESCRIPTORS_MAX`] descriptors of it) only where the driver has agreed to those: a
+//! table may name 65,535 descriptors, and a device's lock is held during a walk.
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 /// Bytes of a descriptor.
@@ -47,23 +49,22 @@ pub enum ChainError {
     TooShort,
 }
 
-/// Takes the next chain off `queue`; `None` if the driver has put no more.
-pub(super) fn pop<'m, M: GuestMemory>(
-    queue: &mut Queue,
-    mem: &'m M,
-) -> Result<Option<DescriptorChain<&'m M>>, ChainError> {
-    Ok(queue.iter(mem).map_err(|_| ChainError::Ring)?.next())
+/// Takes the next chain off `queue`: its first descriptor. `None` if the driver has put no more.
+pub(super) fn pop<M: GuestMemory>(queue: &mut Queue, mem: &M) -> Result<Option<u16>, ChainError> {
+    Ok(queue.iter(mem).map_err(|_| ChainError::Ring)?.next().map(|chain| chain.head_index()))
 }
 
-/// Appends the bytes of a chain of readable buffers to `into`, at most `bytes_max` of them.
+/// Appends the bytes of the chain of readable buffers at `head` to `into`, at most `bytes_max` of
+/// them.
 pub(super) fn gather<M: GuestMemory>(
     mem: &M,
-    chain: DescriptorChain<&M>,
+    queue: &Queue,
+    head: u16,
     into: &mut Vec<u8>,
     bytes_max: usize,
 ) -> Result<(), ChainError> {
-    let mut unfinished = true;
-    for descriptor in chain {
+    let mut walk = Walk::new(mem, queue, head, false);
+    while let Some(descriptor) = walk.next()? {
         if descriptor.is_write_only() {
             return Err(ChainError::Direction);
         }
@@ -76,9 +77,8 @@ pub(super) fn gather<M: GuestMemory>(
         into.resize(end, 0);
         let target = into.get_mut(start..end).ok_or(ChainError::TooLong)?;
         mem.read_slice(target, descriptor.addr()).map_err(|_| ChainError::Outside)?;
-        unfinished = descriptor.has_next();
     }
-    finish(unfinished, into.is_empty())
+    Ok(())
 }
 
 /// What became of a frame that was to go into a chain.
@@ -90,43 +90,31 @@ pub(super) enum Scatter {
     TooSmall,
 }
 
-/// Writes `bytes` into a chain of writable buffers.
+/// Writes `bytes` into the chain of writable buffers at `head`.
 pub(super) fn scatter<M: GuestMemory>(
     mem: &M,
-    chain: DescriptorChain<&M>,
+    queue: &Queue,
+    head: u16,
     bytes: &[u8],
 ) -> Result<Scatter, ChainError> {
     let mut left = bytes;
-    let (mut unfinished, mut any) = (true, false);
-    for descriptor in chain {
+    let mut walk = Walk::new(mem, queue, head, false);
+    while let Some(descriptor) = walk.next()? {
         if !descriptor.is_write_only() {
             return Err(ChainError::Direction);
         }
         if descriptor.len() == 0 {
             return Err(ChainError::Empty);
         }
-        any = true;
         let (now, rest) = left.split_at(left.len().min(descriptor.len() as usize));
         mem.write_slice(now, descriptor.addr()).map_err(|_| ChainError::Outside)?;
         left = rest;
-        unfinished = descriptor.has_next();
         if left.is_empty() {
             // The rest of the chain is not touched, so it does not matter what it says.
             return Ok(Scatter::Written(u32::try_from(bytes.len()).unwrap_or(u32::MAX)));
         }
     }
-    finish(unfinished, !any)?;
     Ok(Scatter::TooSmall)
-}
-
-/// The iterator ends alike after the last buffer and after a broken link; only the last buffer says
-/// which it was.
-fn finish(unfinished: bool, empty: bool) -> Result<(), ChainError> {
-    match (empty, unfinished) {
-        (true, _) => Err(ChainError::Empty),
-        (false, true) => Err(ChainError::Endless),
-        (false, false) => Ok(()),
-    }
 }
 
 /// One buffer, all in guest memory.
@@ -222,21 +210,43 @@ pub(super) fn buffers<M: GuestMemory>(
     indirect_agreed: bool,
 ) -> Result<Buffers, ChainError> {
     let mut found = Buffers::default();
-    let mut table = Table { address: queue.desc_table(), descriptors: queue.size(), indirect_allowed: indirect_agreed };
-    let (mut index, mut left) = (head, table.descriptors);
-    loop {
-        left = left.checked_sub(1).ok_or(ChainError::Endless)?;
-        let descriptor = table.get(mem, index)?;
-        if descriptor.refers_to_indirect_table() {
-            table = table.enter(mem, &descriptor)?;
-            (index, left) = (0, table.descriptors.min(INDIRECT_DESCRIPTORS_MAX));
-            continue;
-        }
+    let mut walk = Walk::new(mem, queue, head, indirect_agreed);
+    while let Some(descriptor) = walk.next()? {
         add_buffer(mem, &descriptor, &mut found)?;
-        if !descriptor.has_next() {
-            return Ok(found);
+    }
+    Ok(found)
+}
+
+/// The descriptors of one chain, from its head on.
+struct Walk<'m, M> {
+    mem: &'m M,
+    table: Table,
+    /// The next one, if the last was not the chain's end.
+    next: Option<u16>,
+    /// How many more the chain may have.
+    left: u16,
+}
+
+impl<M: GuestMemory> Walk<'_, M> {
+    fn new<'m>(mem: &'m M, queue: &Queue, head: u16, indirect_allowed: bool) -> Walk<'m, M> {
+        let table = Table { address: queue.desc_table(), descriptors: queue.size(), indirect_allowed };
+        Walk { mem, left: table.descriptors, table, next: Some(head) }
+    }
+
+    /// The next descriptor that is a buffer; `None` behind the last.
+    fn next(&mut self) -> Result<Option<Descriptor>, ChainError> {
+        while let Some(index) = self.next {
+            self.left = self.left.checked_sub(1).ok_or(ChainError::Endless)?;
+            let descriptor = self.table.get(self.mem, index)?;
+            if descriptor.refers_to_indirect_table() {
+                self.table = self.table.enter(self.mem, &descriptor)?;
+                (self.next, self.left) = (Some(0), self.table.descriptors.min(INDIRECT_DESCRIPTORS_MAX));
+                continue;
+            }
+            self.next = descriptor.has_next().then(|| descriptor.next());
+            return Ok(Some(descriptor));
         }
-        index = descriptor.next();
+        Ok(None)
     }
 }
 

@@ -10,6 +10,7 @@ pub(crate) struct Recorder {
     pub(crate) lines: Mutex<Vec<(u32, bool)>>,
     pub(crate) rings: Mutex<u32>,
     pub(crate) broken: Mutex<Vec<String>>,
+    pub(crate) quiesced: Mutex<u32>,
 }
 
 impl Signals for Recorder {
@@ -23,5 +24,9 @@ impl Signals for Recorder {
 
     fn broken(&self, _device: &'static str, reason: &str) {
         self.broken.lock().push(reason.to_owned());
+    }
+
+    fn quiesced(&self) {
+        *self.quiesced.lock() += 1;
     }
 }

@@ -19,10 +19,12 @@
 //! If b misses 1, then a came before 2, so c sees `immediate_exit` (or is already in the guest and
 //! gets the signal of 4).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::machine::futex;
+use crate::machine::pause::PauseSignal;
 
 /// What a vCPU thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +88,8 @@ impl Milestone {
         }
     }
 
-    fn wait(&self, ticket: Ticket, timeout: Duration, limit: Duration) -> bool {
-        if spin(timeout, || self.word.load(Ordering::SeqCst) == ticket.0) {
+    fn wait(&self, ticket: Ticket, spin_max: Duration, limit: Duration) -> bool {
+        if spin(spin_max, || self.word.load(Ordering::SeqCst) == ticket.0) {
             return true;
         }
         let deadline = Instant::now() + limit;
@@ -117,18 +119,21 @@ pub(in crate::machine) struct Gate {
     vcpu_sleeps: AtomicBool,
     stopped: Milestone,
     settled: Milestone,
-    timeout: SpinLimit,
+    /// A pause waits for several vCPUs and devices at once.
+    pause_signal: Arc<PauseSignal>,
+    spin_limit: SpinLimit,
 }
 
 impl Gate {
     /// A gate that says `Park`, with nothing done yet.
-    pub(in crate::machine) fn new(timeout: SpinLimit) -> Gate {
+    pub(in crate::machine) fn new(spin_limit: SpinLimit, pause_signal: Arc<PauseSignal>) -> Gate {
         Gate {
             word: AtomicU32::new(Order::Park as u32),
             vcpu_sleeps: AtomicBool::new(false),
             stopped: Milestone::default(),
             settled: Milestone::default(),
-            timeout,
+            pause_signal,
+            spin_limit,
         }
     }
 
@@ -152,6 +157,7 @@ impl Gate {
     /// vCPU: says that it is out of the guest.
     pub(in crate::machine) fn stop(&self, ticket: Ticket) {
         self.stopped.reach(ticket);
+        self.pause_signal.notify();
     }
 
     /// vCPU: says that the order of `ticket` has been carried out.
@@ -161,7 +167,7 @@ impl Gate {
 
     /// vCPU: waits until there is an order newer than `ticket`.
     pub(in crate::machine) fn wait_after(&self, ticket: Ticket) {
-        if spin(self.timeout.vcpu, || self.current() != ticket) {
+        if spin(self.spin_limit.vcpu, || self.current() != ticket) {
             return;
         }
         self.vcpu_sleeps.store(true, Ordering::SeqCst);
@@ -171,20 +177,30 @@ impl Gate {
         self.vcpu_sleeps.store(false, Ordering::SeqCst);
     }
 
+    /// Controller: true when the vCPU obeying `ticket` is out of the guest.
+    pub(in crate::machine) fn has_stopped(&self, ticket: Ticket) -> bool {
+        self.stopped.word.load(Ordering::SeqCst) == ticket.0
+    }
+
+    /// How long either side looks before it sleeps.
+    pub(in crate::machine) fn spin_limit(&self) -> SpinLimit {
+        self.spin_limit
+    }
+
     /// Controller: waits until the vCPU obeying `ticket` is out of the guest; false if it was not
     /// within `limit`.
     pub(in crate::machine) fn wait_stopped(&self, ticket: Ticket, limit: Duration) -> bool {
-        self.stopped.wait(ticket, self.timeout.controller, limit)
+        self.stopped.wait(ticket, self.spin_limit.controller, limit)
     }
 
     /// Controller: waits until `ticket` has been carried out; false if it was not within `limit`.
     pub(in crate::machine) fn wait_settled(&self, ticket: Ticket, limit: Duration) -> bool {
-        self.settled.wait(ticket, self.timeout.controller, limit)
+        self.settled.wait(ticket, self.spin_limit.controller, limit)
     }
 }
 
 /// Looks at `done` for at most `limit`; true if it came true.
-fn spin(limit: Duration, done: impl Fn() -> bool) -> bool {
+pub(in crate::machine) fn spin(limit: Duration, done: impl Fn() -> bool) -> bool {
     if done() {
         return true;
     }
@@ -208,7 +224,6 @@ fn spin(limit: Duration, done: impl Fn() -> bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     /// A thread that obeys a gate and counts what it did.
     fn obey(gate: &Gate) -> (u32, u32) {
@@ -236,9 +251,10 @@ mod tests {
 
     #[test]
     fn no_order_is_lost_however_quickly_they_follow() {
-        for timeout_us in [0, 20] {
-            let timeout = Duration::from_micros(timeout_us);
-            let gate = Arc::new(Gate::new(SpinLimit { controller: timeout, vcpu: timeout }));
+        for spin_us in [0, 20] {
+            let spin_max = Duration::from_micros(spin_us);
+            let spin_limit = SpinLimit { controller: spin_max, vcpu: spin_max };
+            let gate = Arc::new(Gate::new(spin_limit, Arc::default()));
             let thread = std::thread::spawn({
                 let gate = Arc::clone(&gate);
                 move || obey(&gate)
@@ -260,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_does_not_come_is_noticed() {
-        let gate = Gate::new(SpinLimit { controller: Duration::ZERO, vcpu: Duration::ZERO });
+        let gate = Gate::new(SpinLimit { controller: Duration::ZERO, vcpu: Duration::ZERO }, Arc::default());
         let park = gate.give(Order::Park);
         assert!(!gate.wait_settled(park, Duration::from_millis(1)));
     }

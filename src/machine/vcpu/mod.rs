@@ -23,13 +23,14 @@ use super::error::{KvmError, MachineError, StateError, kvm};
 use super::host::{self, HostCaps};
 use super::initial::InitialVcpu;
 use super::memory::GuestMmap;
+use super::pause::PauseSignal;
 use super::state::tsc::ClockInstant;
 use super::state::vcpu::VcpuState;
 use super::wait::Doorbell;
 use crate::device::Bus;
 
-/// How long a vCPU may take to obey before the machine gives up on it. Obeying takes microseconds;
-/// only a stalled host or a console or backend that blocks makes it seconds.
+/// How long a vCPU that is out of the guest may take to carry out an order. That takes microseconds;
+/// only a stalled host makes it seconds.
 const VCPU_ORDER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a vCPU thread does with its slot when it is told to apply.
@@ -66,7 +67,8 @@ pub(super) struct Common {
     pub(super) caps: Arc<HostCaps>,
     pub(super) bus: Arc<Bus<GuestMmap>>,
     pub(super) events: Sender<MachineEvent>,
-    pub(super) timeout: SpinLimit,
+    pub(super) pause_signal: Arc<PauseSignal>,
+    pub(super) spin_limit: SpinLimit,
 }
 
 /// The controller's handle on one vCPU. Dropping it ends the thread.
@@ -103,7 +105,7 @@ impl Vcpu {
         let page = RunPage::map(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) })
             .map_err(|errno| KvmError { call: "mmap of kvm_run", errno })?;
         let page = Arc::new(page);
-        let gate = Arc::new(Gate::new(common.timeout));
+        let gate = Arc::new(Gate::new(common.spin_limit, Arc::clone(&common.pause_signal)));
         let slot = Arc::new(Mutex::new(Slot { state, result: Ok(()), task: Task::None }));
         let thread_id = Arc::new(AtomicI32::new(0));
         let ticket = gate.current();
@@ -137,7 +139,9 @@ impl Vcpu {
             })
             .map_err(|reason| MachineError::Start { what: "a vCPU thread", reason })?;
         let mut vcpu = Vcpu { cpu, gate, page, doorbell, slot, thread_id, thread: Some(thread), ticket };
-        vcpu.wait_stopped()?;
+        if !vcpu.gate.wait_stopped(vcpu.ticket, VCPU_ORDER_TIMEOUT) {
+            return Err(vcpu.stuck("start"));
+        }
         vcpu.order(Order::Harvest);
         vcpu.wait_settled("start")?;
         Ok(vcpu)
@@ -162,12 +166,14 @@ impl Vcpu {
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread_id, kick_signal()) };
     }
 
-    /// Waits until the vCPU is out of the guest with its I/O complete.
-    pub(super) fn wait_stopped(&self) -> Result<(), MachineError> {
-        match self.gate.wait_stopped(self.ticket, VCPU_ORDER_TIMEOUT) {
-            true => Ok(()),
-            false => Err(self.stuck("stop")),
-        }
+    /// True when the vCPU is out of the guest with its I/O complete, as the newest order demands.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.gate.has_stopped(self.ticket)
+    }
+
+    /// For how long a controller that waits for that is to look before it sleeps.
+    pub(super) fn spin_max(&self) -> Duration {
+        self.gate.spin_limit().controller
     }
 
     /// Waits until the newest order is carried out. `what` names it in the error.

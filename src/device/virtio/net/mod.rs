@@ -1,10 +1,10 @@
 //! virtio-net: one receive and one transmit queue, and the offloads that its backend can carry
-//! (`net_offload`).
+//! (`offload`).
 //!
 //! **Who does what.** A transmit happens in the vCPU thread that notified the queue. A receive, and
-//! a transmit that had to wait for room, happen in the device's own thread, which sleeps in `poll`
-//! on the backend's descriptor and an eventfd. One lock keeps them apart; it is held for a bounded
-//! batch, never while sleeping.
+//! a transmit that had to wait for room or for a pause, happen in the device's own thread, which
+//! sleeps in `poll` on the backend's descriptor and an eventfd. One lock keeps them apart; it is
+//! held for a bounded batch, never while sleeping.
 //!
 //! **No room outside.** If the backend is full, the frame stays in the queue (the pop is undone)
 //! and the device is *stalled* until the guest notifies again or the owner calls `kick`. The kick
@@ -14,31 +14,36 @@
 //! thread stops looking at its descriptor, asks the guest to notify, and sleeps. While there are
 //! buffers the guest is asked *not* to notify: each notify would cost it an exit for nothing.
 //!
-//! **Paused.** `quiesce` returns when the thread is not in guest memory and will not be until
-//! `unquiesce`. A frame that arrives meanwhile wakes the thread once; then it stops looking, so a
-//! pause stays quiet.
+//! **Paused.** The device is quiet ([`NetDevice::is_quiet`]) when its thread is not in guest memory
+//! and will not be until `unquiesce`. A frame that arrives meanwhile wakes the thread once; then it
+//! stops looking, so a pause stays quiet. A pause waits for at most one frame: once it is asked for,
+//! the thread takes no other, and a vCPU that transmits leaves the rest of its queue to the thread,
+//! which goes on after the pause. (Both also when the machine is another one by then: a restored
+//! device looks at its queues.) So each frame belongs wholly to the epoch before the pause or to
+//! the one after it.
 //!
 //! **A guest that breaks the rules** gets DEVICE_NEEDS_RESET and a dead device until it resets it;
 //! the machine is told.
 
+mod offload;
+mod persist;
+
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use parking_lot::Mutex;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemory;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use self::persist::NET_STATE_VERSION;
+use self::persist::NetState;
 use super::chain::{self, ChainError, Scatter};
 use super::interrupt::Interrupt;
 use super::mmio::{Effect, Transport, status};
-use super::net_offload;
-pub use super::net_state::NET_STATE_VERSION;
-use super::net_state::NetState;
+use super::thread::{DeviceThread, ThreadControl};
 use crate::device::net::NET_HEADER_BYTES as HEADER_BYTES;
 use crate::device::{DeviceStateError, NetBackend, Offloads, Signals, Transmit};
 
@@ -76,10 +81,6 @@ enum Rest {
 
 struct Core {
     transport: Transport,
-    /// Guest memory is off limits for the device's thread.
-    paused: bool,
-    /// The device's thread looks at nothing but the eventfd and must be woken when that changes.
-    resting: bool,
     interrupt: Interrupt,
     /// Room for one chain's bytes, kept.
     buffer: Vec<u8>,
@@ -93,13 +94,12 @@ impl Core {
 
 struct Shared<M> {
     core: Mutex<Core>,
+    thread: Arc<ThreadControl>,
     mem: M,
     mac: [u8; 6],
     backend: Arc<dyn NetBackend>,
     /// Frames have a header in the backend too.
     has_headers: bool,
-    event: EventFd,
-    stop: AtomicBool,
     /// A frame waits in the transmit queue for room outside.
     stalled: AtomicBool,
     /// There may be room again: look at the transmit queue.
@@ -110,8 +110,9 @@ struct Shared<M> {
 
 /// A virtio-net device and its thread.
 pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
+    // Dropped first: the thread ends before what it uses.
+    _thread: DeviceThread,
     shared: Arc<Shared<M>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
@@ -129,32 +130,32 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     ) -> io::Result<NetDevice<M>> {
         let queue = || Queue::new(QUEUE_SIZE_MAX).map_err(|e| io::Error::other(e.to_string()));
         let offloads = backend.offloads();
-        let features = VIRTIO_NET_F_MAC | net_offload::features(offloads);
+        let features = VIRTIO_NET_F_MAC | offload::features(offloads);
         let transport = Transport::new(DEVICE_ID_NET, features, vec![queue()?, queue()?]);
         let core = Core {
             transport,
-            paused: true,
-            resting: true,
-            interrupt: Interrupt::new(signals, gsi, "virtio-net"),
+            interrupt: Interrupt::new(Arc::clone(&signals), gsi, "virtio-net"),
             buffer: Vec::with_capacity(CHAIN_BYTES_MAX),
         };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
+            thread: Arc::new(ThreadControl::new(signals)?),
             mem,
             mac,
             backend,
             has_headers: offloads != Offloads::NONE,
-            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            stop: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
             failing: AtomicBool::new(false),
         });
-        let thread = std::thread::Builder::new().name("mcd-net".into()).spawn({
+        let _thread = DeviceThread::start("mcd-net".into(), Arc::clone(&shared.thread), {
             let shared = Arc::clone(&shared);
-            move || shared.serve()
+            move || match shared.work() {
+                Rest::None => {}
+                rest => shared.sleep(rest),
+            }
         })?;
-        Ok(NetDevice { shared, thread: Some(thread) })
+        Ok(NetDevice { _thread, shared })
     }
 
     /// The driver reads at `offset` of the device's registers.
@@ -170,11 +171,11 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         match core.transport.write(offset, data, &shared.mem) {
             Effect::None => {}
             Effect::Notify(queue) if usize::from(queue) == TX => shared.transmit(&mut core, false),
-            Effect::Notify(queue) if usize::from(queue) == RX => shared.wake(&mut core),
+            Effect::Notify(queue) if usize::from(queue) == RX => shared.thread.wake(),
             Effect::Notify(_) => {}
             Effect::Ready => {
-                shared.backend.agreed(net_offload::agreed(core.transport.driver_features));
-                shared.wake(&mut core);
+                shared.backend.agreed(offload::agreed(core.transport.driver_features));
+                shared.thread.wake();
             }
             Effect::Acked => core.update_line(),
             Effect::Reset => {
@@ -189,21 +190,25 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     /// and does not block.
     pub fn kick(&self) {
         if self.shared.stalled.load(Ordering::SeqCst) {
-            self.shared.kicked.store(true, Ordering::SeqCst);
-            self.shared.ring_event();
+            self.shared.look_later();
         }
     }
 
-    /// Keeps the device's thread out of guest memory; returns when it is out.
-    pub fn quiesce(&self) {
-        self.shared.core.lock().paused = true;
+    /// From now on the device's thread stays out of guest memory, and a vCPU transmits at most the
+    /// frame it is at. Takes no lock.
+    pub fn begin_quiesce(&self) {
+        self.shared.thread.begin_quiesce();
     }
 
-    /// Lets the device's thread work again.
+    /// True when the device's thread is out of guest memory. The machine hears of it by
+    /// [`Signals::quiesced`].
+    pub fn is_quiet(&self) -> bool {
+        self.shared.thread.is_quiet()
+    }
+
+    /// Lets the device's thread work again. Takes no lock.
     pub fn unquiesce(&self) {
-        let mut core = self.shared.core.lock();
-        core.paused = false;
-        self.shared.wake(&mut core);
+        self.shared.thread.unquiesce();
     }
 
     /// Appends the saved state. The machine must be paused.
@@ -226,85 +231,55 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         let mut core = shared.core.lock();
         let core = &mut *core;
         state.transport.apply(&mut core.transport, &shared.mem)?;
-        core.resting = true;
         core.interrupt.restored(&core.transport);
         // What a driver agrees to counts from DRIVER_OK on.
         let begun = core.transport.status & status::DRIVER_OK != 0;
         let features = if begun { core.transport.driver_features } else { 0 };
-        shared.backend.agreed(net_offload::agreed(features));
+        shared.backend.agreed(offload::agreed(features));
         // Whatever stood in the queues when the state was saved is looked at again at resume.
         shared.stalled.store(state.transmit_stalled, Ordering::SeqCst);
-        shared.kicked.store(true, Ordering::SeqCst);
+        shared.look_later();
         Ok(())
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> Drop for NetDevice<M> {
-    fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.ring_event();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 impl<M: GuestMemory> Shared<M> {
-    /// The device's thread.
-    fn serve(&self) {
-        while !self.stop.load(Ordering::SeqCst) {
-            let rest = self.work();
-            if rest != Rest::None {
-                self.sleep(rest);
-            }
-        }
-    }
-
     fn sleep(&self, rest: Rest) {
-        // SAFETY: the eventfd lives as long as `self`.
-        let event = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
-        let frame_fd: RawFd = self.backend.readable_fd();
         // SAFETY: the backend promises that its descriptor stays open as long as the device, which
         // holds the backend.
-        let frame = unsafe { BorrowedFd::borrow_raw(frame_fd) };
-        let mut both = [PollFd::new(event, PollFlags::POLLIN), PollFd::new(frame, PollFlags::POLLIN)];
+        let frame = unsafe { BorrowedFd::borrow_raw(self.backend.readable_fd()) };
         let timeout = if rest == Rest::Retry { PollTimeout::from(BACKEND_RETRY_MS) } else { PollTimeout::NONE };
-        let watched = if rest == Rest::Frame { 2 } else { 1 };
-        // An interrupted or failed poll is as good as a wake: the loop looks again.
-        let _ = both.get_mut(..watched).map(|fds| poll(fds, timeout));
-        let _ = self.event.read();
+        self.thread.sleep((rest == Rest::Frame).then_some(frame), timeout);
     }
 
     /// One bounded piece of work; says what to wait for next.
     fn work(&self) -> Rest {
         let mut core = self.core.lock();
-        if core.paused || !core.transport.is_live() {
-            core.resting = true;
+        let Some(_work) = self.thread.begin_work() else { return Rest::Event };
+        if !core.transport.is_live() {
+            self.thread.rest();
             return Rest::Event;
         }
-        core.resting = false;
         if self.kicked.swap(false, Ordering::SeqCst) {
             self.transmit(&mut core, true);
         }
         let rest = self.receive(&mut core);
-        core.resting = matches!(rest, Rest::Event | Rest::Retry);
+        if matches!(rest, Rest::Event | Rest::Retry) {
+            self.thread.rest();
+        }
         rest
     }
 
-    /// Wakes the device's thread if it looks at nothing but the eventfd.
-    fn wake(&self, core: &mut Core) {
-        if std::mem::take(&mut core.resting) {
-            self.ring_event();
-        }
-    }
-
-    fn ring_event(&self) {
-        // It can only fail when the counter is full, and then the thread is being woken already.
-        let _ = self.event.write(1);
+    /// The device's thread is to look at the transmit queue, after a pause if there is one. It must
+    /// be rung for that even if it does not rest: it may be waiting for a frame.
+    fn look_later(&self) {
+        self.kicked.store(true, Ordering::SeqCst);
+        self.thread.ring();
     }
 
     /// Sends what stands in the transmit queue: at most a queue's worth, since whatever the guest
-    /// adds meanwhile comes with a notify of its own. `ring_always`: the guest does not know that
+    /// adds meanwhile comes with a notify of its own, and only one frame if a pause is waiting.
+    /// `ring_always`: the guest does not know that
     /// this happens, so its doorbell rings whatever it asked for.
     fn transmit(&self, core: &mut Core, ring_always: bool) {
         if !core.transport.is_live() {
@@ -312,6 +287,10 @@ impl<M: GuestMemory> Shared<M> {
         }
         let mut used = false;
         for _ in 0..QUEUE_SIZE_MAX {
+            if used && self.thread.is_paused() {
+                self.look_later();
+                break;
+            }
             match self.transmit_one(core) {
                 Ok(true) => used = true,
                 Ok(false) => break,
@@ -330,17 +309,16 @@ impl<M: GuestMemory> Shared<M> {
     fn transmit_one(&self, core: &mut Core) -> Result<bool, ChainError> {
         let Core { transport, buffer, .. } = core;
         let Some(queue) = transport.queues.get_mut(TX).filter(|q| q.ready()) else { return Ok(false) };
-        let Some(found) = chain::pop(queue, &self.mem)? else { return Ok(false) };
-        let head = found.head_index();
+        let Some(head) = chain::pop(queue, &self.mem)? else { return Ok(false) };
         buffer.clear();
-        chain::gather(&self.mem, found, buffer, CHAIN_BYTES_MAX)?;
+        chain::gather(&self.mem, queue, head, buffer, CHAIN_BYTES_MAX)?;
         let (header, frame) = buffer.split_first_chunk_mut::<HEADER_BYTES>().ok_or(ChainError::Empty)?;
         // A stub that is no Ethernet frame is dropped, like a switch would; so is what asks for
         // work that was not agreed on.
         let whole = frame.len() >= FRAME_BYTES_MIN;
         let sent = match self.has_headers {
             _ if !whole => true,
-            true if !net_offload::from_guest(header, transport.driver_features) => true,
+            true if !offload::from_guest(header, transport.driver_features) => true,
             true => self.hand_over(buffer),
             false => self.hand_over(frame),
         };
@@ -376,6 +354,10 @@ impl<M: GuestMemory> Shared<M> {
         let mut used = false;
         let mut rest = Rest::None;
         for _ in 0..RECEIVE_BATCH {
+            // The thread's next look finds the pause and rests.
+            if self.thread.is_paused() {
+                break;
+            }
             match self.receive_one(core) {
                 Ok(Delivery::Delivered) => used = true,
                 Ok(Delivery::Dropped) => {}
@@ -421,13 +403,12 @@ impl<M: GuestMemory> Shared<M> {
         if !self.has_headers {
             header.fill(0);
         }
-        if length < HEADER_BYTES || !net_offload::to_guest(header, transport.driver_features) {
+        if length < HEADER_BYTES || !offload::to_guest(header, transport.driver_features) {
             return Ok(Delivery::Dropped);
         }
-        let Some(found) = chain::pop(queue, &self.mem)? else { return Ok(Delivery::Dropped) };
-        let head = found.head_index();
+        let Some(head) = chain::pop(queue, &self.mem)? else { return Ok(Delivery::Dropped) };
         let bytes = buffer.get(..length).ok_or(ChainError::TooLong)?;
-        match chain::scatter(&self.mem, found, bytes)? {
+        match chain::scatter(&self.mem, queue, head, bytes)? {
             Scatter::Written(written) => {
                 queue.add_used(&self.mem, head, written).map_err(|_| ChainError::Ring)?;
                 Ok(Delivery::Delivered)

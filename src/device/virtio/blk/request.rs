@@ -7,7 +7,7 @@
 use virtio_queue::Queue;
 use vm_memory::{GuestAddress, GuestMemory};
 
-use super::chain::{self, ChainError, Stream};
+use crate::device::virtio::chain::{self, ChainError, Stream};
 use crate::protocol::machine_shape::{DiskShape, SECTOR_BYTES};
 
 /// The kinds of request (virtio 1.2, 5.2.6).

@@ -1,6 +1,6 @@
 //! What a driver learns of a disk before its first request: features and configuration space.
 
-use super::blk_request::{RANGE_SECTORS_MAX, RANGES_MAX};
+use super::request::{RANGE_SECTORS_MAX, RANGES_MAX};
 use crate::protocol::machine_shape::{DiskShape, SECTOR_BYTES};
 
 /// The configuration says how large a buffer may be.

@@ -10,8 +10,8 @@
 
 use std::collections::VecDeque;
 
-use super::mmio::Transport;
-use super::transport_state::TransportState;
+use crate::device::virtio::mmio::Transport;
+use crate::device::virtio::transport_persist::TransportState;
 use crate::device::{DeviceStateError, StateReader};
 use crate::protocol::machine_shape::DiskShape;
 

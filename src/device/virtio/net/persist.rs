@@ -3,8 +3,8 @@
 //! What is not in it on purpose: whether the device waits for the guest's receive buffers and
 //! whether its interrupt line is up. Both follow from the rest and are found again at resume.
 
-use super::mmio::Transport;
-use super::transport_state::TransportState;
+use crate::device::virtio::mmio::Transport;
+use crate::device::virtio::transport_persist::TransportState;
 use crate::device::{DeviceStateError, StateReader};
 
 /// The version of the saved state this build writes.

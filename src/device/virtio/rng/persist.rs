@@ -1,7 +1,7 @@
 //! The saved state of a virtio-rng device: its registers and its queue, nothing more.
 
-use super::mmio::Transport;
-use super::transport_state::TransportState;
+use crate::device::virtio::mmio::Transport;
+use crate::device::virtio::transport_persist::TransportState;
 use crate::device::{DeviceStateError, StateReader};
 
 /// The version of the saved state this build writes.

@@ -2,20 +2,22 @@
 //!
 //! It has no thread: getrandom does not block once the host is up, so buffers are filled in the
 //! vCPU thread that notified, at most [`REQUEST_BYTES_MAX`] bytes of each; the guest asks again for
-//! more.
+//! more. A pause waits for one buffer of them: the rest is filled after it.
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemory;
 
+mod persist;
+
+pub use self::persist::RNG_STATE_VERSION;
 use super::chain::{self, ChainError};
 use super::interrupt::Interrupt;
 use super::mmio::{Effect, Transport};
-use super::rng_state;
-pub use super::rng_state::RNG_STATE_VERSION;
 use crate::device::{DeviceStateError, Signals};
 
 /// virtio device id of a source of random bytes.
@@ -28,13 +30,15 @@ pub const REQUEST_BYTES_MAX: usize = 1024;
 struct Core {
     transport: Transport,
     interrupt: Interrupt,
-    /// The queue may hold what no notify will tell of: it was restored.
+    /// The queue may hold chains that no notify will follow: it was restored, or a pause came.
     look_again: bool,
 }
 
 /// A virtio-rng device.
 pub struct RngDevice<M: GuestMemory> {
     core: Mutex<Core>,
+    /// A pause waits for the vCPU that fills buffers, or the machine is paused.
+    paused: AtomicBool,
     mem: M,
 }
 
@@ -47,7 +51,8 @@ impl<M: GuestMemory> RngDevice<M> {
         let queue = Queue::new(QUEUE_SIZE_MAX).map_err(|e| io::Error::other(e.to_string()))?;
         let transport = Transport::new(DEVICE_ID_RNG, 0, vec![queue]);
         let interrupt = Interrupt::new(signals, gsi, "virtio-rng");
-        Ok(RngDevice { core: Mutex::new(Core { transport, interrupt, look_again: false }), mem })
+        let core = Core { transport, interrupt, look_again: false };
+        Ok(RngDevice { core: Mutex::new(core), paused: AtomicBool::new(false), mem })
     }
 
     /// The driver reads at `offset` of the device's registers.
@@ -67,8 +72,14 @@ impl<M: GuestMemory> RngDevice<M> {
         }
     }
 
-    /// The machine runs again: looks at the queue if it was restored.
+    /// A pause is coming: a vCPU that fills buffers is to stop after the one it is at.
+    pub fn begin_quiesce(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+    }
+
+    /// The machine runs again: looks at the queue if it was restored or left for a pause.
     pub fn unquiesce(&self) {
+        self.paused.store(false, Ordering::SeqCst);
         let mut core = self.core.lock();
         let core = &mut *core;
         if std::mem::take(&mut core.look_again) {
@@ -78,7 +89,7 @@ impl<M: GuestMemory> RngDevice<M> {
 
     /// Appends the saved state. The machine must be paused.
     pub fn save(&self, out: &mut Vec<u8>) {
-        rng_state::write(&self.core.lock().transport, out);
+        persist::write(&self.core.lock().transport, out);
     }
 
     /// Takes over a saved state, and sets the interrupt line as its status demands. The machine
@@ -87,7 +98,7 @@ impl<M: GuestMemory> RngDevice<M> {
     /// # Errors
     /// [`DeviceStateError`] if `bytes` are no state of this device; it is as it was then.
     pub fn restore(&self, bytes: &[u8]) -> Result<(), DeviceStateError> {
-        let state = rng_state::read(bytes)?;
+        let state = persist::read(bytes)?;
         let mut core = self.core.lock();
         let core = &mut *core;
         state.apply(&mut core.transport, &self.mem)?;
@@ -104,6 +115,10 @@ impl<M: GuestMemory> RngDevice<M> {
         }
         let mut used = false;
         for _ in 0..QUEUE_SIZE_MAX {
+            if used && self.paused.load(Ordering::SeqCst) {
+                core.look_again = true;
+                break;
+            }
             match self.fill_one(&mut core.transport) {
                 Ok(true) => used = true,
                 Ok(false) => break,
@@ -121,7 +136,7 @@ impl<M: GuestMemory> RngDevice<M> {
     /// Fills one chain; false if there is none.
     fn fill_one(&self, transport: &mut Transport) -> Result<bool, ChainError> {
         let Some(queue) = transport.queues.first_mut().filter(|q| q.ready()) else { return Ok(false) };
-        let Some(head) = chain::pop(queue, &self.mem)?.map(|found| found.head_index()) else { return Ok(false) };
+        let Some(head) = chain::pop(queue, &self.mem)? else { return Ok(false) };
         let mut found = chain::buffers(&self.mem, queue, head, false)?;
         if found.readable.bytes_left() > 0 {
             return Err(ChainError::Direction);

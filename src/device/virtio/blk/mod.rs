@@ -5,11 +5,13 @@
 //! and *everything in guest memory*; it is held while a piece is copied, never while the backend
 //! works, so a vCPU that reads a register does not wait for a disk.
 //!
-//! **Paused.** `quiesce` returns when the thread is neither in guest memory nor inside a call that
-//! changes the disk, and will not be until `unquiesce`. So a write belongs wholly to the epoch
-//! before the pause or to the one after it, and it is in the backend before the guest can see its
-//! completion. Reads and flushes may be slow: they run without the lock, also through a pause, and
-//! what they bring appears in guest memory after it.
+//! **Paused.** The device is quiet ([`BlkDevice::is_quiet`]) when its thread is neither in guest
+//! memory nor inside a call that changes the disk, and will not be until `unquiesce`. So a write
+//! belongs wholly to the epoch before the pause or to the one after it, and it is in the backend
+//! before the guest can see its completion. How long a write may keep a pause waiting is the
+//! machine's decision, which asks its disks before it stops a vCPU. Reads and flushes may be slow:
+//! they run without the lock, also through a pause, and what they bring appears in guest memory
+//! after it.
 //!
 //! ```text
 //! IN     backend.read  → [ copy to the guest ]                  … next piece … → [ status, used ring, interrupt ]
@@ -19,7 +21,7 @@
 //! ```
 //!
 //! **Saved** is which requests are in flight, not how far they are: they are done again from
-//! scratch (`blk_state`).
+//! scratch (`persist`).
 //!
 //! **No room.** A backend that is full leaves the request in flight; the thread asks again when
 //! `kick` or the guest's next notify wakes it. `kick` takes no lock, so it may come from inside the
@@ -29,24 +31,28 @@
 //! thread looks at the round before it touches guest memory or the disk, and drops a request whose
 //! round is over.
 
+mod config;
+mod persist;
+mod request;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use nix::poll::PollTimeout;
+use parking_lot::{Mutex, MutexGuard};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestMemory};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::blk_config::{self, CONFIG_BYTES, QUEUE_SIZE_MAX};
-use super::blk_request::{Range, Request, Status, Work};
-pub use super::blk_state::BLK_STATE_VERSION;
-use super::blk_state::BlkState;
+use self::config::{CONFIG_BYTES, QUEUE_SIZE_MAX};
+pub use self::persist::BLK_STATE_VERSION;
+use self::persist::BlkState;
+use self::request::{Range, Request, Status, Work};
 use super::chain::{self, ChainError};
 use super::interrupt::Interrupt;
 use super::mmio::{Effect, Transport};
+use super::thread::{self, DeviceThread, ThreadControl};
 use crate::device::block::{BlockBackend, Stored};
 use crate::device::{DeviceStateError, Signals};
 use crate::protocol::machine_shape::DiskShape;
@@ -63,12 +69,6 @@ pub const RANGE_PIECE_BYTES: u64 = 4 << 20;
 struct Core {
     transport: Transport,
     interrupt: Interrupt,
-    /// Guest memory and the disk are off limits for the device's thread.
-    paused: bool,
-    /// The device's thread sleeps and must be woken when that changes.
-    resting: bool,
-    /// The device's thread is inside a call that changes the disk.
-    storing: bool,
     /// Goes up when what is in flight is void: at a reset and at a restore.
     round: u64,
     /// The heads of the chains that were taken off the ring and not answered, oldest first. The
@@ -91,16 +91,13 @@ impl Core {
 
 struct Shared<M> {
     core: Mutex<Core>,
-    /// A call that changes the disk has ended while a pause waits for that.
-    stored: Condvar,
+    thread: Arc<ThreadControl>,
     mem: M,
     shape: DiskShape,
     config: [u8; CONFIG_BYTES],
     /// Which disk this is, for people.
     number: u16,
     backend: Arc<dyn BlockBackend>,
-    event: EventFd,
-    stop: AtomicBool,
     /// The backend had no room.
     stalled: AtomicBool,
     /// The backend failed the last time it was asked.
@@ -109,8 +106,15 @@ struct Shared<M> {
 
 /// A virtio-blk device and its thread.
 pub struct BlkDevice<M: GuestMemory + Send + Sync + 'static> {
+    // Dropped first: the thread ends before what it uses.
+    _thread: DeviceThread,
     shared: Arc<Shared<M>>,
-    thread: Option<JoinHandle<()>>,
+}
+
+/// Guest memory may be touched and the disk changed.
+struct Entered<'a> {
+    core: MutexGuard<'a, Core>,
+    work: thread::Work<'a>,
 }
 
 /// The request is no more: the device was reset or restored, or it ends.
@@ -136,32 +140,28 @@ impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
         }
         let queue = Queue::new(QUEUE_SIZE_MAX).map_err(|e| io::Error::other(e.to_string()))?;
         let core = Core {
-            transport: Transport::new(DEVICE_ID_BLK, blk_config::features(shape), vec![queue]),
-            interrupt: Interrupt::new(signals, gsi, "virtio-blk"),
-            paused: true,
-            resting: true,
-            storing: false,
+            transport: Transport::new(DEVICE_ID_BLK, config::features(shape), vec![queue]),
+            interrupt: Interrupt::new(Arc::clone(&signals), gsi, "virtio-blk"),
             round: 0,
             in_flight: VecDeque::with_capacity(usize::from(QUEUE_SIZE_MAX)),
         };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
-            stored: Condvar::new(),
+            thread: Arc::new(ThreadControl::new(signals)?),
             mem,
             shape: shape.clone(),
-            config: blk_config::bytes(shape),
+            config: config::bytes(shape),
             number,
             backend,
-            event: EventFd::new(EFD_CLOEXEC)?,
-            stop: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
             failing: AtomicBool::new(false),
         });
-        let thread = std::thread::Builder::new().name(format!("mcd-disk{number}")).spawn({
+        let _thread = DeviceThread::start(format!("mcd-disk{number}"), Arc::clone(&shared.thread), {
             let shared = Arc::clone(&shared);
-            move || shared.serve()
+            let mut piece = vec![0; PIECE_BYTES];
+            move || shared.work(&mut piece)
         })?;
-        Ok(BlkDevice { shared, thread: Some(thread) })
+        Ok(BlkDevice { _thread, shared })
     }
 
     /// The driver reads at `offset` of the device's registers.
@@ -175,13 +175,13 @@ impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
         let mut core = shared.core.lock();
         let core = &mut *core;
         match core.transport.write(offset, data, &shared.mem) {
-            Effect::Notify(queue) if usize::from(queue) == REQUESTS => shared.wake(core),
-            Effect::Ready => shared.wake(core),
+            Effect::Notify(queue) if usize::from(queue) == REQUESTS => shared.thread.wake(),
+            Effect::Ready => shared.thread.wake(),
             Effect::Acked => core.interrupt.update(&core.transport),
             Effect::Reset => {
                 core.next_round(VecDeque::new());
                 core.interrupt.update(&core.transport);
-                shared.wake(core);
+                shared.thread.wake();
             }
             Effect::None | Effect::Notify(_) => {}
         }
@@ -190,32 +190,24 @@ impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
     /// There may be room in the backend again. Takes no lock and does not block.
     pub fn kick(&self) {
         if self.shared.stalled.load(Ordering::SeqCst) {
-            self.shared.ring_event();
+            self.shared.thread.ring();
         }
     }
 
-    /// From now on the device's thread begins nothing that a pause must wait for.
-    /// [`BlkDevice::quiesce`] waits for what it has begun; calling this first on several devices
-    /// lets them end at the same time.
+    /// From now on the device's thread begins nothing that a pause must wait for. Takes no lock.
     pub fn begin_quiesce(&self) {
-        self.shared.core.lock().paused = true;
+        self.shared.thread.begin_quiesce();
     }
 
-    /// Keeps the device's thread out of guest memory and from changing the disk; returns when it
-    /// does neither.
-    pub fn quiesce(&self) {
-        let mut core = self.shared.core.lock();
-        core.paused = true;
-        while core.storing {
-            self.shared.stored.wait(&mut core);
-        }
+    /// True when the device's thread is out of guest memory and changes nothing on the disk. The
+    /// machine hears of it by [`Signals::quiesced`].
+    pub fn is_quiet(&self) -> bool {
+        self.shared.thread.is_quiet()
     }
 
-    /// Lets the device's thread work again.
+    /// Lets the device's thread work again. Takes no lock.
     pub fn unquiesce(&self) {
-        let mut core = self.shared.core.lock();
-        core.paused = false;
-        self.shared.wake(&mut core);
+        self.shared.thread.unquiesce();
     }
 
     /// Appends the saved state. The machine must be paused.
@@ -238,52 +230,27 @@ impl<M: GuestMemory + Send + Sync + 'static> BlkDevice<M> {
         state.transport.apply(&mut core.transport, &shared.mem)?;
         core.next_round(state.in_flight);
         core.interrupt.restored(&core.transport);
-        shared.wake(core);
+        shared.thread.wake();
         Ok(())
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> Drop for BlkDevice<M> {
-    fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.ring_event();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 impl<M: GuestMemory> Shared<M> {
-    /// The device's thread.
-    fn serve(&self) {
-        let mut piece = vec![0; PIECE_BYTES];
-        while !self.stop.load(Ordering::SeqCst) {
-            match self.next() {
-                Some((round, mut request)) => {
-                    // A request that is gone needs nothing more.
-                    let _: Result<(), Gone> = self.perform(round, &mut request, &mut piece);
-                }
-                None => self.sleep(),
+    /// Does the next request, or sleeps if there is none.
+    fn work(&self, piece: &mut [u8]) {
+        match self.next() {
+            Some((round, mut request)) => {
+                // A request that is gone needs nothing more.
+                let _: Result<(), Gone> = self.perform(round, &mut request, piece);
             }
+            None => self.sleep(),
         }
     }
 
-    /// Sleeps until somebody wakes the thread. The caller has set `resting`, or waits for a kick.
+    /// Sleeps until somebody wakes the thread. The caller has said that it rests, or waits for a
+    /// kick.
     fn sleep(&self) {
-        // A failed read is as good as a wake: the loop looks again.
-        let _ = self.event.read();
-    }
-
-    /// Wakes the device's thread if it sleeps.
-    fn wake(&self, core: &mut Core) {
-        if std::mem::take(&mut core.resting) {
-            self.ring_event();
-        }
-    }
-
-    fn ring_event(&self) {
-        // It can only fail when the counter is full, and then the thread is being woken already.
-        let _ = self.event.write(1);
+        self.thread.sleep(None, PollTimeout::NONE);
     }
 
     /// The request to work on next and its round; `None` if there is none, and then the thread is
@@ -291,24 +258,25 @@ impl<M: GuestMemory> Shared<M> {
     fn next(&self) -> Option<(u64, Request)> {
         let mut core = self.core.lock();
         let core = &mut *core;
-        if !core.paused && core.is_live() {
+        let _work = self.thread.begin_work()?;
+        if core.is_live() {
             match self.take(core) {
                 Ok(Some(request)) => return Some((core.round, request)),
                 Ok(None) => {}
                 Err(error) => self.break_down(core, error),
             }
         }
-        core.resting = true;
+        self.thread.rest();
         None
     }
 
     /// The first request in flight, or else the next one off the ring. While there are requests the
     /// guest is asked not to notify: each notify would cost it an exit for nothing.
     fn take(&self, core: &mut Core) -> Result<Option<Request>, ChainError> {
-        let indirect_agreed = core.transport.driver_features & blk_config::F_INDIRECT_DESC != 0;
+        let indirect_agreed = core.transport.driver_features & config::F_INDIRECT_DESC != 0;
         let Some(queue) = core.transport.queues.get_mut(REQUESTS) else { return Ok(None) };
         while core.in_flight.is_empty() {
-            match chain::pop(queue, &self.mem)?.map(|found| found.head_index()) {
+            match chain::pop(queue, &self.mem)? {
                 Some(head) => core.in_flight.push_back(head),
                 // Asked first and looked again after: a request put in between would otherwise come
                 // without a notify.
@@ -323,12 +291,12 @@ impl<M: GuestMemory> Shared<M> {
 
     /// Does a request and answers it.
     fn perform(&self, round: u64, request: &mut Request, piece: &mut [u8]) -> Result<(), Gone> {
-        let flushes = self.core.lock().transport.driver_features & blk_config::F_FLUSH != 0;
+        let flushes = self.core.lock().transport.driver_features & config::F_FLUSH != 0;
         let room = request.data.bytes_left();
         let done = match &request.work {
             Work::Read { offset } => self.read(round, *offset, &mut request.data, piece)?,
             Work::Write { offset } => self.write(round, *offset, &mut request.data, piece)?,
-            Work::Flush => self.told("flush", self.backend.flush()),
+            Work::Flush => self.status_of("flush", self.backend.flush()),
             Work::Discard(ranges) => {
                 self.change_ranges(round, "discard", ranges, |r| self.backend.discard(r.offset, r.bytes))?
             }
@@ -341,7 +309,7 @@ impl<M: GuestMemory> Shared<M> {
         let changes = matches!(request.work, Work::Write { .. } | Work::Discard(_) | Work::WriteZeroes(_));
         let done = match done {
             // A driver that did not agree to flush relies on what it wrote.
-            Status::Ok if changes && !flushes => self.told("flush", self.backend.flush()),
+            Status::Ok if changes && !flushes => self.status_of("flush", self.backend.flush()),
             other => other,
         };
         let written = match request.work {
@@ -356,12 +324,12 @@ impl<M: GuestMemory> Shared<M> {
         while data.bytes_left() > 0 {
             let part = part_of(piece, data.bytes_left());
             // Without the lock: a slow disk delays neither a pause nor a vCPU.
-            if self.told("read", self.backend.read(offset, part)) != Status::Ok {
+            if self.status_of("read", self.backend.read(offset, part)) != Status::Ok {
                 return Ok(Status::IoError);
             }
             offset += part.len() as u64;
-            let mut core = self.enter(round)?;
-            data.write(&self.mem, part).map_err(|error| self.give_up(&mut core, error))?;
+            let mut entered = self.enter(round)?;
+            data.write(&self.mem, part).map_err(|error| self.give_up(&mut entered.core, error))?;
         }
         Ok(Status::Ok)
     }
@@ -370,9 +338,9 @@ impl<M: GuestMemory> Shared<M> {
     fn write(&self, round: u64, mut offset: u64, data: &mut chain::Stream, piece: &mut [u8]) -> Result<Status, Gone> {
         while data.bytes_left() > 0 {
             let part = part_of(piece, data.bytes_left());
-            let mut core = self.enter(round)?;
-            data.read(&self.mem, part).map_err(|error| self.give_up(&mut core, error))?;
-            drop(core);
+            let mut entered = self.enter(round)?;
+            data.read(&self.mem, part).map_err(|error| self.give_up(&mut entered.core, error))?;
+            drop(entered);
             if self.store(round, "write", || self.backend.write(offset, part))? != Status::Ok {
                 return Ok(Status::IoError);
             }
@@ -402,42 +370,43 @@ impl<M: GuestMemory> Shared<M> {
     }
 
     fn identify(&self, round: u64, data: &mut chain::Stream) -> Result<Status, Gone> {
-        let mut core = self.enter(round)?;
+        let mut entered = self.enter(round)?;
         let room = usize::try_from(data.bytes_left()).unwrap_or(usize::MAX).min(self.shape.serial.len());
         let serial = self.shape.serial.get(..room).unwrap_or_default();
-        data.write(&self.mem, serial).map_err(|error| self.give_up(&mut core, error))?;
+        data.write(&self.mem, serial).map_err(|error| self.give_up(&mut entered.core, error))?;
         Ok(Status::Ok)
     }
 
     /// Puts the answer where the driver looks for it.
     fn answer(&self, round: u64, request: &Request, status: Status, written: u64) -> Result<(), Gone> {
-        let mut guard = self.enter(round)?;
-        let core = &mut *guard;
+        let mut entered = self.enter(round)?;
+        let core = &mut *entered.core;
         // The status is written too; no request moves as much as a u32 holds.
         let written = u32::try_from(written).unwrap_or(u32::MAX).saturating_add(1);
-        let told = self.mem.write_obj(status as u8, request.status).map_err(|_| ChainError::Outside);
+        let answered = self.mem.write_obj(status as u8, request.status).map_err(|_| ChainError::Outside);
         let queue = core.transport.queues.get_mut(REQUESTS).ok_or(Gone)?;
-        let used = told.and_then(|()| queue.add_used(&self.mem, request.head, written).map_err(|_| ChainError::Ring));
+        let used = answered.and_then(|()| queue.add_used(&self.mem, request.head, written).map_err(|_| ChainError::Ring));
         used.map_err(|error| self.give_up(core, error))?;
         core.in_flight.pop_front();
         core.interrupt.used(&mut core.transport, REQUESTS, &self.mem, true);
         Ok(())
     }
 
-    /// Waits until guest memory may be touched for a request of `round`; it may be while the guard
-    /// is held.
-    fn enter(&self, round: u64) -> Result<MutexGuard<'_, Core>, Gone> {
+    /// Waits until guest memory and the disk may be touched for a request of `round`: while what is
+    /// returned is held.
+    fn enter(&self, round: u64) -> Result<Entered<'_>, Gone> {
         loop {
-            let mut core = self.core.lock();
-            if core.round != round || !core.is_live() || self.stop.load(Ordering::SeqCst) {
+            let core = self.core.lock();
+            if core.round != round || !core.is_live() || self.thread.is_ending() {
                 return Err(Gone);
             }
-            if !core.paused {
-                return Ok(core);
+            match self.thread.begin_work() {
+                Some(work) => return Ok(Entered { core, work }),
+                None => {
+                    drop(core);
+                    self.sleep();
+                }
             }
-            core.resting = true;
-            drop(core);
-            self.sleep();
         }
     }
 
@@ -445,34 +414,34 @@ impl<M: GuestMemory> Shared<M> {
     /// backend has no room.
     fn store(&self, round: u64, what: &str, change: impl Fn() -> io::Result<Stored>) -> Result<Status, Gone> {
         loop {
-            self.enter(round)?.storing = true;
+            let Entered { core, work } = self.enter(round)?;
+            drop(core);
             let outcome = change();
-            let mut core = self.core.lock();
-            core.storing = false;
-            if core.paused {
-                self.stored.notify_all();
-            }
+            drop(work);
             match outcome {
                 // Between that answer and this mark a kick would find nothing stalled, so ask once
                 // more after it.
                 Ok(Stored::Full) if !self.stalled.swap(true, Ordering::SeqCst) => {}
-                Ok(Stored::Full) if core.round != round => return Err(Gone),
                 Ok(Stored::Full) => {
-                    core.resting = true;
+                    // Under the lock: a reset that comes first is seen, one that comes after wakes.
+                    let core = self.core.lock();
+                    if core.round != round {
+                        return Err(Gone);
+                    }
+                    self.thread.rest();
                     drop(core);
                     self.sleep();
                 }
                 other => {
-                    drop(core);
                     self.stalled.store(false, Ordering::SeqCst);
-                    return Ok(self.told(what, other.map(|_| ())));
+                    return Ok(self.status_of(what, other.map(|_| ())));
                 }
             }
         }
     }
 
-    /// What the guest is told of an outcome. The first failure in a row is told to people too.
-    fn told(&self, what: &str, outcome: io::Result<()>) -> Status {
+    /// The status that the guest reads. The first failure in a row is logged.
+    fn status_of(&self, what: &str, outcome: io::Result<()>) -> Status {
         match outcome {
             Ok(()) => {
                 self.failing.store(false, Ordering::Relaxed);
@@ -480,7 +449,7 @@ impl<M: GuestMemory> Shared<M> {
             }
             Err(error) => {
                 if !self.failing.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(disk = self.number, what, %error, "disk error, the guest is told; look after its image");
+                    tracing::warn!(disk = self.number, what, %error, "disk error: the guest got an I/O error; check its image");
                 }
                 Status::IoError
             }
