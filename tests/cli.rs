@@ -170,6 +170,7 @@ fn options_that_contradict_each_other() {
     bad_primary(&[&tls[..], &["--arbiter-key=/k"]].concat(), &["--arbiter-key is given without --arbiter-cert"]);
     bad_primary(&[&tls[..], &["--arbiter-user=a"]].concat(), &["--arbiter-user is given without --arbiter-password"]);
     bad_primary(&["--interval-ms=1", "--interval-min-us=2000"], &["--interval-min-us 2000", "--interval-ms 1"]);
+    bad_primary(&["--stall-max-ms=150"], &["--stall-max-ms 150", "heartbeat timeout of 150 ms"]);
     bad_primary(&["--heartbeat-timeout-ms=99"], &["--heartbeat-timeout-ms 99", "twice --heartbeat-interval-ms 50"]);
     bad_primary(&["--heartbeat-listen=0.0.0.0:7401"], &["--heartbeat-listen", "a port each"]);
     bad_primary(&["--guest-gateway=10.0.1.1"], &["--guest-gateway 10.0.1.1", "10.0.0.2/24"]);

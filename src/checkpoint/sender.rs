@@ -1,15 +1,20 @@
 //! The data connection's writing thread: encodes epochs and background pages and sends them, in the
 //! order they were handed over.
+//!
+//! A small epoch that nothing waits before is sent by the thread that captured it: that saves a
+//! wake-up on the way of every commit.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam::channel::{Sender as Queue, unbounded};
+use parking_lot::Mutex;
 use thiserror::Error;
 
-use super::capture::{Capture, CapturePool};
+use super::capture::Capture;
+use super::capture_pool::CapturePool;
 use super::image::{GuestImage, ImagePageError};
 use super::journal::BlockSet;
 use super::packing::{Packer, Packing};
@@ -23,6 +28,10 @@ const PAGES_PER_FRAME: usize = 128;
 
 /// Bytes gathered before they are written.
 const BATCH_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes of memory in an epoch that its capturing thread may send itself: they fit the socket's
+/// buffer when that is empty, so sending never blocks.
+const DIRECT_BYTES_MAX: usize = 256 << 10;
 
 /// Something to send.
 pub enum SenderJob {
@@ -54,39 +63,88 @@ enum SendError {
     Read(#[from] ImagePageError),
 }
 
+/// The way to the thread, for every thread that has something to send.
+#[derive(Clone)]
+pub struct SenderQueue {
+    jobs: Queue<SenderJob>,
+    /// Jobs handed over and not done: nothing overtakes them.
+    pending: Arc<AtomicUsize>,
+    stream: Arc<Mutex<Stream>>,
+    closer: LinkCloser,
+}
+
+impl SenderQueue {
+    /// Hands over a job. The protocol bounds what is in flight, so this queue stays short.
+    pub fn submit(&self, job: SenderJob) {
+        self.pending.fetch_add(1, Ordering::SeqCst);
+        if self.jobs.send(job).is_err() {
+            // The thread is gone, and has reported why.
+            self.pending.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Sends an epoch, from this thread if it is small and nothing waits before it. `captured` is
+    /// called when nothing that is submitted from then on can overtake the epoch, and before the
+    /// peer can have it.
+    pub fn epoch(&self, capture: Box<Capture>, captured: impl FnOnce()) {
+        let small = capture.bytes.len() <= DIRECT_BYTES_MAX && capture.blocks_are_few();
+        if let Some(mut stream) = self.stream.try_lock().filter(|_| small)
+            && self.pending.load(Ordering::SeqCst) == 0
+            && !self.closer.has_unsent()
+        {
+            captured();
+            // If it fails, the reading end or the next job sees the same.
+            let _ = stream.send(SenderJob::Epoch(capture));
+            return;
+        }
+        self.submit(SenderJob::Epoch(capture));
+        captured();
+    }
+}
+
 /// The thread's handle. Dropping it lets what was handed over leave, then ends the connection.
 pub struct Sender {
     conn: ConnId,
-    jobs: Option<Queue<SenderJob>>,
+    queue: Option<SenderQueue>,
     thread: Option<JoinHandle<()>>,
     closer: LinkCloser,
     epoch_bytes: Arc<AtomicU64>,
 }
 
 impl Sender {
-    /// Starts the thread for connection `conn`. `report` is called from it.
+    /// Starts the thread for connection `conn`. It calls `on_start` first, which may give it another
+    /// priority, and `report` later.
+    ///
+    /// # Errors
+    /// If the host gives no thread.
     pub fn start(
         conn: ConnId,
         (writer, closer): (LinkWriter, LinkCloser),
         image: GuestImage,
         packing: Packing,
         pool: CapturePool,
+        on_start: impl FnOnce() + Send + 'static,
         report: impl Fn(SenderReport) + Send + 'static,
     ) -> std::io::Result<Sender> {
         let (jobs, queue) = unbounded();
         let epoch_bytes = Arc::new(AtomicU64::new(0));
-        let mut stream = Stream {
+        let stream = Arc::new(Mutex::new(Stream {
             writer,
             image,
             packer: Packer::new(packing),
             pool,
             batch: FrameBatch::new(),
             epoch_bytes: epoch_bytes.clone(),
-        };
+        }));
+        let pending = Arc::new(AtomicUsize::new(0));
+        let (mine, done) = (Arc::clone(&stream), Arc::clone(&pending));
         let end = closer.clone();
         let thread = std::thread::Builder::new().name("mcd-send".into()).spawn(move || {
+            on_start();
             for job in queue {
-                match stream.send(job) {
+                let sent = mine.lock().send(job);
+                done.fetch_sub(1, Ordering::SeqCst);
+                match sent {
                     Ok(Some(done)) => report(done),
                     Ok(None) => {}
                     Err(error) => {
@@ -97,7 +155,8 @@ impl Sender {
             }
             end.shutdown();
         })?;
-        Ok(Sender { conn, jobs: Some(jobs), thread: Some(thread), closer, epoch_bytes })
+        let queue = SenderQueue { jobs, pending, stream, closer: closer.clone() };
+        Ok(Sender { conn, queue: Some(queue), thread: Some(thread), closer, epoch_bytes })
     }
 
     /// The connection it writes to.
@@ -105,18 +164,22 @@ impl Sender {
         self.conn
     }
 
-    /// Hands over a job. The protocol bounds what is on its way, so this queue stays short.
+    /// The way to the thread. Whoever keeps it past the handle's end keeps the thread.
+    pub fn queue(&self) -> Option<SenderQueue> {
+        self.queue.clone()
+    }
+
+    /// Hands over a job.
     pub fn submit(&self, job: SenderJob) {
-        if let Some(jobs) = &self.jobs {
-            // If the thread is gone it has reported why.
-            let _ = jobs.send(job);
+        if let Some(queue) = &self.queue {
+            queue.submit(job);
         }
     }
 
     /// Sends a probe, unless something waits to be sent anyway.
     pub fn probe(&self) {
-        if self.jobs.as_ref().is_some_and(Queue::is_empty) {
-            self.submit(SenderJob::Probe);
+        if let Some(queue) = self.queue.as_ref().filter(|queue| queue.pending.load(Ordering::SeqCst) == 0) {
+            queue.submit(SenderJob::Probe);
         }
     }
 
@@ -132,7 +195,7 @@ impl Sender {
     }
 
     fn finish(&mut self) {
-        self.jobs = None;
+        self.queue = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -38,6 +38,7 @@ const STAGING_MIN: Size = Size::mib(1);
 pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
     let guest = required(args.guest.clone(), "--guest NAME", "name the guest, the same on both nodes")?;
     let tap = required(args.tap.clone(), "--tap NAME", "name the tap device of the guest's network card")?;
+    let heartbeat = heartbeat(args.heartbeat_interval_ms, args.heartbeat_timeout_ms)?;
     let heartbeat_listen = heartbeat_address("--listen", args.listen, "--heartbeat-listen", args.heartbeat_listen)?;
     let interval = Duration::from_millis(args.interval_ms);
     let interval_min = Duration::from_micros(args.interval_min_us);
@@ -85,7 +86,8 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         interval,
         interval_min,
         commit_on_output: args.commit_on_output,
-        heartbeat: heartbeat(args.heartbeat_interval_ms, args.heartbeat_timeout_ms)?,
+        stall_max: stall_max(args.stall_max_ms, heartbeat)?,
+        heartbeat,
         compress: match args.compress {
             CompressFlag::Auto => Compress::Auto,
             CompressFlag::None => Compress::None,
@@ -197,6 +199,22 @@ fn heartbeat(interval_ms: u64, timeout_ms: Option<u64>) -> Result<HeartbeatConfi
         )));
     }
     Ok(HeartbeatConfig { interval: Duration::from_millis(interval_ms), timeout: Duration::from_millis(timeout_ms) })
+}
+
+/// By default long enough that a short stall of a disk is sat out, and never shorter than what makes
+/// a difference to the peer.
+fn stall_max(ms: Option<u64>, heartbeat: HeartbeatConfig) -> Result<Duration, Failure> {
+    const DEFAULT: Duration = Duration::from_secs(2);
+    let stall_max = ms.map_or(DEFAULT.max(heartbeat.timeout * 4), Duration::from_millis);
+    if stall_max <= heartbeat.timeout {
+        return Err(Failure::usage(format!(
+            "--stall-max-ms {} is not longer than the heartbeat timeout of {} ms: a guest would be handed over before \
+             anybody misses it; raise it or shorten the timeout",
+            stall_max.as_millis(),
+            heartbeat.timeout.as_millis()
+        )));
+    }
+    Ok(stall_max)
 }
 
 fn guest_address(ip: Cidr, gateway: Option<Ipv4Addr>) -> Result<GuestAddress, Failure> {

@@ -40,6 +40,9 @@ pub struct NodeConfig {
     /// How often heartbeats are sent and when a silent peer is suspected; the timeout is at least
     /// twice the interval.
     pub heartbeat: HeartbeatConfig,
+    /// How long a node vouches for a guest that cannot be captured; longer than the heartbeat
+    /// timeout.
+    pub stall_max: Duration,
     /// How pages are packed for the wire.
     pub compress: Compress,
     /// Most bytes of staging memory, as a secondary.

@@ -14,7 +14,7 @@ use super::error::NodeError;
 use super::inbox::{Flag, Inbox, InboxSender};
 use super::status::StatusStore;
 use crate::arbiter::Arbiter;
-use crate::checkpoint::capture::CapturePool;
+use crate::checkpoint::capture_pool::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
 use crate::control::EventSink;
 use crate::control::console::Console;
@@ -31,8 +31,6 @@ pub const RETRY: Duration = Duration::from_millis(200);
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a newcomer may make no progress with building its machine.
 const BUILD_SILENCE_MAX: Duration = Duration::from_secs(30);
-/// How long a node vouches for a guest that cannot be captured, if the operator says nothing else.
-pub const STALL_MAX: Duration = Duration::from_secs(2);
 /// How long the secondary may take to take over a guest that was handed over.
 const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB,
@@ -47,7 +45,7 @@ pub struct ContextWithoutArbiter {
     pub events: InboxSender,
     pub status: Arc<StatusStore>,
     pub sink: EventSink,
-    pub console: Console,
+    pub console: Arc<Console>,
     pub cpu: HostCpu,
 }
 
@@ -109,7 +107,7 @@ pub struct Context {
     /// The way to the control clients.
     pub sink: EventSink,
     /// The guest's serial console.
-    pub console: Console,
+    pub console: Arc<Console>,
     /// The arbiter's thread.
     pub arbiter: ArbiterThread,
     /// The CPU this host can give a guest.
@@ -139,7 +137,7 @@ impl Context {
             arbiter_retry: RETRY,
             join_timeout: JOIN_TIMEOUT,
             build_silence_max: BUILD_SILENCE_MAX,
-            stall_max: STALL_MAX,
+            stall_max: self.config.stall_max,
             handover_timeout: HANDOVER_TIMEOUT,
             push_pages_max: PUSH_PAGES_MAX,
         }

@@ -6,12 +6,15 @@ use std::path::PathBuf;
 use crossbeam::channel::Sender;
 use serde_json::Value;
 
+use super::error::NodeError;
+use super::secondary::Promoted;
 use crate::checkpoint::snapshot::{SnapshotError, Written};
 use crate::checkpoint::stage::StagedEpoch;
-use crate::machine::MachineEvent;
+use crate::machine::{MachineError, MachineEvent};
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::messages::{Hello, Message};
+use crate::protocol::pages::PageSet;
 use crate::protocol::primary::Command;
 use crate::protocol::types::ConnId;
 use crate::protocol::types::{EpochId, InstanceId, Instant};
@@ -29,8 +32,66 @@ pub struct SnapshotRequest {
     pub stop: bool,
 }
 
+/// An epoch that was captured.
+pub struct Captured {
+    /// The epoch.
+    pub id: EpochId,
+    /// When its capture began, on the monotonic clock.
+    pub started_us: u64,
+    /// How long the guest stood still.
+    pub pause_us: u64,
+    /// Pages and blocks it holds.
+    pub dirty_pages: u64,
+    /// What travels in it, if the resync ledger wants to know: pages of memory, and blocks of disks
+    /// by their index.
+    pub travelled: Option<(PageSet, Vec<u64>)>,
+}
+
 /// Something that happened.
 pub enum NodeEvent {
+    /// Dirty pages are tracked for the newcomer on this connection, or cannot be.
+    Tracking {
+        /// The connection.
+        conn: ConnId,
+        /// Why not.
+        result: Result<(), String>,
+    },
+    /// An epoch was captured and is on its way to the sender.
+    Captured(Box<Captured>),
+    /// An epoch was not captured.
+    CaptureFailed {
+        /// The epoch.
+        id: EpochId,
+        /// Why.
+        why: String,
+    },
+    /// The guest runs, or is stopped, or could not be.
+    RunDone {
+        /// What was ordered.
+        run: bool,
+        /// Why it could not be done.
+        result: Result<(), String>,
+    },
+    /// The stopped guest's state.
+    StateSaved(Result<Vec<u8>, Box<MachineError>>),
+    /// The machine failed for good; why.
+    MachineLost(String),
+    /// The machine of the newcomer of this instance id has so many bytes of its memory.
+    BuildProgress {
+        /// Whose.
+        instance: InstanceId,
+        /// Bytes so far.
+        done_bytes: u64,
+    },
+    /// The machine of the newcomer of this instance id is built, or cannot be.
+    Built {
+        /// Whose.
+        instance: InstanceId,
+        /// Why not.
+        result: Result<(), String>,
+    },
+    /// The guest was restored from its newest committed epoch.
+    Restored(Result<Box<Promoted>, Box<NodeError>>),
     /// A peer connected to us and said hello.
     Accepted {
         /// The connection.

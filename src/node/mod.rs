@@ -24,6 +24,7 @@ mod context;
 mod disks;
 mod error;
 mod events;
+mod heartbeats;
 mod inbox;
 mod memory_holder;
 mod meter;
@@ -36,6 +37,7 @@ mod signals;
 mod status;
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use disks::DiskError;
@@ -46,7 +48,7 @@ use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLos
 use self::context::{Context, ContextWithoutArbiter, RETRY, new_machine, open_gate};
 use self::disks::NodeDisks;
 use self::inbox::{Inbox, InboxSender, inbox};
-use self::primary::{PrimaryEnd, PrimaryNode};
+use self::primary::PrimaryNode;
 use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
 use self::status::StatusStore;
 use crate::arbiter::command::CommandArbiter;
@@ -58,7 +60,7 @@ use crate::control::console::Console;
 use crate::control::status::Role;
 use crate::machine::{GuestNet, MachineError, host_cpu};
 use crate::protocol::claim::{ClaimRefused, claim};
-use crate::protocol::primary::Primary;
+use crate::protocol::primary::{End, Primary};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Ending, Secondary, SecondaryConfig};
 use crate::protocol::types::InstanceId;
@@ -105,7 +107,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
         None => disks,
     };
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
-    let console = Console::open(&config.console)?;
+    let console = Arc::new(Console::open(&config.console)?);
     let mut machine = new_machine(&shape, config.cpu, gate.clone(), &disks, &console, &events)?;
     machine.memory().prefault().map_err(MachineError::from)?;
     match &start.boot {
@@ -128,7 +130,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let protocol = Primary::new(context.primary_config(shape, machine.tsc_khz()), me, record, clock::now());
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
-    let end = PrimaryNode::new(context, machine, gate, disks, protocol).run(None)?;
+    let end = PrimaryNode::run(context, machine, gate, disks, protocol, None)?;
     drop(server);
     Ok(end_of(end))
 }
@@ -143,7 +145,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     drop(open_gate(&config, &events)?);
     disks::look(&config)?;
     let arbiter = open_arbiter(&config, false)?;
-    let console = Console::open(&config.console)?;
+    let console = Arc::new(Console::open(&config.console)?);
     let (server, context) = open_endpoints(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
     let context = context.with_arbiter(arbiter)?;
     let mut last_conn = 0;
@@ -157,10 +159,10 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
             staging_bytes_max: context.config.staging_bytes_max,
             retry: RETRY,
             answer_timeout: ANSWER_TIMEOUT,
-            stall_max: context::STALL_MAX,
+            stall_max: context.config.stall_max,
         };
         let protocol = Secondary::new(config.clone(), me, last_conn, start_at);
-        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol).run()?;
+        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run()?;
         last_conn = newest_conn;
         match end {
             SecondaryEnd::Promoted(promoted) => break lead(context, *promoted, me)?,
@@ -176,14 +178,14 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
     let Promoted { machine, gate, disks, record, welcome, report } = promoted;
     let protocol = Primary::new(context.primary_config(welcome.shape, machine.tsc_khz()), me, record, clock::now());
-    Ok(end_of(PrimaryNode::new(context, machine, gate, disks, protocol).run(Some(report))?))
+    PrimaryNode::run(context, machine, gate, disks, protocol, Some(report)).map(end_of)
 }
 
-fn end_of(end: PrimaryEnd) -> NodeEnd {
+fn end_of(end: End) -> NodeEnd {
     match end {
-        PrimaryEnd::Quit => NodeEnd::Quit,
-        PrimaryEnd::Restart => NodeEnd::Restart,
-        PrimaryEnd::Fenced => NodeEnd::Fenced,
+        End::GuestOver { restart: true } => NodeEnd::Restart,
+        End::GuestOver { restart: false } | End::Quit | End::GuestFailed(_) => NodeEnd::Quit,
+        End::Fenced => NodeEnd::Fenced,
     }
 }
 
@@ -261,7 +263,7 @@ fn open_endpoints(
     config: NodeConfig,
     role: Role,
     guest_ip: Option<Ipv4Addr>,
-    console: Console,
+    console: Arc<Console>,
     events: InboxSender,
     inbox: Inbox,
 ) -> Result<(Server, ContextWithoutArbiter), NodeError> {

@@ -1,172 +1,198 @@
-//! The driver of the node that runs the guest: turns events into inputs, and actions into effects.
-//! It holds no rule.
+//! The engine of the node that runs the guest: turns events into inputs, and actions into effects.
+//! It holds no rule, and waits for nothing but its inbox: what takes long is ordered of the machine
+//! thread, the sender, the block hasher or the arbiter's thread, and heartbeats have a thread of
+//! their own.
 
+mod effects;
+mod machine_thread;
 mod snapshot;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
-
+use self::machine_thread::MachineThread;
 use self::snapshot::Snapshots;
 use super::announce::Announcer;
 use super::block_hasher::{BlockHasher, VerifyWatch};
-use super::config::Compress;
 use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::events::NodeEvent;
+use super::events::{Captured, NodeEvent, Reply};
+use super::heartbeats::HeartbeatThread;
 use super::inbox::Next;
 use super::meter::Meter;
 use super::{clock, priority};
-use crate::checkpoint::capture::{CapturePool, capture};
-use crate::checkpoint::dirty_pages::DirtyPages;
-use crate::checkpoint::journal::JournalMode;
-use crate::checkpoint::output::{OutputGate, ReleaseEnd};
-use crate::checkpoint::packing::Packing;
-use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
-use crate::checkpoint::shared_journal::SharedJournal;
-use crate::control::metrics::EpochSample;
+use crate::checkpoint::capture_pool::CapturePool;
+use crate::checkpoint::epoch_buffers::EpochBuffers;
+use crate::checkpoint::output::OutputGate;
+use crate::checkpoint::sender::Sender;
 use crate::control::status::TakeoverReport;
-use crate::machine::{Machine, MachineEvent};
-use crate::protocol::messages::{Channel, Message, features};
-use crate::protocol::primary::{Action, End, GuestEnd, Input, OutputCut, Phase, Primary};
-use crate::protocol::types::ConnId;
-use crate::protocol::types::EpochId;
+use crate::machine::{GuestRam, Machine, MachineEvent};
+use crate::protocol::messages::Channel;
+use crate::protocol::primary::{End, GuestEnd, Input, Primary};
+use crate::protocol::types::{ConnId, EpochId};
 
 /// How long the end of a guest waits for shared storage to take its last writes.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How a primary's life ended.
-#[derive(Debug, PartialEq, Eq)]
-pub enum PrimaryEnd {
-    /// As it should: an operator or the guest ended it.
-    Quit,
-    /// The guest asked to be started again.
-    Restart,
-    /// Another node runs the guest.
-    Fenced,
-}
-
-/// The epoch on its way, for the figures.
+/// The epoch in flight, for the figures.
 #[derive(Clone, Copy)]
-struct OnItsWay {
+struct InFlight {
     started_us: u64,
     pause_us: u64,
     dirty_pages: u64,
 }
 
-/// The driver.
+/// The engine.
 pub struct PrimaryNode {
     context: Context,
-    machine: Machine,
-    gate: Arc<OutputGate>,
+    /// There is one as long as the engine runs.
+    machine: Option<MachineThread>,
+    memory: GuestRam,
+    tsc_khz: u32,
+    /// The vCPUs run, captures aside.
+    running: bool,
+    buffers: Arc<EpochBuffers>,
     disks: NodeDisks,
     protocol: Primary,
     connections: Connections,
+    heartbeats: HeartbeatThread,
     sender: Option<Sender>,
-    /// There is one as long as the driver runs.
+    /// Senders whose connections end once what was handed over is out.
+    leaving: Vec<Sender>,
+    /// There is one as long as the engine runs.
     block_hasher: Option<BlockHasher>,
     verifying: VerifyWatch,
     meter: Meter,
     pool: CapturePool,
-    dirty: DirtyPages,
-    on_its_way: Option<OnItsWay>,
+    in_flight: Option<InFlight>,
     announcer: Announcer,
+    /// The newest ticket of a command, and the clients that wait for an answer, by their tickets.
     tickets: u64,
-    replies: HashMap<u64, crossbeam::channel::Sender<Result<Value, String>>>,
+    replies: HashMap<u64, Reply>,
     snapshots: Snapshots,
-    end: Option<PrimaryEnd>,
+    end: Option<End>,
 }
 
 impl PrimaryNode {
-    /// A driver for a machine that is booted or restored, and still paused.
-    pub fn new(
+    /// Opens the output of a machine that is booted or restored and still paused, lets the guest
+    /// run, and drives it until it ends here; how it ended.
+    ///
+    /// # Errors
+    /// What this node cannot go on after: the machine failed.
+    pub fn run(
         context: Context,
-        machine: Machine,
+        mut machine: Machine,
         gate: Arc<OutputGate>,
         disks: NodeDisks,
         protocol: Primary,
-    ) -> PrimaryNode {
-        let pages = machine.memory().pages();
-        let pool = context.captures.clone();
+        takeover: Option<TakeoverReport>,
+    ) -> Result<End, NodeError> {
+        clock::sharpen_timers();
+        priority::raise();
+        let memory = machine.memory().clone();
+        let pages = memory.pages();
+        let buffers = EpochBuffers::new(pages, gate, Arc::clone(disks.journal()), disks.shared().map(Arc::clone));
+        let buffers = Arc::new(buffers);
+        tracing::info!(bytes_max = CapturePool::bytes_max(pages), "buffers for captures are bounded");
+        let resuming_us = clock::monotonic_us();
+        // Whatever waits for room is kicked by the resume.
+        let _ = buffers.alone();
+        machine.resume()?;
+        let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
         let announcer = Announcer::new(protocol.mac(), context.guest_ip, clock::now());
-        PrimaryNode {
+        // Not only after a takeover: a guest that is started anew on another host is where the
+        // switches do not look for it.
+        announcer.frames().iter().for_each(|frame| buffers.output().send_now(frame));
+        if let Some(mut report) = takeover {
+            report.resume_ms = resume_us as f64 / 1000.0;
+            context.status.takeover(report);
+        }
+        let (journal, events) = (Arc::clone(disks.journal()), context.events.clone());
+        let block_hasher = BlockHasher::start(disks.image(memory.clone()), journal, events.clone())?;
+        let (pool, tsc_khz) = (context.captures.clone(), machine.tsc_khz());
+        let pause_max = context.config.stall_max * 2;
+        let heartbeats = HeartbeatThread::start(events.clone())?;
+        let machine = MachineThread::start(machine, Arc::clone(&buffers), pool.clone(), pause_max, events)?;
+        let node = PrimaryNode {
             context,
-            machine,
-            gate,
+            machine: Some(machine),
+            memory,
+            tsc_khz,
+            running: true,
+            buffers,
             disks,
             protocol,
             connections: Connections::default(),
+            heartbeats,
             sender: None,
-            block_hasher: None,
+            leaving: Vec::new(),
+            block_hasher: Some(block_hasher),
             verifying: VerifyWatch::default(),
             meter: Meter::default(),
             pool,
-            dirty: DirtyPages::new(pages),
-            on_its_way: None,
+            in_flight: None,
             announcer,
             tickets: 0,
             replies: HashMap::new(),
             snapshots: Snapshots::default(),
             end: None,
-        }
+        };
+        node.drive()
     }
 
-    /// Opens the output, lets the guest run, and drives it until it ends here.
-    ///
-    /// # Errors
-    /// What this node cannot go on after: the machine failed.
-    pub fn run(mut self, takeover: Option<TakeoverReport>) -> Result<PrimaryEnd, NodeError> {
-        clock::sharpen_timers();
-        priority::raise();
-        let resuming_us = clock::monotonic_us();
-        self.gate.pass();
-        self.disks.journal().set_mode(JournalMode::Pass);
-        self.disks.shared().into_iter().for_each(SharedJournal::alone);
-        self.machine.resume()?;
-        let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
-        // Not only after a takeover: a guest that is started anew on another host is where the
-        // switches do not look for it.
-        self.announcer.frames().iter().for_each(|frame| self.gate.send_now(frame));
-        if let Some(mut report) = takeover {
-            report.resume_ms = resume_us as f64 / 1000.0;
-            self.context.status.takeover(report);
-        }
-        let image = self.disks.image(self.machine.memory().clone());
-        let (journal, events) = (Arc::clone(self.disks.journal()), self.context.events.clone());
-        self.block_hasher = Some(BlockHasher::start(image, journal, events)?);
+    fn drive(mut self) -> Result<End, NodeError> {
         loop {
             self.act()?;
             self.disks.runs_in(self.protocol.generation());
             self.publish();
             if let Some(end) = self.end.take() {
-                if !self.drain_shared_disks()? {
-                    // The images are not what it says of them.
-                    self.cancel_snapshot();
-                }
-                self.stamp_disks_at_end(&end)?;
-                return Ok(end);
+                return self.finish(end);
             }
             if self.announcer.take_due(clock::now()) {
-                self.announcer.frames().iter().for_each(|frame| self.gate.send_if_passing(frame));
+                self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
             }
-            let input = self.next_input()?;
-            if let Some(input) = input {
+            if let Some(input) = self.next_input()? {
                 self.protocol.handle(clock::now(), input);
             }
         }
     }
 
-    /// A guest that ended here leaves nothing held; one that goes on elsewhere is that node's to
-    /// write for. False if its last writes are lost.
-    fn drain_shared_disks(&mut self) -> Result<bool, NodeError> {
-        let Some(shared) = self.disks.shared().filter(|_| self.protocol.phase() == Phase::Stopping) else {
-            return Ok(true);
+    /// Ends in order: the last messages leave, what the guest wrote is where it belongs, and the
+    /// disks' stamps say so.
+    fn finish(mut self, end: End) -> Result<End, NodeError> {
+        drop(self.sender.take());
+        self.leaving.clear();
+        let Some(Ok(mut machine)) = self.machine.take().map(MachineThread::finish) else {
+            return Err(NodeError::GuestFailed("the thread of its machine ended by itself".into()));
         };
-        self.machine.pause()?;
+        let stopped = machine.pause_within(self.context.config.stall_max);
+        if let Err(error) = &stopped {
+            tracing::warn!(%error, "the guest's vCPUs or devices did not stop; its last writes may be lost");
+        }
+        if end.drains_disks() && !self.drain_shared_disks() {
+            // The images are not what it says of them.
+            self.cancel_snapshot();
+        }
+        let snapshot = self.end_snapshot(&end);
+        if end.stamps_disks() && stopped.is_ok() {
+            let at = EpochId { generation: self.protocol.generation(), ..self.protocol.running_epoch() };
+            self.disks.stamper().stamp_last(at, snapshot);
+        }
+        // The machine waits for its disks' threads, and one of these may wait for a flush.
+        self.disks.end();
+        drop(machine);
+        match end {
+            End::GuestFailed(why) => Err(NodeError::GuestFailed(why)),
+            end => Ok(end),
+        }
+    }
+
+    /// A guest that ended here leaves nothing held. False if its last writes are lost.
+    fn drain_shared_disks(&self) -> bool {
+        let Some(shared) = self.disks.shared() else { return true };
         let drained = shared.drain(DRAIN_TIMEOUT);
         if !drained {
             let bytes = shared.used_bytes();
@@ -175,18 +201,7 @@ impl PrimaryNode {
                 "shared storage did not take the guest's last writes; they are lost as in a loss of power"
             );
         }
-        Ok(drained)
-    }
-
-    /// The guest's last word to its disks is in their stamps; a fenced node's are outdated already.
-    fn stamp_disks_at_end(&mut self, end: &PrimaryEnd) -> Result<(), NodeError> {
-        let snapshot = self.end_snapshot(end);
-        if *end == PrimaryEnd::Quit {
-            self.machine.pause()?;
-            let at = EpochId { generation: self.protocol.generation(), ..self.protocol.running_epoch() };
-            self.disks.stamper().stamp_last(at, snapshot);
-        }
-        Ok(())
+        drained
     }
 
     fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
@@ -214,6 +229,7 @@ impl PrimaryNode {
             }
             NodeEvent::Message { conn, message } => Some(Input::Message { conn, message }),
             NodeEvent::Closed { conn, why } => {
+                self.heartbeats.close(conn);
                 self.connections.remove(conn);
                 Some(Input::Closed { conn, why })
             }
@@ -223,7 +239,7 @@ impl PrimaryNode {
             }
             NodeEvent::PeerHashes { conn, first, hashes } => Some(Input::PeerHashes { conn, first, hashes }),
             NodeEvent::OwnHashes { ticket, hashes } => Some(Input::OwnHashes { ticket, hashes }),
-            NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
+            NodeEvent::OutputWaiting => self.buffers.output().open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Written { through } => Some(Input::Written { through }),
@@ -233,11 +249,22 @@ impl PrimaryNode {
                 None
             }
             NodeEvent::DisksHaveRoom => {
-                self.machine.kick_disks();
+                self.kick_disks();
                 None
             }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
-            NodeEvent::Machine(event) => self.machine_event(event)?,
+            NodeEvent::Machine(event) => self.machine_event(event),
+            NodeEvent::MachineLost(why) => return Err(NodeError::GuestFailed(why)),
+            NodeEvent::Tracking { conn, result } => Some(Input::Tracking { conn, result }),
+            NodeEvent::Captured(captured) => Some(self.captured(*captured)),
+            NodeEvent::CaptureFailed { id, why } => Some(Input::CaptureFailed { id, why }),
+            NodeEvent::RunDone { run, result } => {
+                if result.is_ok() {
+                    self.running = run;
+                }
+                Some(Input::RunDone { run, result })
+            }
+            NodeEvent::StateSaved(saved) => self.state_saved(saved),
             NodeEvent::Command { command, reply } => {
                 self.tickets += 1;
                 self.replies.extend(reply.map(|reply| (self.tickets, reply)));
@@ -245,11 +272,14 @@ impl PrimaryNode {
             }
             NodeEvent::Snapshot { request, reply } => self.snapshot_asked(request, reply),
             NodeEvent::SnapshotWritten(result) => self.snapshot_written(result),
-            // What a secondary hears of; a late one may still be in the channel after a takeover.
+            // What a secondary hears of; a late one may still be in the inbox after a takeover.
             NodeEvent::Connected { .. }
             | NodeEvent::Foreign { .. }
             | NodeEvent::ImageFailed { .. }
             | NodeEvent::BlocksHashed { .. }
+            | NodeEvent::BuildProgress { .. }
+            | NodeEvent::Built { .. }
+            | NodeEvent::Restored(_)
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,
         })
@@ -259,248 +289,35 @@ impl PrimaryNode {
         self.sender.as_ref().is_some_and(|sender| sender.conn() == conn)
     }
 
-    fn machine_event(&mut self, event: MachineEvent) -> Result<Option<Input>, NodeError> {
+    fn captured(&mut self, captured: Captured) -> Input {
+        let Captured { id, started_us, pause_us, dirty_pages, travelled } = captured;
+        self.in_flight = Some(InFlight { started_us, pause_us, dirty_pages });
+        if let Some((pages, blocks)) = travelled {
+            self.protocol.note_dirty_pages(&pages);
+            self.protocol.note_blocks(blocks.into_iter());
+        }
+        Input::Captured { id }
+    }
+
+    fn machine_event(&mut self, event: MachineEvent) -> Option<Input> {
         tracing::info!(?event, "the guest's machine reports an event");
         match event {
-            MachineEvent::Shutdown => return Ok(Some(Input::GuestEnded(GuestEnd::Shutdown))),
-            MachineEvent::VcpuFailed { .. } => {
-                return Ok(Some(Input::GuestEnded(GuestEnd::Failed(format!("{event:?}")))));
-            }
+            MachineEvent::Shutdown => Some(Input::GuestEnded(GuestEnd::Shutdown)),
+            MachineEvent::Reset => Some(Input::GuestEnded(GuestEnd::Reset)),
+            MachineEvent::VcpuFailed { .. } => Some(Input::GuestEnded(GuestEnd::Failed(format!("{event:?}")))),
             MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
                 self.context.status.guest_alarm(format!("the guest is in trouble: {event:?}"));
+                None
             }
-            MachineEvent::Reset => {
-                return Ok(Some(Input::GuestEnded(GuestEnd::Reset)));
-            }
-            MachineEvent::Booted => {}
-        }
-        Ok(None)
-    }
-
-    // ---- effects ----
-
-    fn act(&mut self) -> Result<(), NodeError> {
-        while let Some(action) = self.protocol.poll_action() {
-            match action {
-                Action::Send { conn, message } => self.send(conn, message),
-                Action::Close { conn } => self.close(conn),
-                Action::StartTracking { conn } => {
-                    self.start_tracking(conn)?;
-                    self.protocol.handle(clock::now(), Input::Tracking { conn, result: Ok(()) });
-                }
-                Action::StopTracking => self.stop_tracking()?,
-                Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output)?,
-                Action::Push { pages } => self.job(SenderJob::Push(pages)),
-                Action::Preserve { run } => self.disks.journal().copy_before_write().preserve(run),
-                Action::Sum { ticket, run, as_of } => {
-                    self.block_hasher.iter().for_each(|block_hasher| block_hasher.sum(ticket, run.clone(), as_of))
-                }
-                Action::Committed { id } => self.committed(id),
-                Action::Release { through, before } => self.release(through, before),
-                Action::WriteThrough { through } => {
-                    self.disks.shared().into_iter().for_each(|shared| shared.write_through(through));
-                }
-                Action::ReleaseAll => {
-                    self.gate.pass();
-                    self.disks.shared().into_iter().for_each(SharedJournal::alone);
-                    self.machine.kick_net();
-                }
-                Action::Run(run) => {
-                    self.run_guest(run)?;
-                    self.protocol.handle(clock::now(), Input::RunDone { run, result: Ok(()) });
-                }
-                Action::Snapshot => self.begin_snapshot(),
-                Action::NoSnapshot { why } => self.snapshot_refused(why),
-                Action::Ask(call) => self.context.arbiter.ask(call),
-                Action::Fence => self.fence()?,
-                Action::Exit(end) => match end {
-                    End::Fenced => self.end = Some(PrimaryEnd::Fenced),
-                    End::GuestOver { restart: true } => self.end = Some(PrimaryEnd::Restart),
-                    End::GuestOver { .. } | End::Quit => self.end = Some(PrimaryEnd::Quit),
-                    End::GuestFailed(why) => return Err(NodeError::GuestFailed(why)),
-                },
-                Action::Heartbeat { conn, beat, .. } => self.send(conn, Message::Heartbeat(beat)),
-                Action::Answer { ticket, result } => {
-                    if let Some(reply) = self.replies.remove(&ticket) {
-                        // The client may have given up waiting.
-                        let result = result.map(|()| serde_json::json!({})).map_err(|why| why.to_string());
-                        let _ = reply.send(result);
-                    }
-                }
-                Action::Tell(event) => self.context.tell(&event),
-            }
-        }
-        Ok(())
-    }
-
-    fn send(&mut self, conn: ConnId, message: Message) {
-        if self.sender_is(conn) {
-            self.job(SenderJob::Message(message));
-        } else if let Some(why) = self.connections.send(conn, &message) {
-            self.protocol.handle(clock::now(), Input::Closed { conn, why });
-        }
-    }
-
-    fn job(&mut self, job: SenderJob) {
-        if let Some(sender) = &self.sender {
-            sender.submit(job);
-        }
-    }
-
-    fn close(&mut self, conn: ConnId) {
-        match self.sender.take_if(|sender| sender.conn() == conn) {
-            // A peer that is given up on must not hold us up; a planned goodbye leaves with what
-            // was handed over before it.
-            Some(sender) if self.protocol.phase() != Phase::Stopping => sender.abort(),
-            Some(sender) => drop(sender),
-            None => {}
-        }
-        self.connections.close(conn);
-    }
-
-    fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
-        let Some((writer, closer)) = self.connections.take(conn) else { return Ok(()) };
-        self.dirty.forget();
-        self.machine.track_dirty(true)?;
-        self.disks.journal().set_mode(JournalMode::Keep);
-        self.disks.shared().into_iter().for_each(|shared| shared.hold(conn));
-        self.machine.kick_disks();
-        let events = self.context.events.clone();
-        let report = move |report: SenderReport| {
-            let event = match report {
-                SenderReport::Pushed(bytes) => NodeEvent::Pushed { conn, bytes },
-                SenderReport::Failed(why) => NodeEvent::Closed { conn, why },
-            };
-            // The driver is gone: nobody needs to know.
-            let _ = events.report(event);
-        };
-        let image = self.disks.image(self.machine.memory().clone());
-        let packing = match self.context.config.compress {
-            _ if self.protocol.peer_features() & features::LZ4 == 0 => Packing::Uncompressed,
-            Compress::None => Packing::Uncompressed,
-            Compress::Lz4 => Packing::Lz4,
-            Compress::Auto => Packing::BySpeed,
-        };
-        self.sender = Some(Sender::start(conn, (writer, closer), image, packing, self.pool.clone(), report)?);
-        Ok(())
-    }
-
-    fn stop_tracking(&mut self) -> Result<(), NodeError> {
-        self.sender = None;
-        if self.on_its_way.take().is_some() {
-            self.context.status.aborted();
-        }
-        self.dirty.forget();
-        self.disks.journal().set_mode(JournalMode::Pass);
-        self.disks.shared().into_iter().for_each(SharedJournal::alone);
-        self.machine.kick_disks();
-        self.machine.track_dirty(false)?;
-        Ok(())
-    }
-
-    fn capture(&mut self, id: EpochId, completes_resync: bool, output: OutputCut) -> Result<(), NodeError> {
-        let started_us = clock::monotonic_us();
-        let was_running = self.machine.is_running();
-        let mut buffer = self.pool.get();
-        self.machine.pause()?;
-        let (journal, shared) = (self.disks.journal(), self.disks.shared());
-        let taken = capture(&mut self.machine, &mut self.dirty, journal, shared, id, &mut buffer);
-        match output {
-            OutputCut::Pass => {}
-            OutputCut::Hold => self.gate.hold(),
-            OutputCut::Seal => self.gate.seal(id.epoch),
-        }
-        if was_running {
-            self.machine.resume()?;
-        }
-        let pause_us = clock::monotonic_us().saturating_sub(started_us);
-        let input = match taken {
-            Ok(()) => {
-                self.protocol.note_dirty_pages(self.dirty.taken());
-                self.protocol.note_blocks(buffer.blocks.iter().flat_map(|blocks| blocks.indexes()));
-                let dirty_pages = buffer.pages_total();
-                buffer.completes_resync = completes_resync;
-                self.on_its_way = Some(OnItsWay { started_us, pause_us, dirty_pages });
-                self.job(SenderJob::Epoch(buffer));
-                Input::Captured { id }
-            }
-            Err(error) => {
-                self.dirty.put_back();
-                self.disks.journal().put_back();
-                self.disks.shared().into_iter().for_each(SharedJournal::put_back);
-                Input::CaptureFailed { id, why: error.to_string() }
-            }
-        };
-        self.protocol.handle(clock::now(), input);
-        Ok(())
-    }
-
-    fn release(&mut self, through: u64, before: crate::protocol::types::Instant) {
-        if self.gate.release(through, || clock::now() < before) == ReleaseEnd::Expired {
-            self.protocol.handle(clock::now(), Input::ReleaseExpired);
-        }
-        if self.gate.take_was_full() {
-            self.machine.kick_net();
-        }
-    }
-
-    /// The epoch on its way is committed: its dirty pages is safe and its figures are complete.
-    fn committed(&mut self, id: EpochId) {
-        self.dirty.committed(id);
-        self.disks.journal().committed(id);
-        self.disks.shared().into_iter().for_each(|shared| shared.committed(id));
-        if self.disks.journal().take_was_full() {
-            self.machine.kick_disks();
-        }
-        let Some(way) = self.on_its_way.take() else { return };
-        let sample = EpochSample {
-            index: 0, // the log numbers them
-            pause_us: way.pause_us,
-            commit_us: clock::monotonic_us().saturating_sub(way.started_us),
-            dirty_pages: way.dirty_pages,
-            wire_bytes: self.sender.as_ref().map_or(0, Sender::last_epoch_bytes),
-            hold_us: self.gate.last_hold_us(),
-        };
-        self.context.status.committed(sample);
-    }
-
-    fn run_guest(&mut self, run: bool) -> Result<(), NodeError> {
-        if run {
-            self.machine.resume()?
-        } else {
-            self.machine.pause()?
-        }
-        Ok(())
-    }
-
-    fn fence(&mut self) -> Result<(), NodeError> {
-        self.gate.close();
-        self.machine.pause()?;
-        self.cancel_snapshot();
-        self.disks.journal().set_mode(JournalMode::Closed);
-        self.disks.shared().into_iter().for_each(SharedJournal::close);
-        self.sender = None;
-        self.connections.close_all();
-        Ok(())
-    }
-
-    fn publish(&mut self) {
-        let resync = self.protocol.resync().map(|ledger| ledger.parts().collect());
-        let resync = self.meter.look(clock::monotonic_us(), resync);
-        let (held, journal) = (self.gate.figures(), self.disks.journal().figures());
-        let held_disk_bytes = self.disks.shared().map_or(0, SharedJournal::used_bytes);
-        let running = self.machine.is_running();
-        self.context.status.primary(&self.protocol, running, resync, held, journal, held_disk_bytes);
-        if let Some(report) = self.verifying.news(self.protocol.verify()) {
-            self.context.status.verified(report);
+            MachineEvent::Booted => None,
         }
     }
 }
 
 impl Drop for PrimaryNode {
     fn drop(&mut self) {
-        // The machine, which goes next, waits for its disks' threads, and one of these may wait for
-        // a flush.
+        // The machine waits for its disks' threads, and one of these may wait for a flush.
         self.disks.end();
+        drop(self.machine.take().map(MachineThread::finish));
     }
 }

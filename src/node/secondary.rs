@@ -1,26 +1,32 @@
-//! The driver of the node that holds the guest's image. It holds no rule.
+//! The engine of the node that holds the guest's image. It holds no rule, and waits for nothing but
+//! its inbox: a machine is built and restored by threads of their own, the applier writes the image,
+//! and heartbeats have a thread too.
+
+mod build;
+mod restore;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::build::BuildSlot;
 use super::config::SecondaryStart;
 use super::connections::{Connections, LinkNews};
-use super::context::{Context, new_machine, open_gate};
-use super::disks::{self, NodeDisks};
+use super::context::Context;
+use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::events::NodeEvent;
+use super::heartbeats::HeartbeatThread;
 use super::inbox::Next;
 use super::meter::Meter;
 use super::{clock, connector, priority};
-use crate::checkpoint::apply::{Applier, ApplyNews};
+use crate::checkpoint::apply::Applier;
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
 use crate::checkpoint::stamp::StampState;
 use crate::control::status::TakeoverReport;
-use crate::machine::{Machine, MachineError};
-use crate::protocol::guest_clock;
-use crate::protocol::messages::{Channel, Message, RefuseReason, Welcome};
+use crate::machine::Machine;
+use crate::protocol::messages::{Channel, Heartbeat, Message, RefuseReason, Welcome};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::ConnId;
@@ -54,14 +60,14 @@ pub struct Promoted {
 }
 
 /// The image in the making.
-struct Image {
+pub(super) struct Image {
     machine: Machine,
     gate: Arc<OutputGate>,
     disks: NodeDisks,
     welcome: Welcome,
     applier: Applier,
-    /// An epoch was committed with which it is whole.
-    is_whole: bool,
+    /// For each disk whether its image was made just now.
+    made: Vec<bool>,
 }
 
 /// When the stages of a takeover were reached, on the monotonic clock.
@@ -79,7 +85,11 @@ pub struct SecondaryNode<'a> {
     protocol: Secondary,
     connections: Connections,
     budget: Arc<StagingBudget>,
+    heartbeats: HeartbeatThread,
+    build_slot: Arc<BuildSlot>,
     image: Option<Image>,
+    /// An epoch was committed with which the image is whole.
+    whole: bool,
     staged: Option<Box<StagedEpoch>>,
     stages: Stages,
     meter: Meter,
@@ -90,26 +100,32 @@ pub struct SecondaryNode<'a> {
 
 impl<'a> SecondaryNode<'a> {
     /// A newcomer under a new instance id.
+    ///
+    /// # Errors
+    /// If the host gives no thread.
     pub fn new(
         context: &'a Context,
         start: &'a SecondaryStart,
         config: SecondaryConfig,
         protocol: Secondary,
-    ) -> SecondaryNode<'a> {
-        SecondaryNode {
+    ) -> Result<SecondaryNode<'a>, NodeError> {
+        Ok(SecondaryNode {
             context,
             start,
             protocol,
             connections: Connections::default(),
             budget: StagingBudget::new(config.staging_bytes_max),
+            heartbeats: HeartbeatThread::start(context.events.clone())?,
+            build_slot: Arc::default(),
             image: None,
+            whole: false,
             staged: None,
             stages: Stages::default(),
             meter: Meter::default(),
             tickets: 0,
             replies: HashMap::new(),
             end: None,
-        }
+        })
     }
 
     /// Drives the secondary until its life as this instance ends; also the newest connection number
@@ -141,7 +157,7 @@ impl<'a> SecondaryNode<'a> {
     /// Ends in order: the disks are at the newest committed epoch, and their stamps say so.
     fn put_away(&mut self) -> Result<(), NodeError> {
         let (Some(image), Some(committed)) = (&self.image, self.protocol.committed()) else { return Ok(()) };
-        if image.is_whole {
+        if self.whole {
             image.applier.finish(committed)?;
             image.disks.stamper().stamp(committed, StampState::Whole);
         }
@@ -183,6 +199,7 @@ impl<'a> SecondaryNode<'a> {
                 Some(Input::Message { conn, message })
             }
             NodeEvent::Closed { conn, why } => {
+                self.heartbeats.close(conn);
                 self.connections.remove(conn);
                 Some(Input::Closed { conn, why })
             }
@@ -205,6 +222,14 @@ impl<'a> SecondaryNode<'a> {
                 // others have no place to go.
                 _ => Some(Input::Closed { conn, why: "it sent pages out of turn".into() }),
             },
+            NodeEvent::BuildProgress { instance, done_bytes } if instance == self.protocol.me() => {
+                Some(Input::BuildProgress { done_bytes })
+            }
+            NodeEvent::Built { instance, result } if instance == self.protocol.me() => Some(self.built(result)),
+            NodeEvent::Restored(restored) => {
+                self.end = Some(SecondaryEnd::Promoted(restored.map_err(|error| *error)?));
+                None
+            }
             NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
                 return Err(NodeError::ImageFailed(why));
             }
@@ -233,6 +258,14 @@ impl<'a> SecondaryNode<'a> {
             }
             // What a primary hears of, and of an image that is gone already.
             NodeEvent::Machine(_)
+            | NodeEvent::MachineLost(_)
+            | NodeEvent::Tracking { .. }
+            | NodeEvent::Captured(_)
+            | NodeEvent::CaptureFailed { .. }
+            | NodeEvent::RunDone { .. }
+            | NodeEvent::StateSaved(_)
+            | NodeEvent::BuildProgress { .. }
+            | NodeEvent::Built { .. }
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
@@ -260,18 +293,15 @@ impl<'a> SecondaryNode<'a> {
                 }
                 Action::Close { conn } => {
                     self.stages.suspected_us = clock::monotonic_us();
+                    self.heartbeats.close(conn);
                     self.connections.close(conn);
                 }
-                Action::Heartbeat { conn, beat, .. } => {
-                    if let Some(why) = self.connections.send(conn, &Message::Heartbeat(beat)) {
-                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
-                    }
-                }
+                Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(conn, beat, until),
                 Action::Answer { ticket, result } => {
                     let result = result.map(|()| serde_json::json!({})).map_err(|why| why.to_string());
                     answer(self.replies.remove(&ticket), result);
                 }
-                Action::BuildMachine(welcome) => self.build(welcome),
+                Action::BuildMachine(welcome) => self.begin_build(welcome)?,
                 Action::Commit { id } => self.commit(id)?,
                 Action::Sum { run } => self.image.iter().for_each(|image| image.applier.sum(run.clone())),
                 Action::SendHashes { conn, first, hashes } => {
@@ -285,7 +315,7 @@ impl<'a> SecondaryNode<'a> {
                 Action::TakeStorage => self.take_storage(),
                 Action::WriteKept => self.write_kept(),
                 Action::Ask(call) => self.context.arbiter.ask(call),
-                Action::Promote { record, epoch, began, cause } => self.promote(record, epoch, began, cause)?,
+                Action::Promote { record, epoch, began, cause } => self.begin_restore(record, epoch, began, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
                 Action::Exit(ending) => self.end = Some(SecondaryEnd::Over(ending)),
                 Action::Tell(event) => self.context.tell(&event),
@@ -303,44 +333,33 @@ impl<'a> SecondaryNode<'a> {
         Ok(())
     }
 
-    fn build(&mut self, welcome: Welcome) {
-        let input = match self.build_image(welcome) {
-            Ok((image, made)) => {
-                self.image = Some(image);
-                Input::MachineReady { made }
-            }
-            Err(error) => Input::MachineFailed { why: error.to_string() },
-        };
-        self.protocol.handle(clock::now(), input);
+    fn feed_heartbeats(&mut self, conn: ConnId, beat: Heartbeat, until: Instant) {
+        if self.heartbeats.conn() == Some(conn) {
+            self.heartbeats.feed(beat, until);
+        } else if let (Some((writer, _)), Some(interval)) = (self.connections.take(conn), self.beat_interval()) {
+            self.heartbeats.open(conn, writer, interval, beat, until);
+        }
     }
 
-    /// The image, and for each disk whether this node has just made it.
-    fn build_image(&self, welcome: Welcome) -> Result<(Image, Vec<bool>), NodeError> {
-        let gate = open_gate(&self.context.config, &self.context.events)?;
-        let config = &self.context.config;
-        let (images, made) = disks::open_for(config, &welcome.shape)?;
-        let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
-        let mut machine =
-            new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
-        // A host that cannot restore such a machine must say so before anybody counts on it.
-        machine.rehearse(welcome.tsc_khz)?;
-        // Ahead of time, so that neither applying nor the guest after a takeover waits for the host
-        // to find memory.
-        machine.memory().prefault().map_err(MachineError::from)?;
-        disks.begin_filling(welcome.generation)?;
-        let image = disks.image(machine.memory().clone());
-        let (stamper, instance, events) = (disks.stamper(), self.protocol.me(), self.context.events.clone());
-        let tell = move |news| {
-            let event = match news {
-                ApplyNews::Whole(id) => return stamper.stamp(id, StampState::Applying),
-                ApplyNews::BlocksHashed { first, hashes } => NodeEvent::BlocksHashed { instance, first, hashes },
-                ApplyNews::Failed(why) => NodeEvent::ImageFailed { instance, why },
-            };
-            // A node that is ending does not mind.
-            let _ = events.report(event);
-        };
-        let applier = Applier::start(image, self.budget.clone(), tell)?;
-        Ok((Image { machine, gate, disks, welcome, applier, is_whole: false }, made))
+    fn beat_interval(&self) -> Option<Duration> {
+        self.protocol.welcome().map(|welcome| Duration::from_micros(welcome.heartbeat_interval_us))
+    }
+
+    fn begin_build(&self, welcome: Welcome) -> Result<(), NodeError> {
+        let slot = Arc::clone(&self.build_slot);
+        build::begin(self.context, self.protocol.me(), welcome, Arc::clone(&self.budget), slot)
+    }
+
+    fn built(&mut self, result: Result<(), String>) -> Input {
+        match result.map(|()| self.build_slot.take()) {
+            Ok(Some(image)) => {
+                let made = image.made.clone();
+                self.image = Some(*image);
+                Input::MachineReady { made }
+            }
+            Ok(None) => Input::MachineFailed { why: "its machine was built and is not there".into() },
+            Err(why) => Input::MachineFailed { why },
+        }
     }
 
     /// Keeps a committed epoch. Its ack follows this action, so an epoch that is not there must end
@@ -348,7 +367,7 @@ impl<'a> SecondaryNode<'a> {
     fn commit(&mut self, id: EpochId) -> Result<(), NodeError> {
         match (&mut self.image, self.staged.take_if(|epoch| epoch.id == id)) {
             (Some(image), Some(epoch)) => {
-                image.is_whole |= epoch.completes_resync;
+                self.whole |= epoch.completes_resync;
                 image.applier.epoch(epoch);
                 Ok(())
             }
@@ -370,34 +389,16 @@ impl<'a> SecondaryNode<'a> {
         self.protocol.handle(clock::now(), input);
     }
 
-    fn promote(&mut self, record: Record, epoch: EpochId, began: Instant, cause: String) -> Result<(), NodeError> {
-        let Some(Image { mut machine, gate, disks, welcome, applier, .. }) = self.image.take() else {
-            return Err(NodeError::GuestFailed("there is no image to take over with".into()));
-        };
-        let state = applier.finish(epoch)?;
-        let applied_us = clock::monotonic_us();
-        let clocks = guest_clock::step(self.context.config.guest_clock, began, clock::now());
-        machine.restore_later(&state, clocks.forward)?;
-        gate.drain_input();
-        let restored_us = clock::monotonic_us();
-        let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
-        let Stages { heard_us, suspected_us, decided_us } = self.stages;
-        let report = TakeoverReport {
-            cause,
-            detect_ms: ms(heard_us, suspected_us),
-            arbitrate_ms: ms(suspected_us, decided_us),
-            apply_ms: ms(decided_us, applied_us),
-            restore_ms: ms(applied_us, restored_us),
-            // Known once the guest runs: until then, when that began.
-            resume_ms: 0.0,
-            first_packet_ms: None,
-            started_monotonic_us: suspected_us,
-            first_packet_monotonic_us: None,
-            clock_forward_ms: clocks.forward.as_secs_f64() * 1000.0,
-            clock_behind_ms: clocks.behind.as_secs_f64() * 1000.0,
-        };
-        self.end = Some(SecondaryEnd::Promoted(Box::new(Promoted { machine, gate, disks, record, welcome, report })));
-        Ok(())
+    fn begin_restore(
+        &mut self,
+        record: Record,
+        epoch: EpochId,
+        began: Instant,
+        cause: String,
+    ) -> Result<(), NodeError> {
+        let image = self.image.take().ok_or(NodeError::GuestFailed("there is no image to take over with".into()))?;
+        let stages = std::mem::take(&mut self.stages);
+        restore::begin(self.context, image, restore::Takeover { record, epoch, began, cause, stages })
     }
 }
 
@@ -408,5 +409,11 @@ fn answer(
     if let Some(reply) = reply {
         // The client may have given up waiting.
         let _ = reply.send(result);
+    }
+}
+
+impl Drop for SecondaryNode<'_> {
+    fn drop(&mut self) {
+        self.build_slot.close();
     }
 }

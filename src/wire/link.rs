@@ -121,6 +121,9 @@ impl LinkReader {
     }
 }
 
+/// Asks for the bytes of a TCP socket that were not sent yet (linux/sockios.h).
+const SIOCOUTQNSD: libc::Ioctl = 0x894B;
+
 /// Ends a link from any thread: a blocked reader or writer wakes at once with an error.
 #[derive(Debug, Clone)]
 pub struct LinkCloser {
@@ -133,6 +136,15 @@ impl LinkCloser {
     pub fn shutdown(&self) {
         // The only failure is a socket that is not connected any more.
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// True if something that was written has not been sent: the peer's window is closed, or the
+    /// link is slow.
+    pub fn has_unsent(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the kernel writes one int, which outlives the call.
+        let result = unsafe { libc::ioctl(self.stream.as_raw_fd(), SIOCOUTQNSD, &raw mut bytes) };
+        result != 0 || bytes > 0
     }
 
     /// What the kernel knows of the connection; `None` if it does not tell.

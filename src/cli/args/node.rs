@@ -95,6 +95,10 @@ pub(in crate::cli) struct NodeArgs {
     /// times]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(2..=600_000), help_heading = "Peer")]
     pub(in crate::cli) heartbeat_timeout_ms: Option<u64>,
+    /// How long a guest that cannot be captured is vouched for before the secondary is asked to take
+    /// over [default: 2000, or four heartbeat timeouts]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=600_000), help_heading = "Peer")]
+    pub(in crate::cli) stall_max_ms: Option<u64>,
 
     #[command(flatten)]
     pub(in crate::cli) who: ArbiterArgs,

@@ -9,14 +9,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::{PrimaryEnd, PrimaryNode};
+use super::PrimaryNode;
 use crate::checkpoint::snapshot::{self, SavedCpu, SnapshotError, SnapshotHead, SnapshotId, Written};
 use crate::machine::{MachineError, cpu_maker};
 use crate::node::clock;
 use crate::node::error::NodeError;
 use crate::node::events::{NodeEvent, Reply, SnapshotRequest};
 use crate::protocol::cpu::GuestCpu;
-use crate::protocol::primary::Input;
+use crate::protocol::primary::{End, Input};
 
 /// The snapshots of a primary.
 #[derive(Default)]
@@ -93,45 +93,54 @@ impl PrimaryNode {
         }
     }
 
-    /// The guest stands still for it.
+    /// The guest is to stand still for it, and its state to be saved.
     pub(super) fn begin_snapshot(&mut self) {
-        let Some((request, reply)) = self.snapshots.asked.take() else {
-            return self.protocol.handle(clock::now(), Input::SnapshotEnded { written: false });
-        };
-        let mut saving = Saving::new(request, reply);
-        match self.start_writing(&mut saving) {
-            Ok(()) => self.snapshots.saving = Some(saving),
-            Err(error) => {
-                saving.answer(Err(error.to_string()));
-                self.protocol.handle(clock::now(), Input::SnapshotEnded { written: false });
+        match (self.snapshots.asked.take(), &self.machine) {
+            (Some((request, reply)), Some(machine)) => {
+                self.snapshots.saving = Some(Saving::new(request, reply));
+                machine.save();
             }
+            _ => self.protocol.handle(clock::now(), Input::SnapshotEnded { written: false }),
         }
     }
 
-    fn start_writing(&mut self, saving: &mut Saving) -> Result<(), NodeError> {
-        let mut state = Vec::new();
-        self.machine.save(&mut state).map_err(|error: MachineError| SnapshotError::Machine {
-            path: saving.request.path.clone(),
-            reason: Box::new(error),
-        })?;
+    /// The guest stands still, and this is its state; or it could not be had.
+    pub(super) fn state_saved(&mut self, state: Result<Vec<u8>, Box<MachineError>>) -> Option<Input> {
+        // Cancelled meanwhile.
+        let mut saving = self.snapshots.saving.take()?;
+        let begun = match state {
+            Ok(state) => self.start_writing(&mut saving, state),
+            Err(reason) => Err(SnapshotError::Machine { path: saving.request.path.clone(), reason }.into()),
+        };
+        match begun {
+            Ok(()) => self.snapshots.saving = Some(saving),
+            Err(error) => {
+                saving.answer(Err(error.to_string()));
+                return Some(Input::SnapshotEnded { written: false });
+            }
+        }
+        None
+    }
+
+    fn start_writing(&mut self, saving: &mut Saving, state: Vec<u8>) -> Result<(), NodeError> {
         let head = SnapshotHead {
             id: SnapshotId(crate::node::new_instance()?.0),
             guest: self.context.config.guest.clone(),
             at: self.protocol.running_epoch(),
             taken_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             stopped: saving.request.stop,
-            shape: self.machine.shape().clone(),
+            shape: self.protocol.shape().clone(),
             cpu: SavedCpu {
                 model: self.context.config.cpu,
                 maker: cpu_maker(),
-                guest: GuestCpu { digest: self.context.cpu.digest, tsc_khz: self.machine.tsc_khz() },
+                guest: GuestCpu { digest: self.context.cpu.digest, tsc_khz: self.tsc_khz },
             },
             build: env!("CARGO_PKG_VERSION").to_owned(),
         };
         tracing::info!(at = %head.at, path = %saving.request.path.display(), "the guest stands still for its snapshot");
         saving.head = Some(head.clone());
         let (path, memory, cancelled) =
-            (saving.request.path.clone(), self.machine.memory().clone(), Arc::clone(&saving.cancelled));
+            (saving.request.path.clone(), self.memory.clone(), Arc::clone(&saving.cancelled));
         let events = self.context.events.clone();
         let thread = std::thread::Builder::new().name("mcd-snapshot".into()).spawn(move || {
             let written = snapshot::write(&path, &head, &memory, &state, &cancelled);
@@ -176,9 +185,9 @@ impl PrimaryNode {
 
     /// The node ends: what is said to whoever waits for the snapshot, and its id, if the guest
     /// stopped with it.
-    pub(super) fn end_snapshot(&mut self, end: &PrimaryEnd) -> Option<SnapshotId> {
+    pub(super) fn end_snapshot(&mut self, end: &End) -> Option<SnapshotId> {
         let mut saving = self.snapshots.saving.take()?;
-        let id = saving.stopped_with().filter(|_| *end == PrimaryEnd::Quit)?;
+        let id = saving.stopped_with().filter(|_| end.stamps_disks())?;
         let written = saving.written.take();
         saving.answer(written.ok_or_else(String::new));
         Some(id)

@@ -40,6 +40,7 @@ use super::arbitration::{ArbiterRequest, Arbitration};
 use super::block_hashes::Comparison;
 use super::event::Event;
 use super::failure_detector::SleepGuard;
+use super::machine_shape::MachineShape;
 use super::messages::{Activity, Channel, Heartbeat, Message};
 use super::mutant;
 use super::pages::PageSet;
@@ -167,6 +168,11 @@ impl Primary {
     /// The guest's Ethernet address.
     pub fn mac(&self) -> [u8; 6] {
         self.config.shape.mac
+    }
+
+    /// The guest's machine.
+    pub fn shape(&self) -> &MachineShape {
+        &self.config.shape
     }
 
     /// The record it runs under.

@@ -75,6 +75,18 @@ pub enum End {
     GuestFailed(String),
 }
 
+impl End {
+    /// True if the images of this node's disks are as the guest left them, and are to be stamped so.
+    pub fn stamps_disks(&self) -> bool {
+        matches!(self, End::GuestOver { .. } | End::Quit)
+    }
+
+    /// True if what is held for shared disks has to be written first: nobody else will.
+    pub fn drains_disks(&self) -> bool {
+        matches!(self, End::GuestOver { .. })
+    }
+}
+
 /// What happened, told to the primary.
 #[derive(Clone, Debug)]
 pub enum Input {

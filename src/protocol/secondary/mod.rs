@@ -159,6 +159,11 @@ impl Secondary {
         self.welcome.as_ref().map(|welcome| welcome.instance)
     }
 
+    /// The primary's welcome, once it was said.
+    pub fn welcome(&self) -> Option<&Welcome> {
+        self.welcome.as_ref()
+    }
+
     /// Why the arbiter is out of reach, if it is.
     pub fn arbiter_lost(&self) -> Option<&str> {
         self.arbitration.lost()
