@@ -146,18 +146,18 @@ impl Acceptor {
     fn read(&self, conn: ConnId, hello: Hello, mut reader: LinkReader, silent: Silent) {
         let Silent { writer, closer, .. } = silent;
         let accepted = NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() };
-        if self.events.from_link(accepted).is_ok() {
+        if self.events.link_event(accepted).is_ok() {
             priority::raise();
             let why = read_messages(conn, &mut reader, &self.events);
             closer.shutdown();
             // A node that is ending needs no more events.
-            let _ = self.events.from_link(NodeEvent::Closed { conn, why });
+            let _ = self.events.link_event(NodeEvent::Closed { conn, why });
         }
         self.door.lock().admission.gone(conn);
     }
 
-    /// Ends a connection that is of no use, and says why: in the log, and to a peer that would
-    /// understand it.
+    /// Closes a connection with a line in the log, and with a refusal if the peer would understand
+    /// one.
     fn refuse(&self, silent: Silent, refusal: Refusal, reason: Option<RefuseReason>, why: String) {
         let Silent { peer, mut writer, closer } = silent;
         if self.door.lock().admission.refused(clock::now(), refusal) {
@@ -250,7 +250,7 @@ fn read_messages(conn: ConnId, reader: &mut LinkReader, events: &InboxSender) ->
             Ok(event) => event,
             Err(error) => return error.to_string(),
         };
-        if events.from_link(event).is_err() {
+        if events.link_event(event).is_err() {
             return "this node is ending".into();
         }
     }

@@ -21,13 +21,18 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// If the thread cannot be started.
-pub fn connect(conn: ConnId, to: SocketAddr, budget: Arc<StagingBudget>, events: InboxSender) -> std::io::Result<()> {
+pub(crate) fn connect(
+    conn: ConnId,
+    to: SocketAddr,
+    budget: Arc<StagingBudget>,
+    events: InboxSender,
+) -> std::io::Result<()> {
     std::thread::Builder::new().name("mcd-receive".into()).spawn(move || {
         let end = match Link::connect(&to.to_string(), CONNECT_TIMEOUT) {
             Ok(link) => {
                 let closer = link.closer();
                 let (reader, writer) = link.split();
-                if events.from_link(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
+                if events.link_event(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
                     return;
                 }
                 priority::raise();
@@ -38,7 +43,7 @@ pub fn connect(conn: ConnId, to: SocketAddr, budget: Arc<StagingBudget>, events:
             Err(error) => NodeEvent::Closed { conn, why: error.to_string() },
         };
         // A node that is ending needs no more events.
-        let _ = events.from_link(end);
+        let _ = events.link_event(end);
     })?;
     Ok(())
 }
@@ -47,7 +52,7 @@ pub fn connect(conn: ConnId, to: SocketAddr, budget: Arc<StagingBudget>, events:
 struct Receiver<'a> {
     conn: ConnId,
     budget: Arc<StagingBudget>,
-    /// There is one once the primary's welcome told the guest's size.
+    /// There is one once the primary's welcome has arrived, which has the guest's size.
     stager: Option<Stager>,
     /// When the epoch that is arriving, or the last one, began to.
     began: Instant,
@@ -55,7 +60,7 @@ struct Receiver<'a> {
 }
 
 impl Receiver<'_> {
-    /// Reads until there is no more to read; the event that says why.
+    /// Reads until the connection ends; the event of its end.
     fn run(mut self, mut reader: LinkReader) -> NodeEvent {
         let conn = self.conn;
         loop {
@@ -71,7 +76,7 @@ impl Receiver<'_> {
                 Err(error) => return NodeEvent::Closed { conn, why: error.to_string() },
             };
             let sent = match event {
-                Ok(Some(event)) => self.events.from_link(event).map_err(|_| "this node is ending".to_owned()),
+                Ok(Some(event)) => self.events.link_event(event).map_err(|_| "this node is ending".to_owned()),
                 Ok(None) => Ok(()),
                 Err(why) => Err(why),
             };

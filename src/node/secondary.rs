@@ -308,7 +308,7 @@ impl<'a> SecondaryNode<'a> {
     fn build_image(&self, welcome: Welcome) -> Result<(Image, Vec<bool>), NodeError> {
         let gate = open_gate(&self.context.config, &self.context.events)?;
         let config = &self.context.config;
-        let (images, made) = disks::open_for(config, &welcome.shape)?;
+        let (images, made) = disks::open_or_create_images(config, &welcome.shape)?;
         let disks = NodeDisks::new(config, &welcome.shape, images, &self.context.events)?;
         let mut machine =
             new_machine(&welcome.shape, config.cpu, gate.clone(), &disks, &self.context.console, &self.context.events)?;
