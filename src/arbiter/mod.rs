@@ -28,10 +28,10 @@ pub trait Arbiter: Send {
     /// [`ArbiterError`]: nothing is known of the record then.
     fn read(&mut self) -> Result<Option<Record>, ArbiterError>;
 
-    /// Puts `new` in place of `expected` (`None`: no record), if that is what stands.
+    /// Puts `new` in place of `expected` (`None`: no record), if that is the record.
     ///
     /// # Errors
-    /// [`ArbiterError`]: the swap may have been carried out or not. Asking again tells: a swap that
+    /// [`ArbiterError`]: the swap may have been carried out or not. Asking again shows which: a swap that
     /// finds its own `new` was won before.
     fn swap(&mut self, expected: Option<&Record>, new: &Record) -> Result<Swap, ArbiterError>;
 
@@ -48,7 +48,7 @@ pub trait Arbiter: Send {
 /// Ends the question in hand (see [`Arbiter::canceller`]).
 pub type Canceller = Box<dyn Fn() + Send>;
 
-/// Why an arbiter did not answer. Each message is one line that says what to do.
+/// Why an arbiter did not answer. Each message is one line and names what to do.
 #[derive(Debug, Error)]
 pub enum ArbiterError {
     /// It did not answer in time, or cannot be asked at all.
@@ -83,7 +83,7 @@ pub enum ArbiterError {
         /// What should be in it.
         what: &'static str,
     },
-    /// No room for a new record; the old one stands.
+    /// No room for a new record; the old one is kept.
     #[error("no space left for arbiter record {}: the old record stands; make room there", path.display())]
     Full {
         /// The file.
@@ -94,17 +94,17 @@ pub enum ArbiterError {
     NoLocks {
         /// The directory.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// Anything else the system says.
+    /// Any other error of the system.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {
         /// What was tried.
         doing: &'static str,
         /// On which file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }

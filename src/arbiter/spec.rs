@@ -60,7 +60,7 @@ impl ArbiterSpec {
     /// Reads the name of an arbiter.
     ///
     /// # Errors
-    /// [`SpecError`], which says how to write it.
+    /// [`SpecError`], which shows how to write it.
     pub fn parse(text: &str) -> Result<ArbiterSpec, SpecError> {
         let from_root = |path: &str| path.starts_with('/') && (!path.starts_with("//") || path.starts_with("///"));
         match text.split_once(':') {

@@ -24,7 +24,7 @@ const FIRST_LINE: &str = "mcd-record 1";
 const STATES: [(&str, RecordState); 3] =
     [("paired", RecordState::Paired), ("solo", RecordState::Solo), ("stopped", RecordState::Stopped)];
 
-/// What stands in the place of a peer where there is none.
+/// Written in the place of a peer where there is none.
 const NO_PEER: &str = "none";
 
 /// The text of `record`.

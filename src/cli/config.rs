@@ -22,13 +22,13 @@ use crate::protocol::types::GuestName;
 /// The built-in guest needs this much to boot and serve.
 const MEMORY_MIN: Size = Size::mib(16);
 
-/// What a machine has if nobody says.
+/// A machine's defaults.
 const MEMORY_DEFAULT: Size = Size::mib(128);
 
 /// The most a machine can have.
 const MEMORY_MAX: Size = Size::mib(1 << 20);
 
-/// What a kernel is told if nothing else is said: to talk on the serial port, which is the console.
+/// A kernel's command line by default: output on the serial port, which is the console.
 const APPEND_DEFAULT: &str = "console=ttyS0";
 
 /// Less could not hold one busy epoch.
@@ -238,7 +238,7 @@ fn output_bytes(size: Size) -> Result<usize, Failure> {
     }
 }
 
-/// Where the control socket of a guest's node is if nobody says otherwise.
+/// Where the control socket of a guest's node is by default.
 pub(super) fn default_control(guest: &GuestName) -> Result<PathBuf, Failure> {
     let missing = || {
         Failure::usage(
@@ -251,7 +251,7 @@ pub(super) fn default_control(guest: &GuestName) -> Result<PathBuf, Failure> {
 /// What the name of a control socket ends with.
 pub(super) const CONTROL_EXTENSION: &str = "sock";
 
-/// Where the console's socket is if nobody says otherwise: beside the control socket.
+/// Where the console's socket is by default: beside the control socket.
 pub(super) fn console_beside(control: &Path) -> PathBuf {
     control.with_extension("console")
 }

@@ -10,7 +10,7 @@ use crate::node::{DiskError, NodeError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum ExitStatus {
-    /// It did what was asked; a node ended because it was told to.
+    /// It did what was asked; a node ended because it was asked to.
     Ok = 0,
     /// Something failed at run time: see the line on stderr.
     Failure = 1,
@@ -40,7 +40,7 @@ Exit codes:
 impl ExitStatus {
     /// What a snapshot's error is to a script: like a bad `--kernel`, the file that a flag names is
     /// not what it should be.
-    pub(super) fn disks_of_snapshot(error: &SnapshotError) -> ExitStatus {
+    pub(super) fn of_snapshot(error: &SnapshotError) -> ExitStatus {
         match error {
             SnapshotError::Cpu { .. } | SnapshotError::Machine { .. } | SnapshotError::Memory { .. } => {
                 ExitStatus::Host
@@ -62,7 +62,7 @@ impl ExitStatus {
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {
                 ExitStatus::Host
             }
-            NodeError::Snapshot(error) => ExitStatus::disks_of_snapshot(error),
+            NodeError::Snapshot(error) => ExitStatus::of_snapshot(error),
             NodeError::RunsElsewhere { .. } | NodeError::Refused(_) | NodeError::NotAPrimary(_) => ExitStatus::Refused,
             _ => ExitStatus::Failure,
         }

@@ -34,7 +34,7 @@ pub(super) fn flags(path: &Path, mcd: &Command, name: &str) -> Result<Vec<OsStri
             let value = match value {
                 Value::String(text) => text.clone(),
                 Value::Integer(number) => number.to_string(),
-                Value::Boolean(word) => word.to_string(),
+                Value::Boolean(value) => value.to_string(),
                 _ => {
                     return Err(fail(format!(
                         "key `{key}`: the value must be a string, a whole number, true or false"
@@ -90,7 +90,7 @@ fn check_key(mcd: &Command, name: &str, key: &str) -> Result<(), String> {
     }
 }
 
-/// A file says how a node is, not that someone gave his word or what one start goes on from, and it
+/// A file describes a node, not what an operator asserts of one moment or what one start goes on from, and it
 /// names no further file.
 fn in_file(arg: &Arg) -> bool {
     arg.get_id() != "config"

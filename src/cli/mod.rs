@@ -18,6 +18,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::FromArgMatches;
 use clap::error::ErrorKind;
@@ -29,6 +30,9 @@ use exit::Failure;
 
 use crate::demo::{self, DemoOptions};
 use crate::node::{self, NodeEnd, NodeError};
+
+/// How long the last line on stderr may take.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Runs `mcd` with these arguments, the program's name first. What goes wrong is one line on
 /// stderr.
@@ -45,9 +49,21 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     run(*command).unwrap_or_else(|failure| report(&failure))
 }
 
+/// Writes the reason to stderr. A reader of stderr that stalls does not keep the process from its
+/// end.
 fn report(failure: &Failure) -> ExitCode {
-    // Nobody is left to tell if this fails.
-    let _ = writeln!(io::stderr(), "mcd: {}", failure.line);
+    let line = format!("mcd: {}\n", failure.line);
+    let (done, written) = crossbeam::channel::bounded::<()>(1);
+    let writing = std::thread::Builder::new().name("mcd-report".into()).spawn(move || {
+        // There is no other place for it if this fails.
+        let _ = io::stderr().write_all(line.as_bytes());
+        drop(done);
+    });
+    match writing {
+        // It ends with an error either way: the thread is done, or it is late.
+        Ok(_) => drop(written.recv_timeout(REPORT_TIMEOUT)),
+        Err(_) => drop(writeln!(io::stderr(), "mcd: {}", failure.line)),
+    }
     failure.status.into()
 }
 
@@ -186,7 +202,7 @@ fn parse_flags(arguments: &[OsString]) -> Result<Parsed, Failure> {
     }
 }
 
-/// What clap says, in one line: the error, its tip, and where to read on.
+/// clap's error in one line: the error, its tip, and where to read on.
 fn one_line(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return "which command? primary, secondary, cold-start, demo, disk, snapshot, status or console; see mcd --help"

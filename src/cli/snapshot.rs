@@ -1,4 +1,4 @@
-//! `mcd snapshot`: a guest saved to a file, what such a file says, and how to start from it.
+//! `mcd snapshot`: a guest saved to a file, what such a file has, and how to start from it.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use crate::control::{Client, ClientError};
 /// How long a node that ends with its snapshot may take to close its control socket.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Has the node write the file, and tells what came of it.
+/// Has the node write the file, and prints the outcome.
 pub(super) fn save(args: &SnapshotSaveArgs) -> Result<(), Failure> {
     let control = match (&args.control, &args.guest) {
         (Some(path), _) => path.clone(),
@@ -68,7 +68,7 @@ fn saved(path: &Path, answer: &Value) -> String {
     )
 }
 
-/// Tells what a file says of itself, and whether it is whole.
+/// Prints the head of a file, and whether the file is whole.
 pub(super) fn info(args: &SnapshotInfoArgs) -> Result<(), Failure> {
     let reader = SnapshotReader::open(&args.file).map_err(|error| failure(&error))?;
     let (head, bytes) = (reader.head().clone(), reader.bytes());

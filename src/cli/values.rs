@@ -1,4 +1,4 @@
-//! The values of flags: how each is written, and what is said when it is written wrong.
+//! The values of flags: how each is written, and the error when it is written wrong.
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};

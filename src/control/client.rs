@@ -29,7 +29,7 @@ pub enum ClientError {
     Connect {
         /// The socket's path.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The node did not answer in time.
@@ -48,10 +48,10 @@ pub enum ClientError {
     Refused {
         /// What was asked.
         command: String,
-        /// What the node says.
+        /// The node's error.
         source: QmpError,
     },
-    /// What came is not what a node says.
+    /// The answer is not a node's.
     #[error("what answers does not speak as a node does: {detail}")]
     Protocol {
         /// What was wrong.
@@ -60,7 +60,7 @@ pub enum ClientError {
     /// Reading or writing failed.
     #[error("the control connection failed: {source}")]
     Io {
-        /// What the system said.
+        /// The system's error.
         #[from]
         source: io::Error,
     },
@@ -114,7 +114,7 @@ impl Client {
     /// or `Null` for none.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] if the node says no; the connection stays usable then.
+    /// [`ClientError::Refused`] if the node refuses; the connection stays usable then.
     pub fn execute(&mut self, command: &str, arguments: Value, timeout: Duration) -> Result<Value, ClientError> {
         let deadline = Deadline::new(command, timeout);
         self.next_id += 1;

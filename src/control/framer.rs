@@ -55,7 +55,7 @@ impl Framer {
         Framer { state: State::Between, depth: 0, value: Vec::new(), bytes_max }
     }
 
-    /// Takes bytes up to the end of the next frame. Says how many it took, and the frame if there
+    /// Takes bytes up to the end of the next frame: how many it took, and the frame if there
     /// is one; with no frame it took them all.
     pub(super) fn feed(&mut self, bytes: &[u8]) -> (usize, Option<Frame>) {
         for (at, &byte) in bytes.iter().enumerate() {

@@ -69,7 +69,7 @@ pub(super) struct BadRequest {
     pub(super) id: Option<Value>,
 }
 
-/// Reads one command. `oob` says whether the client negotiated out-of-band execution.
+/// Reads one command. `oob` is true if the client negotiated out-of-band execution.
 pub(super) fn parse_request(bytes: &[u8], oob: bool) -> Result<Request, BadRequest> {
     let value: Value = serde_json::from_slice(bytes)
         .map_err(|e| BadRequest { error: QmpError::generic(format!("JSON parse error, {e}")), id: None })?;

@@ -72,14 +72,14 @@ pub enum ControlError {
         /// The path asked for.
         path: PathBuf,
     },
-    /// The operating system said no.
+    /// The operating system refused.
     #[error("control socket {path}: cannot {action}: {source}")]
     Io {
         /// The path asked for.
         path: PathBuf,
         /// What was tried.
         action: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! The listening side: who is connected, and what all of them are told.
+//! The listening side: the clients, and the events that all of them get.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -37,7 +37,7 @@ pub trait Handler: Send + Sync + 'static {
     /// the [`Server`].
     ///
     /// # Errors
-    /// What the client is told.
+    /// The error that the client gets.
     fn execute(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value, QmpError>;
 
     /// Whether a command may be sent out of band (`exec-oob`), ahead of commands that still wait.
@@ -111,7 +111,7 @@ impl Registry {
     }
 }
 
-/// Tells all clients what happened. Cheap to clone; outlives the server without harm.
+/// Sends events to all clients. Cheap to clone; outlives the server without harm.
 #[derive(Clone)]
 pub struct EventSink {
     registry: Arc<Registry>,
@@ -253,7 +253,7 @@ impl Acceptor {
     }
 }
 
-/// Says why, as far as that can be done without waiting.
+/// Sends the reason, as far as that can be done without waiting.
 fn turn_away(mut stream: &UnixStream) {
     let error = QmpError::generic(format!("{CLIENTS_MAX} clients are connected already; try again later"));
     if stream.set_nonblocking(true).is_ok() {

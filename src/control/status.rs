@@ -1,4 +1,4 @@
-//! What a node says of itself: the answer to `mc-query`, for both sides of the socket.
+//! The status of a node: the answer to `mc-query`, for both sides of the socket.
 
 use std::fmt;
 

@@ -213,7 +213,7 @@ fn a_client_gives_up_in_time() {
 #[test]
 fn events_reach_all_that_have_negotiated() {
     let bench = bench();
-    let (mut one, mut two, mut unknown_peer) = (bench.client(), bench.client(), Raw::connect(&bench.path));
+    let (mut one, mut two, mut silent) = (bench.client(), bench.client(), Raw::connect(&bench.path));
     let sink = bench.server.events();
     sink.emit("STOP", Value::Null);
     sink.emit("MC_TAKEOVER", json!({"generation": 2}));
@@ -226,7 +226,7 @@ fn events_reach_all_that_have_negotiated() {
         assert_eq!(client.next_event(WAIT_MAX).unwrap().unwrap().data, json!({"generation": 2}));
         assert_eq!(client.next_event(Duration::from_millis(1)).unwrap(), None);
     }
-    assert_eq!(unknown_peer.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
+    assert_eq!(silent.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
 }
 
 #[test]
@@ -270,9 +270,9 @@ fn commands_of_a_client_that_does_not_read_are_not_piled_up() {
 fn strangers_make_room_and_guests_do_not() {
     let bench = bench();
     let mut held: Vec<Client> = (0..10).map(|_| bench.client()).collect();
-    let unknown_peers: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&bench.path).unwrap()).collect();
+    let silents: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&bench.path).unwrap()).collect();
     held.push(bench.client());
-    drop(unknown_peers);
+    drop(silents);
     for client in &mut held {
         assert_eq!(client.execute("echo", Value::Null, WAIT_MAX).unwrap(), json!({}));
     }

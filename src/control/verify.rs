@@ -1,4 +1,4 @@
-//! What a node says of a verify of its guest's disks: the answer to `mc-query-disk-verify`, for
+//! The report on a verify of a guest's disks: the answer to `mc-query-disk-verify`, for
 //! both sides of the socket.
 
 use std::fmt;
@@ -75,15 +75,15 @@ impl fmt::Display for VerifyReport {
             let DiskVerify { disk, blocks, compared, different, ranges } = disk;
             write!(f, "disk {disk}: {compared} of {blocks} blocks of {} bytes compared", self.block_bytes)?;
             writeln!(f, ", {different} differ")?;
-            let mut told = 0;
+            let mut listed = 0;
             for (first, end) in ranges {
-                told += end.saturating_sub(*first);
+                listed += end.saturating_sub(*first);
                 match end.saturating_sub(*first) {
                     1 => writeln!(f, "  block {first}")?,
                     _ => writeln!(f, "  blocks {first} to {}", end.saturating_sub(1))?,
                 }
             }
-            match different.saturating_sub(told) {
+            match different.saturating_sub(listed) {
                 0 => {}
                 more => writeln!(f, "  and {more} more")?,
             }

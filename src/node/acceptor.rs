@@ -150,7 +150,7 @@ impl Acceptor {
         let Silent { writer, closer, .. } = silent;
         let channel = hello.channel;
         let accepted = NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() };
-        if self.events.from_link(accepted).is_ok() {
+        if self.events.link_event(accepted).is_ok() {
             priority::raise();
             let why = match channel {
                 Channel::Data => read_data(conn, &mut reader, &self.events),
@@ -159,13 +159,13 @@ impl Acceptor {
             };
             closer.shutdown();
             // A node that is ending needs no more events.
-            let _ = self.events.from_link(NodeEvent::Closed { conn, why });
+            let _ = self.events.link_event(NodeEvent::Closed { conn, why });
         }
         self.door.lock().admission.gone(conn);
     }
 
-    /// Ends a connection that is of no use, and says why: in the log, and to a peer that would
-    /// understand it.
+    /// Closes a connection with a line in the log, and with a refusal if the peer would understand
+    /// one.
     fn refuse(&self, silent: Silent, refusal: Refusal, reason: Option<RefuseReason>, why: String) {
         let Silent { peer, mut writer, closer } = silent;
         if self.door.lock().admission.refused(clock::now(), refusal) {
@@ -258,7 +258,7 @@ fn read_data(conn: ConnId, reader: &mut LinkReader, events: &InboxSender) -> Str
             Ok(event) => event,
             Err(error) => return error.to_string(),
         };
-        if events.from_link(event).is_err() {
+        if events.link_event(event).is_err() {
             return ENDING.into();
         }
     }
@@ -277,7 +277,7 @@ pub(super) fn read_heartbeats(
             Err(error) => Err(error),
         };
         match message {
-            Ok(message) => events.from_link(NodeEvent::Message { conn, message }).ok()?,
+            Ok(message) => events.link_event(NodeEvent::Message { conn, message }).ok()?,
             Err(error) => return Some(error),
         }
     }

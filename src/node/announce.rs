@@ -16,7 +16,7 @@ const FRAME_BYTES_MIN: usize = 60;
 const REPEATS_MS: [u64; 5] = [50, 150, 400, 1_000, 3_000];
 
 /// What is announced, and when it is once more.
-pub struct Announcer {
+pub(crate) struct Announcer {
     frames: Vec<Vec<u8>>,
     began: Instant,
     repeats: &'static [u64],
@@ -24,22 +24,22 @@ pub struct Announcer {
 
 impl Announcer {
     /// The announcement of a guest whose first is sent now.
-    pub fn new(mac: [u8; 6], ip: Option<Ipv4Addr>, now: Instant) -> Announcer {
+    pub(crate) fn new(mac: [u8; 6], ip: Option<Ipv4Addr>, now: Instant) -> Announcer {
         Announcer { frames: frames(mac, ip), began: now, repeats: &REPEATS_MS }
     }
 
     /// The frames, in the order to send them.
-    pub fn frames(&self) -> &[Vec<u8>] {
+    pub(crate) fn frames(&self) -> &[Vec<u8>] {
         &self.frames
     }
 
     /// When they are to be sent again, if ever.
-    pub fn due(&self) -> Option<Instant> {
+    pub(crate) fn due(&self) -> Option<Instant> {
         self.repeats.first().map(|ms| self.began + Duration::from_millis(*ms))
     }
 
     /// Whether they are to be sent again now; true once for each time.
-    pub fn take_due(&mut self, now: Instant) -> bool {
+    pub(crate) fn take_due(&mut self, now: Instant) -> bool {
         let is_due = self.due().is_some_and(|due| due <= now);
         if is_due {
             self.repeats = self.repeats.get(1..).unwrap_or_default();

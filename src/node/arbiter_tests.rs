@@ -48,8 +48,8 @@ pub(super) fn config(arbiter: ArbiterConfig) -> NodeConfig {
     }
 }
 
-/// Asks an arbiter for what a secondary asks for, and gives what it says, and the status of a node
-/// it was said to.
+/// Has an arbiter out of reach asked for a secondary's swap: why it did not answer, and the status
+/// of the node that asked.
 fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus) {
     let config = config(arbiter);
     let (events, inbox) = inbox();

@@ -1,6 +1,6 @@
-//! The thread that talks to the arbiter, so that nobody else ever waits for it. When nobody asks it
-//! anything it looks whether the arbiter is there, so that people hear of an arbiter out of reach
-//! before it is needed.
+//! The thread that talks to the arbiter, so that nobody else ever waits for it. Without a question
+//! for a while the thread reads the record itself, so that an arbiter out of reach is reported before
+//! it is needed.
 
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use super::priority;
 use crate::arbiter::{Arbiter, Canceller, Swap};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 
-/// Time without a question after which the arbiter is looked at.
+/// Time without a question after which the thread reads the record itself.
 const WATCH: Duration = Duration::from_secs(5);
 
 /// Whether the arbiter answers.
@@ -58,7 +58,7 @@ pub(super) enum ContactBy {
 
 /// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is
 /// answered or called off.
-pub struct ArbiterThread {
+pub(crate) struct ArbiterThread {
     calls: Option<Sender<ArbiterCall>>,
     cancel: Option<Canceller>,
     thread: Option<JoinHandle<()>>,
@@ -67,7 +67,7 @@ pub struct ArbiterThread {
 impl ArbiterThread {
     /// Starts the thread; answers go to `events`, and `noticed` hears each time whether the arbiter
     /// answered.
-    pub fn start(
+    pub(crate) fn start(
         arbiter: Box<dyn Arbiter>,
         events: InboxSender,
         noticed: impl FnMut(Contact) + Send + 'static,
@@ -75,8 +75,8 @@ impl ArbiterThread {
         ArbiterThread::start_watching(arbiter, events, WATCH, noticed)
     }
 
-    /// The same, with the time without a question after which the arbiter is looked at.
-    pub fn start_watching(
+    /// The same, with another time than [`WATCH`].
+    pub(crate) fn start_watching(
         arbiter: Box<dyn Arbiter>,
         events: InboxSender,
         watch: Duration,
@@ -93,7 +93,7 @@ impl ArbiterThread {
     }
 
     /// Asks; the answer comes as an event.
-    pub fn ask(&self, call: ArbiterCall) {
+    pub(crate) fn ask(&self, call: ArbiterCall) {
         if let Some(calls) = &self.calls {
             // The thread ends only with this handle, so the question always arrives.
             let _ = calls.send(call);

@@ -27,7 +27,7 @@ struct Job {
 
 /// Two threads, of which one at a time has something to do. They end with this handle, which does
 /// not wait for them.
-pub struct BlockHasher {
+pub(crate) struct BlockHasher {
     /// For a resync: the guest is unprotected until it is done, so it goes beside the guest.
     resync: Sender<Job>,
     /// For a verify: nobody waits for it, so the guest goes first.
@@ -39,7 +39,11 @@ impl BlockHasher {
     ///
     /// # Errors
     /// If a thread cannot be started.
-    pub fn start(image: GuestImage, journal: Arc<DiskJournal>, events: InboxSender) -> std::io::Result<BlockHasher> {
+    pub(crate) fn start(
+        image: GuestImage,
+        journal: Arc<DiskJournal>,
+        events: InboxSender,
+    ) -> std::io::Result<BlockHasher> {
         let worker = Worker { image, journal, events };
         let resync = worker.clone().start("mcd-sum", || {})?;
         let verify = worker.start("mcd-verify", priority::lower)?;
@@ -47,7 +51,7 @@ impl BlockHasher {
     }
 
     /// Hashes these blocks, as they were when epoch `as_of` was cut, or as they are.
-    pub fn sum(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
+    pub(crate) fn sum(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
         let thread = if as_of.is_some() { &self.verify } else { &self.resync };
         // The thread ends only after this handle.
         let _ = thread.send(Job { ticket, run, as_of });
@@ -95,20 +99,20 @@ impl Worker {
     }
 }
 
-/// Notices when there is something new to tell of a verify.
+/// Notices when the report on a verify has changed.
 #[derive(Default)]
-pub struct VerifyWatch {
-    /// What was told last.
-    told: Option<Verify>,
+pub(crate) struct VerifyWatch {
+    /// The verify as of the last report.
+    reported: Option<Verify>,
 }
 
 impl VerifyWatch {
     /// The report, if it is another than last time.
-    pub fn news(&mut self, verify: Option<&Verify>) -> Option<VerifyReport> {
-        if verify == self.told.as_ref() {
+    pub(crate) fn news(&mut self, verify: Option<&Verify>) -> Option<VerifyReport> {
+        if verify == self.reported.as_ref() {
             return None;
         }
-        self.told = verify.cloned();
+        self.reported = verify.cloned();
         verify.map(report)
     }
 }

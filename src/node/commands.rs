@@ -15,7 +15,7 @@ use super::status::StatusStore;
 use crate::control::{Handler, QmpError};
 use crate::protocol::primary::{Command, DiskChoice};
 
-/// How long a command may take to take effect before its client is told that it did not.
+/// How long a command may take to take effect before its client gets an error.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for a snapshot, which has to be written: an hour is enough for a terabyte.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -37,7 +37,7 @@ enum CommandError {
         /// What it has to be.
         what: &'static str,
     },
-    /// The driver does not hear of it.
+    /// It did not reach the driver.
     #[error("{0}")]
     NotTaken(#[from] CommandNotTaken),
     /// The rules do not allow it now.
@@ -136,7 +136,7 @@ impl Commands {
         wait_for(&result, COMMAND_TIMEOUT, "the command did not take effect")
     }
 
-    /// A node that ends does not always have the time to say so; being asked for that is enough.
+    /// A node that ends may end before it answers: that it was asked to is enough.
     fn quit(&self) -> Answer {
         match self.carry_out(Command::Quit) {
             Err(CommandError::TimedOut(_)) => Ok(json!({})),

@@ -70,7 +70,7 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Both nodes use this very image, on storage they share; never with `read_only`.
     pub shared: bool,
-    /// The operator's word that a host which lost the guest cannot write this shared block device:
+    /// The operator asserts that a host which lost the guest cannot write this shared block device:
     /// something else than mcd sees to it.
     pub fenced: bool,
     /// The serial number the guest sees, filled up with zero bytes; a secondary's is the primary's.
@@ -86,7 +86,7 @@ pub struct PrimaryStart {
     pub boot: GuestBoot,
     /// The guest's address, if known: where it runs is announced by ARP then, not by RARP alone.
     pub guest_ip: Option<Ipv4Addr>,
-    /// The operator's word that both nodes of the guest are dead: claim it whatever the arbiter has
+    /// The operator asserts that both nodes of the guest are dead: claim it whatever the arbiter has
     /// on record.
     pub both_nodes_are_dead: bool,
 }
@@ -143,7 +143,7 @@ pub enum ArbiterConfig {
         /// How long it may run.
         timeout: Duration,
     },
-    /// Nobody: each node does as it was told.
+    /// None: each node does what `--on-peer-loss` names.
     None {
         /// What that is.
         on_peer_loss: OnPeerLoss,

@@ -11,7 +11,7 @@ use crate::wire::block_hashes::encode_hashes;
 use crate::wire::{FrameKind, LinkCloser, LinkWatch, LinkWriter};
 
 /// What a watch has seen of a connection.
-pub enum LinkNews {
+pub(crate) enum LinkNews {
     /// It is stuck and was closed; why, in words.
     Stuck(String),
     /// The peer's newest bytes came so long ago.
@@ -20,7 +20,7 @@ pub enum LinkNews {
 
 /// The writing ends a driver holds. A connection's reading end belongs to its own thread.
 #[derive(Default)]
-pub struct Connections {
+pub(crate) struct Connections {
     open: HashMap<ConnId, Conn>,
 }
 
@@ -33,19 +33,19 @@ struct Conn {
 }
 
 impl Connections {
-    /// A connection stands.
-    pub fn insert(&mut self, conn: ConnId, writer: LinkWriter, closer: LinkCloser) {
+    /// Adds an established connection.
+    pub(crate) fn insert(&mut self, conn: ConnId, writer: LinkWriter, closer: LinkCloser) {
         self.open.insert(conn, Conn { writer: Some(writer), closer, watch: None });
     }
 
     /// Hands the writing end to someone else.
-    pub fn take(&mut self, conn: ConnId) -> Option<(LinkWriter, LinkCloser)> {
+    pub(crate) fn take(&mut self, conn: ConnId) -> Option<(LinkWriter, LinkCloser)> {
         let conn = self.open.get_mut(&conn)?;
         Some((conn.writer.take()?, conn.closer.clone()))
     }
 
     /// Watches a connection from now on: sent bytes may be without an echo for so long.
-    pub fn watch(&mut self, conn: ConnId, silence_max: Duration) {
+    pub(crate) fn watch(&mut self, conn: ConnId, silence_max: Duration) {
         if let Some(conn) = self.open.get_mut(&conn) {
             conn.watch = Some(LinkWatch::new(conn.closer.clone(), silence_max));
         }
@@ -53,7 +53,7 @@ impl Connections {
 
     /// What the watches see. To be called often: they look only when it is time. A connection that
     /// needs a probe gets it here, or from `probe` if someone else has its writing end.
-    pub fn news(&mut self, now: Instant, mut probe: impl FnMut(ConnId)) -> Option<(ConnId, LinkNews)> {
+    pub(crate) fn news(&mut self, now: Instant, mut probe: impl FnMut(ConnId)) -> Option<(ConnId, LinkNews)> {
         let found = self.open.iter_mut().find_map(|(id, conn)| {
             let look = conn.watch.as_mut()?.look(now)?;
             if look.probe {
@@ -75,31 +75,31 @@ impl Connections {
     }
 
     /// Sends a message; the reason if it could not be.
-    pub fn send(&mut self, conn: ConnId, message: &Message) -> Option<String> {
+    pub(crate) fn send(&mut self, conn: ConnId, message: &Message) -> Option<String> {
         let writer = self.open.get_mut(&conn)?.writer.as_mut()?;
         writer.write_message(message).err().map(|error| error.to_string())
     }
 
     /// Sends hashes of blocks; the reason if they could not be.
-    pub fn send_hashes(&mut self, conn: ConnId, first: u64, hashes: &[BlockHash]) -> Option<String> {
+    pub(crate) fn send_hashes(&mut self, conn: ConnId, first: u64, hashes: &[BlockHash]) -> Option<String> {
         let writer = self.open.get_mut(&conn)?.writer.as_mut()?;
         writer.write(FrameKind::Hashes, &encode_hashes(first, hashes)).err().map(|error| error.to_string())
     }
 
     /// Forgets a connection that is gone.
-    pub fn remove(&mut self, conn: ConnId) {
+    pub(crate) fn remove(&mut self, conn: ConnId) {
         self.open.remove(&conn);
     }
 
     /// Closes a connection; what was written before still leaves.
-    pub fn close(&mut self, conn: ConnId) {
+    pub(crate) fn close(&mut self, conn: ConnId) {
         if let Some(conn) = self.open.remove(&conn) {
             conn.closer.shutdown();
         }
     }
 
     /// Closes all connections.
-    pub fn close_all(&mut self) {
+    pub(crate) fn close_all(&mut self) {
         for (_, conn) in self.open.drain() {
             conn.closer.shutdown();
         }

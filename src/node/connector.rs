@@ -33,7 +33,7 @@ pub fn connect(
             Ok(link) => {
                 let closer = link.closer();
                 let (mut reader, writer) = link.split();
-                if events.from_link(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
+                if events.link_event(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
                     return;
                 }
                 priority::raise();
@@ -50,7 +50,7 @@ pub fn connect(
             Err(error) => NodeEvent::Closed { conn, why: error.to_string() },
         };
         // A node that is ending needs no more events.
-        let _ = events.from_link(end);
+        let _ = events.link_event(end);
     })?;
     Ok(())
 }
@@ -70,7 +70,7 @@ fn receive(conn: ConnId, mut receiver: EpochReceiver, reader: &mut LinkReader, e
             Ok(Received::Background(payload)) => NodeEvent::Background { conn, payload },
             Err(error) => return ended(conn, Some((error.is_foreign(), error.to_string()))),
         };
-        if events.from_link(event).is_err() {
+        if events.link_event(event).is_err() {
             return ended(conn, None);
         }
     }

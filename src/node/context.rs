@@ -38,7 +38,7 @@ const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
 const PUSH_PAGES_MAX: usize = 512;
 
 /// A context whose arbiter nobody may ask yet but the one who claims the guest.
-pub struct ContextWithoutArbiter {
+pub(crate) struct ContextWithoutArbiter {
     pub config: NodeConfig,
     pub guest_ip: Option<Ipv4Addr>,
     pub inbox: Inbox,
@@ -51,7 +51,7 @@ pub struct ContextWithoutArbiter {
 
 impl ContextWithoutArbiter {
     /// Hands the arbiter to its thread.
-    pub fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
+    pub(crate) fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
         let notice = notice(self.status.clone(), self.sink.clone());
         let arbiter = ArbiterThread::start(arbiter, self.events.clone(), notice)?;
         let captures = CapturePool::default();
@@ -93,7 +93,7 @@ fn report(sink: &EventSink, event: &Event) {
 }
 
 /// The parts of a node that outlive its role.
-pub struct Context {
+pub(crate) struct Context {
     /// What the operator decided.
     pub config: NodeConfig,
     /// The guest's address, if known: announced after a takeover.
@@ -119,12 +119,12 @@ pub struct Context {
 
 impl Context {
     /// Writes an event to the log and sends it to the control clients.
-    pub fn tell(&self, event: &Event) {
+    pub(crate) fn tell(&self, event: &Event) {
         report(&self.sink, event);
     }
 
     /// The protocol's view of the configuration.
-    pub fn primary_config(&self, shape: MachineShape, tsc_khz: u32) -> PrimaryConfig {
+    pub(crate) fn primary_config(&self, shape: MachineShape, tsc_khz: u32) -> PrimaryConfig {
         PrimaryConfig {
             guest: self.config.guest.clone(),
             shape,
@@ -144,14 +144,14 @@ impl Context {
     }
 
     /// Feature bits this node offers.
-    pub fn features(&self) -> u64 {
+    pub(crate) fn features(&self) -> u64 {
         let lz4 = if self.config.compress == Compress::None { 0 } else { features::LZ4 };
         lz4 | features::DISK_HASHES
     }
 }
 
-/// The tap, behind a closed gate that tells `events` what waits.
-pub fn open_gate(config: &NodeConfig, events: &InboxSender) -> Result<Arc<OutputGate>, NodeError> {
+/// The tap, behind a closed gate that raises the flags of its output in `events`.
+pub(crate) fn open_gate(config: &NodeConfig, events: &InboxSender) -> Result<Arc<OutputGate>, NodeError> {
     let port = VnetTapPort::open(&config.tap)?;
     let limits = Limits { bytes_max: config.output_bytes_max, packets_max: config.output_packets_max };
     let forwarder = OutputForwarder { events: events.clone() };
@@ -160,7 +160,7 @@ pub fn open_gate(config: &NodeConfig, events: &InboxSender) -> Result<Arc<Output
 
 /// A paused machine behind `gate` and with these disks, whose events reach the inbox and whose
 /// serial port is `console`.
-pub fn new_machine(
+pub(crate) fn new_machine(
     shape: &MachineShape,
     cpu: CpuModel,
     gate: Arc<OutputGate>,

@@ -58,7 +58,7 @@ pub enum DiskError {
         "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, in the primary's order"
     )]
     Count {
-        /// What the primary says.
+        /// How many the primary has.
         wanted: usize,
         /// What is given here.
         given: usize,
@@ -73,7 +73,7 @@ pub enum DiskError {
         /// This one's.
         given: u64,
     },
-    /// One node says read-only and the other does not.
+    /// The disk is read-only on one node only.
     #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, or neither", path.display())]
     ReadOnly {
         /// The image.
@@ -110,7 +110,7 @@ pub enum DiskError {
     NotOfSnapshot {
         /// The image.
         path: PathBuf,
-        /// What its stamp says.
+        /// What its stamp shows.
         is: String,
         /// The snapshot's epoch.
         at: EpochId,
@@ -124,10 +124,9 @@ pub enum DiskError {
 ///
 /// # Errors
 /// [`DiskError::Image`].
-pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), DiskError> {
+pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), DiskError> {
     shared_disks::check_fencing(config)?;
-    let mut images = Vec::new();
-    let mut shapes = Vec::new();
+    let (mut images, mut shapes) = (Vec::new(), Vec::new());
     for disk in &config.disks {
         let image = shared_disks::open_image(disk)?;
         let DiskConfig { read_only, shared, serial, .. } = *disk;
@@ -144,7 +143,7 @@ pub fn open(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<DiskShape>), Dis
 ///
 /// # Errors
 /// [`DiskError::Image`].
-pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
+pub(crate) fn check_images_open(config: &NodeConfig) -> Result<(), DiskError> {
     shared_disks::check_fencing(config)?;
     for disk in &config.disks {
         match shared_disks::open_image(disk) {
@@ -155,15 +154,14 @@ pub fn look(config: &NodeConfig) -> Result<(), DiskError> {
     Ok(())
 }
 
-/// Checks that a guest may start from its images, and that they can be stamped; `newest` is the
-/// newest generation on record.
+/// Checks by their stamps that a guest may start from its images, and stamps those that have no
+/// stamp; `newest` is the newest generation on record.
 ///
 /// # Errors
 /// [`DiskError::Refused`], [`DiskError::Stamp`].
-pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), DiskError> {
+pub(crate) fn check_and_stamp_images(config: &NodeConfig, newest: Option<Generation>) -> Result<(), DiskError> {
     for disk in config.disks.iter().filter(|disk| !disk.read_only) {
         let path = disk.path.clone();
-        // A stamp nobody can read is no reason not to insist.
         let old = match Stamp::read(&path) {
             Err(error @ StampError::Malformed { .. }) if config.force_disk => {
                 tracing::warn!("--force-disk: {error}");
@@ -171,8 +169,8 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
             }
             old => old?,
         };
-        // Of a shared image there is no newer one elsewhere: a stamp that is behind says only that
-        // it was written late.
+        // Of a shared image there is no newer one elsewhere: a stamp that is behind was only written
+        // late.
         let newest_elsewhere = newest.filter(|_| !disk.shared);
         match old.as_ref().map(|stamp| stamp.may_start(&config.guest, newest_elsewhere)) {
             Some(Err(why)) if config.force_disk => {
@@ -181,7 +179,7 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
             Some(Err(why)) => return Err(DiskError::Refused { path, why }),
             Some(Ok(())) | None => {
                 let at = old.as_ref().map(|stamp| stamp.at.to_string()).unwrap_or_else(|| "no stamp yet".into());
-                tracing::info!(image = %path.display(), at, "disk");
+                tracing::info!(image = %path.display(), at, "the guest may start from this disk image");
             }
         }
         // What cannot be written now could not be after the claim either, and then the guest would
@@ -199,7 +197,7 @@ pub fn may_start(config: &NodeConfig, newest: Option<Generation>) -> Result<(), 
 ///
 /// # Errors
 /// [`DiskError`].
-pub fn disks_of_snapshot(
+pub(crate) fn check_images_of_snapshot(
     configs: &[DiskConfig],
     given: &[DiskShape],
     head: &SnapshotHead,
@@ -211,8 +209,8 @@ pub fn disks_of_snapshot(
     for ((disk, given), wanted) in configs.iter().zip(given).zip(wanted) {
         let path = || disk.path.clone();
         if given.read_only != wanted.read_only {
-            let word = |read_only| if read_only { "read-only" } else { "writable" };
-            let (here, there) = (word(given.read_only), word(wanted.read_only));
+            let mode = |read_only| if read_only { "read-only" } else { "writable" };
+            let (here, there) = (mode(given.read_only), mode(wanted.read_only));
             return Err(DiskError::ReadOnlySnapshot { path: path(), here, there });
         }
         if given.bytes != wanted.bytes {
@@ -230,7 +228,7 @@ pub fn disks_of_snapshot(
             return Err(DiskError::NotOfSnapshot { path: path(), is, at: head.at });
         }
     }
-    // Whether both nodes use one image is said here, whatever it was when the snapshot was taken.
+    // Whether both nodes use one image is a flag of this node, not of the snapshot.
     Ok(wanted.iter().zip(given).map(|(of, here)| DiskShape { shared: here.shared, ..of.clone() }).collect())
 }
 
@@ -239,7 +237,10 @@ pub fn disks_of_snapshot(
 ///
 /// # Errors
 /// [`DiskError`] if they are not those of the shape, or belong to another guest.
-pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<NodeImage>, Vec<bool>), DiskError> {
+pub(crate) fn open_or_create_images(
+    config: &NodeConfig,
+    shape: &MachineShape,
+) -> Result<(Vec<NodeImage>, Vec<bool>), DiskError> {
     let (wanted, given) = (shape.disks.len(), config.disks.len());
     if wanted != given {
         return Err(DiskError::Count { wanted, given });
@@ -248,13 +249,13 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<NodeIm
     for (disk, wanted) in config.disks.iter().zip(&shape.disks) {
         let path = || disk.path.clone();
         if disk.read_only != wanted.read_only {
-            let word = |read_only| if read_only { "read-only" } else { "writable" };
-            let (here, there) = (word(disk.read_only), word(wanted.read_only));
+            let mode = |read_only| if read_only { "read-only" } else { "writable" };
+            let (here, there) = (mode(disk.read_only), mode(wanted.read_only));
             return Err(DiskError::ReadOnly { path: path(), here, there });
         }
         if disk.shared != wanted.shared {
-            let word = |shared| if shared { "shared" } else { "replicated" };
-            return Err(SharedError::Mode { path: path(), here: word(disk.shared), there: word(wanted.shared) }.into());
+            let mode = |shared| if shared { "shared" } else { "replicated" };
+            return Err(SharedError::Mode { path: path(), here: mode(disk.shared), there: mode(wanted.shared) }.into());
         }
         if !disk.read_only
             && !config.force_disk
@@ -279,7 +280,7 @@ pub fn open_for(config: &NodeConfig, shape: &MachineShape) -> Result<(Vec<NodeIm
 }
 
 /// The disks of one machine.
-pub struct NodeDisks {
+pub(crate) struct NodeDisks {
     layout: Arc<ImageLayout>,
     journal: Arc<DiskJournal>,
     images: Vec<NodeImage>,
@@ -296,7 +297,7 @@ impl NodeDisks {
     ///
     /// # Errors
     /// [`DiskError::Thread`].
-    pub fn new(
+    pub(crate) fn new(
         config: &NodeConfig,
         shape: &MachineShape,
         images: Vec<NodeImage>,
@@ -330,7 +331,7 @@ impl NodeDisks {
     }
 
     /// The journal.
-    pub fn journal(&self) -> &Arc<DiskJournal> {
+    pub(crate) fn journal(&self) -> &Arc<DiskJournal> {
         &self.journal
     }
 
@@ -343,17 +344,17 @@ impl NodeDisks {
     ///
     /// # Errors
     /// Why they cannot be had yet.
-    pub fn take_shared(&self) -> Result<(), StorageFault> {
+    pub(crate) fn take_shared(&self) -> Result<(), StorageFault> {
         shared_disks::take(&self.images)
     }
 
     /// What the machine's disks keep their bytes in.
-    pub fn gates(&self) -> Vec<Arc<dyn BlockBackend>> {
+    pub(crate) fn gates(&self) -> Vec<Arc<dyn BlockBackend>> {
         self.gates.clone()
     }
 
     /// The whole image, with this memory.
-    pub fn image(&self, memory: GuestRam) -> GuestImage {
+    pub(crate) fn image(&self, memory: GuestRam) -> GuestImage {
         GuestImage::new(memory, Arc::clone(&self.layout), self.backends.clone())
     }
 
@@ -362,26 +363,26 @@ impl NodeDisks {
     ///
     /// # Errors
     /// [`DiskError::Stamp`].
-    pub fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
+    pub(crate) fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
         let at = EpochId { generation, epoch: 0 };
         let own: Vec<_> = self.stamps.images.iter().filter(|(_, image)| image.shared().is_none()).cloned().collect();
         Ok(stamp(&self.stamps.guest, &own, (at, StampState::Filling, None))?)
     }
 
     /// What stamps the images from a thread of its own.
-    pub fn stamper(&self) -> Stamper {
+    pub(crate) fn stamper(&self) -> Stamper {
         Stamper { jobs: self.stamps.jobs.clone() }
     }
 
     /// Ends what the images' threads do: the last stamps are written, what is held for shared
     /// images is forgotten, and these are given up.
-    pub fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         self.stamps.end();
         self.shared().into_iter().for_each(|shared| shared.close());
     }
 
     /// The guest runs here in this generation: stamps the images if that is news.
-    pub fn runs_in(&mut self, generation: Generation) {
+    pub(crate) fn runs_in(&mut self, generation: Generation) {
         if self.stamped.replace(generation) != Some(generation) {
             self.stamper().stamp(EpochId { generation, epoch: 0 }, StampState::Whole);
         }
@@ -390,19 +391,19 @@ impl NodeDisks {
 
 /// A way to ask for stamps without waiting.
 #[derive(Clone)]
-pub struct Stamper {
+pub(crate) struct Stamper {
     jobs: Option<Sender<Job>>,
 }
 
 impl Stamper {
     /// Once everything written so far is durable, the images are stamped so.
-    pub fn stamp(&self, at: EpochId, state: StampState) {
+    pub(crate) fn stamp(&self, at: EpochId, state: StampState) {
         self.submit(at, state, None);
     }
 
     /// The same when the guest stopped for good, with this snapshot of its last moment if there is
     /// one.
-    pub fn stamp_last(&self, at: EpochId, snapshot: Option<SnapshotId>) {
+    pub(crate) fn stamp_last(&self, at: EpochId, snapshot: Option<SnapshotId>) {
         self.submit(at, StampState::Whole, snapshot);
     }
 

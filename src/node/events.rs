@@ -21,11 +21,11 @@ use crate::protocol::types::{EpochId, InstanceId, Instant};
 use crate::wire::{LinkCloser, LinkWriter};
 
 /// Where the result of a command goes.
-pub type Reply = Sender<Result<Value, String>>;
+pub(crate) type Reply = Sender<Result<Value, String>>;
 
-/// What an operator wants of a snapshot.
+/// A snapshot that an operator asks for.
 #[derive(Clone, Debug)]
-pub struct SnapshotRequest {
+pub(crate) struct SnapshotRequest {
     /// The file.
     pub path: PathBuf,
     /// The guest stops for good with it.
@@ -96,14 +96,14 @@ pub enum NodeEvent {
     Accepted {
         /// The connection.
         conn: ConnId,
-        /// What it said.
+        /// Its hello.
         hello: Hello,
         /// The way back.
         writer: LinkWriter,
         /// Ends it.
         closer: LinkCloser,
     },
-    /// A connection we asked for stands.
+    /// A connection that this node opened is established.
     Connected {
         /// The connection.
         conn: ConnId,
@@ -215,7 +215,7 @@ pub enum NodeEvent {
         /// The answer.
         answer: ArbiterAnswer,
     },
-    /// The machine has something to say.
+    /// An event of the machine.
     Machine(MachineEvent),
     /// A snapshot is wanted.
     Snapshot {

@@ -198,7 +198,7 @@ impl InboxSender {
     ///
     /// # Errors
     /// [`InboxGone`].
-    pub(super) fn from_link(&self, event: NodeEvent) -> Result<(), InboxGone> {
+    pub(super) fn link_event(&self, event: NodeEvent) -> Result<(), InboxGone> {
         self.shared.link.push(event)?;
         self.shared.wake.unpark();
         Ok(())

@@ -24,9 +24,9 @@ const STACK_BYTES: usize = 16 << 10;
 /// # Errors
 /// The kernel's, if it allows no further process. A node works without a memory holder process;
 /// only its death is heard of later.
-pub fn start() -> io::Result<()> {
+pub(crate) fn start() -> io::Result<()> {
     let pid = start_for(std::process::id())?;
-    tracing::debug!(pid, "keeper started: this node's sockets close at once when it is killed");
+    tracing::debug!(pid, "memory holder process started: this node's sockets close at once when it is killed");
     Ok(())
 }
 
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     /// Waits for the end of a memory holder process for `timeout_ms`; then ends it, if it lives,
-    /// and collects it. Says whether it ended by itself.
+    /// and collects it. True if it ended by itself.
     fn ends_by_itself(pid: libc::pid_t, timeout_ms: u16) -> bool {
         // SAFETY: plain system calls on a child of ours that is collected below only, so that its
         // process id is its own until then.
@@ -131,9 +131,9 @@ mod tests {
     }
 
     #[test]
-    fn a_keeper_whose_parent_died_first_ends() {
+    fn a_memory_holder_process_whose_parent_died_first_ends() {
         // What it finds then: a parent that is not the one that started it.
-        let pid = start_for(u32::MAX).expect("a keeper");
+        let pid = start_for(u32::MAX).expect("a memory holder process");
         assert!(ends_by_itself(pid, 20_000), "it would wait for ever");
     }
 }

@@ -9,7 +9,7 @@ const SAMPLE_US: u64 = 250_000;
 
 /// How far a resync is, and how fast.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Pace {
+pub(crate) struct Pace {
     /// Pages and those left: of memory, then of each disk.
     pub parts: Vec<(u64, u64)>,
     /// Pages in a second, once that is known.
@@ -18,14 +18,14 @@ pub struct Pace {
 
 /// Looks at a resync again and again.
 #[derive(Default)]
-pub struct Meter {
+pub(crate) struct Meter {
     /// When, and how many pages were left.
     samples: VecDeque<(u64, u64)>,
 }
 
 impl Meter {
-    /// What is to be told of a resync that is so far; there may be none.
-    pub fn look(&mut self, now_us: u64, parts: Option<Vec<(u64, u64)>>) -> Option<Pace> {
+    /// The pace of a resync that has come so far; there may be none.
+    pub(crate) fn look(&mut self, now_us: u64, parts: Option<Vec<(u64, u64)>>) -> Option<Pace> {
         let Some(parts) = parts else {
             self.samples.clear();
             return None;
@@ -44,7 +44,7 @@ impl Meter {
         }
         let rate_pages_s = self.samples.front().and_then(|(since_us, then)| {
             let took_us = now_us.saturating_sub(*since_us);
-            // A moment says nothing.
+            // A moment is too short for a rate.
             let (took_us, done) = (Some(took_us).filter(|us| *us >= SAMPLE_US)?, then.saturating_sub(left));
             done.saturating_mul(1_000_000).checked_div(took_us)
         });

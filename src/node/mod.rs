@@ -84,14 +84,14 @@ pub enum NodeEnd {
 /// Prepares the process. Call it first, from the main thread, before any file or thread is there.
 pub fn prepare_process() {
     if let Err(error) = memory_holder::start() {
-        tracing::warn!(%error, "no keeper process: if this node is killed its peer hears of it later, the more memory the guest has");
+        tracing::warn!(%error, "no memory holder process: if this node is killed, its peer notices the later the more memory the guest has");
     }
 }
 
 /// Starts the guest and protects it until it ends here.
 ///
 /// # Errors
-/// See [`NodeError`]: what the host lacks, what the arbiter says, what failed.
+/// See [`NodeError`]: what the host lacks, why the arbiter refused, what failed.
 pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, NodeError> {
     let me = new_instance()?;
     let (events, inbox) = inbox();
@@ -101,9 +101,9 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
         GuestBoot::Snapshot(path) => Some(restore::open(path, &config, &shape)?),
         GuestBoot::BuiltIn(_) | GuestBoot::Linux(_) => None,
     };
-    let (images, disks) = disks::open(&config)?;
+    let (images, disks) = disks::open_images(&config)?;
     shape.disks = match &snapshot {
-        Some(snapshot) => disks::disks_of_snapshot(&config.disks, &disks, &snapshot.head)?,
+        Some(snapshot) => disks::check_images_of_snapshot(&config.disks, &disks, &snapshot.head)?,
         None => disks,
     };
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
@@ -141,9 +141,9 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
 /// See [`NodeError`].
 pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeEnd, NodeError> {
     let (events, inbox) = inbox();
-    // An occupied tap or image is told now, not at the takeover.
+    // An occupied tap or image is an error now, not at the takeover.
     drop(open_gate(&config, &events)?);
-    disks::look(&config)?;
+    disks::check_images_open(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Arc::new(Console::open(&config.console)?);
     let (server, context) = open_endpoints(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
@@ -242,15 +242,15 @@ fn claim_guest(
         guest: config.guest.to_string(),
         record: format!("{} {:?}, owner {}", record.generation, record.state, record.owner),
     };
-    let stands = arbiter.read()?;
-    let new = claim(stands, me, both_nodes_are_dead).map_err(|ClaimRefused::Elsewhere(record)| elsewhere(&record))?;
-    disks::may_start(config, stands.map(|record| record.generation))?;
-    match arbiter.swap(stands.as_ref(), &new)? {
+    let current = arbiter.read()?;
+    let new = claim(current, me, both_nodes_are_dead).map_err(|ClaimRefused::Elsewhere(record)| elsewhere(&record))?;
+    disks::check_and_stamp_images(config, current.map(|record| record.generation))?;
+    match arbiter.swap(current.as_ref(), &new)? {
         Swap::Won => Ok(new),
         // The answer to an earlier try got lost, not the swap.
         Swap::Lost(Some(record)) if record == new => Ok(new),
         Swap::Lost(Some(record)) => Err(elsewhere(&record)),
-        // An arbiter without a record says no more than that.
+        // An arbiter without a record shows none.
         Swap::Lost(None) => Err(NodeError::RunsElsewhere {
             guest: config.guest.to_string(),
             record: format!("so says {}", arbiter.describe()),

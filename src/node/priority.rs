@@ -9,7 +9,7 @@ const PRIORITY: libc::c_int = 1;
 
 /// Lets this thread run as soon as it has something to do, if this process may decide that
 /// (CAP_SYS_NICE or a limit). Threads it starts are ordinary ones.
-pub fn raise() {
+pub(crate) fn raise() {
     // SAFETY: an all-zero sched_param is a valid one.
     let mut param: libc::sched_param = unsafe { MaybeUninit::zeroed().assume_init() };
     param.sched_priority = PRIORITY;
@@ -25,7 +25,7 @@ pub fn raise() {
 const NICER: libc::c_int = 10;
 
 /// Lets ordinary threads, the guest's above all, go before this one.
-pub fn lower() {
+pub(crate) fn lower() {
     // SAFETY: the call takes numbers only; 0 means this thread.
     let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICER) };
     if result != 0 {

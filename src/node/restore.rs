@@ -11,9 +11,9 @@ use crate::machine::{Machine, host_cpu};
 use crate::protocol::machine_shape::MachineShape;
 
 /// A snapshot that fits this host and this node.
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     reader: SnapshotReader,
-    /// What it says of itself.
+    /// Its head.
     pub head: SnapshotHead,
 }
 
@@ -21,7 +21,7 @@ pub struct Snapshot {
 ///
 /// # Errors
 /// [`NodeError::Snapshot`].
-pub fn open(path: &Path, config: &NodeConfig, shape: &MachineShape) -> Result<Snapshot, NodeError> {
+pub(crate) fn open(path: &Path, config: &NodeConfig, shape: &MachineShape) -> Result<Snapshot, NodeError> {
     let reader = SnapshotReader::open(path)?;
     let head = reader.head().clone();
     let without_disks = |shape: &MachineShape| MachineShape { disks: Vec::new(), ..shape.clone() };
@@ -39,7 +39,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// [`NodeError::Snapshot`]; the machine is then of no use.
-    pub fn load(self, path: &Path, machine: &mut Machine, gate: &OutputGate) -> Result<(), NodeError> {
+    pub(crate) fn load(self, path: &Path, machine: &mut Machine, gate: &OutputGate) -> Result<(), NodeError> {
         let state = self.reader.load(machine.memory())?;
         let failed = |error| SnapshotError::Machine { path: path.to_owned(), reason: Box::new(error) };
         machine.restore(&state).map_err(failed)?;

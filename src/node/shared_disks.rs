@@ -44,7 +44,7 @@ pub enum SharedError {
 
 /// An open image.
 #[derive(Clone)]
-pub enum NodeImage {
+pub(crate) enum NodeImage {
     /// This node's own.
     Own(Arc<RawImage>),
     /// Both nodes'.
@@ -53,7 +53,7 @@ pub enum NodeImage {
 
 impl NodeImage {
     /// What the guest's disk keeps its bytes in, at the bottom.
-    pub fn backend(&self) -> Arc<dyn BlockBackend> {
+    pub(crate) fn backend(&self) -> Arc<dyn BlockBackend> {
         match self {
             NodeImage::Own(image) => Arc::clone(image) as Arc<dyn BlockBackend>,
             NodeImage::Shared(image) => Arc::clone(image) as Arc<dyn BlockBackend>,
@@ -61,12 +61,12 @@ impl NodeImage {
     }
 
     /// Its bytes.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.backend().bytes()
     }
 
     /// The shared image, if it is one.
-    pub fn shared(&self) -> Option<&Arc<SharedImage>> {
+    pub(crate) fn shared(&self) -> Option<&Arc<SharedImage>> {
         match self {
             NodeImage::Own(_) => None,
             NodeImage::Shared(image) => Some(image),
@@ -74,7 +74,7 @@ impl NodeImage {
     }
 
     /// Does what must not be done to an image that another node may write; `None` if this is one.
-    pub fn while_ours<T>(&self, what: impl FnOnce() -> T) -> Option<T> {
+    pub(crate) fn while_ours<T>(&self, what: impl FnOnce() -> T) -> Option<T> {
         match self {
             NodeImage::Own(_) => Some(what()),
             NodeImage::Shared(image) => image.while_ours(what),
@@ -86,7 +86,7 @@ impl NodeImage {
 ///
 /// # Errors
 /// [`ImageError`].
-pub fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
+pub(crate) fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
     Ok(match disk.shared {
         true => NodeImage::Shared(Arc::new(SharedImage::open(&disk.path)?)),
         false => NodeImage::Own(Arc::new(RawImage::open(&disk.path, disk.read_only)?)),
@@ -97,7 +97,7 @@ pub fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
 ///
 /// # Errors
 /// [`SharedError::Unfenced`].
-pub fn check_fencing(config: &NodeConfig) -> Result<(), SharedError> {
+pub(crate) fn check_fencing(config: &NodeConfig) -> Result<(), SharedError> {
     unfenced(&config.disks, &config.arbiter, is_block_device)
 }
 
@@ -106,7 +106,7 @@ fn unfenced(
     arbiter: &ArbiterConfig,
     is_device: impl Fn(&Path) -> bool,
 ) -> Result<(), SharedError> {
-    // A script that says "the peer is down" made sure of it.
+    // A script whose answer is "the peer is down" made sure of it.
     let by_arbiter = matches!(arbiter, ArbiterConfig::Command { .. });
     let is_unfenced = |disk: &&DiskConfig| {
         let lock_reaches_hosts = !is_device(&disk.path);
@@ -122,7 +122,7 @@ fn unfenced(
 ///
 /// # Errors
 /// [`StorageFault`], with the image.
-pub fn take(images: &[NodeImage]) -> Result<(), StorageFault> {
+pub(crate) fn take(images: &[NodeImage]) -> Result<(), StorageFault> {
     let shared = || images.iter().filter_map(NodeImage::shared);
     let taken = shared().try_for_each(|image| image.take());
     taken.map_err(|error| {
@@ -142,7 +142,7 @@ fn locked(path: &Path) -> String {
 }
 
 /// Turns the calls of shared images' threads into events.
-pub struct SharedDiskForwarder {
+pub(crate) struct SharedDiskForwarder {
     /// Where they go.
     pub events: InboxSender,
 }

@@ -10,7 +10,7 @@ use super::inbox::InboxSender;
 ///
 /// # Errors
 /// If the handlers or the thread cannot be had.
-pub fn listen(events: InboxSender) -> std::io::Result<()> {
+pub(crate) fn listen(events: InboxSender) -> std::io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     std::thread::Builder::new().name("mcd-signals".into()).spawn(move || {
         for signal in signals.forever() {

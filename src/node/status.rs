@@ -1,7 +1,7 @@
 //! The status of a node: its driver pushes notes, the control socket reads them at any time.
 //!
 //! Neither waits for the other. A driver that took a lock which a client's thread holds would stand
-//! still whenever that thread is not scheduled, and a node that stands still is suspected: so the
+//! still whenever that thread is not scheduled, and a node that stalls is suspected: so the
 //! driver only pushes into queues, and readers put the notes together.
 
 use std::sync::Arc;
@@ -80,7 +80,7 @@ enum Note {
 }
 
 /// The status of one node, over all its roles.
-pub struct StatusStore {
+pub(crate) struct StatusStore {
     fixed: Fixed,
     shown: Mutex<Shown>,
     /// The newest snapshot that nobody has read yet.
@@ -90,7 +90,7 @@ pub struct StatusStore {
 
 impl StatusStore {
     /// The status of a node that was started for `role` and has done nothing yet.
-    pub fn new(config: &NodeConfig, role: Role) -> Arc<StatusStore> {
+    pub(crate) fn new(config: &NodeConfig, role: Role) -> Arc<StatusStore> {
         let (arbiter_kind, arbiter_detail) = match &config.arbiter {
             ArbiterConfig::File { directory, .. } => ("file", directory.display().to_string()),
             ArbiterConfig::Etcd(etcd) => ("etcd", format!("{}{}", etcd.endpoints.join(","), etcd.prefix)),
@@ -171,7 +171,7 @@ impl StatusStore {
     }
 
     /// Writes down how a primary is.
-    pub fn primary(
+    pub(crate) fn primary(
         &self,
         node: &Primary,
         running: bool,
@@ -207,7 +207,7 @@ impl StatusStore {
     }
 
     /// Writes down how a secondary is.
-    pub fn secondary(&self, node: &Secondary, resync: Option<Pace>) {
+    pub(crate) fn secondary(&self, node: &Secondary, resync: Option<Pace>) {
         use secondary::Phase;
         let state = match node.phase() {
             Phase::Connecting | Phase::Greeting | Phase::Done => State::Connecting,
@@ -236,32 +236,32 @@ impl StatusStore {
     }
 
     /// A takeover has come as far as a running guest.
-    pub fn takeover(&self, report: TakeoverReport) {
+    pub(crate) fn takeover(&self, report: TakeoverReport) {
         self.note(Note::Takeover(Box::new(report)));
     }
 
     /// An epoch was committed.
-    pub fn committed(&self, sample: EpochSample) {
+    pub(crate) fn committed(&self, sample: EpochSample) {
         self.note(Note::Committed(sample));
     }
 
     /// An epoch was captured and will not be committed.
-    pub fn aborted(&self) {
+    pub(crate) fn aborted(&self) {
         self.note(Note::Aborted);
     }
 
     /// Bytes went to the peer outside an epoch.
-    pub fn add_wire_bytes(&self, bytes: u64) {
+    pub(crate) fn add_wire_bytes(&self, bytes: u64) {
         self.note(Note::WireBytes(bytes));
     }
 
     /// The guest has a trouble of its own.
-    pub fn guest_alarm(&self, alarm: String) {
+    pub(crate) fn guest_alarm(&self, alarm: String) {
         self.note(Note::GuestAlarm(alarm));
     }
 
     /// A verify of the guest's disks has come so far.
-    pub fn verified(&self, report: VerifyReport) {
+    pub(crate) fn verified(&self, report: VerifyReport) {
         self.note(Note::Verify(Box::new(report)));
     }
 
@@ -271,12 +271,12 @@ impl StatusStore {
     }
 
     /// Shared storage was found to take writes, or not to.
-    pub fn storage_noticed(&self, trouble: Option<String>) {
+    pub(crate) fn storage_noticed(&self, trouble: Option<String>) {
         self.note(Note::Storage(trouble));
     }
 
     /// The whole status.
-    pub fn status(&self) -> NodeStatus {
+    pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
         let Shown { snapshot, log, takeover, guest_alarm, storage, arbiter, verify: _ } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();

@@ -2,11 +2,11 @@
 //! that its peer may be running.
 //!
 //! There is no shared record. What keeps two nodes from running one guest is that the script,
-//! before it says yes, makes sure that the peer is down and stays down. So:
+//! before it answers yes, makes sure that the peer is down and stays down. So:
 //!
 //! | swap | who is asked |
 //! |---|---|
-//! | no record → solo: a primary starts | the script, `start` (a cold start is the operator's own word, and asks nobody) |
+//! | no record → solo: a primary starts | the script, `start` (a cold start is the operator's own decision, and asks nobody) |
 //! | paired → solo, by the node that runs the guest | the script, `alone` |
 //! | solo → solo, by the node that runs the guest: it lost a newcomer whose image may be whole | the script, `alone` |
 //! | paired or solo → solo, by the other node | the script, `takeover` |
@@ -28,7 +28,7 @@ use script::{End, Script};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long a script may take unless said otherwise: power switches are slow.
+/// How long a script may take by default: power switches are slow.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// The arbiter `command:` for one guest, on one node.
@@ -49,7 +49,7 @@ impl CommandArbiter {
         Ok(CommandArbiter { script, guest: guest.clone(), timeout, local_record: LocalRecord::default() })
     }
 
-    /// Takes the operator's word that no node of the guest runs: the first claim asks no script.
+    /// The operator asserts that no node of the guest runs: the first claim asks no script.
     #[must_use]
     pub fn with_dead_peer(mut self) -> CommandArbiter {
         self.local_record.believe_the_peer_dead();
@@ -135,7 +135,7 @@ mod tests {
     const S: InstanceId = InstanceId(2);
 
     fn arbiter() -> CommandArbiter {
-        // Can be run, and never says that anybody is down.
+        // Can be run, and never answers that a peer is down.
         CommandArbiter::new("/bin/false", &GuestName::new("web").unwrap(), TIMEOUT_DEFAULT).unwrap()
     }
 
@@ -144,7 +144,7 @@ mod tests {
         let mut arbiter = arbiter().with_dead_peer();
         let solo = Record::first(P);
         assert_eq!(arbiter.swap(None, &solo).unwrap(), Swap::Won);
-        // His word was about the start and no more.
+        // What the operator asserted was about the start and no more.
         let paired = solo.next_paired(P, S);
         assert_eq!(arbiter.swap(Some(&solo), &paired).unwrap(), Swap::Won);
         let lost = Swap::Lost(Some(paired.next_solo(S)));

@@ -74,7 +74,7 @@ impl Script {
         &self.path
     }
 
-    /// Whether it could be run, as far as can be told without running it.
+    /// Whether it could be run, as far as can be known without running it.
     pub(super) fn check(&self) -> Result<(), String> {
         let is_file = std::fs::metadata(&self.path).map_err(|error| self.cannot_run(&error))?.is_file();
         if !is_file {
@@ -217,7 +217,7 @@ impl Running {
             Ok(0) => false,
             Ok(count) => {
                 self.output.extend_from_slice(buffer.get(..count).unwrap_or_default());
-                // The end is kept: that is where a script says what went wrong.
+                // The end is kept: that is where a script writes what went wrong.
                 let over = self.output.len().saturating_sub(OUTPUT_BYTES_MAX);
                 self.output.drain(..over);
                 true

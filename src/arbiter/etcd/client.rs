@@ -20,7 +20,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// More than any complaint worth reading.
 const COMPLAINT_CHARS_MAX: usize = 200;
 
-/// etcd's word for a token it does not know (any more), as an HTTP status.
+/// etcd's answer to a token it does not know (any more), as an HTTP status.
 const UNAUTHENTICATED: u16 = 401;
 
 /// Why a member did not answer. In each case the question may have been carried out.
@@ -28,13 +28,13 @@ const UNAUTHENTICATED: u16 = 401;
 pub(super) enum AskError {
     #[error("{0}")]
     Http(#[from] ureq::Error),
-    #[error("{}", said(*.0, .1))]
+    #[error("{}", etcd_error(*.0, .1))]
     Refused(u16, String),
     #[error("it answered something that no etcd of version 3.4 or newer answers")]
     NotUnderstood,
 }
 
-fn said(status: u16, complaint: &str) -> String {
+fn etcd_error(status: u16, complaint: &str) -> String {
     if complaint.is_empty() { format!("HTTP status {status}") } else { complaint.to_owned() }
 }
 

@@ -4,7 +4,7 @@
 //! that a blocking HTTP client is enough. The key `PREFIX/GUEST` holds the same text as the file of
 //! the arbiter `file:`. A swap compares the whole value with the text of the expected record (or
 //! that the key does not exist); since a swap raises the generation (or changes nothing), a text
-//! never comes back, and the value says as much as a revision would. Reads and transactions are
+//! never comes back, and the value serves as well as a revision would. Reads and transactions are
 //! linearizable: a member that has lost its cluster does not answer them.
 //!
 //! The endpoints are tried in turn, beginning with the one that answered last. All of a question
@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use wire::{Call, Reply};
 
-/// How long a question may take, over all endpoints, unless said otherwise.
+/// How long a question may take, over all endpoints, by default.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
 /// How often the row of endpoints is walked in one question: once more than once, for a connection
@@ -92,7 +92,7 @@ impl EtcdArbiter {
         &self.key
     }
 
-    /// Asks one endpoint after the other. Says too whether more than one try was made: an earlier
+    /// Asks one endpoint after the other. Also whether more than one try was made: an earlier
     /// one may have been carried out.
     fn ask(&mut self, call: &Call) -> Result<(Reply, bool), ArbiterError> {
         let deadline = Instant::now() + self.config.timeout;
@@ -133,15 +133,15 @@ impl EtcdArbiter {
     }
 
     fn unreachable(&self, failures: &[(usize, AskError)]) -> ArbiterError {
-        let said = failures
+        let reasons = failures
             .iter()
             .map(|(at, error)| format!("{}: {error}", self.config.endpoints.get(*at).map_or("?", |url| url.as_str())));
-        let said = said.collect::<Vec<_>>().join("; ");
+        let reasons = reasons.collect::<Vec<_>>().join("; ");
         let waited_ms = self.config.timeout.as_millis();
         ArbiterError::Unreachable {
             arbiter: self.describe(),
             why: format!(
-                "no answer within {waited_ms} ms ({said}); check that the cluster has a quorum and that this host reaches it"
+                "no answer within {waited_ms} ms ({reasons}); check that the cluster has a quorum and that this host reaches it"
             ),
         }
     }
@@ -167,11 +167,11 @@ impl Arbiter for EtcdArbiter {
         match self.ask(&call)? {
             (Reply::Swapped, _) => Ok(Swap::Won),
             (Reply::Value(value), tried_before) => {
-                let stands = self.record_of(value)?;
+                let current = self.record_of(value)?;
                 // Then an earlier try of this very swap was carried out, and only its answer was
                 // lost.
-                let ours = tried_before && stands.as_ref() == Some(new);
-                Ok(if ours { Swap::Won } else { Swap::Lost(stands) })
+                let ours = tried_before && current.as_ref() == Some(new);
+                Ok(if ours { Swap::Won } else { Swap::Lost(current) })
             }
         }
     }

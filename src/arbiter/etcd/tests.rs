@@ -59,7 +59,7 @@ fn what_is_no_answer_is_not_taken_for_one() {
     ] {
         assert_eq!(range(&format!("{{{header},{bad}}}")), None, "{bad}");
     }
-    // A transaction that failed and does not show what stands tells nothing.
+    // A transaction that failed and does not show the record proves nothing.
     for bad in ["", r#","responses":[]"#, r#","responses":[{"response_put":{}}]"#, r#","succeeded":"yes""#] {
         assert_eq!(swap(&format!("{{{header}{bad}}}")), None, "{bad}");
     }

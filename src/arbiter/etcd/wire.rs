@@ -22,7 +22,7 @@ pub(super) enum Reply {
 }
 
 impl Call {
-    /// Reads `key` as the whole cluster knows it (linearizable is what etcd does unless told
+    /// Reads `key` as the whole cluster knows it (linearizable is what etcd does unless asked
     /// otherwise).
     pub(super) fn range(key: &str) -> Call {
         Call::new("/v3/kv/range", &json!({ "key": BASE64.encode(key) }))

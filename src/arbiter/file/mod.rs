@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use store::Store;
 
-/// How long a call waits for the storage unless said otherwise.
+/// How long a call waits for the storage by default.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
 /// A question to the working thread.

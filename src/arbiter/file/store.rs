@@ -40,7 +40,7 @@ impl Store {
         &self.lock
     }
 
-    /// The record that stands. Needs no lock, because a rename shows the old file or the new one,
+    /// The current record. Needs no lock, because a rename shows the old file or the new one,
     /// whole.
     pub(super) fn read(&self) -> Result<Option<Record>, ArbiterError> {
         let file = match File::open(&self.record) {
@@ -49,7 +49,7 @@ impl Store {
             Err(error) => return Err(self.failed("open", &self.record, error)),
         };
         let mut bytes = Vec::with_capacity(text::TEXT_BYTES_MAX);
-        // One byte more than allowed tells a file that is too long.
+        // One byte more than allowed shows a file that is too long.
         let most = text::TEXT_BYTES_MAX as u64 + 1;
         file.take(most).read_to_end(&mut bytes).map_err(|error| self.failed("read", &self.record, error))?;
         let record = text::read(&self.guest, &bytes);
@@ -74,9 +74,9 @@ impl Store {
         deadline: Instant,
     ) -> Result<Swap, ArbiterError> {
         let _locked = self.lock()?;
-        let stands = self.read()?;
-        if stands.as_ref() != expected {
-            return Ok(Swap::Lost(stands));
+        let current = self.read()?;
+        if current.as_ref() != expected {
+            return Ok(Swap::Lost(current));
         }
         self.write_temporary(new).inspect_err(|_| self.remove_temporary())?;
         if Instant::now() >= deadline {
@@ -133,8 +133,8 @@ impl Store {
 
     fn sync_directory(&self) -> Result<(), ArbiterError> {
         let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        // Even for lack of space: the new record is in place by now, so nobody may be told that the
-        // old one stands.
+        // Even for lack of space: the new record is in place by now, so the answer must not be
+        // that the old one is current.
         synced.map_err(|source| ArbiterError::Io { doing: "sync", path: self.directory.clone(), source })
     }
 

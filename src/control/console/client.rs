@@ -17,7 +17,7 @@ const CHUNK_BYTES: usize = 4096;
 /// How a visit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VisitEnd {
-    /// The person left, or a signal said so.
+    /// The person left, or a signal came.
     Left,
     /// The node closed the console: it ended, or the console is full.
     Closed,
@@ -47,11 +47,11 @@ fn relay(console: &UnixStream, quit: &UnixStream, has_escape: bool) -> io::Resul
     let mut is_typing = true;
     let mut chunk = [0; CHUNK_BYTES];
     loop {
-        let [said, typed, asked] = wait(console.as_fd(), is_typing.then(|| stdin.as_fd()), quit.as_fd())?;
+        let [output, typed, asked] = wait(console.as_fd(), is_typing.then(|| stdin.as_fd()), quit.as_fd())?;
         if asked {
             return Ok(VisitEnd::Left);
         }
-        if said {
+        if output {
             let mut reader = console;
             match reader.read(&mut chunk) {
                 Ok(0) => return Ok(VisitEnd::Closed),
@@ -73,7 +73,7 @@ fn relay(console: &UnixStream, quit: &UnixStream, has_escape: bool) -> io::Resul
             let mut writer = console;
             match writer.write_all(keys.get(..escape.unwrap_or(bytes)).unwrap_or_default()) {
                 Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error),
-                // What the node said last is still to be read.
+                // The node's last output is still to be read.
                 _ => {}
             }
             if escape.is_some() {

@@ -46,11 +46,11 @@ const INPUT_CHUNK_BYTES: usize = 1024;
 /// Where the console goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConsoleTo {
-    /// What the guest says goes to standard output.
+    /// The guest's output goes to standard output.
     Stdout,
     /// That, and standard input goes to the guest; a terminal is put into raw mode.
     Stdio,
-    /// What the guest says is appended to a file.
+    /// The guest's output is appended to a file.
     File(PathBuf),
     /// A unix socket, for `mcd console`.
     Socket(PathBuf),
@@ -66,7 +66,7 @@ pub enum ConsoleError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         reason: io::Error,
     },
     /// The socket cannot be opened.
@@ -197,7 +197,7 @@ impl Drop for Console {
     }
 }
 
-/// Hands what is read to the machine while `wanted` says so.
+/// Hands what is read to the machine while `wanted` is true.
 fn feed(mut from: impl Read, plug: &Plug, mut wanted: impl FnMut(&[u8]) -> bool) {
     let mut chunk = [0; INPUT_CHUNK_BYTES];
     loop {
@@ -225,7 +225,7 @@ struct Host {
 }
 
 impl Host {
-    /// Takes clients until it is told to stop. The socket is gone before `self` is: whoever waits
+    /// Takes clients until it is to stop. The socket is gone before `self` is: whoever waits
     /// for the last reader finds no path any more.
     fn run(&self, socket: BoundSocket, stop: &EventFd) {
         loop {

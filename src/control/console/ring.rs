@@ -1,4 +1,4 @@
-//! What the guest said last, for whoever wants to read it: bounded, and the guest never waits for a
+//! The newest output of the guest, for whoever wants to read it: bounded, and the guest never waits for a
 //! reader.
 
 use std::collections::VecDeque;
@@ -13,7 +13,7 @@ const KEPT_BYTES_MAX: usize = 128 << 10;
 const CHUNK_BYTES_MAX: usize = 16 << 10;
 
 /// The newest bytes of the console. Each reader has a place of its own; one that is too slow loses
-/// the oldest and is told how many.
+/// the oldest and learns how many.
 #[derive(Default)]
 pub(super) struct Ring {
     state: Mutex<State>,
@@ -41,18 +41,18 @@ pub(super) enum News {
 }
 
 impl Ring {
-    /// Appends what the guest said. Takes a lock that is never held for long, and waits for nobody.
-    pub(super) fn push(&self, said: &[u8]) {
+    /// Appends output of the guest. Takes a lock that is never held for long, and waits for nobody.
+    pub(super) fn push(&self, output: &[u8]) {
         let mut state = self.state.lock();
-        state.bytes.extend(said);
-        state.end += said.len() as u64;
+        state.bytes.extend(output);
+        state.end += output.len() as u64;
         let surplus = state.bytes.len().saturating_sub(KEPT_BYTES_MAX);
         state.bytes.drain(..surplus);
         drop(state);
         self.changed.notify_all();
     }
 
-    /// Nothing more will be said: readers end once they have read everything.
+    /// There is no more output: readers end once they have read everything.
     pub(super) fn close(&self) {
         self.state.lock().closed = true;
         self.changed.notify_all();
@@ -77,7 +77,7 @@ impl Ring {
     }
 }
 
-/// The machine's end: what is written to it is what the guest said.
+/// The machine's end: what is written to it is the guest's output.
 pub(super) struct RingWriter(pub(super) Arc<Ring>);
 
 impl Write for RingWriter {
@@ -91,7 +91,7 @@ impl Write for RingWriter {
     }
 }
 
-/// Hands what is said from place `at` on to `out`, until the console is closed or `out` fails.
+/// Hands the output from place `at` on to `out`, until the console is closed or `out` fails.
 pub(super) fn copy(ring: &Ring, mut at: u64, mut out: impl Write) -> io::Result<()> {
     let mut chunk = Vec::new();
     while let News::Bytes { lost } = ring.read(&mut at, &mut chunk) {

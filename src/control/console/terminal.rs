@@ -18,7 +18,7 @@ impl RawTerminal {
     /// Puts the terminal on standard input into raw mode; none, if there is no terminal.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     pub fn enter() -> io::Result<Option<RawTerminal>> {
         let stdin = io::stdin();
         if !stdin.is_terminal() {

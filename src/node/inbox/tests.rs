@@ -71,7 +71,7 @@ fn a_due_timer_comes_before_everything_and_does_not_starve_it() {
 #[test]
 fn latches_come_before_commands_and_those_before_links() {
     let (sender, inbox) = inbox();
-    sender.from_link(message(1)).unwrap();
+    sender.link_event(message(1)).unwrap();
     sender.command(checkpoint()).unwrap();
     sender.raise(Flag::OutputWaiting);
     sender.raise(Flag::OutputFull);
@@ -97,7 +97,7 @@ fn a_flag_raised_many_times_is_one_event() {
 fn flags_raised_all_the_time_let_queued_events_through() {
     let (sender, inbox) = inbox();
     sender.report(hashed(1)).unwrap();
-    sender.from_link(message(1)).unwrap();
+    sender.link_event(message(1)).unwrap();
     let mut order = Vec::new();
     for _ in 0..4 {
         sender.raise(Flag::OutputFull);
@@ -109,7 +109,7 @@ fn flags_raised_all_the_time_let_queued_events_through() {
 #[test]
 fn commands_all_the_time_let_links_through() {
     let (sender, inbox) = inbox();
-    sender.from_link(message(1)).unwrap();
+    sender.link_event(message(1)).unwrap();
     let mut before = 0;
     loop {
         sender.command(checkpoint()).unwrap();
@@ -205,13 +205,13 @@ fn a_flood_on_a_connection_waits_for_the_driver_and_no_other_connection_does() {
         let (sender, sent) = (sender.clone(), Arc::clone(&sent));
         thread::spawn(move || {
             for _ in 0..FLOOD {
-                sender.from_link(background(1, BYTES)).unwrap();
+                sender.link_event(background(1, BYTES)).unwrap();
                 sent.fetch_add(1, Ordering::SeqCst);
             }
         })
     };
     // Another one gets in meanwhile, at whatever point of the flood, and is served.
-    sender.from_link(message(2)).unwrap();
+    sender.link_event(message(2)).unwrap();
     let (mut taken, mut others) = (0, 0);
     while taken < FLOOD {
         match inbox.next(None) {
@@ -229,14 +229,14 @@ fn a_flood_on_a_connection_waits_for_the_driver_and_no_other_connection_does() {
 #[test]
 fn a_connection_has_a_bound_of_events_too_and_one_of_any_size_gets_in() {
     let (sender, inbox) = inbox();
-    sender.from_link(background(1, 2 * LINK_BYTES_MAX)).unwrap();
+    sender.link_event(background(1, 2 * LINK_BYTES_MAX)).unwrap();
     assert_eq!(next(&inbox), "link 1");
     for _ in 0..LINK_EVENTS_MAX {
-        sender.from_link(message(1)).unwrap();
+        sender.link_event(message(1)).unwrap();
     }
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| sender.from_link(message(1)));
-        sender.from_link(message(2)).unwrap();
+        let waiting = scope.spawn(|| sender.link_event(message(1)));
+        sender.link_event(message(2)).unwrap();
         // Both get through only if the first gets its turn once there is room.
         for _ in 0..LINK_EVENTS_MAX + 2 {
             assert!(matches!(inbox.next(None), Next::Event(NodeEvent::Message { .. })));
@@ -249,10 +249,10 @@ fn a_connection_has_a_bound_of_events_too_and_one_of_any_size_gets_in() {
 fn readers_that_wait_are_let_go_when_the_driver_ends() {
     let (sender, inbox) = inbox();
     for _ in 0..LINK_EVENTS_MAX {
-        sender.from_link(message(1)).unwrap();
+        sender.link_event(message(1)).unwrap();
     }
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| sender.from_link(message(1)));
+        let waiting = scope.spawn(|| sender.link_event(message(1)));
         drop(inbox);
         assert_eq!(waiting.join().unwrap(), Err(InboxGone));
     });
@@ -307,7 +307,7 @@ fn no_wake_up_is_lost() {
         let reader = sender.clone();
         scope.spawn(move || {
             for _ in 0..ROUNDS {
-                reader.from_link(message(1)).unwrap();
+                reader.link_event(message(1)).unwrap();
                 links.recv().unwrap();
             }
         });

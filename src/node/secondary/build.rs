@@ -92,7 +92,7 @@ pub(super) fn begin(
 impl Build {
     fn image(&self, welcome: Welcome) -> Result<Image, NodeError> {
         let gate = open_gate(&self.config, &self.events)?;
-        let (images, made) = disks::open_for(&self.config, &welcome.shape)?;
+        let (images, made) = disks::open_or_create_images(&self.config, &welcome.shape)?;
         let disks = NodeDisks::new(&self.config, &welcome.shape, images, &self.events)?;
         let mut machine =
             new_machine(&welcome.shape, self.config.cpu, gate.clone(), &disks, &self.console, &self.events)?;
