@@ -91,12 +91,7 @@ pub(super) enum Scatter {
 }
 
 /// Writes `bytes` into the chain of writable buffers at `head`.
-pub(super) fn scatter<M: GuestMemory>(
-    mem: &M,
-    queue: &Queue,
-    head: u16,
-    bytes: &[u8],
-) -> Result<Scatter, ChainError> {
+pub(super) fn scatter<M: GuestMemory>(mem: &M, queue: &Queue, head: u16, bytes: &[u8]) -> Result<Scatter, ChainError> {
     let mut left = bytes;
     let mut walk = Walk::new(mem, queue, head, false);
     while let Some(descriptor) = walk.next()? {

@@ -385,7 +385,8 @@ impl<M: GuestMemory> Shared<M> {
         let written = u32::try_from(written).unwrap_or(u32::MAX).saturating_add(1);
         let answered = self.mem.write_obj(status as u8, request.status).map_err(|_| ChainError::Outside);
         let queue = core.transport.queues.get_mut(REQUESTS).ok_or(Gone)?;
-        let used = answered.and_then(|()| queue.add_used(&self.mem, request.head, written).map_err(|_| ChainError::Ring));
+        let used =
+            answered.and_then(|()| queue.add_used(&self.mem, request.head, written).map_err(|_| ChainError::Ring));
         used.map_err(|error| self.give_up(core, error))?;
         core.in_flight.pop_front();
         core.interrupt.used(&mut core.transport, REQUESTS, &self.mem, true);
