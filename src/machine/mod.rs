@@ -42,6 +42,7 @@ mod host;
 pub mod initial;
 pub mod memory;
 mod pause;
+mod prefault;
 mod save_restore;
 mod state;
 mod vcpu;
@@ -63,6 +64,7 @@ pub use self::host::{CPUS_MAX, cpu_digest, cpu_maker, host_cpu};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};
 pub use self::pause::PauseAbort;
+pub use self::prefault::prefault_threads;
 pub use self::state::FormatError;
 pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 

@@ -322,7 +322,7 @@ impl<'a> SecondaryNode<'a> {
         machine.rehearse(welcome.tsc_khz)?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host
         // to find memory.
-        machine.memory().prefault().map_err(MachineError::from)?;
+        machine.memory().prefault(crate::machine::prefault_threads(), |_| {}).map_err(MachineError::from)?;
         disks.begin_filling(welcome.generation)?;
         let image = disks.image(machine.memory().clone());
         let (stamper, instance, events) = (disks.stamper(), self.protocol.me(), self.context.events.clone());
