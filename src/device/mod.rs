@@ -22,7 +22,8 @@ pub trait Signals: Send + Sync {
     fn set_irq(&self, gsi: u32, active: bool);
     /// A buffer was used: wakes every vCPU that sleeps in the wait port.
     fn ring(&self);
-    /// The guest broke the rules of `device`, which now does nothing until the guest resets it.
+    /// The guest broke the rules of `device`, which now does nothing until the guest resets it. A
+    /// guest can bring this about as often as it likes.
     fn broken(&self, device: &'static str, reason: &str);
     /// A device's thread that was to be quiet has become so: whoever waits for that looks again.
     /// Called with a device's lock held; it must not block.

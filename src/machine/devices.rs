@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use crossbeam::channel::Sender;
 use kvm_ioctls::VmFd;
 
+use super::events::Mailbox;
 use super::pause::PauseSignal;
 use super::state::sections::Kind;
 use super::wait::Doorbell;
@@ -18,7 +18,7 @@ use crate::protocol::machine_shape::{DISKS_MAX, MachineShape};
 pub(super) struct MachineSignals {
     pub(super) vm: Arc<VmFd>,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
-    pub(super) events: Sender<MachineEvent>,
+    pub(super) mailbox: Arc<Mailbox>,
     pub(super) pause_signal: Arc<PauseSignal>,
 }
 
@@ -36,7 +36,8 @@ impl Signals for MachineSignals {
     }
 
     fn broken(&self, device: &'static str, reason: &str) {
-        let _ = self.events.try_send(MachineEvent::DeviceBroken { device, reason: reason.to_owned() });
+        // The mailbox counts.
+        self.mailbox.put(MachineEvent::DeviceBroken { device, reason: reason.to_owned(), count: 0 });
     }
 
     fn quiesced(&self) {

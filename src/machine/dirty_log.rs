@@ -5,7 +5,7 @@
 //! `GuestRam::mmap`.
 //!
 //! **Reading the log clears it.** `KVM_GET_DIRTY_LOG` returns the bits and write-protects those
-//! pages again in one step, and [`DirtyBitmap0::drain_into`] swaps its words for zero. From that
+//! pages again in one step, and [`DirtyBitmap::drain_into`] swaps its words for zero. From that
 //! moment the set handed to the caller is the only record of the dirty pages: a caller whose epoch
 //! fails must add the set to the next one (invariant I5), and must not drop it half way. For the
 //! same reason the words are ORed into the caller's set, never stored over it: a set that still
@@ -38,12 +38,12 @@ use ioctls::KVM_GET_DIRTY_LOG;
 /// read in every pause. A flag says whether any bit may be set, so that a pause without device
 /// writes does not scan the words.
 #[derive(Debug, Default)]
-pub struct DirtyBitmap0 {
+pub struct DirtyBitmap {
     words: Vec<AtomicU64>,
     any: AtomicBool,
 }
 
-impl DirtyBitmap0 {
+impl DirtyBitmap {
     /// Moves every set bit into `set`, whose page `first_page` (a multiple of 64) is this bitmap's
     /// first.
     pub fn drain_into(&self, first_page: u64, set: &mut PageSet) {
@@ -77,11 +77,11 @@ fn set_word(set: &mut PageSet, first: u64, mut bits: u64) {
     }
 }
 
-impl<'a> WithBitmapSlice<'a> for DirtyBitmap0 {
+impl<'a> WithBitmapSlice<'a> for DirtyBitmap {
     type S = RefSlice<'a, Self>;
 }
 
-impl Bitmap for DirtyBitmap0 {
+impl Bitmap for DirtyBitmap {
     fn mark_dirty(&self, offset: usize, len: usize) {
         if len == 0 {
             return;
@@ -106,10 +106,10 @@ impl Bitmap for DirtyBitmap0 {
     }
 }
 
-impl NewBitmap for DirtyBitmap0 {
+impl NewBitmap for DirtyBitmap {
     fn with_len(len: usize) -> Self {
         let words = len.div_ceil(PAGE_BYTES).div_ceil(64);
-        DirtyBitmap0 { words: (0..words).map(|_| AtomicU64::new(0)).collect(), any: AtomicBool::new(false) }
+        DirtyBitmap { words: (0..words).map(|_| AtomicU64::new(0)).collect(), any: AtomicBool::new(false) }
     }
 }
 
@@ -151,7 +151,7 @@ impl DirtyLog {
 pub(super) fn drain_bitmaps(ram: &GuestRam, set: &mut PageSet) {
     use vm_memory::{GuestMemoryBackend, MmapRegion};
     for (region, mapping) in ram.regions().iter().zip(ram.mmap().iter()) {
-        let mapping: &MmapRegion<DirtyBitmap0> = mapping;
+        let mapping: &MmapRegion<DirtyBitmap> = mapping;
         mapping.bitmap().drain_into(region.first_page, set);
     }
 }
@@ -160,7 +160,7 @@ pub(super) fn drain_bitmaps(ram: &GuestRam, set: &mut PageSet) {
 pub(super) fn clear_bitmaps(ram: &GuestRam) {
     use vm_memory::{GuestMemoryBackend, MmapRegion};
     for mapping in ram.mmap().iter() {
-        let mapping: &MmapRegion<DirtyBitmap0> = mapping;
+        let mapping: &MmapRegion<DirtyBitmap> = mapping;
         mapping.bitmap().clear();
     }
 }

@@ -19,7 +19,7 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
 };
 
-use super::dirty_log::DirtyBitmap0;
+use super::dirty_log::DirtyBitmap;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
 /// Where the hole begins: RAM below this address is contiguous from 0.
@@ -35,7 +35,7 @@ pub(super) fn end_of(memory_bytes: u64) -> u64 {
 }
 
 /// Guest memory as vm-memory sees it.
-pub type GuestMmap = GuestMemoryMmap<DirtyBitmap0>;
+pub type GuestMmap = GuestMemoryMmap<DirtyBitmap>;
 
 /// What can go wrong with guest memory.
 #[derive(Debug, Error)]
@@ -77,6 +77,16 @@ pub enum MemoryError {
         bytes: usize,
         /// What vm-memory said.
         reason: GuestMemoryError,
+    },
+    /// The host has less memory than the guest is to have.
+    #[error(
+        "the guest is to have {wanted_bytes} bytes of memory and the host has {available_bytes} available: give the guest less or free some"
+    )]
+    HostMemory {
+        /// The guest's memory, in bytes.
+        wanted_bytes: u64,
+        /// What the host has available, in bytes.
+        available_bytes: u64,
     },
     /// Memory could not be touched ahead of use.
     #[error("guest memory could not be populated ({reason}): the host may lack free memory")]
@@ -147,7 +157,7 @@ impl GuestRam {
         let mut first_page = 0;
         for region in mmap.iter() {
             let pages = region.len() / PAGE_BYTES as u64;
-            let mapping: &MmapRegion<DirtyBitmap0> = region;
+            let mapping: &MmapRegion<DirtyBitmap> = region;
             let host = HostAddress(mapping.as_ptr());
             regions.push(RamRegion { first_page, pages, address: region.start_addr().0, host });
             first_page += pages;
@@ -268,26 +278,6 @@ impl GuestRam {
         })
     }
 
-    /// Makes the host give every page now, so that neither the guest nor an apply pays for first
-    /// touches later.
-    ///
-    /// # Errors
-    /// [`MemoryError::Prefault`] if the host cannot.
-    pub fn prefault(&self) -> Result<(), MemoryError> {
-        for region in &self.inner.regions {
-            let bytes = region.pages as usize * PAGE_BYTES;
-            // SAFETY: the range is one whole mapping of ours. MADV_HUGEPAGE is advice only, so its
-            // result does not matter; MADV_POPULATE_WRITE faults pages in without changing their
-            // content.
-            let result = unsafe {
-                libc::madvise(region.host.0.cast(), bytes, libc::MADV_HUGEPAGE);
-                libc::madvise(region.host.0.cast(), bytes, libc::MADV_POPULATE_WRITE)
-            };
-            Errno::result(result).map_err(|reason| MemoryError::Prefault { reason })?;
-        }
-        Ok(())
-    }
-
     fn region_of(&self, page: u64) -> Option<&RamRegion> {
         self.inner.regions.iter().find(|r| page >= r.first_page && page - r.first_page < r.pages)
     }
@@ -359,9 +349,6 @@ mod tests {
         assert!(ram.write(3 * 4096 - 1, &[1, 2]).is_err());
         ram.write(4096, b"abc").expect("write");
         let mut page = [0; PAGE_BYTES];
-        ram.read_page(1, &mut page).expect("read");
-        assert_eq!(&page[..4], b"abc\0");
-        ram.prefault().expect("prefault");
         ram.read_page(1, &mut page).expect("read");
         assert_eq!(&page[..4], b"abc\0");
     }

@@ -26,7 +26,7 @@
 //! # Rooms
 //!
 //! `devices` what they can make happen, and which there are · `memory` where RAM lies ·
-//! `dirty_log` what changed · `pause` stopping the guest · `vcpu` threads and the pause word ·
+//! `dirty_log` what changed · `events` what its owner hears · `pause` stopping the guest · `vcpu` threads and the pause word ·
 //! `wait` the wait port · `save_restore` its state out and in · `state` the byte form of everything
 //! · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a guest
 //! starts with · `boot` who gives it that.
@@ -36,11 +36,13 @@ mod cpuid;
 mod devices;
 pub mod dirty_log;
 mod error;
+mod events;
 mod futex;
 mod host;
 pub mod initial;
 pub mod memory;
 mod pause;
+mod prefault;
 mod save_restore;
 mod state;
 mod vcpu;
@@ -50,7 +52,6 @@ use std::io::Write;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, bounded};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
@@ -58,16 +59,19 @@ pub use self::boot::BootError;
 pub use self::boot::linux::LinuxGuest;
 pub use self::cpuid::CpuModel;
 pub use self::error::{KvmError, MachineError, StateError};
+pub use self::events::{MachineEvent, MachineEvents};
 pub use self::host::{CPUS_MAX, cpu_digest, cpu_maker, host_cpu};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};
 pub use self::pause::PauseAbort;
+pub use self::prefault::prefault_threads;
 pub use self::state::FormatError;
 pub use crate::device::{BlockBackend, NetBackend, Offloads, Stored, Transmit};
 
 use self::devices::{MachineSignals, check_disks};
 use self::dirty_log::DirtyLog;
 use self::error::kvm;
+use self::events::{Mailbox, MailboxOwner};
 use self::host::HostCaps;
 use self::memory::GuestMmap;
 use self::pause::PauseSignal;
@@ -79,39 +83,10 @@ use crate::device::bus::VirtioWindow;
 use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
-/// Most events that wait to be read; more are dropped (the guest can ring the event port for ever).
-const EVENTS_MAX: usize = 64;
 /// Three pages KVM needs on Intel hosts, in the hole, out of every device's way.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// One more such page.
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
-
-/// What a machine tells its owner.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MachineEvent {
-    /// The guest says it is up and serving.
-    Booted,
-    /// The guest switched itself off.
-    Shutdown,
-    /// The guest asked for a reset (or faulted in a way that resets a CPU).
-    Reset,
-    /// The guest panicked; its words were on the console.
-    GuestPanic,
-    /// A vCPU cannot go on.
-    VcpuFailed {
-        /// The vCPU.
-        cpu: u16,
-        /// Why.
-        reason: String,
-    },
-    /// The guest broke the rules of a device, which is dead until the guest resets it.
-    DeviceBroken {
-        /// The device.
-        device: &'static str,
-        /// How.
-        reason: String,
-    },
-}
 
 /// How long the last pause took to stop the guest, and the last save to get its vCPUs' state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,7 +111,7 @@ pub struct Machine {
     shape: MachineShape,
     dirty_log: DirtyLog,
     pause_signal: Arc<PauseSignal>,
-    events: Receiver<MachineEvent>,
+    mailbox: MailboxOwner,
     running: bool,
     /// A restore failed: what the machine holds is of no guest.
     half_restored: bool,
@@ -170,13 +145,13 @@ impl Machine {
         check_disks(shape, &disks)?;
         let ram = GuestRam::new(shape.memory_bytes)?;
         let vm = Arc::new(create_vm(&kvm_fd)?);
-        let (events_in, events) = bounded(EVENTS_MAX);
+        let mailbox: Arc<Mailbox> = Arc::default();
         let doorbells: Vec<Arc<Doorbell>> = (0..shape.cpus).map(|_| Arc::default()).collect();
         let pause_signal = Arc::new(PauseSignal::default());
         let signals = MachineSignals {
             vm: Arc::clone(&vm),
             doorbells: doorbells.clone(),
-            events: events_in.clone(),
+            mailbox: Arc::clone(&mailbox),
             pause_signal: Arc::clone(&pause_signal),
         };
         let bus = Bus::new(ram.mmap().clone(), shape, net, disks, console, Arc::new(signals))
@@ -186,7 +161,7 @@ impl Machine {
             cpus: shape.cpus,
             caps,
             bus: Arc::clone(&bus),
-            events: events_in,
+            mailbox: Arc::clone(&mailbox),
             pause_signal: Arc::clone(&pause_signal),
             spin_limit: spin_limit(shape.cpus),
         };
@@ -198,7 +173,7 @@ impl Machine {
             ram,
             shape: shape.clone(),
             pause_signal,
-            events,
+            mailbox: MailboxOwner(mailbox),
             running: false,
             half_restored: false,
             times: PauseTimes::default(),
@@ -244,6 +219,7 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.wait_settled("stop")?;
         }
+        self.mailbox.0.begin_anew();
         self.apply(vcpus.into_iter().map(|initial| Task::Start(Box::new(initial))))
     }
 
@@ -330,9 +306,9 @@ impl Machine {
         self.bus.virtio_windows()
     }
 
-    /// What the machine has to tell. Every receiver shares one queue.
-    pub fn events(&self) -> Receiver<MachineEvent> {
-        self.events.clone()
+    /// What becomes of the guest. Every receiver shares one mailbox.
+    pub fn events(&self) -> MachineEvents {
+        MachineEvents::of(&self.mailbox.0)
     }
 
     /// How long the last pause and save took.

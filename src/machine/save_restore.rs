@@ -80,6 +80,7 @@ impl Machine {
             vcpu.wait_settled("stop")?;
         }
         self.half_restored = true;
+        self.mailbox.0.begin_anew();
         let irqchip = self.decode(state)?;
         self.apply(repeat_with(|| Task::Restore(ahead)))?;
         irqchip.irqchip.apply(&self.vm, ahead).map_err(state_error("interrupt controllers"))?;

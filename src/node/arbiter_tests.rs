@@ -35,6 +35,7 @@ pub(super) fn config(arbiter: ArbiterConfig) -> NodeConfig {
         interval: Duration::from_millis(20),
         interval_min: Duration::from_micros(200),
         commit_on_output: true,
+        stall_max: Duration::from_secs(2),
         heartbeat: HeartbeatConfig { interval: Duration::from_millis(50), timeout: Duration::from_millis(150) },
         compress: Compress::Auto,
         staging_bytes_max: 1 << 20,

@@ -109,7 +109,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let disks = NodeDisks::new(&config, &shape, images, &events)?;
     let console = Arc::new(Console::open(&config.console)?);
     let mut machine = new_machine(&shape, config.cpu, gate.clone(), &disks, &console, &events)?;
-    machine.memory().prefault().map_err(MachineError::from)?;
+    machine.memory().prefault(crate::machine::prefault_threads(), |_| {}).map_err(MachineError::from)?;
     match &start.boot {
         GuestBoot::BuiltIn(GuestAddress { ipv4, prefix_len, gateway }) => {
             machine.boot_builtin(&GuestNet { ipv4: *ipv4, prefix_len: *prefix_len, gateway: *gateway })?;

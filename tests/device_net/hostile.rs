@@ -127,6 +127,40 @@ fn a_hostile_transmit_breaks_the_device_and_nothing_else() {
     }
 }
 
+/// An indirect table may have 65,535 descriptors, which the device would walk with its lock held.
+#[test]
+fn an_indirect_table_that_was_never_offered_is_refused() {
+    let mut rig = Rig::ready();
+    rig.descriptor(TX, 0, 0, 0xffff * 16, INDIRECT, 0);
+    rig.add(TX, 0);
+    rig.notify(TX);
+    assert!(rig.is_broken());
+    assert!(rig.machine.broken.lock().expect("broken")[0].contains("indirect"));
+}
+
+#[test]
+fn a_pause_waits_for_one_chain_of_a_full_queue() {
+    let mut rig = Rig::ready();
+    for index in 0..SIZE {
+        rig.put_frame(index, index as u8, 3_000);
+    }
+    // The pause is asked for while the first frame is being sent.
+    let device = std::sync::Arc::downgrade(&rig.device);
+    *rig.backend.on_transmit.lock().expect("hook") =
+        Some(Box::new(move || device.upgrade().into_iter().for_each(|device| device.begin_quiesce())));
+    rig.notify(TX);
+    assert_eq!((rig.backend.sent().len(), rig.used(TX)), (1, 1), "no chain after the one it was at");
+    rig.quiesce();
+    // A driver that notifies again gets one more chain for each.
+    rig.notify(TX);
+    assert_eq!(rig.used(TX), 2);
+    *rig.backend.on_transmit.lock().expect("hook") = None;
+    rig.device.unquiesce();
+    until("the rest to be sent after the pause", || rig.used(TX) == SIZE);
+    let sent: Vec<u8> = rig.backend.sent().iter().map(|frame| frame[0]).collect();
+    assert_eq!(sent, (0..SIZE as u8).collect::<Vec<_>>(), "in order, each once");
+}
+
 #[test]
 fn a_hostile_receive_buffer_breaks_the_device() {
     let cases: [HostileBuffer; 5] = [

@@ -52,6 +52,8 @@ pub struct Backend {
     pub outbound: Mutex<Vec<Vec<u8>>>,
     pub room: AtomicUsize,
     pub reads: AtomicUsize,
+    /// Called with each frame the guest sends.
+    pub on_transmit: Mutex<Option<Box<dyn FnMut() + Send>>>,
     pub readable: EventFd,
     pub offloads: Offloads,
     pub agreed: Mutex<Vec<Offloads>>,
@@ -66,6 +68,7 @@ impl Backend {
             outbound: Mutex::default(),
             room: AtomicUsize::new(usize::MAX),
             reads: AtomicUsize::new(0),
+            on_transmit: Mutex::default(),
             readable: EventFd::new(EFD_NONBLOCK).expect("eventfd"),
         })
     }
@@ -89,6 +92,9 @@ impl NetBackend for Backend {
         }
         self.room.store(room - 1, Ordering::SeqCst);
         self.outbound.lock().expect("outbound").push(frame.to_vec());
+        if let Some(hook) = &mut *self.on_transmit.lock().expect("hook") {
+            hook();
+        }
         Transmit::Accepted
     }
     fn receive(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
@@ -118,7 +124,7 @@ impl NetBackend for Backend {
 /// A driver, its device and the world around both.
 pub struct Rig {
     pub mem: Memory,
-    pub device: NetDevice<Memory>,
+    pub device: Arc<NetDevice<Memory>>,
     pub machine: Arc<Machine>,
     pub backend: Arc<Backend>,
     pub added: [u16; 2],
@@ -145,6 +151,7 @@ impl Rig {
         let mem = Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory");
         let (machine, backend) = (Arc::new(Machine::default()), Backend::new(offloads));
         let device = NetDevice::new(mem.clone(), MAC, GSI, backend.clone(), machine.clone()).expect("device");
+        let device = Arc::new(device);
         device.unquiesce();
         Rig { mem, device, machine, backend, added: [0; 2] }
     }

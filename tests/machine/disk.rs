@@ -1,12 +1,14 @@
 //! A disk under KVM: a guest writes, flushes and reads back, without end, while it is paused and
 //! taken over at any moment.
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use mcd::device::bus::VirtioWindow;
 use mcd::device::image::RawImage;
-use mcd::machine::{BlockBackend, CpuModel, GuestRam, Machine, MachineError};
+use mcd::machine::{BlockBackend, CpuModel, GuestRam, Machine, MachineError, Stored};
 use mcd::protocol::machine_shape::{DiskShape, MachineShape};
 use mcd::protocol::pages::{PAGE_BYTES, PageSet};
 
@@ -260,4 +262,134 @@ fn states_and_images_of_other_disks_are_refused() {
         assert!(error.contains("section") && !error.contains('\n'), "{error}");
     }
     build(&with, 1).expect("machine").restore(&state).expect("its own");
+}
+
+/// A disk whose writes take until the test lets them go.
+struct SlowDisk {
+    /// Writes that wait, and whether they may go on.
+    state: Mutex<(u32, bool)>,
+    changed: Condvar,
+}
+
+impl SlowDisk {
+    fn let_writes_go(&self, on: bool) {
+        self.state.lock().expect("lock").1 = on;
+        self.changed.notify_all();
+    }
+
+    fn wait_for_write(&self) {
+        let state = self.state.lock().expect("lock");
+        let waited = self.changed.wait_timeout_while(state, WAIT_MAX, |state| state.0 == 0).expect("lock");
+        assert!(!waited.1.timed_out(), "no write came");
+    }
+}
+
+impl BlockBackend for SlowDisk {
+    fn bytes(&self) -> u64 {
+        SECTORS * 512
+    }
+    fn read(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(0);
+        Ok(())
+    }
+    fn write(&self, _offset: u64, _from: &[u8]) -> io::Result<Stored> {
+        let mut state = self.state.lock().expect("lock");
+        state.0 += 1;
+        self.changed.notify_all();
+        let mut state = self.changed.wait_while(state, |state| !state.1).expect("lock");
+        state.0 -= 1;
+        Ok(Stored::Accepted)
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _offset: u64, _bytes: u64) -> io::Result<Stored> {
+        Ok(Stored::Accepted)
+    }
+    fn write_zeroes(&self, _offset: u64, _bytes: u64, _may_unmap: bool) -> io::Result<Stored> {
+        Ok(Stored::Accepted)
+    }
+}
+
+guest_code!(
+    write_and_count,
+    // Sets the disk's queue of 16 up, asks for one write, and counts.
+    "mov ebx, 0xd0001000",
+    "mov dword ptr [rbx + 0x70], 1",
+    "mov dword ptr [rbx + 0x70], 3",
+    "mov dword ptr [rbx + 0x24], 1",
+    "mov dword ptr [rbx + 0x20], 1",
+    "mov dword ptr [rbx + 0x24], 0",
+    "mov dword ptr [rbx + 0x20], 0x200",
+    "mov dword ptr [rbx + 0x70], 11",
+    "mov dword ptr [rbx + 0x30], 0",
+    "mov dword ptr [rbx + 0x38], 16",
+    "mov dword ptr [rbx + 0x80], 0x300000",
+    "mov dword ptr [rbx + 0x90], 0x301000",
+    "mov dword ptr [rbx + 0xa0], 0x302000",
+    "mov dword ptr [rbx + 0x44], 1",
+    "mov dword ptr [rbx + 0x70], 15",
+    "mov word ptr [0x301002], 1",
+    "mov dword ptr [rbx + 0x50], 0",
+    "1: inc qword ptr [0x200000]",
+    "jmp 1b",
+);
+
+#[test]
+fn a_disk_that_does_not_answer_ends_the_pause_and_not_the_guest() {
+    if !have_kvm() {
+        return;
+    }
+    let disk = Arc::new(SlowDisk { state: Mutex::new((0, false)), changed: Condvar::new() });
+    let console = Box::new(Console::default());
+    let mut machine =
+        Machine::new(&shape_with_disk(), CpuModel::Host, Wires::new(), vec![disk.clone()], console).expect("machine");
+    load(machine.memory(), write_and_count());
+    lay_out(machine.memory());
+    machine.start_vcpus(vec![ring3(0)]).expect("start");
+    let ram = machine.memory().clone();
+    machine.resume().expect("resume");
+    disk.wait_for_write();
+    for round in 0..20 {
+        let error = machine.pause_within(Duration::from_millis(round)).expect_err("the write has not ended");
+        assert!(matches!(&error, MachineError::PauseTimedOut { what, .. } if what == "disk 0"), "{error}");
+        assert!(machine.is_running());
+    }
+    // While a pause waits the vCPU runs; aborting is what ends it.
+    let abort = machine.pause_abort();
+    let (mut machine, paused) = std::thread::scope(|scope| {
+        let pausing = scope.spawn(move || {
+            let paused = machine.pause_within(WAIT_MAX);
+            (machine, paused)
+        });
+        let before = word(&ram, RESULTS);
+        until("the vCPU to run on", || word(&ram, RESULTS) > before + 1_000);
+        until("the pause to be aborted", || {
+            abort.abort();
+            pausing.is_finished()
+        });
+        pausing.join().expect("thread")
+    });
+    let error = paused.expect_err("it was aborted");
+    assert!(matches!(&error, MachineError::PauseAborted { what, .. } if what == "disk 0"), "{error}");
+    let before = word(&ram, RESULTS);
+    until("the vCPU to run on", || word(&ram, RESULTS) > before + 1_000);
+    abort.abort();
+    disk.let_writes_go(true);
+    machine.pause().expect("the write has ended");
+    let stopped = word(&ram, RESULTS);
+    machine.save(&mut Vec::new()).expect("save");
+    assert_eq!(word(&ram, RESULTS), stopped, "paused");
+    machine.resume().expect("resume");
+    until("the write to be answered", || {
+        let mut status = [0];
+        ram.read(REQUESTS + 0x80, &mut status).expect("status");
+        let mut used = [0; 2];
+        ram.read(0x30_2002, &mut used).expect("used");
+        used == [1, 0] && status == [0]
+    });
+    for _ in 0..100 {
+        machine.pause().expect("pause");
+        machine.resume().expect("resume");
+    }
 }

@@ -22,6 +22,29 @@ guest_code!(
 guest_code!(panics, "mov dx, 0x604", "mov eax, 3", "out dx, eax", "1: jmp 1b",);
 
 guest_code!(
+    floods_and_shuts_down,
+    // vCPU 1 rings the event port for ever with "booted", vCPU 0 for a while, and then shuts down.
+    "mov dx, 0x604",
+    "mov eax, 1",
+    "mov ecx, 5000",
+    "1: out dx, eax",
+    "test rdi, rdi",
+    "jnz 1b",
+    "dec ecx",
+    "jnz 1b",
+    "mov eax, 2",
+    "2: out dx, eax",
+    "inc qword ptr [0x200000]",
+    "jmp 2b",
+);
+
+guest_code!(resets_by_keyboard, "mov al, 0xfe", "1: out 0x64, al", "jmp 1b",);
+
+guest_code!(resets_by_register, "mov dx, 0x60a", "mov al, 1", "1: out dx, al", "jmp 1b",);
+
+guest_code!(powers_off, "mov dx, 0x608", "mov al, 0x34", "1: out dx, al", "jmp 1b",);
+
+guest_code!(
     triple_faults,
     // There is no IDT: any exception ends in a shutdown.
     "ud2",
@@ -86,6 +109,52 @@ fn a_panic_and_a_triple_fault_are_told_apart() {
     }
     assert_eq!(first_event(panics()), MachineEvent::GuestPanic);
     assert_eq!(first_event(triple_faults()), MachineEvent::Reset);
+}
+
+#[test]
+fn a_flood_of_events_is_bounded_and_loses_no_shutdown() {
+    if !have_kvm() {
+        return;
+    }
+    let (mut machine, _wires, _console) = loaded(2, floods_and_shuts_down());
+    machine.resume().expect("resume");
+    // Nobody reads until the guest has written everything.
+    let ram = machine.memory().clone();
+    let events = machine.events();
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Booted));
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Shutdown), "one boot of thousands, then the end");
+    for _ in 0..20 {
+        machine.pause().expect("pause");
+        machine.resume().expect("resume");
+    }
+    drop(machine);
+    assert_eq!(word(&ram, RESULTS), 0, "the vCPU that shut down is not entered again");
+    assert_eq!(events.collect::<Vec<_>>(), [], "delivered once, and the receiver ends with the machine");
+}
+
+#[test]
+fn every_way_to_end_a_guest_is_delivered_once() {
+    if !have_kvm() {
+        return;
+    }
+    for (code, end) in [
+        (resets_by_keyboard(), MachineEvent::Reset),
+        (resets_by_register(), MachineEvent::Reset),
+        (powers_off(), MachineEvent::Shutdown),
+        (panics(), MachineEvent::GuestPanic),
+    ] {
+        // Both vCPUs do the same.
+        let (mut machine, _wires, _console) = loaded(2, code);
+        machine.resume().expect("resume");
+        let events = machine.events();
+        assert_eq!(events.recv_timeout(WAIT_MAX), Ok(end.clone()));
+        for _ in 0..10 {
+            machine.pause().expect("pause");
+            machine.resume().expect("resume");
+        }
+        drop(machine);
+        assert_eq!(events.collect::<Vec<_>>(), [], "{end:?}");
+    }
 }
 
 #[test]

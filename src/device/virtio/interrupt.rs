@@ -1,5 +1,5 @@
-//! How a virtio device gets its guest's attention: the interrupt line, the doorbell, and the word
-//! that it is broken.
+//! How a virtio device gets its guest's attention: the interrupt line, the doorbell, and the status
+//! bit that it is broken.
 //!
 //! The line is level-triggered and follows the interrupt status register: up while any bit is set.
 //! [`Signals::set_irq`] is synchronous, so that no capture misses an interrupt that is on its way.
@@ -24,14 +24,12 @@ pub(super) struct Interrupt {
     device: &'static str,
     /// The line is up.
     up: bool,
-    /// How often the device was broken.
-    breaks: u64,
 }
 
 impl Interrupt {
     /// The line `gsi` of a device of kind `device`; it is down.
     pub(super) fn new(signals: Arc<dyn Signals>, gsi: u32, device: &'static str) -> Interrupt {
-        Interrupt { signals, gsi, device, up: false, breaks: 0 }
+        Interrupt { signals, gsi, device, up: false }
     }
 
     /// Brings the line to what the interrupt status says.
@@ -71,47 +69,13 @@ impl Interrupt {
         }
     }
 
-    /// Marks the device broken until the guest resets it, and tells the guest and the machine. A
-    /// guest that resets a device only to break it again, thousands of times a second, must not
-    /// fill logs: the machine hears of the first time, the tenth, the hundredth, and so on.
+    /// Marks the device broken until the guest resets it: an interrupt to the guest and a call to
+    /// the machine.
     pub(super) fn broken(&mut self, transport: &mut Transport, reason: &str) {
         transport.status |= status::NEEDS_RESET;
         transport.interrupt_status |= INTERRUPT_CONFIG;
         self.update(transport);
         self.signals.ring();
-        self.breaks = self.breaks.saturating_add(1);
-        match self.breaks {
-            1 => self.signals.broken(self.device, reason),
-            breaks if is_power_of_ten(breaks) => {
-                self.signals.broken(self.device, &format!("{reason} (broken {breaks} times by now)"));
-            }
-            _ => {}
-        }
-    }
-}
-
-fn is_power_of_ten(mut number: u64) -> bool {
-    while number > 1 && number.is_multiple_of(10) {
-        number /= 10;
-    }
-    number == 1
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::device::virtio::test_support::Recorder;
-
-    #[test]
-    fn a_device_that_is_broken_again_and_again_is_told_of_less_and_less() {
-        let machine = Arc::new(Recorder::default());
-        let mut interrupt = Interrupt::new(machine.clone(), 16, "disk");
-        let mut transport = Transport::new(2, 0, Vec::new());
-        (0..1234).for_each(|_| interrupt.broken(&mut transport, "a chain that loops"));
-        let told = machine.broken.lock().clone();
-        let times = |times: u64| format!("a chain that loops (broken {times} times by now)");
-        assert_eq!(told, ["a chain that loops".to_owned(), times(10), times(100), times(1000)]);
-        assert_ne!(transport.status & status::NEEDS_RESET, 0);
-        assert!([0, 2, 11, 20, 1001, u64::MAX].iter().all(|number| !is_power_of_ten(*number)));
+        self.signals.broken(self.device, reason);
     }
 }

@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::Sender;
 use kvm_ioctls::{SyncReg, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
@@ -18,8 +17,8 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 use self::gate::{Gate, Order, SpinLimit, Ticket};
 use self::run_page::RunPage;
 use self::thread::VcpuThread;
-use super::MachineEvent;
 use super::error::{KvmError, MachineError, StateError, kvm};
+use super::events::Mailbox;
 use super::host::{self, HostCaps};
 use super::initial::InitialVcpu;
 use super::memory::GuestMmap;
@@ -66,7 +65,7 @@ pub(super) struct Common {
     pub(super) cpus: u8,
     pub(super) caps: Arc<HostCaps>,
     pub(super) bus: Arc<Bus<GuestMmap>>,
-    pub(super) events: Sender<MachineEvent>,
+    pub(super) mailbox: Arc<Mailbox>,
     pub(super) pause_signal: Arc<PauseSignal>,
     pub(super) spin_limit: SpinLimit,
 }
@@ -119,7 +118,7 @@ impl Vcpu {
             slot: Arc::clone(&slot),
             caps: Arc::clone(&common.caps),
             bus: Arc::clone(&common.bus),
-            events: common.events.clone(),
+            mailbox: Arc::clone(&common.mailbox),
         };
         let thread = std::thread::Builder::new()
             .name(format!("mcd-vcpu{cpu}"))

@@ -17,7 +17,6 @@
 
 use std::sync::Arc;
 
-use crossbeam::channel::Sender;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -27,6 +26,7 @@ use super::run_page::RunPage;
 use super::{Slot, Task};
 use crate::device::bus::{Bus, PortEffect};
 use crate::machine::error::StateError;
+use crate::machine::events::Mailbox;
 use crate::machine::host::HostCaps;
 use crate::machine::memory::GuestMmap;
 use crate::machine::state::vcpu::VcpuState;
@@ -53,7 +53,7 @@ pub(super) struct VcpuThread {
     pub(super) slot: Arc<Mutex<Slot>>,
     pub(super) caps: Arc<HostCaps>,
     pub(super) bus: Arc<Bus<GuestMmap>>,
-    pub(super) events: Sender<MachineEvent>,
+    pub(super) mailbox: Arc<Mailbox>,
 }
 
 /// What the thread remembers between exits.
@@ -76,8 +76,8 @@ enum Exit {
     Interrupted,
     /// The guest waits.
     Wait(Wait),
-    /// The vCPU's life is over, and this is to be told; `true` if KVM can complete pending I/O for
-    /// it.
+    /// The vCPU is not entered again, and its owner hears why; `true` if KVM can complete pending
+    /// I/O for it.
     Ended(MachineEvent, bool),
 }
 
@@ -130,7 +130,7 @@ impl VcpuThread {
             Exit::Ended(event, completable) => {
                 progress.ended = true;
                 progress.complete = !completable;
-                let _ = self.events.try_send(event);
+                self.mailbox.put(event);
             }
         }
     }
@@ -218,7 +218,7 @@ impl VcpuThread {
         let failed =
             |cpu: u16, reason: String, completable| Exit::Ended(MachineEvent::VcpuFailed { cpu, reason }, completable);
         match self.fd.run() {
-            Ok(VcpuExit::IoOut(port, data)) => serve_port_write(&self.bus, &self.events, port, data),
+            Ok(VcpuExit::IoOut(port, data)) => serve_port_write(&self.bus, &self.mailbox, port, data),
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.bus.port_read(port, data);
                 Exit::Served
@@ -233,11 +233,7 @@ impl VcpuThread {
             }
             Ok(VcpuExit::Intr) => Exit::Interrupted,
             Ok(VcpuExit::Shutdown) => {
-                // The guest did not ask for this one, and could not say so.
-                tracing::warn!(
-                    cpu = self.cpu,
-                    "a fault in the handling of a fault in the handling of a fault resets the guest"
-                );
+                tracing::warn!(cpu = self.cpu, "a triple fault resets the guest");
                 Exit::Ended(MachineEvent::Reset, false)
             }
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => Exit::Ended(MachineEvent::Shutdown, false),
@@ -261,12 +257,12 @@ impl VcpuThread {
     }
 }
 
-fn serve_port_write(bus: &Bus<GuestMmap>, events: &Sender<MachineEvent>, port: u16, data: &[u8]) -> Exit {
+fn serve_port_write(bus: &Bus<GuestMmap>, mailbox: &Mailbox, port: u16, data: &[u8]) -> Exit {
     match port {
         WAIT_PORT => Exit::Wait(Wait::begin(last_word(data))),
         EVENT_PORT => match last_word(data) {
             EVENT_BOOTED => {
-                let _ = events.try_send(MachineEvent::Booted);
+                mailbox.put(MachineEvent::Booted);
                 Exit::Served
             }
             EVENT_SHUTDOWN => Exit::Ended(MachineEvent::Shutdown, true),

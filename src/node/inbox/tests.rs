@@ -129,7 +129,7 @@ fn a_guest_that_rings_its_event_port_for_ever_is_one_event_and_cannot_hide_its_e
     for _ in 0..100_000 {
         machine.send(MachineEvent::Booted);
         machine.send(MachineEvent::GuestPanic);
-        machine.send(MachineEvent::DeviceBroken { device: "net", reason: "again".into() });
+        machine.send(MachineEvent::DeviceBroken { device: "net", reason: "again".into(), count: 1 });
     }
     machine.send(MachineEvent::Reset);
     machine.send(MachineEvent::Shutdown);

@@ -2,6 +2,7 @@
 //! the host needs to find that memory, and heartbeats say meanwhile how far it is.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -10,7 +11,7 @@ use crate::checkpoint::apply::{Applier, ApplyNews};
 use crate::checkpoint::stage::StagingBudget;
 use crate::checkpoint::stamp::StampState;
 use crate::control::console::Console;
-use crate::machine::MachineError;
+use crate::machine::{MachineError, prefault_threads};
 use crate::node::config::NodeConfig;
 use crate::node::context::{Context, new_machine, open_gate};
 use crate::node::disks::{self, NodeDisks};
@@ -19,6 +20,9 @@ use crate::node::events::NodeEvent;
 use crate::node::inbox::InboxSender;
 use crate::protocol::messages::Welcome;
 use crate::protocol::types::InstanceId;
+
+/// Bytes of memory between two reports: at the slowest host's speed some in a second.
+const PROGRESS_BYTES: u64 = 64 << 20;
 
 /// One machine is built at a time: a newcomer that joins again waits until what its last life began
 /// is undone, or both would want the memory, the tap and the disks.
@@ -90,6 +94,17 @@ pub(super) fn begin(
 }
 
 impl Build {
+    /// Says how far it is, now and then.
+    fn report_progress(&self, reported: &AtomicU64, done_bytes: u64) {
+        let last = reported.load(Ordering::Relaxed);
+        let due = done_bytes >= last.saturating_add(PROGRESS_BYTES);
+        if due && reported.compare_exchange(last, done_bytes, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            let progress = NodeEvent::BuildProgress { instance: self.instance, done_bytes };
+            // A node that is ending needs no more events.
+            let _ = self.events.report(progress);
+        }
+    }
+
     fn image(&self, welcome: Welcome) -> Result<Image, NodeError> {
         let gate = open_gate(&self.config, &self.events)?;
         let (images, made) = disks::open_or_create_images(&self.config, &welcome.shape)?;
@@ -100,7 +115,9 @@ impl Build {
         machine.rehearse(welcome.tsc_khz)?;
         // Ahead of time, so that neither applying nor the guest after a takeover waits for the host
         // to find memory.
-        machine.memory().prefault().map_err(MachineError::from)?;
+        let reported = AtomicU64::new(0);
+        let progress = |done_bytes| self.report_progress(&reported, done_bytes);
+        machine.memory().prefault(prefault_threads(), progress).map_err(MachineError::from)?;
         disks.begin_filling(welcome.generation)?;
         let image = disks.image(machine.memory().clone());
         let (stamper, instance, events) = (disks.stamper(), self.instance, self.events.clone());
