@@ -112,30 +112,43 @@ pub enum Event {
     },
 }
 
-impl Event {
-    /// The name the control socket uses.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Event::ResyncStarted { .. } => "MC_RESYNC",
-            Event::Refused { .. } => "MC_REFUSED",
-            Event::NewcomerLost { .. } => "MC_NEWCOMER_LOST",
-            Event::Protected { .. } => "MC_PROTECTED",
-            Event::Unprotected { .. } => "MC_UNPROTECTED",
-            Event::Suspected { .. } => "MC_SUSPECTED",
-            Event::Takeover { .. } => "MC_TAKEOVER",
-            Event::Fenced { .. } => "MC_FENCED",
-            Event::Stalled { .. } => "MC_STALLED",
-            Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
-            Event::ArbiterBack => "MC_ARBITER_BACK",
-            Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
-            Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
-            Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
-            Event::NoPrimary { .. } => "MC_NO_PRIMARY",
-            Event::DiskLocked { .. } => "MC_DISK_LOCKED",
-            Event::DiskFailing { .. } => "MC_DISK_FAILING",
-            Event::Rejoining { .. } => "MC_REJOINING",
+/// Defines the names of all events from one table: a variant without a name does not compile, so
+/// the list of names is complete.
+macro_rules! event_names {
+    ($($variant:pat => $name:literal,)*) => {
+        impl Event {
+            /// The names of all events. `docs/operating/reference.md` has an entry for each.
+            pub const NAMES: &[&str] = &[$($name,)*];
+
+            /// The name the control socket uses.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $($variant => $name,)*
+                }
+            }
         }
-    }
+    };
+}
+
+event_names! {
+    Event::ResyncStarted { .. } => "MC_RESYNC",
+    Event::Refused { .. } => "MC_REFUSED",
+    Event::NewcomerLost { .. } => "MC_NEWCOMER_LOST",
+    Event::Protected { .. } => "MC_PROTECTED",
+    Event::Unprotected { .. } => "MC_UNPROTECTED",
+    Event::Suspected { .. } => "MC_SUSPECTED",
+    Event::Takeover { .. } => "MC_TAKEOVER",
+    Event::Fenced { .. } => "MC_FENCED",
+    Event::Stalled { .. } => "MC_STALLED",
+    Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
+    Event::ArbiterBack => "MC_ARBITER_BACK",
+    Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
+    Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
+    Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
+    Event::NoPrimary { .. } => "MC_NO_PRIMARY",
+    Event::DiskLocked { .. } => "MC_DISK_LOCKED",
+    Event::DiskFailing { .. } => "MC_DISK_FAILING",
+    Event::Rejoining { .. } => "MC_REJOINING",
 }
 
 impl Event {
@@ -193,6 +206,19 @@ impl fmt::Display for Event {
             }
             Event::DiskFailing { why } => write!(f, "takeover waits for the disk: {why}; it is tried again"),
             Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_events_have_one_name() {
+        for (at, name) in Event::NAMES.iter().enumerate() {
+            assert!(name.starts_with("MC_"), "{name}");
+            assert!(!Event::NAMES[..at].contains(name), "{name}");
         }
     }
 }
