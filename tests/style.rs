@@ -166,27 +166,29 @@ fn production_panics(files: &[SourceFile]) -> Vec<String> {
     wrong
 }
 
-/// Every line that is too wide. Tables, drawings and blocks of code or output in Markdown, string
-/// literals that go over several lines, and lists in TOML are data: they have the width they need.
+/// Every line that is too wide. Data has the width it needs: tables, drawings and blocks of code or
+/// output in Markdown and in comments, string literals that go over several lines, lists in TOML.
 fn too_wide(file: &SourceFile) -> Vec<String> {
     let is = |extension: &str| file.path.ends_with(extension);
-    let data = if is(".rs") { data_lines(&file.text) } else { Default::default() };
+    let literals = if is(".rs") { data_lines(&file.text) } else { Default::default() };
     let mut in_block = false;
     let mut wrong = Vec::new();
     for (number, line) in (1..).zip(file.text.lines()) {
         let text = line.trim_start();
-        let columns_max = if is(".md") {
-            in_block ^= text.starts_with("```");
-            (!in_block && !text.starts_with('|')).then_some(PROSE_COLUMNS_MAX)
-        } else if is(".rs") && data.contains(&number) {
-            None
-        } else if text.starts_with(if is(".rs") { "//" } else { "#" }) {
-            Some(PROSE_COLUMNS_MAX)
-        } else {
-            (!is(".toml") && !is(".example")).then_some(CODE_COLUMNS_MAX)
+        let prose = match text.strip_prefix(if is(".rs") { "//" } else { "#" }) {
+            _ if is(".md") => Some(text),
+            _ if literals.contains(&number) => None,
+            Some(comment) => Some(comment.trim_start_matches(['/', '!']).trim_start()),
+            None => None,
         };
+        in_block = prose.is_some_and(|prose| in_block ^ prose.starts_with("```"));
+        let is_data = match prose {
+            Some(prose) => in_block || prose.starts_with('|'),
+            None => literals.contains(&number) || is(".toml") || is(".example"),
+        };
+        let max = if prose.is_some() { PROSE_COLUMNS_MAX } else { CODE_COLUMNS_MAX };
         let columns = line.chars().count();
-        if let Some(max) = columns_max.filter(|max| columns > *max) {
+        if !is_data && columns > max {
             wrong.push(format!("{}:{number}: {columns} columns, {max} allowed", file.path));
         }
     }
@@ -407,6 +409,8 @@ fn wide_lines_are_caught() {
     assert_eq!(wrong("src/a.rs", &format!("let a = \"\\\n{code}{code}\n{code}{code}\";\nlet b = 1;")), 0);
     assert_eq!(wrong("docs/a.md", &format!("# a\n\n{comment} word")), 1);
     assert_eq!(wrong("docs/a.md", &format!("| {code} |\n\n```\n{code}\n```\n{comment} word")), 1);
+    assert_eq!(wrong("src/a.rs", &format!("/// ```text\n/// {code}\n/// ```\n//! | {code} |\n/// {comment}")), 1);
+    assert_eq!(wrong("src/a.rs", &format!("/// ```\nfn f() {{}}\n/// {comment}")), 1);
     assert_eq!(wrong("scripts/a", &format!("# {comment}\n{code};;\n#  {comment}")), 1);
     assert_eq!(wrong("Cargo.toml", &format!("#  {comment}\na = [\"{code}\"]")), 1);
     assert_eq!(wrong("docs/a.md", &"é".repeat(100)), 0);
