@@ -1,4 +1,5 @@
-# The doors of mcd. Each of them works alone, in any order, on a fresh Debian 12 with Rust, git, make and a C compiler.
+# What can be done with mcd. Each target works alone, in any order, on a fresh Debian 12 with Rust,
+# git, make and a C compiler.
 
 CARGO  ?= cargo
 ROUNDS ?= 3
@@ -11,10 +12,10 @@ MCD    := target/release/mcd
 .PHONY: help setup setup-lab build demo test lint bench lab soak soak-disk sim sim-mutants
 
 help: ## say what there is
-	@echo 'usage: make <door>'
+	@echo 'usage: make TARGET'
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: ## install the Debian packages that are lacking (told before; without root: named only)
+setup: ## install the Debian packages that are lacking (named before; without root: only named)
 	@scripts/setup
 
 setup-lab: setup ## the same for make lab; two of Debian's kernels go into target/lab
@@ -48,8 +49,9 @@ sim-mutants: ## show that the simulator and the model checker find every deliber
 
 soak: build ## break pairs ROUNDS times in every way there is (SEED= repeats a run); report in target/soak/
 	@$(CARGO) build --release --locked --package mcd-harness
-	@target/release/mcd-harness --mcd $(MCD) --rounds $(if $(filter file,$(origin ROUNDS)),200,$(ROUNDS)) $(if $(SEED),--seed $(SEED)) --out target/soak
+	@target/release/mcd-harness --mcd $(MCD) --rounds $(if $(filter file,$(origin ROUNDS)),200,$(ROUNDS)) \
+		$(if $(SEED),--seed $(SEED)) --out target/soak
 
-soak-disk: setup ## kill primaries ROUNDS times (and newcomers) while the guest writes to its disk; compare the images each time
-	@MCD_REQUIRE_KVM=1 MCD_DISK_ROUNDS=$(if $(filter file,$(origin ROUNDS)),500,$(ROUNDS)) $(if $(SEED),MCD_DISK_SEED=$(SEED)) \
-		$(CARGO) test --release --locked --test disk acknowledged_writes -- --nocapture
+soak-disk: setup ## kill primaries (and newcomers) ROUNDS times while the guest writes; compare the images each time
+	@MCD_REQUIRE_KVM=1 MCD_DISK_ROUNDS=$(if $(filter file,$(origin ROUNDS)),500,$(ROUNDS)) \
+		$(if $(SEED),MCD_DISK_SEED=$(SEED)) $(CARGO) test --release --locked --test disk acknowledged_writes -- --nocapture

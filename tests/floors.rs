@@ -25,7 +25,7 @@ const FLOORS: [(&str, u32); 13] = [
 ];
 
 /// Imports that a floor would allow and the design does not: (room, what it must not know).
-const STRANGERS: [(&str, &[&str]); 6] = [
+const FORBIDDEN_IMPORTS: [(&str, &[&str]); 6] = [
     ("machine", &["netbuf"]),
     ("device", &["netbuf"]),
     ("machine", &["mcd", "protocol", "primary"]),
@@ -262,7 +262,7 @@ fn violations<'a>(files: impl Iterator<Item = (&'a str, &'a str)>, crates: &BTre
         let uses = paths(&code, scope_of(&module));
         for found in &uses {
             let at = format!("{path}:{}", found.line);
-            wrong.extend(unknown_peer(&room, found, &at));
+            wrong.extend(forbidden_import(&room, found, &at));
             if found.segments[0] != "mcd" {
                 continue;
             }
@@ -289,8 +289,9 @@ fn violations<'a>(files: impl Iterator<Item = (&'a str, &'a str)>, crates: &BTre
     wrong
 }
 
-fn unknown_peer(room: &str, found: &PathUse, at: &str) -> Option<String> {
-    let mut matching = STRANGERS.iter().filter(|(who, what)| *who == room && starts_with(&found.segments, what));
+fn forbidden_import(room: &str, found: &PathUse, at: &str) -> Option<String> {
+    let mut matching =
+        FORBIDDEN_IMPORTS.iter().filter(|(who, what)| *who == room && starts_with(&found.segments, what));
     matching.next().map(|_| format!("{at}: {room} must not know {}", found.segments.join("::")))
 }
 

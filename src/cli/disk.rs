@@ -63,7 +63,7 @@ fn verify_running(control: &Path, args: &VerifyArgs) -> Result<(), Failure> {
     match report.state {
         VerifyState::Equal => Ok(()),
         VerifyState::Different => {
-            Err(Failure::run("the images of the guest's disks differ on its two nodes: see docs/operations.md"))
+            Err(Failure::run("the images of the guest's disks differ on its two nodes: see docs/operating/disks.md"))
         }
         VerifyState::Running | VerifyState::Failed => {
             Err(trouble(format!("the disks were not compared to the end: {}", report.why.unwrap_or_default())))

@@ -6,36 +6,36 @@ use crate::checkpoint::snapshot::SnapshotError;
 use crate::machine::{BootError, MachineError};
 use crate::node::{DiskError, NodeError};
 
-/// The exit codes of `mcd`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum ExitStatus {
-    /// It did what was asked; a node ended because it was asked to.
-    Ok = 0,
-    /// Something failed at run time: see the line on stderr.
-    Failure = 1,
-    /// A flag, a key or a value is wrong. Nothing was started.
-    Usage = 2,
-    /// This host lacks something: /dev/kvm, the tap device, a permission, memory.
-    Host = 3,
-    /// The peer or the arbiter refused: another guest or version, a guest that runs elsewhere.
-    Refused = 4,
-    /// The node lost the guest to the other node and has fenced itself.
-    Fenced = 5,
-    /// The guest asked for a reset: whoever started the node is to start it again.
-    Restart = 6,
+/// Defines the exit codes, the list of all of them and the part of `--help` about them, which can
+/// not differ that way.
+macro_rules! exit_codes {
+    ($($name:ident = $code:literal, $meaning:literal;)*) => {
+        /// The exit codes of `mcd`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum ExitStatus {
+            $(#[doc = $meaning] $name = $code,)*
+        }
+
+        impl ExitStatus {
+            /// All exit codes, by number. `docs/operating/reference.md` has an entry for each.
+            pub const ALL: &[ExitStatus] = &[$(ExitStatus::$name,)*];
+        }
+
+        /// The part of `--help` about exit codes.
+        pub(super) const HELP: &str = concat!("Exit codes:", $("\n  ", $code, "  ", $meaning,)*);
+    };
 }
 
-/// The part of `--help` about exit codes.
-pub(super) const HELP: &str = "\
-Exit codes:
-  0  done; a node ended because it was told to
-  1  something failed at run time: see the line on stderr
-  2  a flag, a key or a value is wrong; nothing was started
-  3  this host lacks something: /dev/kvm, the tap device, a permission, memory
-  4  the peer or the arbiter refused: another guest or version, a guest that runs elsewhere
-  5  the node lost the guest to the other node and fenced itself
-  6  the guest asked to be restarted: start the node again";
+exit_codes! {
+    Ok = 0, "done; a node ended because it was told to";
+    Failure = 1, "something failed at run time: see the line on stderr";
+    Usage = 2, "a flag, a key or a value is wrong; nothing was started";
+    Host = 3, "this host lacks something: /dev/kvm, the tap device, a permission, memory";
+    Refused = 4, "the peer or the arbiter refused: another guest or version, a guest that runs elsewhere";
+    Fenced = 5, "the node lost the guest to the other node and fenced itself";
+    Restart = 6, "the guest asked to be restarted: start the node again";
+}
 
 impl ExitStatus {
     /// What a snapshot's error is to a script: like a bad `--kernel`, the file that a flag names is

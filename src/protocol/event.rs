@@ -144,32 +144,45 @@ pub enum RejoinReason {
     NoRecord,
 }
 
-impl Event {
-    /// The name the control socket uses.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Event::ResyncStarted { .. } => "MC_RESYNC",
-            Event::Refused { .. } => "MC_REFUSED",
-            Event::NewcomerLost { .. } => "MC_NEWCOMER_LOST",
-            Event::Protected { .. } => "MC_PROTECTED",
-            Event::Unprotected { .. } => "MC_UNPROTECTED",
-            Event::Suspected { .. } => "MC_SUSPECTED",
-            Event::GuestStuck { .. } => "MC_GUEST_STUCK",
-            Event::HandedOver { .. } => "MC_HANDED_OVER",
-            Event::Takeover { .. } => "MC_TAKEOVER",
-            Event::Fenced { .. } => "MC_FENCED",
-            Event::Stalled { .. } => "MC_STALLED",
-            Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
-            Event::ArbiterBack => "MC_ARBITER_BACK",
-            Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
-            Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
-            Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
-            Event::NoPrimary { .. } => "MC_NO_PRIMARY",
-            Event::DiskLocked { .. } => "MC_DISK_LOCKED",
-            Event::DiskFailing { .. } => "MC_DISK_FAILING",
-            Event::Rejoining { .. } => "MC_REJOINING",
+/// Defines the names of all events from one table: a variant without a name does not compile, so
+/// the list of names is complete.
+macro_rules! event_names {
+    ($($variant:pat => $name:literal,)*) => {
+        impl Event {
+            /// The names of all events. `docs/operating/reference.md` has an entry for each.
+            pub const NAMES: &[&str] = &[$($name,)*];
+
+            /// The name the control socket uses.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $($variant => $name,)*
+                }
+            }
         }
-    }
+    };
+}
+
+event_names! {
+    Event::ResyncStarted { .. } => "MC_RESYNC",
+    Event::Refused { .. } => "MC_REFUSED",
+    Event::NewcomerLost { .. } => "MC_NEWCOMER_LOST",
+    Event::Protected { .. } => "MC_PROTECTED",
+    Event::Unprotected { .. } => "MC_UNPROTECTED",
+    Event::Suspected { .. } => "MC_SUSPECTED",
+    Event::GuestStuck { .. } => "MC_GUEST_STUCK",
+    Event::HandedOver { .. } => "MC_HANDED_OVER",
+    Event::Takeover { .. } => "MC_TAKEOVER",
+    Event::Fenced { .. } => "MC_FENCED",
+    Event::Stalled { .. } => "MC_STALLED",
+    Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
+    Event::ArbiterBack => "MC_ARBITER_BACK",
+    Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
+    Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
+    Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
+    Event::NoPrimary { .. } => "MC_NO_PRIMARY",
+    Event::DiskLocked { .. } => "MC_DISK_LOCKED",
+    Event::DiskFailing { .. } => "MC_DISK_FAILING",
+    Event::Rejoining { .. } => "MC_REJOINING",
 }
 
 impl Event {
@@ -228,7 +241,7 @@ impl fmt::Display for Event {
             Event::DisksVerified { blocks, different } => {
                 write!(
                     f,
-                    "disks verified: {different} of {blocks} blocks DIFFER on the two nodes; see docs/operations.md"
+                    "disks verified: {different} of {blocks} blocks DIFFER on the two nodes; see docs/operating/disks.md"
                 )
             }
             Event::DisksNotVerified { why } => write!(f, "disks not verified: {why}"),
@@ -238,6 +251,19 @@ impl fmt::Display for Event {
             }
             Event::DiskFailing { why } => write!(f, "takeover waits for the disk: {why}; it is tried again"),
             Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_events_have_one_name() {
+        for (at, name) in Event::NAMES.iter().enumerate() {
+            assert!(name.starts_with("MC_"), "{name}");
+            assert!(!Event::NAMES[..at].contains(name), "{name}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The takeover and arbitration core, checked in all interleavings within bounds: the real state
 //! machines of both nodes, their two connections, one arbiter, and everything that may go wrong
-//! with them. See "Exhaustive check" in `docs/testing.md`.
+//! with them. See "Exhaustive check" in `docs/internals/testing.md`.
 
 mod bounds;
 mod calm;

@@ -161,7 +161,7 @@ impl Plan {
         let recordless = rng.chance(150);
         if recordless {
             // Nothing tells a secondary that was cut off of a guest that was shut down:
-            // docs/arbiters.md says so.
+            // docs/operating/arbiters.md says so.
             kinds.retain(|kind| !matches!(kind, FaultKind::Command | FaultKind::Shutdown));
         }
         let device = rng.chance(400);

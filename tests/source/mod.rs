@@ -1,6 +1,7 @@
 //! Reads Rust source just well enough for the tests that keep the house in order: it knows what is
 //! code, what is a comment, what is a string, and which modules are only there for tests.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -17,15 +18,26 @@ pub const LITERAL: &str = "\"\"";
 
 /// The code of a file without comments, as tokens.
 pub fn tokens(source: &str) -> Vec<Token> {
-    let mut reader = Reader { rest: source, line: 1, tokens: Vec::new() };
+    read(source).tokens
+}
+
+/// The lines (from 1) of string literals that go over several lines by themselves: tables,
+/// drawings, expected output. A literal whose lines end with a backslash is text like any other.
+pub fn data_lines(source: &str) -> BTreeSet<usize> {
+    read(source).data_lines
+}
+
+fn read(source: &str) -> Reader<'_> {
+    let mut reader = Reader { rest: source, line: 1, tokens: Vec::new(), data_lines: BTreeSet::new() };
     while reader.step() {}
-    reader.tokens
+    reader
 }
 
 struct Reader<'a> {
     rest: &'a str,
     line: usize,
     tokens: Vec<Token>,
+    data_lines: BTreeSet<usize>,
 }
 
 impl Reader<'_> {
@@ -74,6 +86,11 @@ impl Reader<'_> {
     }
 
     fn literal(&mut self, length: usize) {
+        let literal = &self.rest[..length];
+        let broken = literal.matches('\n').count();
+        if broken > literal.matches("\\\n").count() {
+            self.data_lines.extend(self.line..=self.line + broken);
+        }
         self.tokens.push(Token { text: LITERAL.to_owned(), line: self.line });
         self.skip(length);
     }
@@ -199,24 +216,34 @@ pub fn root() -> &'static Path {
 /// Every Rust file under `directory` (from the project's root), but for what builds leave in
 /// `target`.
 pub fn rust_files(directory: &str) -> Vec<SourceFile> {
+    files(directory, |path| path.extension().is_some_and(|extension| extension == "rs"))
+}
+
+/// Every file under `directory` (from the project's root) that `wanted` wants, but for what builds
+/// leave in `target`.
+pub fn files(directory: &str, wanted: impl Fn(&Path) -> bool) -> Vec<SourceFile> {
     let mut paths = Vec::new();
     walk(&root().join(directory), &mut paths);
+    paths.retain(|path| wanted(path));
     paths.sort();
-    let read = |path: PathBuf| {
-        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let path = path.strip_prefix(root()).unwrap_or(&path).to_string_lossy().into_owned();
-        SourceFile { path, text }
-    };
-    paths.into_iter().map(read).collect()
+    paths.iter().map(|path| file(path)).collect()
+}
+
+/// The file at `path` (from the project's root).
+pub fn file(path: &Path) -> SourceFile {
+    let path = root().join(path);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let path = path.strip_prefix(root()).unwrap_or(&path).to_string_lossy().into_owned();
+    SourceFile { path, text }
 }
 
 fn walk(directory: &Path, into: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
-        if path.is_dir() && entry.file_name() != "target" {
-            walk(&path, into);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+        if !path.is_dir() {
             into.push(path);
+        } else if entry.file_name() != "target" {
+            walk(&path, into);
         }
     }
 }

@@ -16,7 +16,7 @@
 //! read gives what this node last won. Where nobody is asked there is no answer either while the
 //! script cannot be run, so that no pair forms that could not be parted again.
 //!
-//! `docs/arbiters.md` is the contract for people who write scripts.
+//! `docs/operating/arbiters.md` is the contract for people who write scripts.
 
 mod script;
 

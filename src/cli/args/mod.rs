@@ -40,7 +40,7 @@ Examples:
   mcd primary   --guest web --tap tap0 --guest-ip 10.0.0.2/24 --arbiter file:/srv/mcd
   mcd secondary --guest web --tap tap0 --peer 192.0.2.1:7401  --arbiter file:/srv/mcd
   mcd status    --guest web
-  docs/arbiters.md helps to choose an arbiter: file:, etcd:, command: or none.
+  docs/operating/arbiters.md helps to choose an arbiter: file:, etcd:, command: or none.
 
 ";
 

@@ -86,7 +86,7 @@ struct Args {
     /// Keep the nodes' logs and say where they are
     #[arg(long)]
     keep_logs: bool,
-    /// Print the table of docs/failover.md, and nothing else
+    /// Print the table of docs/operating/failover.md, and nothing else
     #[arg(long)]
     table: bool,
 }

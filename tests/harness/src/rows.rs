@@ -1,5 +1,5 @@
-//! The table: every fault, and what must come of it. `docs/failover.md` shows it, the trials assert
-//! it.
+//! The table: every fault, and what must come of it. `docs/operating/failover.md` shows it, the
+//! trials assert it.
 
 use std::fmt::Write;
 
@@ -382,7 +382,7 @@ pub fn find(name: &str) -> Option<&'static Row> {
     ROWS.iter().find(|row| row.name == name)
 }
 
-/// The table as `docs/failover.md` has it.
+/// The table as `docs/operating/failover.md` has it.
 pub fn table() -> String {
     let mut text = String::from(
         "| fault | name | who runs the guest | clients see | silence at most (p99) | protection comes back |\n|---|---|---|---|---|---|\n",
@@ -401,11 +401,11 @@ mod tests {
 
     #[test]
     fn the_document_shows_this_table() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/failover.md");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/operating/failover.md");
         let document = std::fs::read_to_string(path).unwrap();
         assert!(
             document.contains(&table()),
-            "docs/failover.md does not show the table of tests/harness/src/rows.rs; `mcd-harness --table` prints it"
+            "docs/operating/failover.md does not show the table of tests/harness/src/rows.rs; `mcd-harness --table` prints it"
         );
     }
 

@@ -1,7 +1,7 @@
 //! `mcd-lab`: two virtual hosts with ordinary KVM, a guest, and power cuts.
 //!
 //! QEMU's software processor has SVM, so KVM inside it is what users have on their hosts, even
-//! where this machine has none that is like it. `docs/testing.md` has a picture.
+//! where this machine has none that is like it. `docs/internals/testing.md` has a picture.
 
 mod attach;
 mod benchmark;
