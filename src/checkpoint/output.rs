@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use netbuf::{OutputBuffer, PacketPort, PushError, VNET_HEADER_BYTES};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::device::net::{NET_HEADER_BYTES, NetBackend, Offloads, Transmit};
 
@@ -58,6 +60,54 @@ pub struct OutputGate {
     listener: Box<dyn OutputListener>,
     clock_us: fn() -> u64,
     held: Mutex<Held>,
+    /// Copies of what `held` has, for whoever must not wait for a release or a frame of the guest.
+    shown: Shown,
+}
+
+/// Figures as of the newest change, for readers without the lock.
+struct Shown {
+    packets: AtomicU64,
+    bytes: AtomicU64,
+    open_packets: AtomicU64,
+    lost_frames: AtomicU64,
+    /// [`NEVER`] if no frame left yet.
+    first_out_us: AtomicU64,
+    last_hold_us: AtomicU64,
+}
+
+/// In the place of a time that there is none of.
+const NEVER: u64 = u64::MAX;
+
+/// The locked buffer; what it holds in the end is shown as soon as it is unlocked.
+struct HeldGuard<'a> {
+    held: MutexGuard<'a, Held>,
+    shown: &'a Shown,
+}
+
+impl Deref for HeldGuard<'_> {
+    type Target = Held;
+
+    fn deref(&self) -> &Held {
+        &self.held
+    }
+}
+
+impl DerefMut for HeldGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Held {
+        &mut self.held
+    }
+}
+
+impl Drop for HeldGuard<'_> {
+    fn drop(&mut self) {
+        let Shown { packets, bytes, open_packets, lost_frames, first_out_us, last_hold_us } = self.shown;
+        packets.store(self.held.buffer.held_packets() as u64, Ordering::Relaxed);
+        bytes.store(self.held.buffer.held_bytes() as u64, Ordering::Relaxed);
+        open_packets.store(self.held.buffer.open_packets() as u64, Ordering::Relaxed);
+        lost_frames.store(self.held.lost_frames, Ordering::Relaxed);
+        first_out_us.store(self.held.first_out_us.unwrap_or(NEVER), Ordering::Relaxed);
+        last_hold_us.store(self.held.last_hold_us, Ordering::Relaxed);
+    }
 }
 
 /// What is held, for people.
@@ -92,12 +142,24 @@ impl OutputGate {
             lost_frames: 0,
             last_hold_us: 0,
         };
-        Arc::new(OutputGate { port, listener, clock_us, held: Mutex::new(held) })
+        let shown = Shown {
+            packets: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            open_packets: AtomicU64::new(0),
+            lost_frames: AtomicU64::new(0),
+            first_out_us: AtomicU64::new(NEVER),
+            last_hold_us: AtomicU64::new(0),
+        };
+        Arc::new(OutputGate { port, listener, clock_us, held: Mutex::new(held), shown })
+    }
+
+    fn lock(&self) -> HeldGuard<'_> {
+        HeldGuard { held: self.held.lock(), shown: &self.shown }
     }
 
     /// Lets all held frames go, in order, and what follows at once.
     pub fn pass(&self) {
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         let held = &mut *held;
         // The open epoch is closed under the next free number so that it leaves behind the sealed
         // ones.
@@ -112,7 +174,7 @@ impl OutputGate {
 
     /// Holds every frame from now on. Epochs may be numbered from 0 again.
     pub fn hold(&self) {
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         if let Err(error) = held.buffer.restart() {
             // A gate that passes holds nothing, so there is nothing sealed here; if there were, it
             // would never have been released.
@@ -126,7 +188,7 @@ impl OutputGate {
 
     /// Throws held frames away; nothing goes out or comes in any more.
     pub fn close(&self) {
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         held.buffer.discard();
         held.mode = Mode::Closed;
         held.forget_times();
@@ -134,7 +196,7 @@ impl OutputGate {
 
     /// The frames held since the last seal belong to `epoch`.
     pub fn seal(&self, epoch: u64) {
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         if let Err(error) = held.buffer.seal(epoch) {
             // Epochs rise by construction; if they did not, holding on is the safe side.
             tracing::error!(%error, "output of epoch {epoch} stays held");
@@ -149,7 +211,7 @@ impl OutputGate {
     /// Lets the frames of epochs up to `through` go, in order, as long as `may` says so before each
     /// of them.
     pub fn release(&self, through: u64, mut may: impl FnMut() -> bool) -> ReleaseEnd {
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         let held = &mut *held;
         let end = self.let_go(held, through, &mut may);
         if end == ReleaseEnd::Done {
@@ -190,7 +252,7 @@ impl OutputGate {
             }
             false => frame,
         };
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         let held = &mut *held;
         if held.mode != Mode::Closed {
             self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
@@ -200,7 +262,7 @@ impl OutputGate {
     /// Sends a frame of the node's own if frames pass; not if they are held, for this node may not
     /// be the one any more then.
     pub fn send_if_passing(&self, frame: &[u8]) {
-        let mut held = self.held.lock();
+        let mut held = self.lock();
         let held = &mut *held;
         if held.mode == Mode::Pass {
             self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
@@ -219,29 +281,29 @@ impl OutputGate {
         }
     }
 
-    /// Frames of the open epoch.
+    /// Frames of the open epoch. Takes no lock, here and below where a figure is read.
     pub fn open_packets(&self) -> u64 {
-        self.held.lock().buffer.open_packets() as u64
+        self.shown.open_packets.load(Ordering::Relaxed)
     }
 
     /// True once after a frame was turned away because the buffer was full.
     pub fn take_was_full(&self) -> bool {
-        std::mem::take(&mut self.held.lock().was_full)
+        std::mem::take(&mut self.lock().was_full)
     }
 
     /// How long the first frame of the epoch released last was held.
     pub fn last_hold_us(&self) -> u64 {
-        self.held.lock().last_hold_us
+        self.shown.last_hold_us.load(Ordering::Relaxed)
     }
 
     /// What is held.
     pub fn figures(&self) -> HeldFigures {
-        let held = self.held.lock();
+        let read = |figure: &AtomicU64| figure.load(Ordering::Relaxed);
         HeldFigures {
-            packets: held.buffer.held_packets() as u64,
-            bytes: held.buffer.held_bytes() as u64,
-            lost_frames: held.lost_frames,
-            first_out_us: held.first_out_us,
+            packets: read(&self.shown.packets),
+            bytes: read(&self.shown.bytes),
+            lost_frames: read(&self.shown.lost_frames),
+            first_out_us: Some(read(&self.shown.first_out_us)).filter(|us| *us != NEVER),
         }
     }
 }
@@ -262,7 +324,7 @@ impl Held {
 
 impl NetBackend for OutputGate {
     fn transmit(&self, frame: &[u8]) -> Transmit {
-        let mut guard = self.held.lock();
+        let mut guard = self.lock();
         let held = &mut *guard;
         match held.mode {
             Mode::Closed => Transmit::Accepted,
@@ -360,6 +422,28 @@ mod tests {
     impl OutputListener for Deaf {
         fn output_waiting(&self) {}
         fn output_full(&self) {}
+    }
+
+    #[test]
+    fn figures_are_read_without_the_output_lock() {
+        let (sent, unchecked) = (Arc::new(Mutex::default()), Arc::new(Mutex::default()));
+        let port = Port { has_headers: false, sent: Arc::clone(&sent), unchecked };
+        let buffer = OutputBuffer::new(netbuf::Limits { bytes_max: 1 << 20, packets_max: 3 });
+        let gate = OutputGate::new(Box::new(port), buffer, Box::new(Deaf), || 7);
+        gate.hold();
+        gate.transmit(&[1; 60]);
+        gate.seal(0);
+        gate.transmit(&[2; 50]);
+        let figures = |packets, bytes, first_out_us| HeldFigures { packets, bytes, lost_frames: 0, first_out_us };
+        {
+            let _busy = gate.held.lock();
+            assert_eq!((gate.figures(), gate.open_packets()), (figures(2, 110, None), 1));
+        }
+        gate.release(0, || true);
+        assert_eq!(gate.figures(), figures(1, 50, Some(7)));
+        gate.close();
+        assert_eq!((gate.figures(), gate.open_packets()), (figures(0, 0, Some(7)), 0));
+        assert_eq!(*sent.lock(), [[1; 60]]);
     }
 
     #[test]
