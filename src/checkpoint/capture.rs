@@ -1,23 +1,57 @@
-//! The capture: all that happens between pause and resume, and nothing that could happen before or
-//! after.
+//! What a capture copies out of a machine, and the room for it.
+//!
+//! Memory that was never touched costs the host 11 µs a page, 50 times the copy, so the room is
+//! made and touched before the pause; inside it nothing grows that could have grown before.
 
-use crossbeam::queue::ArrayQueue;
 use std::sync::Arc;
 
-use super::dirty_pages::DirtyPages;
-use super::journal::{BlockSet, DiskJournal};
-use super::shared_journal::SharedJournal;
+use super::journal::BlockSet;
 use crate::machine::{Machine, MachineError};
-use crate::protocol::pages::PAGE_BYTES;
+use crate::protocol::pages::{PAGE_BYTES, PageSet};
 use crate::protocol::types::EpochId;
 
-/// Pages whose room is touched before the first capture, so that a usual epoch never waits for the
-/// host's memory (never-touched memory costs 11 µs a page, 50 times the copy).
-const WARM_PAGES: usize = 4096;
 /// Bytes in a huge page.
 const HUGE_BYTES: usize = 2 << 20;
-/// Captures kept for reuse: one being filled, one being sent.
-const POOLED: usize = 2;
+/// Bytes of machine state for which a prepared capture has room.
+const STATE_BYTES: usize = 64 << 10;
+
+/// What epochs are cut from: a machine.
+pub trait CaptureSource {
+    /// Why something failed.
+    type Error;
+
+    /// Adds the pages written since the last call to `into`. **Reading clears**, even if it fails
+    /// half way. The guest may run.
+    ///
+    /// # Errors
+    /// What the host refuses.
+    fn collect_dirty(&mut self, into: &mut PageSet) -> Result<(), Self::Error>;
+
+    /// Appends the bytes of `pages`, by rising index. The guest is paused.
+    fn copy_pages(&self, pages: &PageSet, into: &mut Vec<u8>);
+
+    /// Appends the state beside memory. The guest is paused.
+    ///
+    /// # Errors
+    /// What the host refuses.
+    fn save(&mut self, into: &mut Vec<u8>) -> Result<(), Self::Error>;
+}
+
+impl CaptureSource for Machine {
+    type Error = MachineError;
+
+    fn collect_dirty(&mut self, into: &mut PageSet) -> Result<(), MachineError> {
+        Machine::collect_dirty(self, into)
+    }
+
+    fn copy_pages(&self, pages: &PageSet, into: &mut Vec<u8>) {
+        self.memory().copy_pages(pages, into);
+    }
+
+    fn save(&mut self, into: &mut Vec<u8>) -> Result<(), MachineError> {
+        Machine::save(self, into)
+    }
+}
 
 /// An epoch, copied out of the machine.
 #[derive(Debug, Default)]
@@ -36,6 +70,7 @@ pub struct Capture {
     pub shared: Option<Arc<BlockSet>>,
     /// The machine's saved state.
     pub state: Vec<u8>,
+    growths: u64,
 }
 
 impl Capture {
@@ -45,23 +80,72 @@ impl Capture {
         (self.pages.len() + blocks.sum::<usize>()) as u64
     }
 
-    fn clear(&mut self) {
-        self.blocks = None;
-        self.shared = None;
+    /// How often it was filled with more than it had room for, and so grew inside a pause.
+    pub fn growths(&self) -> u64 {
+        self.growths
+    }
+
+    /// For how many pages there is room that was touched already.
+    pub fn room_pages(&self) -> usize {
+        self.pages.capacity().min(self.bytes.capacity() / PAGE_BYTES)
+    }
+
+    /// Bytes of memory it keeps for pages.
+    pub fn room_bytes(&self) -> u64 {
+        (self.bytes.capacity() + self.pages.capacity() * size_of::<u64>()) as u64
+    }
+
+    /// Makes room for `pages` pages, and touches it; what it held is gone. It takes a while: not
+    /// for a pause.
+    pub fn make_room(&mut self, pages: usize) {
+        self.clear();
+        // Writing is what makes the host give the memory; capacity alone does not.
+        if pages > self.room_pages() {
+            self.bytes.reserve_exact(pages.saturating_mul(PAGE_BYTES));
+            advise_huge(&mut self.bytes);
+            self.bytes.resize(pages.saturating_mul(PAGE_BYTES), 1);
+            self.pages.reserve_exact(pages);
+            self.pages.resize(pages, 1);
+        }
+        if self.state.capacity() < STATE_BYTES {
+            self.state.resize(STATE_BYTES, 1);
+        }
+        self.clear();
+    }
+
+    /// Sees to room for `pages` pages and not for more, as a vector that grows by itself would.
+    pub(super) fn reserve(&mut self, pages: usize) {
+        self.pages.reserve_exact(pages);
+        self.bytes.reserve_exact(pages.saturating_mul(PAGE_BYTES));
+    }
+
+    /// Gives back the memory beyond the room for `pages` pages; what it held is gone.
+    pub fn shrink_to(&mut self, pages: usize) {
+        self.clear();
+        self.bytes.shrink_to(pages.saturating_mul(PAGE_BYTES));
+        self.pages.shrink_to(pages);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.drop_blocks();
         self.pages.clear();
         self.bytes.clear();
         self.state.clear();
         self.completes_resync = false;
     }
 
-    fn warm(&mut self, pages: usize) {
-        self.bytes.reserve_exact(pages * PAGE_BYTES);
-        advise_huge(&mut self.bytes);
-        // Writing is what makes the host give the memory; capacity alone does not.
-        self.bytes.resize(pages * PAGE_BYTES, 1);
-        self.pages.resize(pages, 1);
-        self.state.resize(64 << 10, 1);
-        self.clear();
+    /// The journals want their blocks' room back.
+    pub(super) fn drop_blocks(&mut self) {
+        (self.blocks, self.shared) = (None, None);
+    }
+
+    /// Fills it, and counts if it had to grow for that.
+    pub(super) fn fill<R>(&mut self, fill: impl FnOnce(&mut Capture) -> R) -> R {
+        let room = |capture: &Capture| (capture.pages.capacity(), capture.bytes.capacity(), capture.state.capacity());
+        let before = room(self);
+        let filled = fill(self);
+        self.growths += u64::from(room(self) != before);
+        filled
     }
 }
 
@@ -75,65 +159,4 @@ fn advise_huge(buffer: &mut Vec<u8>) {
     // SAFETY: the range is the buffer's own memory, from a page boundary on; the advice changes
     // none of its content.
     unsafe { libc::madvise(aligned.as_mut_ptr().cast(), aligned.len(), libc::MADV_HUGEPAGE) };
-}
-
-/// Captures to fill again and again.
-#[derive(Clone)]
-pub struct CapturePool {
-    free: Arc<ArrayQueue<Box<Capture>>>,
-}
-
-impl Default for CapturePool {
-    fn default() -> Self {
-        CapturePool { free: Arc::new(ArrayQueue::new(POOLED)) }
-    }
-}
-
-impl CapturePool {
-    /// Makes the pool ready. It takes a while: not for a thread that somebody waits for.
-    pub fn warm(&self) {
-        for _ in self.free.len()..POOLED {
-            let mut capture = Box::<Capture>::default();
-            capture.warm(WARM_PAGES);
-            self.put(capture);
-        }
-    }
-
-    /// An empty capture.
-    pub fn get(&self) -> Box<Capture> {
-        let mut capture = self.free.pop().unwrap_or_default();
-        capture.clear();
-        capture
-    }
-
-    /// Gives a capture back.
-    pub fn put(&self, mut capture: Box<Capture>) {
-        // The journal wants its blocks' room back.
-        (capture.blocks, capture.shared) = (None, None);
-        // More than the pool keeps: the memory goes back to the host.
-        let _ = self.free.push(capture);
-    }
-}
-
-/// Copies epoch `id` out of the paused machine. If it fails, the dirty pages it had read is still
-/// in the book, and what its disks' journal held is on its way as far as the journal knows: put
-/// both back.
-pub fn capture(
-    machine: &mut Machine,
-    dirty: &mut DirtyPages,
-    journal: &DiskJournal,
-    shared: Option<&SharedJournal>,
-    id: EpochId,
-    into: &mut Capture,
-) -> Result<(), MachineError> {
-    into.id = id;
-    journal.cut(id);
-    into.shared = shared.map(|shared| shared.cut(id));
-    // Guest memory stands still since the pause, while the vCPU threads go on reading their own
-    // state: copying meanwhile costs nothing, and no part of saving writes guest memory.
-    let taken = dirty.take(id, |set| machine.collect_dirty(set))?;
-    into.pages.extend(taken.iter());
-    machine.memory().copy_pages(taken, &mut into.bytes);
-    into.blocks = Some(journal.taken());
-    machine.save(&mut into.state)
 }

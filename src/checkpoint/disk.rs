@@ -47,8 +47,8 @@ impl DiskGate {
         change: &Change<'_>,
         apply: impl FnOnce(&dyn BlockBackend) -> io::Result<Stored>,
     ) -> io::Result<Stored> {
-        let mode = self.journal.mode();
-        let first_index = match (*mode, self.first_index) {
+        let (mode, _under_way) = self.journal.begin_write();
+        let first_index = match (mode, self.first_index) {
             (JournalMode::Closed, _) => return Err(io::Error::other("this node does not run the guest")),
             (JournalMode::Keep, Some(first_index)) if bytes > 0 => first_index,
             (JournalMode::Keep | JournalMode::Pass, _) => return apply(&*self.image),

@@ -10,6 +10,7 @@ use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crossbeam::atomic::AtomicCell;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use super::copy_before_write::CopyBeforeWrite;
@@ -164,8 +165,11 @@ pub struct JournalFigures {
 pub struct DiskJournal {
     bytes_max: u64,
     listener: Box<dyn JournalListener>,
-    /// Held for reading as long as a write takes, so that a change of mode finds none half done.
-    mode: RwLock<JournalMode>,
+    /// What becomes of the writes that begin now.
+    mode: AtomicCell<JournalMode>,
+    /// Held for reading as long as a write takes, so that a journal begins to keep writes between
+    /// two of them.
+    under_way: RwLock<()>,
     kept: Mutex<Kept>,
     copy_before_write: CopyBeforeWrite,
     full_times: AtomicU64,
@@ -193,11 +197,12 @@ impl Drop for Reservation<'_> {
 impl DiskJournal {
     /// A closed journal of at most `bytes_max` bytes.
     pub fn new(bytes_max: u64, listener: Box<dyn JournalListener>) -> Arc<DiskJournal> {
-        let mode = RwLock::new(JournalMode::Closed);
+        let (mode, under_way) = (AtomicCell::new(JournalMode::Closed), RwLock::new(()));
         Arc::new(DiskJournal {
             bytes_max,
             listener,
             mode,
+            under_way,
             kept: Mutex::default(),
             copy_before_write: CopyBeforeWrite::default(),
             full_times: AtomicU64::new(0),
@@ -207,15 +212,22 @@ impl DiskJournal {
     /// From now on the disks' writes are treated so, and what was kept is forgotten. Waits for
     /// writes under way.
     pub fn set_mode(&self, mode: JournalMode) {
-        let mut now = self.mode.write();
-        *now = mode;
+        let _none_under_way = self.under_way.write();
+        self.stop(mode);
+    }
+
+    /// From now on no write is kept, and what was kept is forgotten. Does not wait for writes under
+    /// way: each ends as it began.
+    pub fn stop(&self, mode: JournalMode) {
+        self.mode.store(mode);
         self.copy_before_write.release();
         self.kept.lock().forget();
     }
 
-    /// The mode, which stays as it is while the guard lives.
-    pub fn mode(&self) -> RwLockReadGuard<'_, JournalMode> {
-        self.mode.read()
+    /// What becomes of a write that begins now. The write is under way while the guard lives.
+    pub fn begin_write(&self) -> (JournalMode, RwLockReadGuard<'_, ()>) {
+        let under_way = self.under_way.read();
+        (self.mode.load(), under_way)
     }
 
     /// Room for a write of `bytes` bytes of cost; `None` if there is not so much. A journal that is

@@ -4,9 +4,12 @@
 pub mod apply;
 pub mod block_hashes;
 pub mod capture;
+pub mod capture_pool;
 pub mod copy_before_write;
 pub mod dirty_pages;
 pub mod disk;
+pub mod epoch_buffers;
+pub mod expected_pages;
 pub mod image;
 pub mod journal;
 pub mod output;

@@ -9,7 +9,8 @@ use std::time::Instant;
 use crossbeam::channel::{Sender as Queue, unbounded};
 use thiserror::Error;
 
-use super::capture::{Capture, CapturePool};
+use super::capture::Capture;
+use super::capture_pool::CapturePool;
 use super::image::{GuestImage, ImagePageError};
 use super::journal::BlockSet;
 use super::packing::{Packer, Packing};
@@ -64,13 +65,18 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Starts the thread for connection `conn`. `report` is called from it.
+    /// Starts the thread for connection `conn`. It calls `on_start` first, which may give it another
+    /// priority, and `report` later.
+    ///
+    /// # Errors
+    /// If the host gives no thread.
     pub fn start(
         conn: ConnId,
         (writer, closer): (LinkWriter, LinkCloser),
         image: GuestImage,
         packing: Packing,
         pool: CapturePool,
+        on_start: impl FnOnce() + Send + 'static,
         report: impl Fn(SenderReport) + Send + 'static,
     ) -> std::io::Result<Sender> {
         let (jobs, queue) = unbounded();
@@ -85,6 +91,7 @@ impl Sender {
         };
         let end = closer.clone();
         let thread = std::thread::Builder::new().name("mcd-send".into()).spawn(move || {
+            on_start();
             for job in queue {
                 match stream.send(job) {
                     Ok(Some(done)) => report(done),

@@ -15,7 +15,7 @@ use super::error::NodeError;
 use super::events::NodeEvent;
 use super::status::StatusStore;
 use crate::arbiter::Arbiter;
-use crate::checkpoint::capture::CapturePool;
+use crate::checkpoint::capture_pool::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
 use crate::control::EventSink;
 use crate::control::console::Console;

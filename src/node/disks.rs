@@ -335,8 +335,8 @@ impl NodeDisks {
     }
 
     /// What is held for shared images, if there are any.
-    pub fn shared(&self) -> Option<&SharedJournal> {
-        self.shared.as_ref().map(|(held, _)| &**held)
+    pub fn shared(&self) -> Option<&Arc<SharedJournal>> {
+        self.shared.as_ref().map(|(held, _)| held)
     }
 
     /// Takes the locks of shared images, all or none.
@@ -377,7 +377,7 @@ impl NodeDisks {
     /// images is forgotten, and these are given up.
     pub fn end(&mut self) {
         self.stamps.end();
-        self.shared().into_iter().for_each(SharedJournal::close);
+        self.shared().into_iter().for_each(|shared| shared.close());
     }
 
     /// The guest runs here in this generation: stamps the images if that is news.

@@ -20,13 +20,11 @@ use super::error::NodeError;
 use super::events::NodeEvent;
 use super::meter::Meter;
 use super::{clock, priority};
-use crate::checkpoint::capture::{CapturePool, capture};
-use crate::checkpoint::dirty_pages::DirtyPages;
-use crate::checkpoint::journal::JournalMode;
+use crate::checkpoint::capture_pool::CapturePool;
+use crate::checkpoint::epoch_buffers::{Cut, EpochBuffers, RoomAgain};
 use crate::checkpoint::output::{OutputGate, ReleaseEnd};
 use crate::checkpoint::packing::Packing;
 use crate::checkpoint::sender::{Sender, SenderJob, SenderReport};
-use crate::checkpoint::shared_journal::SharedJournal;
 use crate::control::metrics::EpochSample;
 use crate::control::status::TakeoverReport;
 use crate::machine::{Machine, MachineEvent};
@@ -61,7 +59,7 @@ struct OnItsWay {
 pub struct PrimaryNode {
     context: Context,
     machine: Machine,
-    gate: Arc<OutputGate>,
+    buffers: EpochBuffers,
     disks: NodeDisks,
     protocol: Primary,
     connections: Connections,
@@ -71,7 +69,6 @@ pub struct PrimaryNode {
     verifying: VerifyWatch,
     meter: Meter,
     pool: CapturePool,
-    dirty: DirtyPages,
     on_its_way: Option<OnItsWay>,
     announcer: Announcer,
     replies: Vec<crossbeam::channel::Sender<Result<Value, String>>>,
@@ -91,12 +88,14 @@ impl PrimaryNode {
         protocol: Primary,
     ) -> PrimaryNode {
         let pages = machine.memory().pages();
+        let buffers = EpochBuffers::new(pages, gate, Arc::clone(disks.journal()), disks.shared().map(Arc::clone));
         let pool = context.captures.clone();
+        tracing::info!(bytes_max = CapturePool::bytes_max(pages), "buffers for captures are bounded");
         let announcer = Announcer::new(protocol.mac(), context.guest_ip, clock::now());
         PrimaryNode {
             context,
             machine,
-            gate,
+            buffers,
             disks,
             protocol,
             connections: Connections::default(),
@@ -105,7 +104,6 @@ impl PrimaryNode {
             verifying: VerifyWatch::default(),
             meter: Meter::default(),
             pool,
-            dirty: DirtyPages::new(pages),
             on_its_way: None,
             announcer,
             replies: Vec::new(),
@@ -123,14 +121,13 @@ impl PrimaryNode {
         clock::sharpen_timers();
         priority::raise();
         let resuming_us = clock::monotonic_us();
-        self.gate.pass();
-        self.disks.journal().set_mode(JournalMode::Pass);
-        self.disks.shared().into_iter().for_each(SharedJournal::alone);
+        let room = self.buffers.alone();
+        self.kick(room);
         self.machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
         // Not only after a takeover: a guest that is started anew on another host is where the
         // switches do not look for it.
-        self.announcer.frames().iter().for_each(|frame| self.gate.send_now(frame));
+        self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_now(frame));
         if let Some(mut report) = takeover {
             report.resume_ms = resume_us as f64 / 1000.0;
             self.context.status.takeover(report);
@@ -155,7 +152,7 @@ impl PrimaryNode {
                 return Ok(end);
             }
             if self.announcer.take_due(clock::now()) {
-                self.announcer.frames().iter().for_each(|frame| self.gate.send_if_passing(frame));
+                self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
             }
             let input = self.next_input()?;
             if let Some(input) = input {
@@ -230,7 +227,7 @@ impl PrimaryNode {
             }
             NodeEvent::PeerHashes { conn, first, hashes } => Some(Input::PeerHashes { conn, first, hashes }),
             NodeEvent::OwnHashes { ticket, hashes } => Some(Input::OwnHashes { ticket, hashes }),
-            NodeEvent::OutputWaiting => self.gate.open_packets().gt(&0).then_some(Input::OutputWaiting),
+            NodeEvent::OutputWaiting => self.buffers.output().open_packets().gt(&0).then_some(Input::OutputWaiting),
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Written { through } => Some(Input::Written { through }),
@@ -308,13 +305,10 @@ impl PrimaryNode {
                 }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
-                Action::WriteThrough { through } => {
-                    self.disks.shared().into_iter().for_each(|shared| shared.write_through(through));
-                }
+                Action::WriteThrough { through } => self.buffers.write_through(through),
                 Action::ReleaseAll => {
-                    self.gate.pass();
-                    self.disks.shared().into_iter().for_each(SharedJournal::alone);
-                    self.machine.kick_net();
+                    let room = self.buffers.alone();
+                    self.kick(room);
                 }
                 Action::Run(run) => self.run_guest(run)?,
                 Action::Snapshot => self.begin_snapshot(),
@@ -359,13 +353,21 @@ impl PrimaryNode {
         self.connections.close(conn);
     }
 
+    fn kick(&self, room: RoomAgain) {
+        if room.net {
+            self.machine.kick_net();
+        }
+        if room.disks {
+            self.machine.kick_disks();
+        }
+    }
+
     fn start_tracking(&mut self, conn: ConnId) -> Result<(), NodeError> {
         let Some((writer, closer)) = self.connections.take(conn) else { return Ok(()) };
-        self.dirty.forget();
+        let decision = self.buffers.decide();
         self.machine.track_dirty(true)?;
-        self.disks.journal().set_mode(JournalMode::Keep);
-        self.disks.shared().into_iter().for_each(|shared| shared.hold(conn));
-        self.machine.kick_disks();
+        let room = self.buffers.track(decision, conn);
+        self.kick(room);
         let events = self.context.events.clone();
         let report = move |report: SenderReport| {
             let event = match report {
@@ -382,7 +384,8 @@ impl PrimaryNode {
             Compress::Lz4 => Packing::Lz4,
             Compress::Auto => Packing::BySpeed,
         };
-        self.sender = Some(Sender::start(conn, (writer, closer), image, packing, self.pool.clone(), report)?);
+        let (pool, link) = (self.pool.clone(), (writer, closer));
+        self.sender = Some(Sender::start(conn, link, image, packing, pool, priority::raise, report)?);
         Ok(())
     }
 
@@ -391,33 +394,31 @@ impl PrimaryNode {
         if self.on_its_way.take().is_some() {
             self.context.status.aborted();
         }
-        self.dirty.forget();
-        self.disks.journal().set_mode(JournalMode::Pass);
-        self.disks.shared().into_iter().for_each(SharedJournal::alone);
-        self.machine.kick_disks();
+        let room = self.buffers.untrack(self.buffers.decide());
+        self.kick(room);
         self.machine.track_dirty(false)?;
         Ok(())
     }
 
     fn capture(&mut self, id: EpochId, completes_resync: bool, output: OutputCut) -> Result<(), NodeError> {
-        let started_us = clock::monotonic_us();
+        let decision = self.buffers.decide();
         let was_running = self.machine.is_running();
         let mut buffer = self.pool.get();
-        self.machine.pause()?;
-        let (journal, shared) = (self.disks.journal(), self.disks.shared());
-        let taken = capture(&mut self.machine, &mut self.dirty, journal, shared, id, &mut buffer);
-        match output {
-            OutputCut::Pass => {}
-            OutputCut::Hold => self.gate.hold(),
-            OutputCut::Seal => self.gate.seal(id.epoch),
+        if let Err(error) = self.buffers.prepare(clock::now(), &mut self.machine, &mut buffer) {
+            // The cut meets it too, and then it counts.
+            tracing::warn!(%error, "the dirty log could not be read ahead of a pause");
         }
+        let started_us = clock::monotonic_us();
+        self.machine.pause()?;
+        let cut = Cut { decision, id, output };
+        let taken = self.buffers.cut(clock::now(), cut, &mut self.machine, &mut buffer);
         if was_running {
             self.machine.resume()?;
         }
         let pause_us = clock::monotonic_us().saturating_sub(started_us);
         let input = match taken {
             Ok(()) => {
-                self.protocol.note_dirty_pages(self.dirty.taken());
+                self.buffers.with_dirty_pages(|pages| self.protocol.note_dirty_pages(pages));
                 self.protocol.note_blocks(buffer.blocks.iter().flat_map(|blocks| blocks.indexes()));
                 let dirty_pages = buffer.pages_total();
                 buffer.completes_resync = completes_resync;
@@ -426,9 +427,8 @@ impl PrimaryNode {
                 Input::Captured { id }
             }
             Err(error) => {
-                self.dirty.put_back();
-                self.disks.journal().put_back();
-                self.disks.shared().into_iter().for_each(SharedJournal::put_back);
+                self.buffers.put_back(decision);
+                self.pool.put(buffer);
                 Input::CaptureFailed { why: error.to_string() }
             }
         };
@@ -437,22 +437,17 @@ impl PrimaryNode {
     }
 
     fn release(&mut self, through: u64, before: crate::protocol::types::Instant) {
-        if self.gate.release(through, || clock::now() < before) == ReleaseEnd::Expired {
+        let (end, room) = self.buffers.release(through, || clock::now() < before);
+        if end == ReleaseEnd::Expired {
             self.protocol.handle(clock::now(), Input::ReleaseExpired);
         }
-        if self.gate.take_was_full() {
-            self.machine.kick_net();
-        }
+        self.kick(room);
     }
 
-    /// The epoch on its way is committed: its dirty pages is safe and its figures are complete.
+    /// The epoch on its way is committed: what it held is safe and its figures are complete.
     fn committed(&mut self, id: EpochId) {
-        self.dirty.committed(id);
-        self.disks.journal().committed(id);
-        self.disks.shared().into_iter().for_each(|shared| shared.committed(id));
-        if self.disks.journal().take_was_full() {
-            self.machine.kick_disks();
-        }
+        let room = self.buffers.committed(id);
+        self.kick(room);
         let Some(way) = self.on_its_way.take() else { return };
         let sample = EpochSample {
             index: 0, // the log numbers them
@@ -460,7 +455,7 @@ impl PrimaryNode {
             commit_us: clock::monotonic_us().saturating_sub(way.started_us),
             dirty_pages: way.dirty_pages,
             wire_bytes: self.sender.as_ref().map_or(0, Sender::last_epoch_bytes),
-            hold_us: self.gate.last_hold_us(),
+            hold_us: self.buffers.output().last_hold_us(),
         };
         self.context.status.committed(sample);
     }
@@ -475,11 +470,9 @@ impl PrimaryNode {
     }
 
     fn fence(&mut self) -> Result<(), NodeError> {
-        self.gate.close();
+        self.buffers.fence();
         self.machine.pause()?;
         self.cancel_snapshot();
-        self.disks.journal().set_mode(JournalMode::Closed);
-        self.disks.shared().into_iter().for_each(SharedJournal::close);
         self.sender = None;
         self.connections.close_all();
         Ok(())
@@ -488,8 +481,8 @@ impl PrimaryNode {
     fn publish(&mut self) {
         let resync = self.protocol.resync().map(|ledger| ledger.parts().collect());
         let resync = self.meter.look(clock::monotonic_us(), resync);
-        let (held, journal) = (self.gate.figures(), self.disks.journal().figures());
-        let held_disk_bytes = self.disks.shared().map_or(0, SharedJournal::used_bytes);
+        let (held, journal) = (self.buffers.output().figures(), self.disks.journal().figures());
+        let held_disk_bytes = self.disks.shared().map_or(0, |shared| shared.used_bytes());
         let running = self.machine.is_running();
         self.context.status.primary(&self.protocol, running, resync, held, journal, held_disk_bytes);
         if let Some(report) = self.verifying.news(self.protocol.verify()) {
