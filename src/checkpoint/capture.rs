@@ -97,9 +97,9 @@ impl Capture {
         self.pages.capacity().min(self.bytes.capacity() / PAGE_BYTES)
     }
 
-    /// Bytes of memory it keeps.
+    /// Bytes of memory it keeps for pages.
     pub fn room_bytes(&self) -> u64 {
-        (self.bytes.capacity() + self.pages.capacity() * size_of::<u64>() + self.state.capacity()) as u64
+        (self.bytes.capacity() + self.pages.capacity() * size_of::<u64>()) as u64
     }
 
     /// Makes room for `pages` pages, and touches it; what it held is gone. It takes a while: not
@@ -118,6 +118,12 @@ impl Capture {
             self.state.resize(STATE_BYTES, 1);
         }
         self.clear();
+    }
+
+    /// Sees to room for `pages` pages and not for more, as a vector that grows by itself would.
+    pub(super) fn reserve(&mut self, pages: usize) {
+        self.pages.reserve_exact(pages);
+        self.bytes.reserve_exact(pages.saturating_mul(PAGE_BYTES));
     }
 
     /// Gives back the memory beyond the room for `pages` pages; what it held is gone.

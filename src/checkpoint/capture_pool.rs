@@ -35,7 +35,9 @@ struct Pool {
 impl CapturePool {
     /// Makes the pool ready. It takes a while: not for a thread that somebody waits for.
     pub fn warm(&self) {
-        for _ in self.shared.lock().free.len()..POOLED {
+        // Not in the loop's head: there the lock would be held as long as the loop.
+        let kept = self.shared.lock().free.len();
+        for _ in kept..POOLED {
             let mut capture = Box::<Capture>::default();
             capture.make_room(ROOM_PAGES_MIN);
             self.keep(capture);
@@ -71,14 +73,14 @@ impl CapturePool {
         }
     }
 
-    /// Most bytes the pool ever keeps for a guest of `pages` pages, all of which may be in one
-    /// epoch.
+    /// Most bytes the pool ever keeps for the pages of a guest of `pages` pages, all of which may be
+    /// in one epoch. The state beside memory, some kilobytes for each vCPU, comes on top.
     pub fn bytes_max(pages: u64) -> u64 {
         let page_bytes = (PAGE_BYTES + size_of::<u64>()) as u64;
         pages.max(ROOM_PAGES_MIN as u64).saturating_mul(page_bytes).saturating_mul(POOLED as u64)
     }
 
-    /// Bytes it keeps now, those handed out aside.
+    /// Bytes it keeps for pages now, in captures that are not handed out.
     pub fn bytes(&self) -> u64 {
         self.shared.lock().free.iter().map(|capture| capture.room_bytes()).sum()
     }

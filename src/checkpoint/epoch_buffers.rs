@@ -267,6 +267,7 @@ impl EpochBuffers {
         }
         self.take_up_commit(dirty);
         let taken = dirty.take(id, |set| source.collect_dirty(set)).map_err(CutError::Source)?;
+        into.reserve(usize::try_from(taken.count()).unwrap_or(usize::MAX));
         into.pages.extend(taken.iter());
         source.copy_pages(taken, &mut into.bytes);
         expected.note(now, into.pages.len());
