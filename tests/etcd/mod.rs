@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -32,9 +32,28 @@ pub fn directory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// A port that nobody listens on now.
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// A TCP port of loopback that stays this value's own, even while nothing listens on it. It lies
+/// below the ports that the kernel gives to outgoing connections, and among test processes it is
+/// claimed by the UDP port of the same number.
+pub struct ReservedPort {
+    pub port: u16,
+    _claim: UdpSocket,
+}
+
+impl ReservedPort {
+    pub fn new() -> ReservedPort {
+        const PORTS: std::ops::Range<u16> = 20_000..32_000;
+        // Processes begin at different places, so that they seldom meet at all.
+        let count = u32::from(PORTS.end - PORTS.start);
+        let first = std::process::id() % count;
+        let port = |at: u32| PORTS.start + ((first + at) % count) as u16;
+        let reserve = |port: u16| {
+            let claim = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).ok()?;
+            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok()?;
+            Some(ReservedPort { port, _claim: claim })
+        };
+        (0..count).map(port).find_map(reserve).expect("a port that nobody uses")
+    }
 }
 
 pub fn guest() -> GuestName {
@@ -46,6 +65,7 @@ pub struct Etcd {
     arguments: Vec<String>,
     pub url: String,
     child: Option<Child>,
+    _ports: (ReservedPort, ReservedPort),
 }
 
 impl Etcd {
@@ -61,13 +81,14 @@ impl Etcd {
 
     /// A cluster, running.
     pub fn cluster(directory: &Path, members: usize, certificates: Option<&Certificates>) -> Vec<Etcd> {
-        let ports: Vec<(u16, u16)> = (0..members).map(|_| (free_port(), free_port())).collect();
-        let peers = ports.iter().enumerate().map(|(at, (_, peer))| format!("m{at}=http://127.0.0.1:{peer}"));
+        let ports: Vec<_> = (0..members).map(|_| (ReservedPort::new(), ReservedPort::new())).collect();
+        let peers = ports.iter().enumerate().map(|(at, (_, peer))| format!("m{at}=http://127.0.0.1:{}", peer.port));
         let peers = peers.collect::<Vec<_>>().join(",");
         let mut all: Vec<Etcd> = ports
-            .iter()
+            .into_iter()
             .enumerate()
-            .map(|(at, (client, peer))| {
+            .map(|(at, reserved)| {
+                let (client, peer) = (reserved.0.port, reserved.1.port);
                 let scheme = if certificates.is_some() { "https" } else { "http" };
                 let url = format!("{scheme}://127.0.0.1:{client}");
                 let data = directory.join(format!("m{at}"));
@@ -86,7 +107,7 @@ impl Etcd {
                     arguments.push(format!("--trusted-ca-file={}", files.path("ca.pem").display()));
                     arguments.push("--client-cert-auth".to_owned());
                 }
-                Etcd { arguments, url, child: None }
+                Etcd { arguments, url, child: None, _ports: reserved }
             })
             .collect();
         // All are started before any is waited for: a member serves nobody until it has a quorum.
