@@ -1,4 +1,4 @@
-# The doors of mcd. Each of them works alone, in any order, on a fresh Debian 12 with Rust, git, make and a C compiler.
+# The targets of mcd. Each of them works alone, in any order, on a fresh Debian 12 with Rust, git, make and a C compiler.
 
 CARGO  ?= cargo
 ROUNDS ?= 3
@@ -11,10 +11,10 @@ MCD    := target/release/mcd
 .PHONY: help setup setup-lab build demo test lint bench lab soak soak-disk sim sim-mutants
 
 help: ## say what there is
-	@echo 'usage: make <door>'
+	@echo 'usage: make <target>'
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: ## install the Debian packages that are lacking (told before; without root: named only)
+setup: ## install the Debian packages that are lacking (names them first; without root: names them only)
 	@scripts/setup
 
 setup-lab: setup ## the same for make lab; two of Debian's kernels go into target/lab

@@ -8,6 +8,7 @@ use mcd::machine::host_cpu;
 use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
+use mcd::testbed::rng::Rng;
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageEncoder, WireError};
 
 use super::process::WAIT_MAX;
@@ -279,14 +280,8 @@ impl Joined {
     }
 }
 
-/// Bytes that nobody planned.
+/// Random bytes, the same each time.
 pub fn garbage(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..length).map(|_| next()).collect()
+    let mut rng = Rng::new(1);
+    (0..length).map(|_| rng.next_u64() as u8).collect()
 }
