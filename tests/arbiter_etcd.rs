@@ -334,7 +334,7 @@ fn swallow_one_answer(etcd: &str) -> (String, std::thread::JoinHandle<()>) {
 }
 
 #[test]
-fn an_answer_that_was_lost_is_found_again() {
+fn a_swap_whose_answer_was_lost_is_recognised_as_won() {
     if !installed() {
         return;
     }

@@ -141,7 +141,7 @@ fn no_client_notices_and_nothing_is_left_behind() {
 }
 
 #[test]
-fn an_interrupt_ends_it_in_order() {
+fn an_interrupt_ends_the_demo_and_leaves_nothing_behind() {
     if !can_run() {
         return;
     }
@@ -155,7 +155,7 @@ fn an_interrupt_ends_it_in_order() {
 }
 
 #[test]
-fn its_own_sudden_death_takes_the_nodes_along() {
+fn killing_the_demo_kills_its_nodes() {
     if !can_run() {
         return;
     }
@@ -167,7 +167,7 @@ fn its_own_sudden_death_takes_the_nodes_along() {
 }
 
 #[test]
-fn a_takeover_nobody_ordered_is_survived_too() {
+fn the_demo_survives_a_takeover_that_it_did_not_cause() {
     if !can_run() {
         return;
     }

@@ -241,8 +241,8 @@ fn nothing_is_in_the_image_before_its_epoch_is_committed() {
 }
 
 #[test]
-fn an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more() {
-    let name = "an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more";
+fn a_new_primary_waits_for_the_disk_lock_and_a_frozen_primary_writes_nothing_more() {
+    let name = "a_new_primary_waits_for_the_disk_lock_and_a_frozen_primary_writes_nothing_more";
     with_rights(name, NODE_DEVICES, || {
         let mut pair = SharedDiskPair::start(1, SUSPECT);
         let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();

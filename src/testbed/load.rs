@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_right_server_gets_no_complaint() {
+    fn a_correct_server_gets_no_complaint() {
         let tally = run_with(None);
         assert!(tally.is_clean(), "{:?}", tally.complaints.lock());
         assert_eq!(tally.requests.load(Relaxed), tally.replies.load(Relaxed));
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_probe_times_each_request_and_rests_when_told() {
+    fn the_probe_times_each_request_and_rests_when_idle() {
         let server = TestServer::start(None, 0);
         let tally = Arc::new(Tally::default());
         let probe = Probe::open(&server.dial(), &tally, Duration::from_millis(1)).unwrap();

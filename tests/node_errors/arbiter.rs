@@ -22,8 +22,8 @@ fn small_disk(host: &Environment, fill: bool) -> Node {
 }
 
 #[test]
-fn a_full_disk_starts_no_guest() {
-    run("arbiter::a_full_disk_starts_no_guest", |host| {
+fn a_full_arbiter_directory_starts_no_guest() {
+    run("arbiter::a_full_arbiter_directory_starts_no_guest", |host| {
         small_disk(host, true).fails(FAILURE, &["no space left for arbiter record", "web.record", "make room"]);
         // Nothing is left in the way of the next one.
         // Its control socket answers before its guest starts.
@@ -32,8 +32,8 @@ fn a_full_disk_starts_no_guest() {
 }
 
 #[test]
-fn a_disk_that_fills_up_costs_protection_and_nothing_else() {
-    run("arbiter::a_disk_that_fills_up_costs_protection_and_nothing_else", |host| {
+fn a_full_arbiter_directory_prevents_protection_and_nothing_else() {
+    run("arbiter::a_full_arbiter_directory_prevents_protection_and_nothing_else", |host| {
         let mut primary = small_disk(host, false);
         primary.wait_guest();
         // Its disk, seen from here.
@@ -58,8 +58,8 @@ fn a_disk_that_fills_up_costs_protection_and_nothing_else() {
 }
 
 #[test]
-fn a_guest_on_record_elsewhere() {
-    run("arbiter::a_guest_on_record_elsewhere", |host| {
+fn a_primary_is_refused_for_a_guest_on_record_elsewhere() {
+    run("arbiter::a_primary_is_refused_for_a_guest_on_record_elsewhere", |host| {
         host.primary().kill();
         Node::start(host.primary_command(&[])).fails(REFUSED, &["guest 'web'", "running elsewhere", "mcd cold-start"]);
         let mut primary = Node::start(host.cold_start_command());
@@ -76,8 +76,8 @@ fn a_guest_on_record_elsewhere() {
 }
 
 #[test]
-fn arbiters_that_cannot_be_asked() {
-    run("arbiter::arbiters_that_cannot_be_asked", |host| {
+fn an_arbiter_out_of_reach_starts_no_guest() {
+    run("arbiter::an_arbiter_out_of_reach_starts_no_guest", |host| {
         let record = host.arbiter().join("web.record");
         fs::write(&record, "nonsense").expect("a file");
         Node::start(host.primary_command(&[])).fails(FAILURE, &["web.record is damaged", "restore it"]);
@@ -102,8 +102,8 @@ fn fence(host: &Environment, body: &str) -> String {
 }
 
 #[test]
-fn a_fencing_script_decides() {
-    run("arbiter::a_fencing_script_decides", |host| {
+fn a_fencing_script_decides_a_takeover() {
+    run("arbiter::a_fencing_script_decides_a_takeover", |host| {
         let who = fence(host, "exit 1");
         Node::start(host.primary_command(&[&who])).fails(REFUSED, &["running elsewhere", "so says command:"]);
         fence(host, "echo the switch is mute; exit 2");
@@ -132,8 +132,8 @@ fn a_fencing_script_decides() {
 }
 
 #[test]
-fn an_etcd_decides_and_its_loss_is_told_before_it_is_needed() {
-    run("arbiter::an_etcd_decides_and_its_loss_is_told_before_it_is_needed", |host| {
+fn an_unreachable_etcd_raises_an_alarm_and_its_record_decides_a_takeover() {
+    run("arbiter::an_unreachable_etcd_raises_an_alarm_and_its_record_decides_a_takeover", |host| {
         if !etcd::installed() {
             return;
         }

@@ -59,8 +59,8 @@ fn ask(first: u64, count: u32) -> Vec<u8> {
 }
 
 #[test]
-fn questions_that_no_primary_asks() {
-    run("hashes::questions_that_no_primary_asks", |host| {
+fn a_secondary_disconnects_at_malformed_block_hash_requests() {
+    run("block_hashes::a_secondary_disconnects_at_malformed_block_hash_requests", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let mut node = host.secondary(&[&flag(&image(host, "s.img"))]);
         let able = welcome_with_disk(features::LZ4 | features::DISK_HASHES);
@@ -202,8 +202,8 @@ fn until_whole(newcomer: &mut Newcomer, blocks: &mut Vec<u64>) {
 }
 
 #[test]
-fn answers_that_no_secondary_gives() {
-    run("hashes::answers_that_no_secondary_gives", |host| {
+fn a_primary_disconnects_at_malformed_block_hash_answers() {
+    run("block_hashes::a_primary_disconnects_at_malformed_block_hash_answers", |host| {
         let mut primary = Node::start(host.primary_command(&[&flag(&image(host, "p.img"))]));
         primary.wait_guest();
         let mut instance = 100;
@@ -235,8 +235,8 @@ fn answers_that_no_secondary_gives() {
 }
 
 #[test]
-fn a_newcomer_gets_what_its_disk_lacks() {
-    run("hashes::a_newcomer_gets_what_its_disk_lacks", |host| {
+fn a_newcomer_is_sent_only_the_blocks_that_differ() {
+    run("block_hashes::a_newcomer_is_sent_only_the_blocks_that_differ", |host| {
         let mut primary = Node::start(host.primary_command(&[&flag(&image(host, "p.img"))]));
         primary.wait_guest();
         // It has all but two blocks, one of them the last.

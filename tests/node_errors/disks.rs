@@ -41,8 +41,8 @@ fn primary(host: &Environment, flags: &[&str]) -> Node {
 }
 
 #[test]
-fn images_a_guest_is_not_started_from() {
-    run("disks::images_a_guest_is_not_started_from", |host| {
+fn a_guest_does_not_start_from_a_missing_locked_or_partial_image() {
+    run("disks::a_guest_does_not_start_from_a_missing_locked_or_partial_image", |host| {
         let start = |flags: &[&str]| Node::start(host.primary_command(flags));
         let disk = image(host, "p.img", DISK_BYTES);
         let missing = flag(&host.path("none.img"), "");
@@ -68,8 +68,8 @@ fn images_a_guest_is_not_started_from() {
 }
 
 #[test]
-fn images_a_newcomer_cannot_take() {
-    run("disks::images_a_newcomer_cannot_take", |host| {
+fn a_newcomer_refuses_images_that_do_not_match_the_guests_disks() {
+    run("disks::a_newcomer_refuses_images_that_do_not_match_the_guests_disks", |host| {
         let disk = image(host, "p.img", DISK_BYTES);
         let primary = primary(host, &[&flag(&disk, ",serial=one")]);
         host.secondary(&[]).fails(HOST, &["the guest has 1 disks", "given 0 times"]);
@@ -94,8 +94,8 @@ fn images_a_newcomer_cannot_take() {
 }
 
 #[test]
-fn a_secondary_makes_its_image_and_leaves_it_marked() {
-    run("disks::a_secondary_makes_its_image_and_leaves_it_marked", |host| {
+fn a_secondary_creates_its_image_and_stamps_it_as_partial() {
+    run("disks::a_secondary_creates_its_image_and_stamps_it_as_partial", |host| {
         let (disk, made) = (image(host, "p.img", DISK_BYTES), host.path("made.img"));
         let read_only = image(host, "ro.img", 4096);
         let flags = [flag(&read_only, ",ro"), flag(&disk, "")];
@@ -117,8 +117,8 @@ fn a_secondary_makes_its_image_and_leaves_it_marked() {
 }
 
 #[test]
-fn an_image_without_room_ends_the_secondary_and_not_the_guest() {
-    run("disks::an_image_without_room_ends_the_secondary_and_not_the_guest", |host| {
+fn a_full_image_file_system_ends_the_secondary_and_not_the_guest() {
+    run("disks::a_full_image_file_system_ends_the_secondary_and_not_the_guest", |host| {
         let disk = image(host, "p.img", DISK_BYTES);
         let primary = primary(host, &[&flag(&disk, "")]);
         let small = host.path("small");

@@ -6,8 +6,8 @@ use super::environment::{Environment, FAILURE, HOST, Mount, PRIMARY, mount, run}
 use super::process::Node;
 
 #[test]
-fn taps_that_cannot_be_had() {
-    run("host::taps_that_cannot_be_had", |host| {
+fn a_missing_or_occupied_tap_ends_the_node() {
+    run("host::a_missing_or_occupied_tap_ends_the_node", |host| {
         let _first = host.primary();
         let (mut command, _) = host.primary_command(&["--listen=127.0.0.1:7501"]);
         command.arg(format!("--control={}", host.path("other.sock").display()));
@@ -40,29 +40,29 @@ fn lacks(host: &Environment, mounts: &[Mount], parts: &[&str]) {
 }
 
 #[test]
-fn no_kvm() {
-    run("host::no_kvm", |host| {
+fn a_missing_kvm_device_ends_the_node() {
+    run("host::a_missing_kvm_device_ends_the_node", |host| {
         lacks(host, &dev_without(host, "kvm"), &["/dev/kvm"]);
     });
 }
 
 #[test]
-fn something_else_in_the_place_of_kvm() {
-    run("host::something_else_in_the_place_of_kvm", |host| {
+fn another_device_at_the_path_of_kvm_ends_the_node() {
+    run("host::another_device_at_the_path_of_kvm_ends_the_node", |host| {
         lacks(host, &[Mount::Bind("/dev/null".into(), "/dev/kvm".into())], &["/dev/kvm"]);
     });
 }
 
 #[test]
-fn no_tun_driver() {
-    run("host::no_tun_driver", |host| {
+fn a_missing_tun_device_ends_the_node() {
+    run("host::a_missing_tun_device_ends_the_node", |host| {
         lacks(host, &dev_without(host, "net/tun"), &["tap", "/dev/net/tun is missing", "modprobe tun"]);
     });
 }
 
 #[test]
-fn ports_and_sockets_in_use() {
-    run("host::ports_and_sockets_in_use", |host| {
+fn ports_and_control_sockets_in_use_end_the_node() {
+    run("host::ports_and_control_sockets_in_use_end_the_node", |host| {
         let taken = std::net::TcpListener::bind(PRIMARY[1]).expect("a port");
         Node::start(host.primary_command(&[])).fails(FAILURE, &["cannot listen on 127.0.0.1:7402", "in use"]);
         drop(taken);

@@ -11,8 +11,8 @@ use super::environment::{HOST, PRIMARY, REFUSED, run};
 use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
 
 #[test]
-fn another_program_or_another_version() {
-    run("joining::another_program_or_another_version", |host| {
+fn a_secondary_ends_where_the_peer_speaks_no_mcd_or_another_version() {
+    run("joining::a_secondary_ends_where_the_peer_speaks_no_mcd_or_another_version", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let other = frame_of_version(&Message::Welcome(welcome()), PROTOCOL_VERSION + 1);
         let answers: [(&[u8], &str); 3] = [
@@ -37,8 +37,8 @@ fn another_program_or_another_version() {
 }
 
 #[test]
-fn a_primary_that_does_not_fit() {
-    run("joining::a_primary_that_does_not_fit", |host| {
+fn a_secondary_ends_where_the_primary_does_not_match_its_flags() {
+    run("joining::a_secondary_ends_where_the_primary_does_not_match_its_flags", |host| {
         let primary = host.primary();
         host.secondary(&["--guest=mail"]).fails(REFUSED, &["runs guest 'web', not 'mail'", "--peer"]);
         host.secondary(&["--staging-max=4M"]).fails(REFUSED, &["at most 4 MiB", "--staging-max"]);
@@ -49,8 +49,8 @@ fn a_primary_that_does_not_fit() {
 }
 
 #[test]
-fn refusals_for_good() {
-    run("joining::refusals_for_good", |host| {
+fn a_secondary_ends_at_a_final_refusal() {
+    run("joining::a_secondary_ends_at_a_final_refusal", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         for reason in [RefuseReason::Version, RefuseReason::Guest, RefuseReason::Cpu, RefuseReason::Malformed] {
             let mut node = host.secondary(&[]);
@@ -62,8 +62,8 @@ fn refusals_for_good() {
 }
 
 #[test]
-fn welcomes_nobody_should_believe() {
-    run("joining::welcomes_nobody_should_believe", |host| {
+fn a_secondary_refuses_a_welcome_with_impossible_values() {
+    run("joining::a_secondary_refuses_a_welcome_with_impossible_values", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let ends = |bad: Welcome, code: i32, part: &str| {
             let mut node = host.secondary(&[]);
@@ -93,8 +93,8 @@ fn welcomes_nobody_should_believe() {
 }
 
 #[test]
-fn what_may_change_is_tried_again_and_told_once() {
-    run("joining::what_may_change_is_tried_again_and_told_once", |host| {
+fn a_temporary_refusal_is_retried_and_logged_once() {
+    run("joining::a_temporary_refusal_is_retried_and_logged_once", |host| {
         let mut node = host.secondary(&[]);
         node.wait_warning("no primary to join yet: cannot connect to 127.0.0.1:7401");
         let status = node.wait_state(State::Connecting);
@@ -123,8 +123,8 @@ fn what_may_change_is_tried_again_and_told_once() {
 }
 
 #[test]
-fn a_primary_that_says_nothing() {
-    run("joining::a_primary_that_says_nothing", |host| {
+fn a_primary_that_does_not_answer_times_out_and_is_retried() {
+    run("joining::a_primary_that_does_not_answer_times_out_and_is_retried", |host| {
         let mute = TcpListener::bind(PRIMARY[0]).expect("a port");
         let mut node = host.secondary(&[]);
         let (first, _) = mute.accept().expect("a newcomer");
@@ -139,8 +139,8 @@ fn a_primary_that_says_nothing() {
 }
 
 #[test]
-fn two_newcomers_and_a_secondary_asked_for_the_guest() {
-    run("joining::two_newcomers_and_a_secondary_asked_for_the_guest", |host| {
+fn a_second_secondary_is_refused_as_busy() {
+    run("joining::a_second_secondary_is_refused_as_busy", |host| {
         let primary = host.primary();
         let mut secondary = host.secondary(&[]);
         primary.wait_state(State::Protected);

@@ -10,9 +10,12 @@ mod environment;
 #[path = "../etcd/mod.rs"]
 mod etcd;
 mod fake;
+mod held_joining;
 mod host;
 mod joining;
 mod primaries;
 mod process;
+mod silent_connections;
+mod slow_prefault;
 mod snapshots;
 mod unknown_peers;

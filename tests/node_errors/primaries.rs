@@ -33,8 +33,8 @@ fn given_up(mut joined: Joined, node: &mut Node, bytes: &[u8], part: &str) {
 }
 
 #[test]
-fn damaged_epochs() {
-    run("primaries::damaged_epochs", |host| {
+fn a_secondary_disconnects_at_a_damaged_epoch_and_does_not_ack_it() {
+    run("primaries::a_secondary_disconnects_at_a_damaged_epoch_and_does_not_ack_it", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let mut node = host.secondary(&[]);
         let good = || Epoch::new(4);
@@ -55,8 +55,8 @@ fn damaged_epochs() {
 }
 
 #[test]
-fn frames_out_of_place() {
-    run("primaries::frames_out_of_place", |host| {
+fn a_secondary_disconnects_at_a_frame_out_of_turn() {
+    run("primaries::a_secondary_disconnects_at_a_frame_out_of_turn", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let mut node = host.secondary(&[]);
         let begin = frame(&Message::EpochBegin { id: epoch(4), completes_resync: false });
@@ -96,8 +96,8 @@ fn frames_out_of_place() {
 }
 
 #[test]
-fn pairs_out_of_turn() {
-    run("primaries::pairs_out_of_turn", |host| {
+fn a_secondary_disconnects_at_a_pair_record_that_is_not_its_own() {
+    run("primaries::a_secondary_disconnects_at_a_pair_record_that_is_not_its_own", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let mut node = host.secondary(&[]);
         let pair = |joined: &Joined| Record {
@@ -135,8 +135,8 @@ fn pairs_out_of_turn() {
 }
 
 #[test]
-fn epochs_before_and_after_the_pair() {
-    run("primaries::epochs_before_and_after_the_pair", |host| {
+fn epochs_are_acked_in_the_order_of_the_pair_record_only() {
+    run("primaries::epochs_are_acked_in_the_order_of_the_pair_record_only", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let mut node = host.secondary(&[]);
         let whole = || {
@@ -177,8 +177,8 @@ fn figure(node: &Node, name: &str) -> u64 {
 }
 
 #[test]
-fn more_than_was_asked_for() {
-    run("primaries::more_than_was_asked_for", |host| {
+fn an_epoch_larger_than_the_staging_budget_is_refused_and_leaves_no_memory_behind() {
+    run("primaries::an_epoch_larger_than_the_staging_budget_is_refused_and_leaves_no_memory_behind", |host| {
         const STAGING_MIB: u64 = 24;
         let fake = FakePrimary::listen(PRIMARY);
         let mut node = host.secondary(&[&format!("--staging-max={STAGING_MIB}M")]);

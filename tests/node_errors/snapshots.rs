@@ -54,8 +54,8 @@ fn nothing_was_claimed(host: &Environment) {
 }
 
 #[test]
-fn files_a_guest_is_not_started_from() {
-    run("snapshots::files_a_guest_is_not_started_from", |host| {
+fn a_guest_does_not_start_from_a_damaged_snapshot() {
+    run("snapshots::a_guest_does_not_start_from_a_damaged_snapshot", |host| {
         restore(host, &host.path("none.snap"), &[]).fails(USAGE, &["cannot read snapshot", "none.snap"]);
         restore(host, &host.arbiter(), &[]).fails(USAGE, &["is no snapshot of mcd"]);
         let path = file(host, &head());
@@ -80,8 +80,8 @@ fn files_a_guest_is_not_started_from() {
 }
 
 #[test]
-fn hosts_and_flags_a_snapshot_does_not_fit() {
-    run("snapshots::hosts_and_flags_a_snapshot_does_not_fit", |host| {
+fn a_snapshot_is_refused_where_host_or_flags_differ() {
+    run("snapshots::a_snapshot_is_refused_where_host_or_flags_differ", |host| {
         let path = file(host, &head());
         let with = |flag: &str, parts: &[&str]| restore(host, &path, &[flag]).fails(USAGE, parts);
         with("--memory=32M", &["--memory 32M contradicts snapshot", "16 MiB", "leave it out"]);
@@ -107,8 +107,8 @@ fn hosts_and_flags_a_snapshot_does_not_fit() {
 }
 
 #[test]
-fn images_a_snapshot_does_not_fit() {
-    run("snapshots::images_a_snapshot_does_not_fit", |host| {
+fn a_snapshot_is_refused_where_disk_images_differ() {
+    run("snapshots::a_snapshot_is_refused_where_disk_images_differ", |host| {
         let mut with_disk = head();
         with_disk.stopped = true;
         with_disk.shape.disks = vec![DiskShape { bytes: 1 << 20, read_only: false, shared: false, serial: [b'a'; 20] }];
@@ -160,8 +160,8 @@ fn mcd(words: &[&str]) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn snapshots_that_are_not_taken() {
-    run("snapshots::snapshots_that_are_not_taken", |host| {
+fn snapshot_commands_that_cannot_be_carried_out_are_refused() {
+    run("snapshots::snapshot_commands_that_cannot_be_carried_out_are_refused", |host| {
         let node = host.primary();
         let control = host.path("p.sock").display().to_string();
         let refused = |file: &Path, part: &str| {

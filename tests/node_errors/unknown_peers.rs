@@ -21,8 +21,8 @@ fn is_well(host: &Environment, primary: &mut Node) {
 }
 
 #[test]
-fn those_who_do_not_speak_mcd() {
-    run("unknown_peers::those_who_do_not_speak_mcd", |host| {
+fn bytes_that_are_no_mcd_frames_close_the_connection() {
+    run("unknown_peers::bytes_that_are_no_mcd_frames_close_the_connection", |host| {
         let mut primary = host.primary();
         for port in PRIMARY {
             let mut unknown_peer = Peer::connect(port);
@@ -48,8 +48,8 @@ fn those_who_do_not_speak_mcd() {
 }
 
 #[test]
-fn those_who_say_half_a_word() {
-    run("unknown_peers::those_who_say_half_a_word", |host| {
+fn an_incomplete_hello_times_out_however_slowly_it_arrives() {
+    run("unknown_peers::an_incomplete_hello_times_out_however_slowly_it_arrives", |host| {
         let mut primary = host.primary();
         let words = frame(&Message::Hello(hello(Channel::Data, 1)));
         let mut silent = Peer::connect(PRIMARY[0]);
@@ -96,8 +96,8 @@ fn refused(primary: &mut Node, hello: Hello, reason: RefuseReason, part: &str) {
 }
 
 #[test]
-fn those_who_do_not_fit() {
-    run("unknown_peers::those_who_do_not_fit", |host| {
+fn a_hello_that_does_not_match_the_primary_is_refused() {
+    run("unknown_peers::a_hello_that_does_not_match_the_primary_is_refused", |host| {
         let mut primary = host.primary();
         let good = || hello(Channel::Data, 1);
         let newer = PROTOCOL_VERSION + 1;
@@ -135,8 +135,8 @@ fn those_who_do_not_fit() {
 }
 
 #[test]
-fn a_newcomer_that_is_welcome_and_then_goes_wrong() {
-    run("unknown_peers::a_newcomer_that_is_welcome_and_then_goes_wrong", |host| {
+fn a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected() {
+    run("unknown_peers::a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected", |host| {
         let mut primary = host.primary();
         let welcomed = |instance: u128| {
             let mut data = Peer::connect(PRIMARY[0]);
@@ -179,8 +179,8 @@ fn a_newcomer_that_is_welcome_and_then_goes_wrong() {
 }
 
 #[test]
-fn a_crowd() {
-    run("unknown_peers::a_crowd", |host| {
+fn connections_beyond_the_limit_are_refused_as_busy() {
+    run("unknown_peers::connections_beyond_the_limit_are_refused_as_busy", |host| {
         let mut primary = host.primary();
         let mut crowd: Vec<Peer> = (0..100).map(|_| Peer::connect(PRIMARY[0])).collect();
         // Some are told to come again, the others are given up when they say nothing.

@@ -400,7 +400,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_shows_this_table() {
+    fn the_document_shows_the_fault_matrix() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/failover.md");
         let document = std::fs::read_to_string(path).unwrap();
         assert!(

@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn no_cut_and_no_lie_about_a_length_is_believed() {
+    fn truncated_frames_and_false_lengths_are_rejected() {
         let frame = build::tcp(40_000, 7, 9, flags::ACK, &[5; 40]);
         for length in 0..frame.len() {
             let whole = matches!(parse(&frame[..length]), Some(Packet::Tcp(_)));

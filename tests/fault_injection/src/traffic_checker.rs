@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn an_honest_takeover_is_one_change_of_reign() {
+    fn a_takeover_is_one_change_of_the_releaser() {
         let (a, b) = (HostName::A, HostName::B);
         let start = u32::MAX - 5;
         let seen = check(&[
@@ -260,14 +260,14 @@ mod tests {
     }
 
     #[test]
-    fn two_releasers_show_as_more_reigns() {
+    fn two_releasers_at_a_time_show_as_extra_releaser_intervals() {
         let (a, b) = (HostName::A, HostName::B);
         let seen = check(&[(a, data(0, 0, b"")), (b, data(0, 0, b"")), (a, data(0, 0, b""))]);
         assert_eq!(seen.intervals.len(), 3);
     }
 
     #[test]
-    fn whatever_was_rolled_back_shows() {
+    fn a_rollback_of_sent_bytes_or_acks_is_a_violation() {
         let (a, b) = (HostName::A, HostName::B);
         let wrong = |second: Vec<u8>| {
             let seen = check(&[(a, data(100, 50, b"0123456789")), (b, second)]);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_may_come_later_and_is_compared_from_then_on() {
+    fn a_lost_segment_may_come_later_and_is_compared_from_then_on() {
         let a = HostName::A;
         let seen = |last: &[u8]| {
             let frames = [data(100, 50, b"01"), data(105, 50, b"5"), data(102, 50, b"234"), data(100, 50, last)];

@@ -329,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_late_frame_between_two_of_the_heir_is_told_apart() {
+    fn one_late_frame_between_two_of_the_new_primary_is_counted_apart() {
         let (a, b) = (HostName::A, HostName::B);
         let interval = |host, frames| ReleaserInterval { host, frames, first_us: 0, last_us: 0 };
         let hosts = |intervals: &[ReleaserInterval]| intervals.iter().map(|r| r.host).collect::<Vec<_>>();

@@ -10,7 +10,7 @@ use mcd::testbed::require::{REQUIRE_KVM, devices, skip};
 const HOST_LACKS_SOMETHING: i32 = 3;
 
 #[test]
-fn every_telling_fault_ends_as_its_row_says() {
+fn the_short_fault_matrix_comes_true() {
     if let Err(why) = devices(&["/dev/kvm"]) {
         return skip(REQUIRE_KVM, why);
     }
