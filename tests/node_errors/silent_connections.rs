@@ -55,7 +55,8 @@ fn a_secondary_joins_although_silent_connections_fill_both_ports() {
     });
 }
 
-struct SetOnDrop<'a>(&'a AtomicBool);
+/// Sets a flag when it is dropped.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
