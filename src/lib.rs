@@ -1,6 +1,7 @@
 //! mcd: micro-checkpointing fault tolerance for KVM guests.
 //!
-//! The crate is a house of five floors; a room imports from its own floor or those under it.
+//! The crate is a house of five floors; a room imports from its own floor or those under it. Above
+//! them are the command line, the demonstration, and the testbed that tests and benches share.
 
 pub mod arbiter;
 pub mod checkpoint;
@@ -11,4 +12,5 @@ pub mod device;
 pub mod machine;
 pub mod node;
 pub mod protocol;
+pub mod testbed;
 pub mod wire;

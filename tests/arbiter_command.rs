@@ -23,14 +23,14 @@ const LONG: Duration = Duration::from_secs(30);
 /// Long enough for one that does not.
 const SHORT: Duration = Duration::from_millis(100);
 
-/// A place for a script and what it leaves behind.
-struct Place {
+/// A directory for a script and what it leaves behind.
+struct ScriptDirectory {
     directory: TempDir,
 }
 
-impl Place {
-    fn new() -> Place {
-        Place { directory: tempfile::tempdir().unwrap() }
+impl ScriptDirectory {
+    fn new() -> ScriptDirectory {
+        ScriptDirectory { directory: tempfile::tempdir().unwrap() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -68,9 +68,9 @@ fn unreachable<T: std::fmt::Debug>(result: Result<T, ArbiterError>) -> String {
 }
 
 #[test]
-fn the_peer_is_surely_down() {
-    let place = Place::new();
-    let mut arbiter = arbiter(place.script("exit 0"), LONG);
+fn exit_code_0_means_that_the_peer_is_down() {
+    let scripts = ScriptDirectory::new();
+    let mut arbiter = arbiter(scripts.script("exit 0"), LONG);
     let first = Record::first(P);
     assert_eq!(arbiter.read().unwrap(), None);
     assert_eq!(arbiter.swap(None, &first).unwrap(), Swap::Won);
@@ -82,9 +82,9 @@ fn the_peer_is_surely_down() {
 }
 
 #[test]
-fn the_peer_has_the_guest() {
-    let place = Place::new();
-    let script = place.script("exit 1");
+fn exit_code_1_means_that_the_peer_has_the_guest() {
+    let scripts = ScriptDirectory::new();
+    let script = scripts.script("exit 1");
     // Each is told the record that its peer won.
     let lost_to = |peer| Swap::Lost(Some(pair().next_solo(peer)));
     assert_eq!(arbiter(&script, LONG).swap(Some(&pair()), &pair().next_solo(S)).unwrap(), lost_to(P));
@@ -96,8 +96,8 @@ fn the_peer_has_the_guest() {
 }
 
 #[test]
-fn whatever_else_it_says_decides_nothing() {
-    let place = Place::new();
+fn any_other_exit_code_decides_nothing() {
+    let scripts = ScriptDirectory::new();
     let endings = [
         ("echo power switch does not answer >&2; exit 2", "status 2 (power switch does not answer)"),
         ("exit 255", "status 255"),
@@ -105,7 +105,7 @@ fn whatever_else_it_says_decides_nothing() {
         ("printf 'odd \\033[31m \\000 bytes \\377'; exit 3", "status 3 (odd"),
     ];
     for (body, said) in endings {
-        let mut arbiter = arbiter(place.script(body), LONG);
+        let mut arbiter = arbiter(scripts.script(body), LONG);
         let text = unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S)));
         assert!(text.contains(said) && !text.contains('\u{1b}'), "{body}: {text}");
         assert_eq!(arbiter.read().unwrap(), None);
@@ -113,10 +113,10 @@ fn whatever_else_it_says_decides_nothing() {
 }
 
 #[test]
-fn it_is_told_what_the_contract_says() {
-    let place = Place::new();
-    let seen = place.path("seen");
-    let script = place.script(&format!(
+fn the_script_gets_the_documented_arguments_and_environment() {
+    let scripts = ScriptDirectory::new();
+    let seen = scripts.path("seen");
+    let script = scripts.script(&format!(
         "echo \"$1 $2 $# $MCD_QUESTION $MCD_GUEST $MCD_GENERATION $MCD_INSTANCE $MCD_PEER $MCD_TIMEOUT_MS $(pwd)\" >> {}; cat",
         seen.display()
     ));
@@ -133,18 +133,19 @@ fn it_is_told_what_the_contract_says() {
 }
 
 #[test]
-fn one_that_cannot_be_run_is_out_of_reach_before_it_is_needed() {
-    let place = Place::new();
-    let missing = place.path("missing");
-    let plain = place.path("plain");
+fn a_script_that_cannot_be_run_is_reported_at_the_start() {
+    let scripts = ScriptDirectory::new();
+    let missing = scripts.path("missing");
+    let plain = scripts.path("plain");
     fs::write(&plain, "#!/bin/sh\nexit 0\n").unwrap();
-    let no_format = place.script("");
-    let bare = place.path("bare");
+    let no_format = scripts.script("");
+    let bare = scripts.path("bare");
     fs::copy(&no_format, &bare).unwrap();
-    let no_interpreter = Place::new();
+    let no_interpreter = ScriptDirectory::new();
     let odd = no_interpreter.script("");
     assert!(Command::new("sed").args(["-i", "1s/.*/#!.nowhere/"]).arg(&odd).status().unwrap().success());
-    for (path, visible) in [(&missing, true), (&plain, true), (&place.directory.path().to_owned(), true), (&odd, false)]
+    for (path, visible) in
+        [(&missing, true), (&plain, true), (&scripts.directory.path().to_owned(), true), (&odd, false)]
     {
         let mut arbiter = arbiter(path, LONG);
         let text = unreachable(arbiter.swap(Some(&pair()), &pair().next_solo(S)));
@@ -158,8 +159,8 @@ fn one_that_cannot_be_run_is_out_of_reach_before_it_is_needed() {
     unreachable(arbiter.read());
     unreachable(arbiter.swap(Some(&solo), &solo));
     unreachable(arbiter.swap(Some(&solo), &pair()));
-    place.script("exit 0");
-    fs::rename(place.path("fence"), &missing).unwrap();
+    scripts.script("exit 0");
+    fs::rename(scripts.path("fence"), &missing).unwrap();
     assert_eq!(arbiter.read().unwrap(), Some(solo));
     assert_eq!(arbiter.swap(Some(&solo), &solo).unwrap(), Swap::Won);
     assert_eq!(arbiter.swap(Some(&solo), &pair()).unwrap(), Swap::Won);
@@ -173,10 +174,10 @@ fn is_gone(pid: &str) -> bool {
 }
 
 #[test]
-fn one_that_takes_too_long_is_killed_with_all_it_started() {
-    let place = Place::new();
-    let pids = place.path("pids");
-    let script = place.script(&format!(
+fn a_script_that_times_out_is_killed_with_its_children() {
+    let scripts = ScriptDirectory::new();
+    let pids = scripts.path("pids");
+    let script = scripts.script(&format!(
         "trap '' TERM HUP INT\nsleep 1000 & echo $! >> {0}\n(sleep 1000) & echo $! >> {0}\necho $$ >> {0}\nwait",
         pids.display()
     ));
@@ -195,11 +196,11 @@ fn one_that_takes_too_long_is_killed_with_all_it_started() {
 }
 
 #[test]
-fn what_it_leaves_running_is_not_waited_for_and_not_left() {
-    let place = Place::new();
-    let left = place.path("left");
+fn background_children_of_a_script_are_killed_and_not_waited_for() {
+    let scripts = ScriptDirectory::new();
+    let left = scripts.path("left");
     // The child keeps the output open, as a careless script's does.
-    let script = place.script(&format!("sleep 1000 & echo $! > {}; exit 0", left.display()));
+    let script = scripts.script(&format!("sleep 1000 & echo $! > {}; exit 0", left.display()));
     let mut arbiter = arbiter(script, LONG);
     assert_eq!(arbiter.swap(Some(&pair()), &pair().next_solo(S)).unwrap(), Swap::Won);
     let pid = fs::read_to_string(left).unwrap();
@@ -209,27 +210,27 @@ fn what_it_leaves_running_is_not_waited_for_and_not_left() {
 }
 
 #[test]
-fn a_flood_of_output_neither_blocks_nor_fills_anything() {
-    let place = Place::new();
+fn a_flood_of_output_of_a_script_is_bounded() {
+    let scripts = ScriptDirectory::new();
     // 64 MiB: far more than a pipe holds.
-    let script = place.script("head -c 67108864 /dev/zero; echo; echo the last word; exit 7");
+    let script = scripts.script("head -c 67108864 /dev/zero; echo; echo the last word; exit 7");
     let text = unreachable(arbiter(script, LONG).swap(Some(&pair()), &pair().next_solo(S)));
     assert!(text.contains("status 7 (the last word)") && text.len() < 500, "{text}");
     // One that never stops is ended all the same.
-    let script = place.script("exec yes");
+    let script = scripts.script("exec yes");
     let text = unreachable(arbiter(script, SHORT).swap(Some(&pair()), &pair().next_solo(S)));
     assert!(text.contains("within 100 ms"), "{text}");
     // One that closes its output is not taken for one that ended.
-    let script = place.script("exec >&- 2>&-; read nothing; exit 0");
+    let script = scripts.script("exec >&- 2>&-; read nothing; exit 0");
     assert_eq!(arbiter(script, LONG).swap(Some(&pair()), &pair().next_solo(S)).unwrap(), Swap::Won);
 }
 
 #[test]
-fn a_node_that_ends_calls_the_question_off() {
-    let place = Place::new();
-    let fifo = place.path("fifo");
+fn a_question_is_cancelled_when_the_node_ends() {
+    let scripts = ScriptDirectory::new();
+    let fifo = scripts.path("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let script = place.script(&format!("echo started > {}\nsleep 1000", fifo.display()));
+    let script = scripts.script(&format!("echo started > {}\nsleep 1000", fifo.display()));
     let mut arbiter = arbiter(script, Duration::from_secs(600));
     let cancel = arbiter.canceller().unwrap();
     let asking = std::thread::spawn(move || {

@@ -5,7 +5,7 @@ mod etcd;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use etcd::{Certificates, Etcd, config, directory, free_port, guest, installed};
+use etcd::{Certificates, Etcd, ReservedPort, config, directory, guest, installed};
 use mcd::arbiter::etcd::{EtcdArbiter, EtcdLogin, EtcdTls};
 use mcd::arbiter::{Arbiter, ArbiterError, Swap};
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest, Arbitration, Verdict};
@@ -257,7 +257,8 @@ fn endpoints_are_tried_in_turn() {
     let etcd = Etcd::alone(directory.path());
     // Nobody listens at the one; the other takes connections and says nothing; and something else
     // than etcd answers at the third.
-    let dead = format!("http://127.0.0.1:{}", free_port());
+    let unused = ReservedPort::new();
+    let dead = format!("http://127.0.0.1:{}", unused.port);
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let mute = format!("http://{}", silent.local_addr().unwrap());
     let (unknown_peer, _web) = web_server("<html>hello</html>");
@@ -333,7 +334,7 @@ fn swallow_one_answer(etcd: &str) -> (String, std::thread::JoinHandle<()>) {
 }
 
 #[test]
-fn an_answer_that_was_lost_is_found_again() {
+fn a_swap_whose_answer_was_lost_is_recognised_as_won() {
     if !installed() {
         return;
     }

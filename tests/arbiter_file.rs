@@ -1,11 +1,10 @@
 //! The `file:` arbiter among processes, and on a disk that is full.
 
-mod rights;
-
 use mcd::arbiter::file::FileArbiter;
 use mcd::arbiter::{Arbiter, ArbiterError, Swap};
 use mcd::protocol::record::Record;
 use mcd::protocol::types::{Generation, GuestName, InstanceId};
+use mcd::testbed::require::with_rights;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
@@ -84,7 +83,7 @@ fn on_a_tiny_disk(name: &str, test: impl FnOnce(&Path) + Send) {
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
         mount(Some("tmpfs"), disk, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))
     };
-    rights::run(name, &[], || {
+    with_rights(name, &[], || {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let directory = tempfile::tempdir().unwrap();

@@ -8,30 +8,17 @@ use std::time::{Duration, Instant};
 
 use mcd::control::Client;
 use mcd::control::status::{NodeStatus, Role};
-use mcd::demo::namespaces;
+use mcd::testbed::wait::WAIT_MAX;
+use mcd::testbed::{namespaces, require};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const WAIT_MAX: Duration = Duration::from_secs(60);
-
-/// False, said why, where this host cannot run the demo.
+/// Whether this host can run the demo; else the test is skipped.
 fn can_run() -> bool {
-    let open = |path: &str| {
-        let opened = fs::File::options().read(true).write(true).open(path);
-        opened.map(drop).map_err(|error| format!("{path}: {error}"))
-    };
-    let able = open("/dev/kvm").and_then(|()| open("/dev/net/tun")).and_then(|()| {
-        // Without root it makes itself a user namespace; whether it may is seen by trying.
-        let mut command = Command::new("true");
-        if !namespaces::has_rights() {
-            namespaces::start_in_user_namespace(&mut command);
-        }
-        command.status().map(drop).map_err(|error| format!("network namespaces need root or user namespaces ({error})"))
-    });
-    let able = able.and_then(|()| namespaces::find_tool("ip").map(drop).ok_or_else(|| "no command ip".to_owned()));
+    let tool = || namespaces::find_tool("ip").map(drop).ok_or_else(|| "no command ip".to_owned());
+    let able = require::devices(require::NODE_DEVICES).and_then(|()| require::namespaces()).and_then(|()| tool());
     if let Err(why) = &able {
-        assert!(std::env::var_os("MCD_REQUIRE_KVM").is_none_or(|v| v != "1"), "{why}");
-        println!("skipped: {why}");
+        require::skip(require::REQUIRE_KVM, why);
     }
     able.is_ok()
 }
@@ -154,7 +141,7 @@ fn no_client_notices_and_nothing_is_left_behind() {
 }
 
 #[test]
-fn an_interrupt_ends_it_in_order() {
+fn an_interrupt_ends_the_demo_and_leaves_nothing_behind() {
     if !can_run() {
         return;
     }
@@ -168,7 +155,7 @@ fn an_interrupt_ends_it_in_order() {
 }
 
 #[test]
-fn its_own_sudden_death_takes_the_nodes_along() {
+fn killing_the_demo_kills_its_nodes() {
     if !can_run() {
         return;
     }
@@ -180,7 +167,7 @@ fn its_own_sudden_death_takes_the_nodes_along() {
 }
 
 #[test]
-fn a_takeover_nobody_ordered_is_survived_too() {
+fn the_demo_survives_a_takeover_that_it_did_not_cause() {
     if !can_run() {
         return;
     }

@@ -1,23 +1,18 @@
 //! A guest whose disk is on storage that both hosts share: nothing of an epoch is there before it
 //! is committed, nothing committed is lost, and only the holder of the disk's lock writes.
 
-mod rights;
-mod waits;
-
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use mcd::control::status::{NodeStatus, Role, State};
-use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces};
-use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
-use mcd::demo::rng::Rng;
+use mcd::testbed::guest_client::GuestClient;
+use mcd::testbed::namespaces::{HostName, Namespaces};
+use mcd::testbed::nodes::{Node, NodeSettings, RunDir, StartAs};
+use mcd::testbed::require::{NODE_DEVICES, number_from_environment, with_rights};
+use mcd::testbed::rng::Rng;
 use nix::sys::signal::Signal;
-
-use waits::*;
 
 /// The last block is not whole.
 const DISK_BYTES: u64 = (8 << 20) + 512;
@@ -34,41 +29,8 @@ const ROUNDS: u64 = 4;
 const NEVER_SUSPECT: &str = "--heartbeat-timeout-ms=20000";
 const SUSPECT: &str = "--heartbeat-timeout-ms=2000";
 
-/// A client of the guest, on one connection for ever.
-struct Guest {
-    to: TcpStream,
-    from: BufReader<TcpStream>,
-}
-
-impl Guest {
-    fn connect(namespaces: &Namespaces) -> Guest {
-        let to = namespaces.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
-        let to = to.expect("a connection");
-        to.set_read_timeout(Some(WAIT_MAX)).expect("a time-out");
-        to.set_nodelay(true).expect("an option");
-        let from = BufReader::new(to.try_clone().expect("a descriptor"));
-        Guest { to, from }
-    }
-
-    fn send(&mut self, command: &str) {
-        self.to.write_all(format!("{command}\r\n").as_bytes()).expect("the connection lives");
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.from.read_line(&mut line).expect("an answer");
-        assert!(line.ends_with("\r\n"), "the connection ended");
-        line.trim_end().to_owned()
-    }
-
-    fn ask(&mut self, command: &str) -> String {
-        self.send(command);
-        self.line()
-    }
-}
-
 /// A pair, the image that both hosts use, and what the guest acknowledged.
-struct World {
+struct SharedDiskPair {
     namespaces: Namespaces,
     dir: RunDir,
     rng: Rng,
@@ -97,8 +59,8 @@ fn settings(dir: &RunDir, suspicion: &str, mode: &str) -> NodeSettings {
     }
 }
 
-impl World {
-    fn start(seed: u64, suspicion: &'static str) -> World {
+impl SharedDiskPair {
+    fn start(seed: u64, suspicion: &'static str) -> SharedDiskPair {
         let namespaces = Namespaces::new().expect("namespaces");
         let dir = RunDir::new().expect("a directory");
         File::create(image(&dir)).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
@@ -107,11 +69,21 @@ impl World {
             Node::start(role, host, name, &settings, &namespaces, &dir).expect("a node")
         };
         let mut primary = node(StartAs::Primary, HostName::A, "n0");
-        wait_for(&mut primary, "run the guest", |status| status.running);
+        primary.wait_status("run the guest", |status| status.running).unwrap();
         let secondary = node(StartAs::Secondary, HostName::B, "n1");
-        wait_for(&mut primary, "be protected", |status| status.protected);
+        primary.wait_status("be protected", |status| status.protected).unwrap();
         let written = vec![0; CLIENT_BLOCKS as usize];
-        World { namespaces, dir, rng: Rng::new(seed), primary, secondary, started: 2, suspicion, written, next_seed: 1 }
+        SharedDiskPair {
+            namespaces,
+            dir,
+            rng: Rng::new(seed),
+            primary,
+            secondary,
+            started: 2,
+            suspicion,
+            written,
+            next_seed: 1,
+        }
     }
 
     fn node(&mut self, role: StartAs, host: HostName, mode: &str) -> Node {
@@ -124,12 +96,12 @@ impl World {
     /// Sends writes, kills the primary when some are acknowledged, and waits for the rest, which
     /// its new primary acknowledges. What is acknowledged is in the image already, whoever wrote
     /// it.
-    fn write_and_kill(&mut self, guest: &mut Guest) {
+    fn write_and_kill(&mut self, guest: &mut GuestClient) {
         let mut sent = Vec::new();
         for _ in 0..PIPELINED {
             let (block, seed) = (self.rng.below(CLIENT_BLOCKS), self.next_seed);
             self.next_seed += 1;
-            guest.send(&format!("DISK WRITE {} {seed}", RUN_BLOCKS + block));
+            guest.send(&format!("DISK WRITE {} {seed}", RUN_BLOCKS + block)).unwrap();
             sent.push((block, seed));
         }
         let killed_at = self.rng.below(PIPELINED) as usize;
@@ -139,7 +111,7 @@ impl World {
                 std::thread::park_timeout(Duration::from_micros(self.rng.below(20_000)));
                 self.primary.kill().expect("a process to kill");
             }
-            assert_eq!(guest.line(), "+OK");
+            assert_eq!(guest.line().unwrap(), "+OK");
             self.written[block as usize] = seed;
             let there = self.seed_in_image(RUN_BLOCKS + block);
             assert!(there >= seed, "block {block} was acknowledged with seed {seed}, and the image has {there}");
@@ -156,34 +128,34 @@ impl World {
     }
 
     /// Every acknowledged write is there, nothing is torn, and the image has what the guest sees.
-    fn check(&mut self, guest: &mut Guest) {
-        assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
+    fn check(&mut self, guest: &mut GuestClient) {
+        assert_eq!(guest.ask("DISK RUN 0 0").unwrap(), "+OK");
         // Its answer comes when the image has all that was written before.
         let seed = self.next_seed;
         self.next_seed += 1;
-        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} {seed}")), "+OK");
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} {seed}")).unwrap(), "+OK");
         self.written[0] = seed;
         for (block, seed) in (RUN_BLOCKS..).zip(&self.written) {
-            assert_eq!(guest.ask(&format!("DISK READ {block}")), format!(":{seed}"), "block {block}");
+            assert_eq!(guest.ask(&format!("DISK READ {block}")).unwrap(), format!(":{seed}"), "block {block}");
         }
         for block in 0..RUN_BLOCKS + CLIENT_BLOCKS {
-            let answer = guest.ask(&format!("DISK READ {block}"));
+            let answer = guest.ask(&format!("DISK READ {block}")).unwrap();
             assert_eq!(answer, format!(":{}", self.seed_in_image(block)), "block {block}");
         }
     }
 
     /// The new primary goes on; a newcomer joins it where the primary died.
     fn protect_again(&mut self) {
-        wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
-        wait_ended(&mut self.primary);
+        self.secondary.wait_status("take over", |status| status.running && status.takeover.is_some()).unwrap();
+        self.primary.wait_ended().unwrap();
         let newcomer = self.node(StartAs::Secondary, self.primary.host(), ",mode=shared");
         let survivor = std::mem::replace(&mut self.secondary, newcomer);
         self.primary = survivor;
-        wait_for(&mut self.primary, "be protected", |status| status.protected);
+        self.primary.wait_status("be protected", |status| status.protected).unwrap();
     }
 }
 
-impl Drop for World {
+impl Drop for SharedDiskPair {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for node in [&mut self.primary, &mut self.secondary] {
@@ -197,129 +169,130 @@ impl Drop for World {
 
 #[test]
 fn acknowledged_writes_are_in_the_shared_image_whoever_dies() {
-    rights::run("acknowledged_writes_are_in_the_shared_image_whoever_dies", &["/dev/kvm", "/dev/net/tun"], || {
-        let rounds = from_environment("MCD_SHARED_ROUNDS").unwrap_or(ROUNDS);
-        let seed = from_environment("MCD_DISK_SEED").unwrap_or_else(|| getrandom::u64().expect("a random number"));
+    with_rights("acknowledged_writes_are_in_the_shared_image_whoever_dies", NODE_DEVICES, || {
+        let rounds = number_from_environment("MCD_SHARED_ROUNDS").unwrap_or(ROUNDS);
+        let seed =
+            number_from_environment("MCD_DISK_SEED").unwrap_or_else(|| getrandom::u64().expect("a random number"));
         println!("{rounds} rounds, MCD_DISK_SEED={seed}");
-        let mut world = World::start(seed, NEVER_SUSPECT);
-        let mut guest = Guest::connect(&world.namespaces);
+        let mut pair = SharedDiskPair::start(seed, NEVER_SUSPECT);
+        let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();
         for _ in 0..rounds {
-            assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")), "+OK");
-            world.write_and_kill(&mut guest);
-            world.check(&mut guest);
-            world.protect_again();
+            assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")).unwrap(), "+OK");
+            pair.write_and_kill(&mut guest);
+            pair.check(&mut guest);
+            pair.protect_again();
         }
         // A planned end: the guest goes on at the secondary, and at last is shut down, with writes
         // that nobody flushed.
-        quit(&mut world.primary);
-        wait_for(&mut world.secondary, "take over", |status| status.running);
-        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")), "+OK");
-        world.check(&mut guest);
-        quit(&mut world.secondary);
+        pair.primary.quit().unwrap();
+        pair.secondary.wait_status("take over", |status| status.running).unwrap();
+        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 1000")).unwrap(), "+OK");
+        pair.check(&mut guest);
+        pair.secondary.quit().unwrap();
         // It starts again on either host.
-        let host = world.primary.host();
-        world.primary = world.node(StartAs::Primary, host, ",mode=shared");
-        wait_for(&mut world.primary, "run the guest", |status| status.running);
-        let mut guest = Guest::connect(&world.namespaces);
-        world.check(&mut guest);
+        let host = pair.primary.host();
+        pair.primary = pair.node(StartAs::Primary, host, ",mode=shared");
+        pair.primary.wait_status("run the guest", |status| status.running).unwrap();
+        let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();
+        pair.check(&mut guest);
         drop(guest);
         // After both hosts died, too, but only if an operator says so.
-        world.primary.kill().expect("a process to kill");
-        wait_ended(&mut world.primary);
-        let mut refused = world.node(StartAs::Primary, host.other(), ",mode=shared");
-        wait_ended(&mut refused);
+        pair.primary.kill().expect("a process to kill");
+        pair.primary.wait_ended().unwrap();
+        let mut refused = pair.node(StartAs::Primary, host.other(), ",mode=shared");
+        refused.wait_ended().unwrap();
         assert!(refused.log_tail(3).contains("use `mcd cold-start`"), "{}", refused.log_tail(3));
-        world.primary = world.node(StartAs::ColdStart, host.other(), ",mode=shared");
-        wait_for(&mut world.primary, "run the guest", |status| status.running);
-        let mut guest = Guest::connect(&world.namespaces);
-        world.check(&mut guest);
+        pair.primary = pair.node(StartAs::ColdStart, host.other(), ",mode=shared");
+        pair.primary.wait_status("run the guest", |status| status.running).unwrap();
+        let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();
+        pair.check(&mut guest);
     });
 }
 
 #[test]
 fn nothing_is_in_the_image_before_its_epoch_is_committed() {
-    rights::run("nothing_is_in_the_image_before_its_epoch_is_committed", &["/dev/kvm", "/dev/net/tun"], || {
-        let mut world = World::start(1, NEVER_SUSPECT);
-        let mut guest = Guest::connect(&world.namespaces);
-        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 5")), "+OK");
-        assert_eq!(world.seed_in_image(RUN_BLOCKS), 5);
+    with_rights("nothing_is_in_the_image_before_its_epoch_is_committed", NODE_DEVICES, || {
+        let mut pair = SharedDiskPair::start(1, NEVER_SUSPECT);
+        let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 5")).unwrap(), "+OK");
+        assert_eq!(pair.seed_in_image(RUN_BLOCKS), 5);
         // Nothing is committed any more; the guest runs on and writes.
-        world.secondary.signal(Signal::SIGSTOP).expect("it lives");
-        guest.send(&format!("DISK WRITE {RUN_BLOCKS} 6"));
-        wait_for(&mut world.primary, "hold the write", |status| status.held_disk_bytes >= 4096);
-        assert_eq!(world.seed_in_image(RUN_BLOCKS), 5, "held, not written");
-        world.secondary.signal(Signal::SIGCONT).expect("it lives");
-        assert_eq!(guest.line(), "+OK");
-        assert_eq!(world.seed_in_image(RUN_BLOCKS), 6);
+        pair.secondary.signal(Signal::SIGSTOP).expect("it lives");
+        guest.send(&format!("DISK WRITE {RUN_BLOCKS} 6")).unwrap();
+        pair.primary.wait_status("hold the write", |status| status.held_disk_bytes >= 4096).unwrap();
+        assert_eq!(pair.seed_in_image(RUN_BLOCKS), 5, "held, not written");
+        pair.secondary.signal(Signal::SIGCONT).expect("it lives");
+        assert_eq!(guest.line().unwrap(), "+OK");
+        assert_eq!(pair.seed_in_image(RUN_BLOCKS), 6);
         // Once more, and the primary dies with it: the new primary does it again.
-        world.secondary.signal(Signal::SIGSTOP).expect("it lives");
-        guest.send(&format!("DISK WRITE {RUN_BLOCKS} 7"));
-        wait_for(&mut world.primary, "hold the write", |status| status.held_disk_bytes >= 4096);
-        world.primary.kill().expect("a process to kill");
-        wait_ended(&mut world.primary);
-        assert_eq!(world.seed_in_image(RUN_BLOCKS), 6, "it died with its primary");
-        world.secondary.signal(Signal::SIGCONT).expect("it lives");
-        assert_eq!(guest.line(), "+OK");
-        assert_eq!(world.seed_in_image(RUN_BLOCKS), 7);
-        world.written[0] = 7;
-        world.next_seed = 8;
-        world.check(&mut guest);
+        pair.secondary.signal(Signal::SIGSTOP).expect("it lives");
+        guest.send(&format!("DISK WRITE {RUN_BLOCKS} 7")).unwrap();
+        pair.primary.wait_status("hold the write", |status| status.held_disk_bytes >= 4096).unwrap();
+        pair.primary.kill().expect("a process to kill");
+        pair.primary.wait_ended().unwrap();
+        assert_eq!(pair.seed_in_image(RUN_BLOCKS), 6, "it died with its primary");
+        pair.secondary.signal(Signal::SIGCONT).expect("it lives");
+        assert_eq!(guest.line().unwrap(), "+OK");
+        assert_eq!(pair.seed_in_image(RUN_BLOCKS), 7);
+        pair.written[0] = 7;
+        pair.next_seed = 8;
+        pair.check(&mut guest);
     });
 }
 
 #[test]
-fn an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more() {
-    let name = "an_heir_waits_for_the_lock_and_a_frozen_primary_writes_nothing_more";
-    rights::run(name, &["/dev/kvm", "/dev/net/tun"], || {
-        let mut world = World::start(1, SUSPECT);
-        let mut guest = Guest::connect(&world.namespaces);
-        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")), "+OK");
-        world.primary.signal(Signal::SIGSTOP).expect("it lives");
+fn a_new_primary_waits_for_the_disk_lock_and_a_frozen_primary_writes_nothing_more() {
+    let name = "a_new_primary_waits_for_the_disk_lock_and_a_frozen_primary_writes_nothing_more";
+    with_rights(name, NODE_DEVICES, || {
+        let mut pair = SharedDiskPair::start(1, SUSPECT);
+        let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();
+        assert_eq!(guest.ask(&format!("DISK RUN {RUN_BLOCKS} 2000")).unwrap(), "+OK");
+        pair.primary.signal(Signal::SIGSTOP).expect("it lives");
         let locked = |status: &NodeStatus| status.alarms.iter().any(|alarm| alarm.starts_with("MC_DISK_LOCKED"));
-        let status = wait_for(&mut world.secondary, "find the disk locked", locked);
+        let status = pair.secondary.wait_status("find the disk locked", locked).unwrap();
         assert!(!status.running && status.state == State::Takeover, "{status}");
-        assert!(world.secondary.log_tail(20).contains("MC_DISK_LOCKED"), "{}", world.secondary.log_tail(20));
+        assert!(pair.secondary.log_tail(20).contains("MC_DISK_LOCKED"), "{}", pair.secondary.log_tail(20));
         // It finds out that it lost, and lets go.
-        world.primary.signal(Signal::SIGCONT).expect("it lives");
-        wait_for(&mut world.primary, "be fenced", |status| status.role == Role::Fenced);
-        let status = wait_for(&mut world.secondary, "take over", |status| status.running);
+        pair.primary.signal(Signal::SIGCONT).expect("it lives");
+        pair.primary.wait_status("be fenced", |status| status.role == Role::Fenced).unwrap();
+        let status = pair.secondary.wait_status("take over", |status| status.running).unwrap();
         assert!(!locked(&status));
-        world.check(&mut guest);
-        let before = std::fs::read(image(&world.dir)).expect("an image");
-        quit(&mut world.primary);
-        assert!(std::fs::read(image(&world.dir)).expect("an image") == before, "the old primary wrote");
+        pair.check(&mut guest);
+        let before = std::fs::read(image(&pair.dir)).expect("an image");
+        pair.primary.quit().unwrap();
+        assert!(std::fs::read(image(&pair.dir)).expect("an image") == before, "the old primary wrote");
         // Dead, it has no lock either.
-        let newcomer = { world.node(StartAs::Secondary, world.primary.host(), ",mode=shared") };
-        world.primary = std::mem::replace(&mut world.secondary, newcomer);
-        wait_for(&mut world.primary, "be protected", |status| status.protected);
-        world.primary.signal(Signal::SIGSTOP).expect("it lives");
-        wait_for(&mut world.secondary, "find the disk locked", locked);
-        world.primary.kill().expect("a process to kill");
-        wait_for(&mut world.secondary, "take over", |status| status.running);
-        world.check(&mut guest);
+        let newcomer = { pair.node(StartAs::Secondary, pair.primary.host(), ",mode=shared") };
+        pair.primary = std::mem::replace(&mut pair.secondary, newcomer);
+        pair.primary.wait_status("be protected", |status| status.protected).unwrap();
+        pair.primary.signal(Signal::SIGSTOP).expect("it lives");
+        pair.secondary.wait_status("find the disk locked", locked).unwrap();
+        pair.primary.kill().expect("a process to kill");
+        pair.secondary.wait_status("take over", |status| status.running).unwrap();
+        pair.check(&mut guest);
     });
 }
 
 #[test]
 fn nodes_that_do_not_agree_on_the_storage_are_no_pair() {
-    rights::run("nodes_that_do_not_agree_on_the_storage_are_no_pair", &["/dev/kvm", "/dev/net/tun"], || {
-        let mut world = World::start(1, NEVER_SUSPECT);
-        quit(&mut world.secondary);
-        wait_for(&mut world.primary, "go on alone", |status| status.state == State::Solo);
-        let mut guest = Guest::connect(&world.namespaces);
-        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 3")), "+OK");
-        assert_eq!(world.seed_in_image(RUN_BLOCKS), 3);
+    with_rights("nodes_that_do_not_agree_on_the_storage_are_no_pair", NODE_DEVICES, || {
+        let mut pair = SharedDiskPair::start(1, NEVER_SUSPECT);
+        pair.secondary.quit().unwrap();
+        pair.primary.wait_status("go on alone", |status| status.state == State::Solo).unwrap();
+        let mut guest = GuestClient::connect(&pair.namespaces.lan).unwrap();
+        assert_eq!(guest.ask(&format!("DISK WRITE {RUN_BLOCKS} 3")).unwrap(), "+OK");
+        assert_eq!(pair.seed_in_image(RUN_BLOCKS), 3);
         for (role, mode, part) in [
             (StartAs::Secondary, "", "is in use"),
             (StartAs::Secondary, ".other", "is replicated here and shared at the primary"),
             (StartAs::Primary, ",mode=shared", "has shared image"),
         ] {
-            let mut refused = world.node(role, HostName::B, mode);
-            wait_ended(&mut refused);
+            let mut refused = pair.node(role, HostName::B, mode);
+            refused.wait_ended().unwrap();
             assert!(refused.log_tail(3).contains(part), "{part}: {}", refused.log_tail(3));
         }
-        world.written[0] = 3;
-        world.next_seed = 4;
-        world.check(&mut guest);
+        pair.written[0] = 3;
+        pair.next_seed = 4;
+        pair.check(&mut guest);
     });
 }

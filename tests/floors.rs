@@ -8,7 +8,7 @@ use source::{Token, rust_files, tokens};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Every room and its floor. A new room needs a line here.
-const FLOORS: [(&str, u32); 13] = [
+const FLOORS: [(&str, u32); 14] = [
     ("protocol", 1),
     ("machine", 2),
     ("device", 2),
@@ -20,6 +20,7 @@ const FLOORS: [(&str, u32); 13] = [
     ("node", 5),
     ("cli", 6),
     ("demo", 6),
+    ("testbed", 6),
     ("lib", 7),
     ("main", 7),
 ];

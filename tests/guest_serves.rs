@@ -3,32 +3,33 @@
 //!
 //! Each test has a network namespace to itself, in which its guest is 10.77.0.2.
 
-mod rights;
-
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::io::{self, Read};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::RawFd;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mcd::demo::namespaces::find_tool;
 use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent, NetBackend, Transmit};
 use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::pages::PageSet;
+use mcd::testbed::client::connect;
+use mcd::testbed::guest_client::GuestClient;
+use mcd::testbed::namespaces::find_tool;
+use mcd::testbed::require::{NODE_DEVICES, with_rights};
+use mcd::testbed::wait::WAIT_MAX;
 use netbuf::{PacketPort, TunTapPort};
 use nix::sched::{CloneFlags, unshare};
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const SERVER: SocketAddr = SocketAddr::V4(SocketAddrV4::new(GUEST, 6379));
 const MEMORY_BYTES: u64 = 96 << 20;
-const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Runs `body`, the body of test `name`, in a network namespace of its own; in a user namespace too
 /// where that is needed.
 fn in_a_network(name: &str, body: impl FnOnce()) {
-    rights::run(name, &["/dev/kvm", "/dev/net/tun"], || {
+    with_rights(name, NODE_DEVICES, || {
         unshare(CloneFlags::CLONE_NEWNET).expect("who may make namespaces may make this one");
         body();
     });
@@ -77,18 +78,17 @@ fn boot(cpus: u8) -> Machine {
     machine
 }
 
-struct Client(TcpStream);
+/// A client that knows what the guest must answer.
+struct Client(GuestClient);
 
 impl Client {
     fn connect() -> Client {
-        let stream = TcpStream::connect_timeout(&SERVER, WAIT_MAX).expect("connect");
-        stream.set_nodelay(true).expect("nodelay");
-        stream.set_read_timeout(Some(WAIT_MAX)).expect("timeout");
-        Client(stream)
+        let stream = connect(SERVER, WAIT_MAX).expect("connect");
+        Client(GuestClient::over(stream, WAIT_MAX).expect("a client"))
     }
 
     fn send(&mut self, bytes: &[u8]) {
-        self.0.write_all(bytes).expect("send");
+        self.0.send_bytes(bytes).expect("send");
     }
 
     fn expect(&mut self, reply: &[u8]) {
@@ -104,14 +104,7 @@ impl Client {
 
     /// The first line of the reply.
     fn line(&mut self, line: &str) -> String {
-        self.send(format!("{line}\r\n").as_bytes());
-        let mut reply = Vec::new();
-        let mut byte = [0];
-        while !reply.ends_with(b"\r\n") {
-            self.0.read_exact(&mut byte).expect("reply");
-            reply.push(byte[0]);
-        }
-        String::from_utf8_lossy(&reply).trim_end().to_owned()
+        self.0.ask(line).expect("reply")
     }
 }
 

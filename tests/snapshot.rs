@@ -1,11 +1,6 @@
 //! A guest that works for clients is saved to a file, ends, and goes on from the file: alone, as a
 //! pair, with a disk.
 
-mod rights;
-mod waits;
-
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -16,56 +11,16 @@ use std::time::{Duration, Instant};
 use mcd::checkpoint::snapshot::SnapshotReader;
 use mcd::checkpoint::stamp::Stamp;
 use mcd::control::status::State;
-use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces};
-use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
+use mcd::testbed::guest_client::GuestClient;
+use mcd::testbed::namespaces::{HostName, Namespaces};
+use mcd::testbed::nodes::{Node, NodeSettings, RunDir, StartAs};
+use mcd::testbed::require::{NODE_DEVICES, with_rights};
+use mcd::testbed::wait::WAIT_MAX;
 use serde_json::Value;
 
-use waits::*;
-
-const DEVICES: [&str; 2] = ["/dev/kvm", "/dev/net/tun"];
 const REFUSED: Option<i32> = Some(4);
 /// Writes acknowledged before the snapshot, and again after it.
 const SOME_WRITES: u64 = 300;
-
-/// A client of the guest, on one connection for ever.
-struct Guest {
-    to: TcpStream,
-    from: BufReader<TcpStream>,
-}
-
-impl Guest {
-    fn connect(namespaces: &Namespaces) -> Guest {
-        let to = namespaces.lan.run(|| TcpStream::connect((GUEST_IPV4, 6379))).expect("the client's network");
-        let to = to.expect("a connection");
-        to.set_read_timeout(Some(WAIT_MAX)).expect("a time-out");
-        to.set_nodelay(true).expect("an option");
-        let from = BufReader::new(to.try_clone().expect("a descriptor"));
-        Guest { to, from }
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.from.read_line(&mut line).expect("an answer");
-        assert!(line.ends_with("\r\n"), "the connection ended");
-        line.trim_end().to_owned()
-    }
-
-    fn ask(&mut self, command: &str) -> String {
-        self.to.write_all(format!("{command}\r\n").as_bytes()).expect("the connection lives");
-        self.line()
-    }
-
-    /// The value of a key; `None` if there is no such key.
-    fn get(&mut self, key: &str) -> Option<String> {
-        match self.ask(&format!("GET {key}")).as_str() {
-            "$-1" => None,
-            length => {
-                assert!(length.starts_with('$'), "{length}");
-                Some(self.line())
-            }
-        }
-    }
-}
 
 /// A client that writes key after key, each when the one before is acknowledged.
 struct Writer {
@@ -76,7 +31,7 @@ struct Writer {
 
 impl Writer {
     fn start(namespaces: &Namespaces) -> Writer {
-        let mut guest = Guest::connect(namespaces);
+        let mut guest = GuestClient::connect(&namespaces.lan).unwrap();
         let (acknowledged, enough) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (count, end) = (acknowledged.clone(), enough.clone());
         let thread = std::thread::spawn(move || {
@@ -84,7 +39,7 @@ impl Writer {
                 if end.load(Ordering::Acquire) {
                     break;
                 }
-                assert_eq!(guest.ask(&format!("SET key{number} value{number}")), "+OK");
+                assert_eq!(guest.ask(&format!("SET key{number} value{number}")).unwrap(), "+OK");
                 count.store(number + 1, Ordering::Release);
             }
         });
@@ -115,16 +70,16 @@ impl Writer {
 
 /// The guest has the keys of the writes up to some moment, all of them and none of a later one; how
 /// many.
-fn keys(guest: &mut Guest, written: u64) -> u64 {
-    let held = (0..written).take_while(|number| guest.get(&format!("key{number}")).is_some()).count() as u64;
+fn keys(guest: &mut GuestClient, written: u64) -> u64 {
+    let held = (0..written).take_while(|number| guest.get(&format!("key{number}")).unwrap().is_some()).count() as u64;
     for number in 0..written {
         let value = (number < held).then(|| format!("value{number}"));
-        assert_eq!(guest.get(&format!("key{number}")), value, "key{number} of {held}");
+        assert_eq!(guest.get(&format!("key{number}")).unwrap(), value, "key{number} of {held}");
     }
     held
 }
 
-struct World {
+struct Hosts {
     namespaces: Namespaces,
     dir: RunDir,
     started: u32,
@@ -133,10 +88,10 @@ struct World {
     disk: bool,
 }
 
-impl World {
-    fn new(cpus: u8, disk: bool) -> World {
+impl Hosts {
+    fn new(cpus: u8, disk: bool) -> Hosts {
         let (namespaces, dir) = (Namespaces::new().expect("namespaces"), RunDir::new().expect("a directory"));
-        World { namespaces, dir, started: 0, cpus, disk }
+        Hosts { namespaces, dir, started: 0, cpus, disk }
     }
 
     fn image(&self, host: HostName) -> PathBuf {
@@ -169,7 +124,7 @@ impl World {
 
     fn primary(&mut self, host: HostName) -> Node {
         let mut node = self.node(StartAs::Primary, host, &[]);
-        wait_for(&mut node, "run the guest", |status| status.running);
+        node.wait_status("run the guest", |status| status.running).unwrap();
         node
     }
 
@@ -177,7 +132,7 @@ impl World {
     fn restored(&mut self, host: HostName) -> Node {
         let flag = format!("--restore={}", self.file().display());
         let mut node = self.node(StartAs::Primary, host, &[flag]);
-        wait_for(&mut node, "run the guest from its snapshot", |status| status.running);
+        node.wait_status("run the guest from its snapshot", |status| status.running).unwrap();
         node
     }
 
@@ -186,7 +141,7 @@ impl World {
     fn not_restored(&mut self, host: HostName, code: Option<i32>, parts: &[&str]) {
         let flag = format!("--restore={}", self.file().display());
         let mut node = self.node(StartAs::Primary, host, &[flag]);
-        wait_ended(&mut node);
+        node.wait_ended().unwrap();
         let last = node.log_tail(1);
         assert_eq!(node.ended().and_then(|status| status.code()), code, "{last}");
         parts.iter().for_each(|part| assert!(last.contains(part), "`{part}` is missing in: {last}"));
@@ -217,39 +172,39 @@ fn info(file: &Path) -> Output {
 
 #[test]
 fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
-    rights::run("a_guest_goes_on_from_a_snapshot_that_was_taken_under_load", &DEVICES, || {
-        let mut world = World::new(1, false);
-        let mut node = world.primary(HostName::A);
-        let writer = Writer::start(&world.namespaces);
+    with_rights("a_guest_goes_on_from_a_snapshot_that_was_taken_under_load", NODE_DEVICES, || {
+        let mut hosts = Hosts::new(1, false);
+        let mut node = hosts.primary(HostName::A);
+        let writer = Writer::start(&hosts.namespaces);
         let before = writer.wait_more();
-        let said = good(&world.save(&node, &[]));
+        let said = good(&hosts.save(&node, &[]));
         let after = writer.count();
         assert!(said.contains("the guest goes on"), "{said}");
         // The writer's connection is as it was.
         writer.wait_more();
         let written = writer.end();
-        quit(&mut node);
-        let told: Value = serde_json::from_str(&good(&info(&world.file()))).expect("JSON");
+        node.quit().unwrap();
+        let told: Value = serde_json::from_str(&good(&info(&hosts.file()))).expect("JSON");
         assert_eq!((&told["guest"], &told["whole"], &told["stopped"]), (&"demo".into(), &true.into(), &false.into()));
         assert_eq!(told["memory"], 32 << 20);
         // On the other host, and twice: what a life did is not in the file.
         for round in 0..2 {
-            let mut node = world.restored(HostName::B);
-            let mut guest = Guest::connect(&world.namespaces);
+            let mut node = hosts.restored(HostName::B);
+            let mut guest = GuestClient::connect(&hosts.namespaces.lan).unwrap();
             let held = keys(&mut guest, written);
             assert!((before..=after + 1).contains(&held), "{held} keys, {before} to {after} acknowledged");
-            assert_eq!(guest.get("life"), None);
-            assert_eq!(guest.ask("SET life 1"), "+OK");
+            assert_eq!(guest.get("life").unwrap(), None);
+            assert_eq!(guest.ask("SET life 1").unwrap(), "+OK");
             if round == 1 {
                 // It can be protected as any other.
-                let mut secondary = world.node(StartAs::Secondary, HostName::A, &[]);
-                wait_for(&mut node, "be protected", |status| status.protected);
+                let mut secondary = hosts.node(StartAs::Secondary, HostName::A, &[]);
+                node.wait_status("be protected", |status| status.protected).unwrap();
                 node.kill().expect("a process to kill");
-                wait_for(&mut secondary, "take over", |status| status.running);
+                secondary.wait_status("take over", |status| status.running).unwrap();
                 assert_eq!(keys(&mut guest, written), held);
             } else {
                 drop(guest);
-                quit(&mut node);
+                node.quit().unwrap();
             }
         }
     });
@@ -257,85 +212,85 @@ fn a_guest_goes_on_from_a_snapshot_that_was_taken_under_load() {
 
 #[test]
 fn a_protected_pair_is_saved_and_goes_on_as_one() {
-    rights::run("a_protected_pair_is_saved_and_goes_on_as_one", &DEVICES, || {
-        let mut world = World::new(2, false);
-        let mut primary = world.primary(HostName::A);
-        let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
-        wait_for(&mut primary, "be protected", |status| status.protected);
-        let writer = Writer::start(&world.namespaces);
+    with_rights("a_protected_pair_is_saved_and_goes_on_as_one", NODE_DEVICES, || {
+        let mut hosts = Hosts::new(2, false);
+        let mut primary = hosts.primary(HostName::A);
+        let mut secondary = hosts.node(StartAs::Secondary, HostName::B, &[]);
+        primary.wait_status("be protected", |status| status.protected).unwrap();
+        let writer = Writer::start(&hosts.namespaces);
         let before = writer.wait_more();
-        refused(&world.save(&secondary, &[]), "ask the primary");
-        good(&world.save(&primary, &[]));
+        refused(&hosts.save(&secondary, &[]), "ask the primary");
+        good(&hosts.save(&primary, &[]));
         let after = writer.count();
-        assert_eq!(wait_for(&mut primary, "answer", |_| true).state, State::Protected);
+        assert_eq!(primary.wait_status("answer", |_| true).unwrap().state, State::Protected);
         writer.wait_more();
         // The epochs that were committed meanwhile and since are whole: the new primary has every
         // write that was acknowledged.
         primary.kill().expect("a process to kill");
-        wait_for(&mut secondary, "take over", |status| status.running);
+        secondary.wait_status("take over", |status| status.running).unwrap();
         writer.wait_more();
         let written = writer.end();
-        let mut guest = Guest::connect(&world.namespaces);
+        let mut guest = GuestClient::connect(&hosts.namespaces.lan).unwrap();
         assert_eq!(keys(&mut guest, written), written);
-        wait_ended(&mut primary);
+        primary.wait_ended().unwrap();
         // While it runs there, nobody else has it.
-        world.not_restored(HostName::A, REFUSED, &["'demo' is on record as running elsewhere"]);
+        hosts.not_restored(HostName::A, REFUSED, &["'demo' is on record as running elsewhere"]);
         assert_eq!(keys(&mut guest, written), written);
         drop(guest);
-        quit(&mut secondary);
-        let _node = world.restored(HostName::A);
-        let held = keys(&mut Guest::connect(&world.namespaces), written);
+        secondary.quit().unwrap();
+        let _node = hosts.restored(HostName::A);
+        let held = keys(&mut GuestClient::connect(&hosts.namespaces.lan).unwrap(), written);
         assert!((before..=after + 1).contains(&held), "{held} keys, {before} to {after} acknowledged");
     });
 }
 
 #[test]
 fn a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images() {
-    rights::run("a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images", &DEVICES, || {
-        let mut world = World::new(1, true);
-        let image = world.image(HostName::A);
+    with_rights("a_guest_with_a_disk_is_stopped_with_its_snapshot_and_needs_its_images", NODE_DEVICES, || {
+        let mut hosts = Hosts::new(1, true);
+        let image = hosts.image(HostName::A);
         std::fs::File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("an image");
-        let mut primary = world.primary(HostName::A);
-        let mut secondary = world.node(StartAs::Secondary, HostName::B, &[]);
-        wait_for(&mut primary, "be protected", |status| status.protected);
-        let mut guest = Guest::connect(&world.namespaces);
+        let mut primary = hosts.primary(HostName::A);
+        let mut secondary = hosts.node(StartAs::Secondary, HostName::B, &[]);
+        primary.wait_status("be protected", |status| status.protected).unwrap();
+        let mut guest = GuestClient::connect(&hosts.namespaces.lan).unwrap();
         for block in 0..50 {
-            assert_eq!(guest.ask(&format!("DISK WRITE {block} {}", block + 7)), "+OK");
+            assert_eq!(guest.ask(&format!("DISK WRITE {block} {}", block + 7)).unwrap(), "+OK");
         }
-        assert_eq!(guest.ask("DISK RUN 64 1000"), "+OK");
-        refused(&world.save(&primary, &[]), "--stop");
-        let said = good(&world.save(&primary, &["--stop"]));
+        assert_eq!(guest.ask("DISK RUN 64 1000").unwrap(), "+OK");
+        refused(&hosts.save(&primary, &[]), "--stop");
+        let said = good(&hosts.save(&primary, &["--stop"]));
         assert!(said.contains("the guest is stopped"), "{said}");
         // The node has ended in order, and nobody takes over a guest that was stopped.
         for node in [&mut primary, &mut secondary] {
-            wait_ended(node);
+            node.wait_ended().unwrap();
             assert_eq!(node.ended().and_then(|status| status.code()), Some(0), "{}", node.log_tail(5));
         }
-        let head = SnapshotReader::open(&world.file()).expect("a snapshot").head().clone();
+        let head = SnapshotReader::open(&hosts.file()).expect("a snapshot").head().clone();
         let stamp = Stamp::read(&image).expect("a stamp").expect("there is one");
         assert_eq!(stamp.snapshot, Some(head.id));
         let at_that_moment = std::fs::read(&image).expect("an image");
         // The secondary's image is of its last epoch, not of the snapshot.
-        world.not_restored(HostName::B, REFUSED, &["b.img", "when the snapshot was taken", &head.at.to_string()]);
-        let mut node = world.restored(HostName::A);
-        let mut guest = Guest::connect(&world.namespaces);
+        hosts.not_restored(HostName::B, REFUSED, &["b.img", "when the snapshot was taken", &head.at.to_string()]);
+        let mut node = hosts.restored(HostName::A);
+        let mut guest = GuestClient::connect(&hosts.namespaces.lan).unwrap();
         for block in 0..50 {
-            let answer = guest.ask(&format!("DISK READ {block}"));
+            let answer = guest.ask(&format!("DISK READ {block}")).unwrap();
             assert!(answer.starts_with(':'), "block {block}: {answer}");
         }
-        assert_eq!(guest.ask("DISK RUN 0 0"), "+OK");
-        assert_eq!(guest.ask("DISK WRITE 60 99"), "+OK");
+        assert_eq!(guest.ask("DISK RUN 0 0").unwrap(), "+OK");
+        assert_eq!(guest.ask("DISK WRITE 60 99").unwrap(), "+OK");
         drop(guest);
-        quit(&mut node);
+        node.quit().unwrap();
         // It has lived on since: its disk and the file do not fit any more.
         let stamp = Stamp::read(&image).expect("a stamp").expect("there is one");
         assert_eq!(stamp.snapshot, None);
         let parts = ["a.img", &stamp.at.to_string(), &head.at.to_string()];
-        world.not_restored(HostName::A, REFUSED, &parts);
+        hosts.not_restored(HostName::A, REFUSED, &parts);
         assert!(std::fs::read(&image).expect("an image") != at_that_moment);
         // From the image alone it starts as ever.
-        let mut node = world.primary(HostName::A);
-        assert_eq!(Guest::connect(&world.namespaces).ask("DISK READ 60"), ":99");
-        quit(&mut node);
+        let mut node = hosts.primary(HostName::A);
+        assert_eq!(GuestClient::connect(&hosts.namespaces.lan).unwrap().ask("DISK READ 60").unwrap(), ":99");
+        node.quit().unwrap();
     });
 }

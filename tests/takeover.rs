@@ -1,17 +1,12 @@
 //! Real nodes, unmodified clients, and a host that dies under them.
 
-mod rights;
-mod waits;
-
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use mcd::control::status::{NodeStatus, State};
-use mcd::demo::namespaces::{GUEST_IPV4, HostName, Namespaces, find_tool};
-use mcd::demo::nodes::{Node, NodeSettings, RunDir, StartAs};
-
-use waits::*;
+use mcd::testbed::namespaces::{GUEST_IPV4, HostName, Namespaces, find_tool};
+use mcd::testbed::nodes::{Node, NodeSettings, RunDir, StartAs};
+use mcd::testbed::require::{NODE_DEVICES, with_rights};
 
 /// Epochs a pair commits before its primary is killed: enough that the benchmark is in the middle
 /// of something.
@@ -24,7 +19,7 @@ fn with_redis_tools(name: &str, body: impl FnOnce()) {
         println!("skipped: {tool} is not installed: make setup");
         return;
     }
-    rights::run(name, &["/dev/kvm", "/dev/net/tun"], body);
+    with_rights(name, NODE_DEVICES, body);
 }
 
 struct Pair {
@@ -52,7 +47,7 @@ impl Pair {
         let dir = RunDir::new().expect("a directory");
         let mut primary =
             Node::start(StartAs::Primary, HostName::A, "n0", &settings, &namespaces, &dir).expect("a primary");
-        wait_for(&mut primary, "run the guest", |status| status.running);
+        primary.wait_status("run the guest", |status| status.running).unwrap();
         let secondary =
             Node::start(StartAs::Secondary, HostName::B, "n1", &settings, &namespaces, &dir).expect("a secondary");
         let mut pair = Pair { namespaces, settings, dir, primary, secondary, started: 2 };
@@ -61,22 +56,19 @@ impl Pair {
     }
 
     fn wait_protected(&mut self) -> NodeStatus {
-        wait_for(&mut self.primary, "be protected", |status| status.protected)
+        self.primary.wait_status("be protected", |status| status.protected).unwrap()
     }
 
     /// Kills the primary, and protects the guest again where it goes on.
     fn kill_and_protect_again(&mut self) {
         let host = self.primary.host();
         self.primary.kill().expect("a process to kill");
-        let status = wait_for(&mut self.secondary, "take over", |status| status.running && status.takeover.is_some());
+        let status =
+            self.secondary.wait_status("take over", |status| status.running && status.takeover.is_some()).unwrap();
         let takeover = status.takeover.expect("it was waited for");
         assert!(takeover.clock_forward_ms > 0.0 && takeover.clock_behind_ms == 0.0, "{takeover:?}");
         // The tap is free once the dead process is gone.
-        let deadline = Instant::now() + WAIT_MAX;
-        while self.primary.ended().is_none() {
-            assert!(Instant::now() < deadline, "{} outlives SIGKILL", self.primary.name());
-            std::thread::park_timeout(Duration::from_millis(2));
-        }
+        self.primary.wait_ended().unwrap();
         let name = format!("n{}", self.started);
         self.started += 1;
         let newcomer = Node::start(StartAs::Secondary, host, &name, &self.settings, &self.namespaces, &self.dir);
@@ -101,10 +93,12 @@ impl Pair {
     fn commit_epochs(&mut self, more: u64, client: &mut Child) -> bool {
         let before = self.primary.status().expect("a status").epochs.committed;
         let mut ended = false;
-        wait_for(&mut self.primary, "commit epochs", |status| {
-            ended = client.try_wait().expect("a child").is_some();
-            ended || status.epochs.committed >= before + more
-        });
+        self.primary
+            .wait_status("commit epochs", |status| {
+                ended = client.try_wait().expect("a child").is_some();
+                ended || status.epochs.committed >= before + more
+            })
+            .unwrap();
         !ended
     }
 }

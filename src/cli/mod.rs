@@ -143,7 +143,7 @@ fn run_demo(args: DemoArgs) -> Result<ExitCode, Failure> {
     let ended = demo::run(DemoOptions {
         rounds: args.rounds,
         json: args.json,
-        stay: args.stay,
+        interactive: args.interactive,
         seed: args.seed,
         connections: args.connections,
         memory_mib,

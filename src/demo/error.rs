@@ -3,8 +3,8 @@
 use std::io;
 use std::process::ExitCode;
 
-use super::nodes::Node;
-use super::trouble::Trouble;
+use crate::testbed::error::TestbedError;
+use crate::testbed::nodes::Node;
 
 /// Why a demo could not be brought to its end. Whether a client noticed something is another
 /// question: see [`super::report::Report::ok`].
@@ -12,7 +12,7 @@ use super::trouble::Trouble;
 pub enum DemoError {
     /// As wherever nodes are run to be watched.
     #[error(transparent)]
-    Run(#[from] Trouble),
+    Run(#[from] TestbedError),
     /// There is no KVM to use.
     #[error(
         "cannot open /dev/kvm: {0}: this needs a Linux host with KVM, and a user who may use it (root, or the group kvm)"
@@ -41,8 +41,8 @@ pub enum DemoError {
 impl DemoError {
     /// For `map_err`: the system refused `action`.
     pub(super) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> DemoError {
-        let trouble = Trouble::io(action);
-        move |source| trouble(source).into()
+        let error = TestbedError::io(action);
+        move |source| error(source).into()
     }
 
     /// `new_primary` has given up its image.
@@ -55,7 +55,7 @@ impl DemoError {
         const FAILURE: u8 = 1;
         const HOST_LACKS_SOMETHING: u8 = 3;
         match self {
-            DemoError::Run(trouble) => trouble.exit_code(),
+            DemoError::Run(error) => error.exit_code(),
             DemoError::NoKvm(_) => ExitCode::from(HOST_LACKS_SOMETHING),
             _ => ExitCode::from(FAILURE),
         }

@@ -5,8 +5,8 @@ use std::fmt;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::probe::histogram;
 use crate::control::metrics::{EpochSample, Quantiles};
+use crate::testbed::probe::histogram;
 
 /// Median and 99th percentile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -3,11 +3,11 @@
 use std::thread;
 use std::time::Duration;
 
-use super::client::monotonic_us;
 use super::error::DemoError;
 use super::report::Round;
 use super::run::{ANSWER_LIMIT, Demo, RESYNC_LIMIT};
 use crate::control::status::{NodeStatus, Role, State, TakeoverReport};
+use crate::testbed::client::monotonic_us;
 
 /// Longest wait for a takeover.
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);

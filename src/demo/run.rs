@@ -3,29 +3,27 @@
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use super::ask::{answers_ping, ask_dirty};
-use super::client::{Dial, Gauge, Tally, connect};
 use super::error::DemoError;
-use super::load::{Load, LoadOptions, Phase};
-use super::namespaces::{self, GUEST_IPV4, HostName, Namespaces};
-use super::nodes::{Node, NodeSettings, RunDir, StartAs};
-use super::probe::{Probe, ProbeMode};
 use super::report::{ClientReport, EpochSamples, EpochShape, EpochsReport, LatencyReport, Pair, Report, Round};
-use super::rng::Rng;
 use super::screen::{Moment, Screen};
-use super::trouble::{Trouble, catch_signals};
 use crate::control::status::{EpochCounts, NodeStatus, Role};
+use crate::testbed::client::{Dial, Gauge, Tally};
+use crate::testbed::error::{TestbedError, catch_signals};
+use crate::testbed::guest_client::connect_to_guest;
+use crate::testbed::guest_commands::{answers_ping, start_dirty_load};
+use crate::testbed::load::{Load, LoadOptions, Phase};
+use crate::testbed::namespaces::{self, HostName, Namespaces};
+use crate::testbed::nodes::{Node, NodeSettings, RunDir, StartAs};
+use crate::testbed::probe::{Probe, ProbeMode};
+use crate::testbed::rng::Rng;
+use crate::testbed::wait::{WaitLimits, wait_on};
 
-/// The built-in guest's port.
-const GUEST_PORT: u16 = 6379;
 /// How often a wait looks, and so the precision of `resync_ms`.
 pub(super) const LOOK: Duration = Duration::from_millis(5);
 /// How often the nodes are asked for their epochs.
@@ -54,7 +52,7 @@ pub struct DemoOptions {
     /// Where the report is written as JSON.
     pub json: Option<PathBuf>,
     /// Leave the pair up at the end, until a signal.
-    pub stay: bool,
+    pub interactive: bool,
     /// The seed of every random choice; another each time if not given.
     pub seed: Option<u64>,
     /// Connections of the load.
@@ -90,7 +88,7 @@ pub fn run(options: DemoOptions) -> ExitCode {
 
 fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     let stop = catch_signals().map_err(DemoError::io("watch for signals"))?;
-    namespaces::gain_rights().map_err(Trouble::from)?;
+    namespaces::gain_rights().map_err(TestbedError::from)?;
     fs::File::options().read(true).write(true).open("/dev/kvm").map_err(DemoError::NoKvm)?;
     let seed = match options.seed {
         Some(seed) => seed,
@@ -100,7 +98,7 @@ fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     if options.keep_logs {
         dir.keep();
     }
-    let namespaces = Arc::new(Namespaces::new().map_err(Trouble::from)?);
+    let namespaces = Arc::new(Namespaces::new().map_err(TestbedError::from)?);
     let mut demo = Demo::start(options, seed, stop, namespaces, &dir)?;
     let report = demo.play()?;
     demo.screen.say(format_args!("done\n\n{report}"));
@@ -111,8 +109,8 @@ fn run_to_report(options: &DemoOptions) -> Result<bool, DemoError> {
     if options.keep_logs {
         println!("the nodes' logs are in {}", dir.path().display());
     }
-    if options.stay {
-        demo.stay()?;
+    if options.interactive {
+        demo.stay_interactive()?;
     }
     Ok(report.ok)
 }
@@ -135,7 +133,7 @@ pub(super) struct Demo<'a> {
     pub(super) status: Option<NodeStatus>,
     sampled: Instant,
     epochs: EpochSamples,
-    /// The hashes of nodes that are gone.
+    /// The epochs of nodes that are gone.
     counts: EpochCounts,
     wire_bytes: u64,
     /// Being collected, or collected.
@@ -198,7 +196,7 @@ impl<'a> Demo<'a> {
         let probe = Probe::open(&dial, &self.tally, WATCH_INTERVAL).map_err(DemoError::io("connect to the guest"))?;
         self.probe = Some(probe);
         if let Some((pages, per_second)) = self.options.dirty {
-            ask_dirty(&dial, pages, per_second).map_err(DemoError::io("make the guest write memory"))?;
+            start_dirty_load(&dial, pages, per_second).map_err(DemoError::io("make the guest write memory"))?;
         }
         self.latency.solo = self.measure()?;
         self.protect()?;
@@ -231,10 +229,7 @@ impl<'a> Demo<'a> {
     fn dial(&self) -> Dial {
         const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
         let namespaces = self.namespaces.clone();
-        let address = SocketAddr::from((GUEST_IPV4, GUEST_PORT));
-        Arc::new(move || -> io::Result<TcpStream> {
-            namespaces.lan.run(|| connect(address, CONNECT_TIMEOUT)).map_err(io::Error::other)?
-        })
+        Arc::new(move || connect_to_guest(&namespaces.lan, CONNECT_TIMEOUT))
     }
 
     /// Waits until `check` gives something; meanwhile the nodes are watched and the screen is kept
@@ -243,19 +238,10 @@ impl<'a> Demo<'a> {
         &mut self,
         what: &str,
         limit: Duration,
-        mut check: impl FnMut(&mut Demo<'a>) -> Result<Option<T>, DemoError>,
+        check: impl FnMut(&mut Demo<'a>) -> Result<Option<T>, DemoError>,
     ) -> Result<T, DemoError> {
-        let deadline = Instant::now() + limit;
-        loop {
-            if let Some(found) = check(self)? {
-                return Ok(found);
-            }
-            self.tick()?;
-            if Instant::now() >= deadline {
-                return Err(self.too_late(what, limit));
-            }
-            thread::park_timeout(LOOK);
-        }
+        let limits = WaitLimits { look: LOOK, limit };
+        wait_on(self, limits, check, Demo::tick, |demo| demo.too_late(what, limit))
     }
 
     /// Lets some time pass, which belongs to the play: a measurement, or a guest's life until it is
@@ -268,15 +254,15 @@ impl<'a> Demo<'a> {
     /// What has to be looked at all the time.
     fn tick(&mut self) -> Result<(), DemoError> {
         if self.stop.load(Relaxed) {
-            return Err(Trouble::Interrupted.into());
+            return Err(TestbedError::Interrupted.into());
         }
         if let Some(status) = self.primary.ended() {
-            return Err(Trouble::died(&self.primary, status).into());
+            return Err(TestbedError::died(&self.primary, status).into());
         }
         if let Some(node) = &mut self.secondary
             && let Some(status) = node.ended()
         {
-            return Err(Trouble::died(node, status).into());
+            return Err(TestbedError::died(node, status).into());
         }
         if self.primary_is_fenced() {
             return Err(DemoError::Fenced);
@@ -441,7 +427,7 @@ impl<'a> Demo<'a> {
 
     fn too_late(&mut self, what: &str, limit: Duration) -> DemoError {
         let nodes = std::iter::once(&mut self.primary).chain(&mut self.secondary);
-        let logs = nodes.map(|node| format!("\n--- the last lines of {}'s log:\n{}", node.name(), node.log_tail(12)));
-        Trouble::TooLate { what: what.to_owned(), limit_s: limit.as_secs(), logs: logs.collect() }.into()
+        let logs = nodes.map(|node| node.log_section());
+        TestbedError::TooLate { what: what.to_owned(), limit_s: limit.as_secs(), logs: logs.collect() }.into()
     }
 }

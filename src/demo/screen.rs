@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use super::probe::histogram;
 use super::report::{Pair, grouped};
 use crate::control::metrics::EpochSample;
 use crate::control::status::NodeStatus;
+use crate::testbed::probe::histogram;
 
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 

@@ -1,6 +1,6 @@
 //! What people and programs see of an arbiter that is out of reach, for each kind of it.
 
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -72,7 +72,10 @@ fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus)
 
 #[test]
 fn each_kind_says_what_is_wrong_and_what_it_means() {
-    let closed = format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    // A port that is held and not listened on refuses connections, and nobody else can listen there.
+    let unheard = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    unheard.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let closed = format!("http://{}", unheard.local_addr().unwrap().as_socket().unwrap());
     let etcd = EtcdConfig {
         endpoints: vec![closed.clone()],
         prefix: "/mcd".into(),

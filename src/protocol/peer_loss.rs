@@ -10,7 +10,7 @@ use super::types::EpochId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 pub enum PeerFault {
     /// A message that has no place where it arrived.
-    #[error("it sent a message of kind '{0}', which has no place there")]
+    #[error("it sent what does not belong here ({0})")]
     Misplaced(&'static str),
     /// An epoch while none was expected.
     #[error("it sent epoch {0} out of turn")]
@@ -30,17 +30,23 @@ pub enum PeerFault {
     /// A second welcome, or a different one.
     #[error("it said welcome out of turn")]
     WelcomeOutOfTurn,
-    /// Hashes of blocks that were not asked for.
-    #[error("it sent hashes of blocks that were not asked for")]
+    /// Hashes of blocks while none were asked for.
+    #[error("it sent hashes of blocks that nobody asked for")]
     UnaskedHashes,
-    /// A request for hashes while one was not answered yet, or outside a resync or a pair.
+    /// Hashes of other blocks than were asked for.
+    #[error("it sent other hashes of blocks than it was asked for")]
+    OtherHashes,
+    /// A request for hashes outside a resync or a pair.
     #[error("it asked for hashes of blocks out of turn")]
     HashesOutOfTurn,
+    /// A request for hashes while one was not answered yet.
+    #[error("it asked for hashes of blocks again before it had them")]
+    HashesAgain,
     /// A request for hashes of blocks that no disk has.
     #[error("it asked for hashes of blocks that no disk has")]
     NoSuchBlocks,
     /// A request for hashes from a node that did not offer them, or progress to one that is whole.
-    #[error("it used a feature that was not agreed on")]
+    #[error("it used a feature that the two nodes had not agreed on")]
     FeatureNotAgreed,
 }
 

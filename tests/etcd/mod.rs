@@ -3,27 +3,24 @@
 
 use mcd::arbiter::etcd::{EtcdArbiter, EtcdConfig, EtcdTls};
 use mcd::protocol::types::GuestName;
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
-use nix::unistd::Pid;
+use mcd::testbed::etcd::{EtcdProcess, EtcdSettings};
+use mcd::testbed::namespaces::find_tool;
+use mcd::testbed::require::{REQUIRE_ETCD, skip};
+use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Whether there is an etcd to test with; else says why the test is skipped.
+/// Whether there is an etcd to test with; else the test is skipped.
 pub fn installed() -> bool {
-    let found = Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if found.is_ok_and(|status| status.success()) {
-        return true;
+    let found = find_tool("etcd").is_some();
+    if !found {
+        skip(REQUIRE_ETCD, "etcd is not installed (apt-get install etcd-server)");
     }
-    assert_ne!(std::env::var("MCD_REQUIRE_ETCD").as_deref(), Ok("1"), "etcd is not installed");
-    println!("skipped: etcd is not installed (apt-get install etcd-server)");
-    false
+    found
 }
 
 /// A directory in memory where there is such a thing: on a disk all is the same and only fsync
@@ -32,9 +29,28 @@ pub fn directory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// A port that nobody listens on now.
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// A TCP port of loopback that stays this value's own, even while nothing listens on it. It lies
+/// below the ports that the kernel gives to outgoing connections, and among test processes it is
+/// claimed by the UDP port of the same number.
+pub struct ReservedPort {
+    pub port: u16,
+    _claim: UdpSocket,
+}
+
+impl ReservedPort {
+    pub fn new() -> ReservedPort {
+        const PORTS: std::ops::Range<u16> = 20_000..32_000;
+        // Processes begin at different places, so that they seldom meet at all.
+        let count = u32::from(PORTS.end - PORTS.start);
+        let first = std::process::id() % count;
+        let port = |at: u32| PORTS.start + ((first + at) % count) as u16;
+        let reserve = |port: u16| {
+            let claim = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).ok()?;
+            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok()?;
+            Some(ReservedPort { port, _claim: claim })
+        };
+        (0..count).map(port).find_map(reserve).expect("a port that nobody uses")
+    }
 }
 
 pub fn guest() -> GuestName {
@@ -43,9 +59,9 @@ pub fn guest() -> GuestName {
 
 /// One member of a cluster.
 pub struct Etcd {
-    arguments: Vec<String>,
+    process: EtcdProcess,
     pub url: String,
-    child: Option<Child>,
+    _ports: (ReservedPort, ReservedPort),
 }
 
 impl Etcd {
@@ -61,98 +77,58 @@ impl Etcd {
 
     /// A cluster, running.
     pub fn cluster(directory: &Path, members: usize, certificates: Option<&Certificates>) -> Vec<Etcd> {
-        let ports: Vec<(u16, u16)> = (0..members).map(|_| (free_port(), free_port())).collect();
-        let peers = ports.iter().enumerate().map(|(at, (_, peer))| format!("m{at}=http://127.0.0.1:{peer}"));
+        let ports: Vec<_> = (0..members).map(|_| (ReservedPort::new(), ReservedPort::new())).collect();
+        let peers = ports.iter().enumerate().map(|(at, (_, peer))| format!("m{at}=http://127.0.0.1:{}", peer.port));
         let peers = peers.collect::<Vec<_>>().join(",");
         let mut all: Vec<Etcd> = ports
-            .iter()
+            .into_iter()
             .enumerate()
-            .map(|(at, (client, peer))| {
+            .map(|(at, reserved)| {
+                let (client, peer) = (reserved.0.port, reserved.1.port);
                 let scheme = if certificates.is_some() { "https" } else { "http" };
                 let url = format!("{scheme}://127.0.0.1:{client}");
                 let data = directory.join(format!("m{at}"));
-                let mut arguments = vec![
-                    format!("--name=m{at}"),
-                    format!("--data-dir={}", data.display()),
-                    format!("--listen-client-urls={url}"),
-                    format!("--advertise-client-urls={url}"),
+                let mut flags = vec![
                     format!("--listen-peer-urls=http://127.0.0.1:{peer}"),
                     format!("--initial-advertise-peer-urls=http://127.0.0.1:{peer}"),
                     format!("--initial-cluster={peers}"),
                 ];
                 if let Some(files) = certificates {
-                    arguments.push(format!("--cert-file={}", files.path("server.pem").display()));
-                    arguments.push(format!("--key-file={}", files.path("server.key").display()));
-                    arguments.push(format!("--trusted-ca-file={}", files.path("ca.pem").display()));
-                    arguments.push("--client-cert-auth".to_owned());
+                    flags.push(format!("--cert-file={}", files.path("server.pem").display()));
+                    flags.push(format!("--key-file={}", files.path("server.key").display()));
+                    flags.push(format!("--trusted-ca-file={}", files.path("ca.pem").display()));
+                    flags.push("--client-cert-auth".to_owned());
                 }
-                Etcd { arguments, url, child: None }
+                let log = directory.join(format!("m{at}.log"));
+                let settings =
+                    EtcdSettings { network: None, name: format!("m{at}"), data, url: url.clone(), flags, log };
+                Etcd { process: EtcdProcess::new(settings), url, _ports: reserved }
             })
             .collect();
         // All are started before any is waited for: a member serves nobody until it has a quorum.
-        let logs: Vec<_> = all.iter_mut().map(Etcd::spawn).collect();
-        logs.into_iter().for_each(wait_until_it_serves);
+        all.iter_mut().for_each(|member| member.process.spawn().unwrap());
+        all.iter().for_each(|member| member.process.wait_serving().unwrap());
         all
-    }
-
-    fn spawn(&mut self) -> BufReader<std::process::ChildStderr> {
-        let mut command = Command::new("etcd");
-        command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        self.child = Some(child);
-        log
     }
 
     /// Starts it again, with its data.
     pub fn start(&mut self) {
-        let log = self.spawn();
-        wait_until_it_serves(log);
+        self.process.start().unwrap();
     }
 
     /// Ends it as a crash would.
     pub fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
+        self.process.kill();
     }
 
-    /// Sends a signal. A stop is waited for: on a busy machine a process goes on answering until
-    /// one of its threads has noticed.
+    /// Sends a signal; see [`EtcdProcess::signal`].
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(i32::try_from(self.child.as_ref().unwrap().id()).unwrap());
-        kill(pid, signal).unwrap();
-        if signal == Signal::SIGSTOP {
-            waitid(Id::Pid(pid), WaitPidFlag::WSTOPPED).unwrap();
-        }
+        self.process.signal(signal).unwrap();
     }
 
     pub fn arbiter(&self, timeout_ms: u64) -> EtcdArbiter {
         EtcdArbiter::new(config(&[&self.url], timeout_ms), &guest()).unwrap()
     }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// Reads the log until it says that clients are served, and from then on so that the pipe never
-/// fills.
-fn wait_until_it_serves(mut log: BufReader<std::process::ChildStderr>) {
-    let mut all = String::new();
-    loop {
-        let mut line = String::new();
-        assert_ne!(log.read_line(&mut line).unwrap(), 0, "etcd ended: {all}");
-        all.push_str(&line);
-        // Version 3.4 says the one, newer ones the other.
-        if line.contains("client requests on") || line.contains("serving client traffic") {
-            break;
-        }
-    }
-    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
 }
 
 pub fn config(endpoints: &[&str], timeout_ms: u64) -> EtcdConfig {

@@ -14,8 +14,8 @@ use mcd::wire::block_hashes::{decode_hashes, encode_hashes};
 use mcd::wire::codec::decode_message;
 use mcd::wire::{FrameKind, PageDecoder};
 
+use super::environment::{Environment, PRIMARY, run};
 use super::fake::{Epoch, FakePrimary, MEMORY_BYTES, Peer, bulk, epoch, frame, hello, pages, welcome};
-use super::place::{PRIMARY, Place, run};
 use super::process::Node;
 
 /// Blocks of the disk; of the last one there are 512 bytes.
@@ -25,8 +25,8 @@ const DISK_BYTES: u64 = (BLOCKS - 1) * 4096 + 512;
 const FIRST: u64 = MEMORY_BYTES / 4096;
 
 /// An image whose blocks are each filled with their number, but for its upper bits.
-fn image(place: &Place, name: &str) -> PathBuf {
-    let path = place.path(name);
+fn image(host: &Environment, name: &str) -> PathBuf {
+    let path = host.path(name);
     let bytes: Vec<u8> = (0..DISK_BYTES).map(|at| (at / 4096) as u8).collect();
     fs::write(&path, bytes).expect("an image");
     path
@@ -59,10 +59,10 @@ fn ask(first: u64, count: u32) -> Vec<u8> {
 }
 
 #[test]
-fn questions_that_no_primary_asks() {
-    run("hashes::questions_that_no_primary_asks", |place| {
+fn a_secondary_disconnects_at_malformed_block_hash_requests() {
+    run("block_hashes::a_secondary_disconnects_at_malformed_block_hash_requests", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[&flag(&image(place, "s.img"))]);
+        let mut node = host.secondary(&[&flag(&image(host, "s.img"))]);
         let able = welcome_with_disk(features::LZ4 | features::DISK_HASHES);
 
         // Good ones first: of what is there, and then of what an epoch has changed and background
@@ -203,9 +203,9 @@ fn until_whole(newcomer: &mut Newcomer, blocks: &mut Vec<u64>) {
 }
 
 #[test]
-fn answers_that_no_secondary_gives() {
-    run("hashes::answers_that_no_secondary_gives", |place| {
-        let mut primary = Node::start(place.primary_command(&[&flag(&image(place, "p.img"))]));
+fn a_primary_disconnects_at_malformed_block_hash_answers() {
+    run("block_hashes::a_primary_disconnects_at_malformed_block_hash_answers", |host| {
+        let mut primary = Node::start(host.primary_command(&[&flag(&image(host, "p.img"))]));
         primary.wait_guest();
         let mut instance = 100;
         let mut not_stood = |bytes: fn(u64, u64) -> Vec<u8>, part: &str| {
@@ -236,9 +236,9 @@ fn answers_that_no_secondary_gives() {
 }
 
 #[test]
-fn a_newcomer_gets_what_its_disk_lacks() {
-    run("hashes::a_newcomer_gets_what_its_disk_lacks", |place| {
-        let mut primary = Node::start(place.primary_command(&[&flag(&image(place, "p.img"))]));
+fn a_newcomer_is_sent_only_the_blocks_that_differ() {
+    run("block_hashes::a_newcomer_is_sent_only_the_blocks_that_differ", |host| {
+        let mut primary = Node::start(host.primary_command(&[&flag(&image(host, "p.img"))]));
         primary.wait_guest();
         // It has all but two blocks, one of them the last.
         let (mut newcomer, mut sent) = (Newcomer::join(7), Vec::new());

@@ -9,14 +9,14 @@ use mcd::control::status::State;
 use mcd::device::image::RawImage;
 use mcd::protocol::types::{EpochId, Generation, GuestName};
 
-use super::place::{FAILURE, HOST, Mount, Place, REFUSED, mount, run};
+use super::environment::{Environment, FAILURE, HOST, Mount, REFUSED, mount, run};
 use super::process::Node;
 
 const DISK_BYTES: u64 = 8 << 20;
 
 /// An image of so many bytes that are not zero.
-fn image(place: &Place, name: &str, bytes: u64) -> PathBuf {
-    let path = place.path(name);
+fn image(host: &Environment, name: &str, bytes: u64) -> PathBuf {
+    let path = host.path(name);
     fs::write(&path, vec![0xa5; bytes as usize]).expect("an image");
     path
 }
@@ -34,18 +34,18 @@ fn state(image: &Path) -> Option<StampState> {
     Stamp::read(image).expect("a stamp").map(|stamp| stamp.state)
 }
 
-fn primary(place: &Place, flags: &[&str]) -> Node {
-    let mut node = Node::start(place.primary_command(flags));
+fn primary(host: &Environment, flags: &[&str]) -> Node {
+    let mut node = Node::start(host.primary_command(flags));
     node.wait_guest();
     node
 }
 
 #[test]
-fn images_a_guest_is_not_started_from() {
-    run("disks::images_a_guest_is_not_started_from", |place| {
-        let start = |flags: &[&str]| Node::start(place.primary_command(flags));
-        let disk = image(place, "p.img", DISK_BYTES);
-        let missing = flag(&place.path("none.img"), "");
+fn a_guest_does_not_start_from_a_missing_locked_or_partial_image() {
+    run("disks::a_guest_does_not_start_from_a_missing_locked_or_partial_image", |host| {
+        let start = |flags: &[&str]| Node::start(host.primary_command(flags));
+        let disk = image(host, "p.img", DISK_BYTES);
+        let missing = flag(&host.path("none.img"), "");
         start(&[&missing]).fails(HOST, &["there is no disk image", "truncate"]);
         let locked = RawImage::open(&disk, false).expect("an image");
         start(&[&flag(&disk, "")]).fails(HOST, &["p.img is in use"]);
@@ -59,7 +59,7 @@ fn images_a_guest_is_not_started_from() {
         fs::write(stamp_path(&disk), "what?").expect("a file");
         start(&[&flag(&disk, "")]).fails(HOST, &["p.img.mcd is no stamp"]);
         // Nothing of it was put on record, and a person may insist.
-        let mut node = primary(place, &[&flag(&disk, ""), "--force-disk"]);
+        let mut node = primary(host, &[&flag(&disk, ""), "--force-disk"]);
         node.quit();
         node.ends_well();
         let stamp = Stamp::read(&disk).expect("a stamp").expect("there is one");
@@ -68,22 +68,22 @@ fn images_a_guest_is_not_started_from() {
 }
 
 #[test]
-fn images_a_newcomer_cannot_take() {
-    run("disks::images_a_newcomer_cannot_take", |place| {
-        let disk = image(place, "p.img", DISK_BYTES);
-        let primary = primary(place, &[&flag(&disk, ",serial=one")]);
-        place.secondary(&[]).fails(HOST, &["the guest has 1 disks", "given 0 times"]);
-        let small = image(place, "small.img", DISK_BYTES - 512);
-        place.secondary(&[&flag(&small, "")]).fails(HOST, &["small.img has 8388096 bytes", "the guest's disk 8388608"]);
-        place.secondary(&[&flag(&small, ",ro")]).fails(HOST, &["is read-only here and writable at the primary"]);
-        place.secondary(&[&flag(&disk, "")]).fails(HOST, &["p.img is in use"]);
-        let nowhere = flag(&place.path("no/where.img"), "");
-        place.secondary(&[&nowhere]).fails(HOST, &["cannot use disk image", "no/where.img"]);
-        let other = image(place, "s.img", DISK_BYTES);
+fn a_newcomer_refuses_images_that_do_not_match_the_guests_disks() {
+    run("disks::a_newcomer_refuses_images_that_do_not_match_the_guests_disks", |host| {
+        let disk = image(host, "p.img", DISK_BYTES);
+        let primary = primary(host, &[&flag(&disk, ",serial=one")]);
+        host.secondary(&[]).fails(HOST, &["the guest has 1 disks", "given 0 times"]);
+        let small = image(host, "small.img", DISK_BYTES - 512);
+        host.secondary(&[&flag(&small, "")]).fails(HOST, &["small.img has 8388096 bytes", "the guest's disk 8388608"]);
+        host.secondary(&[&flag(&small, ",ro")]).fails(HOST, &["is read-only here and writable at the primary"]);
+        host.secondary(&[&flag(&disk, "")]).fails(HOST, &["p.img is in use"]);
+        let nowhere = flag(&host.path("no/where.img"), "");
+        host.secondary(&[&nowhere]).fails(HOST, &["cannot use disk image", "no/where.img"]);
+        let other = image(host, "s.img", DISK_BYTES);
         stamp(&other, "mail", StampState::Whole);
-        place.secondary(&[&flag(&other, "")]).fails(HOST, &["s.img belongs to guest 'mail'", "--force-disk"]);
+        host.secondary(&[&flag(&other, "")]).fails(HOST, &["s.img belongs to guest 'mail'", "--force-disk"]);
         assert_eq!(state(&other), Some(StampState::Whole), "nothing was overwritten");
-        let mut node = place.secondary(&[&flag(&other, ""), "--force-disk"]);
+        let mut node = host.secondary(&[&flag(&other, ""), "--force-disk"]);
         node.wait_line("protected in g");
         node.quit();
         node.ends_well();
@@ -94,13 +94,13 @@ fn images_a_newcomer_cannot_take() {
 }
 
 #[test]
-fn a_secondary_makes_its_image_and_leaves_it_marked() {
-    run("disks::a_secondary_makes_its_image_and_leaves_it_marked", |place| {
-        let (disk, made) = (image(place, "p.img", DISK_BYTES), place.path("made.img"));
-        let read_only = image(place, "ro.img", 4096);
+fn a_secondary_creates_its_image_and_stamps_it_as_partial() {
+    run("disks::a_secondary_creates_its_image_and_stamps_it_as_partial", |host| {
+        let (disk, made) = (image(host, "p.img", DISK_BYTES), host.path("made.img"));
+        let read_only = image(host, "ro.img", 4096);
         let flags = [flag(&read_only, ",ro"), flag(&disk, "")];
-        let mut primary = primary(place, &[&flags[0], &flags[1]]);
-        let mut node = place.secondary(&[&flags[0], &flag(&made, "")]);
+        let mut primary = primary(host, &[&flags[0], &flags[1]]);
+        let mut node = host.secondary(&[&flags[0], &flag(&made, "")]);
         node.wait_line("protected in g");
         assert_eq!(fs::metadata(&made).expect("an image").len(), DISK_BYTES);
         assert_eq!(Stamp::read(&read_only).expect("none"), None, "what nobody writes needs no stamp");
@@ -111,27 +111,27 @@ fn a_secondary_makes_its_image_and_leaves_it_marked() {
         primary.wait_status("alone", |status| status.state == State::Solo);
         primary.quit();
         primary.ends_well();
-        let start = place.primary_command(&[&flags[0], &flag(&made, "")]);
+        let start = host.primary_command(&[&flags[0], &flag(&made, "")]);
         Node::start(start).fails(REFUSED, &["made.img is not started from", "--force-disk"]);
     });
 }
 
 #[test]
-fn an_image_without_room_ends_the_secondary_and_not_the_guest() {
-    run("disks::an_image_without_room_ends_the_secondary_and_not_the_guest", |place| {
-        let disk = image(place, "p.img", DISK_BYTES);
-        let primary = primary(place, &[&flag(&disk, "")]);
-        let small = place.path("small");
+fn a_full_image_file_system_ends_the_secondary_and_not_the_guest() {
+    run("disks::a_full_image_file_system_ends_the_secondary_and_not_the_guest", |host| {
+        let disk = image(host, "p.img", DISK_BYTES);
+        let primary = primary(host, &[&flag(&disk, "")]);
+        let small = host.path("small");
         fs::create_dir(&small).expect("a directory");
-        let (mut command, control) = place.secondary_command(&[&flag(&small.join("s.img"), "")]);
+        let (mut command, control) = host.secondary_command(&[&flag(&small.join("s.img"), "")]);
         mount(&mut command, &[Mount::Small(small, DISK_BYTES / 2)], None);
         Node::start((command, control)).fails(FAILURE, &["its image is spoilt", "No space left", "disk 0"]);
         primary.wait_status("alone", |status| status.state == State::Solo);
         primary.assert_serves_alone();
         // With room it goes well: what failed was the image, not the pair.
-        let roomy = place.path("roomy.img");
+        let roomy = host.path("roomy.img");
         File::create(&roomy).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
-        let mut node = place.secondary(&[&flag(&roomy, "")]);
+        let mut node = host.secondary(&[&flag(&roomy, "")]);
         node.wait_line("protected in g");
     });
 }

@@ -6,8 +6,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use mcd::machine::host_cpu;
 use mcd::protocol::machine_shape::MachineShape;
-use mcd::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features};
+use mcd::protocol::messages::{Activity, Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome, features};
 use mcd::protocol::types::{EpochId, Generation, GuestName, InstanceId};
+use mcd::testbed::rng::Rng;
 use mcd::wire::{FrameBatch, FrameKind, FrameReader, PageEncoder, WireError};
 
 use super::process::WAIT_MAX;
@@ -170,7 +171,8 @@ impl FakePrimary {
         FakePrimary::accept(&self.heartbeat)
     }
 
-    /// Welcomes the next newcomer on both connections, and hears its first heartbeat.
+    /// Welcomes the next newcomer on both connections, and waits until its heartbeats say that it has
+    /// built its machine.
     pub fn join(&self) -> Joined {
         self.join_with(&welcome())
     }
@@ -182,7 +184,15 @@ impl FakePrimary {
         let (mut heartbeat, second) = self.accept_heartbeat();
         assert_eq!((second.instance, second.channel), (hello.instance, Channel::Heartbeat));
         heartbeat.send(&Message::Welcome(welcome.clone()));
-        assert!(matches!(heartbeat.read(), Ok(Message::Heartbeat(beat)) if beat.instance == hello.instance));
+        loop {
+            match heartbeat.read() {
+                Ok(Message::Heartbeat(beat)) if beat.instance == hello.instance => match beat.activity {
+                    Activity::Building { .. } => {}
+                    _ => break,
+                },
+                other => panic!("no heartbeat of {:?}: {other:?}", hello.instance),
+            }
+        }
         Joined { data, heartbeat, newcomer: hello.instance }
     }
 }
@@ -279,14 +289,8 @@ impl Joined {
     }
 }
 
-/// Bytes that nobody planned.
+/// Random bytes, the same each time.
 pub fn garbage(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..length).map(|_| next()).collect()
+    let mut rng = Rng::new(1);
+    (0..length).map(|_| rng.next_u64() as u8).collect()
 }

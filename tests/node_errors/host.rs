@@ -2,25 +2,25 @@
 
 use std::fs;
 
-use super::place::{FAILURE, HOST, Mount, PRIMARY, Place, mount, run};
+use super::environment::{Environment, FAILURE, HOST, Mount, PRIMARY, mount, run};
 use super::process::Node;
 
 #[test]
-fn taps_that_cannot_be_had() {
-    run("host::taps_that_cannot_be_had", |place| {
-        let _first = place.primary();
-        let (mut command, _) = place.primary_command(&["--listen=127.0.0.1:7501"]);
-        command.arg(format!("--control={}", place.path("other.sock").display()));
-        Node::start((command, place.path("other.sock"))).fails(HOST, &["tap tap0 is occupied", "name another tap"]);
-        place.secondary(&["--tap=tap0"]).fails(HOST, &["tap tap0 is occupied"]);
-        place.secondary(&["--tap=nosuch0"]).fails(HOST, &["there is no tap nosuch0", "ip tuntap add"]);
-        place.secondary(&["--tap=lo"]).fails(HOST, &["lo is not a tap"]);
+fn a_missing_or_occupied_tap_ends_the_node() {
+    run("host::a_missing_or_occupied_tap_ends_the_node", |host| {
+        let _first = host.primary();
+        let (mut command, _) = host.primary_command(&["--listen=127.0.0.1:7501"]);
+        command.arg(format!("--control={}", host.path("other.sock").display()));
+        Node::start((command, host.path("other.sock"))).fails(HOST, &["tap tap0 is occupied", "name another tap"]);
+        host.secondary(&["--tap=tap0"]).fails(HOST, &["tap tap0 is occupied"]);
+        host.secondary(&["--tap=nosuch0"]).fails(HOST, &["there is no tap nosuch0", "ip tuntap add"]);
+        host.secondary(&["--tap=lo"]).fails(HOST, &["lo is not a tap"]);
     });
 }
 
 /// Everything under /dev that a node uses, but for what is left out.
-fn dev_without(place: &Place, left_out: &str) -> Vec<Mount> {
-    let dev = place.path("dev");
+fn dev_without(host: &Environment, left_out: &str) -> Vec<Mount> {
+    let dev = host.path("dev");
     fs::create_dir_all(dev.join("net")).expect("a directory");
     let mut mounts = Vec::new();
     for name in ["null", "kvm", "net/tun"].into_iter().filter(|name| *name != left_out) {
@@ -32,43 +32,43 @@ fn dev_without(place: &Place, left_out: &str) -> Vec<Mount> {
 }
 
 #[track_caller]
-fn lacks(place: &Place, mounts: &[Mount], parts: &[&str]) {
-    for mut node in [place.primary_command(&[]), place.secondary_command(&[])] {
+fn lacks(host: &Environment, mounts: &[Mount], parts: &[&str]) {
+    for mut node in [host.primary_command(&[]), host.secondary_command(&[])] {
         mount(&mut node.0, mounts, None);
         Node::start(node).fails(HOST, parts);
     }
 }
 
 #[test]
-fn no_kvm() {
-    run("host::no_kvm", |place| {
-        lacks(place, &dev_without(place, "kvm"), &["/dev/kvm"]);
+fn a_missing_kvm_device_ends_the_node() {
+    run("host::a_missing_kvm_device_ends_the_node", |host| {
+        lacks(host, &dev_without(host, "kvm"), &["/dev/kvm"]);
     });
 }
 
 #[test]
-fn something_else_in_the_place_of_kvm() {
-    run("host::something_else_in_the_place_of_kvm", |place| {
-        lacks(place, &[Mount::Bind("/dev/null".into(), "/dev/kvm".into())], &["/dev/kvm"]);
+fn another_device_at_the_path_of_kvm_ends_the_node() {
+    run("host::another_device_at_the_path_of_kvm_ends_the_node", |host| {
+        lacks(host, &[Mount::Bind("/dev/null".into(), "/dev/kvm".into())], &["/dev/kvm"]);
     });
 }
 
 #[test]
-fn no_tun_driver() {
-    run("host::no_tun_driver", |place| {
-        lacks(place, &dev_without(place, "net/tun"), &["tap", "/dev/net/tun is missing", "modprobe tun"]);
+fn a_missing_tun_device_ends_the_node() {
+    run("host::a_missing_tun_device_ends_the_node", |host| {
+        lacks(host, &dev_without(host, "net/tun"), &["tap", "/dev/net/tun is missing", "modprobe tun"]);
     });
 }
 
 #[test]
-fn ports_and_sockets_in_use() {
-    run("host::ports_and_sockets_in_use", |place| {
+fn ports_and_control_sockets_in_use_end_the_node() {
+    run("host::ports_and_control_sockets_in_use_end_the_node", |host| {
         let taken = std::net::TcpListener::bind(PRIMARY[1]).expect("a port");
-        Node::start(place.primary_command(&[])).fails(FAILURE, &["cannot listen on 127.0.0.1:7402", "in use"]);
+        Node::start(host.primary_command(&[])).fails(FAILURE, &["cannot listen on 127.0.0.1:7402", "in use"]);
         drop(taken);
-        let _first = place.primary();
-        let (mut command, control) = place.secondary_command(&[]);
-        command.arg(format!("--control={}", place.path("p.sock").display()));
+        let _first = host.primary();
+        let (mut command, control) = host.secondary_command(&[]);
+        command.arg(format!("--control={}", host.path("p.sock").display()));
         Node::start((command, control)).fails(FAILURE, &["control socket", "p.sock", "another process answers there"]);
     });
 }

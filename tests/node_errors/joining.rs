@@ -7,27 +7,27 @@ use mcd::machine::{CpuModel, host_cpu};
 use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::messages::{Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 
+use super::environment::{HOST, PRIMARY, REFUSED, run};
 use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
-use super::place::{HOST, PRIMARY, REFUSED, run};
 
 #[test]
-fn another_program_or_another_version() {
-    run("joining::another_program_or_another_version", |place| {
+fn a_secondary_ends_where_the_peer_speaks_no_mcd_or_another_version() {
+    run("joining::a_secondary_ends_where_the_peer_speaks_no_mcd_or_another_version", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let other = frame_of_version(&Message::Welcome(welcome()), PROTOCOL_VERSION + 1);
         let answers: [(&[u8], &str); 3] = [
             (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the peer does not speak mcd"),
             (&garbage(4096), "the peer does not speak mcd"),
-            (&other, "speaks version 3"),
+            (&other, "speaks version 4"),
         ];
         for (answer, part) in answers {
-            let mut node = place.secondary(&[]);
+            let mut node = host.secondary(&[]);
             let (mut peer, _) = fake.accept_data();
             peer.send_bytes(answer);
             node.fails(REFUSED, &["no primary to join at --peer", part]);
         }
         // The data port is right, the heartbeat port is somebody else's.
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let (mut data, _) = fake.accept_data();
         data.send(&Message::Welcome(welcome()));
         let (mut heartbeat, _) = fake.accept_heartbeat();
@@ -37,23 +37,23 @@ fn another_program_or_another_version() {
 }
 
 #[test]
-fn a_primary_that_does_not_fit() {
-    run("joining::a_primary_that_does_not_fit", |place| {
-        let primary = place.primary();
-        place.secondary(&["--guest=mail"]).fails(REFUSED, &["runs guest 'web', not 'mail'", "--peer"]);
-        place.secondary(&["--staging-max=4M"]).fails(REFUSED, &["at most 4 MiB", "--staging-max"]);
+fn a_secondary_ends_where_the_primary_does_not_match_its_flags() {
+    run("joining::a_secondary_ends_where_the_primary_does_not_match_its_flags", |host| {
+        let primary = host.primary();
+        host.secondary(&["--guest=mail"]).fails(REFUSED, &["runs guest 'web', not 'mail'", "--peer"]);
+        host.secondary(&["--staging-max=4M"]).fails(REFUSED, &["at most 4 MiB", "--staging-max"]);
         let swapped = [format!("--peer={}", PRIMARY[1]), format!("--peer-heartbeat={}", PRIMARY[0])];
-        place.secondary(&[&swapped[0], &swapped[1]]).fails(REFUSED, &["this is the heartbeat port"]);
+        host.secondary(&[&swapped[0], &swapped[1]]).fails(REFUSED, &["this is the heartbeat port"]);
         primary.assert_serves_alone();
     });
 }
 
 #[test]
-fn refusals_for_good() {
-    run("joining::refusals_for_good", |place| {
+fn a_secondary_ends_at_a_final_refusal() {
+    run("joining::a_secondary_ends_at_a_final_refusal", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         for reason in [RefuseReason::Version, RefuseReason::Guest, RefuseReason::Cpu, RefuseReason::Malformed] {
-            let mut node = place.secondary(&[]);
+            let mut node = host.secondary(&[]);
             let (mut peer, _) = fake.accept_data();
             peer.send(&Message::Refuse { reason, detail: "not with you".into() });
             node.fails(REFUSED, &["the primary refused this node: not with you"]);
@@ -62,11 +62,11 @@ fn refusals_for_good() {
 }
 
 #[test]
-fn welcomes_nobody_should_believe() {
-    run("joining::welcomes_nobody_should_believe", |place| {
+fn a_secondary_refuses_a_welcome_with_impossible_values() {
+    run("joining::a_secondary_refuses_a_welcome_with_impossible_values", |host| {
         let fake = FakePrimary::listen(PRIMARY);
         let ends = |bad: Welcome, code: i32, part: &str| {
-            let mut node = place.secondary(&[]);
+            let mut node = host.secondary(&[]);
             let (mut peer, _) = fake.accept_data();
             peer.send(&Message::Welcome(bad));
             node.fails(code, &[part]);
@@ -93,9 +93,9 @@ fn welcomes_nobody_should_believe() {
 }
 
 #[test]
-fn what_may_change_is_tried_again_and_told_once() {
-    run("joining::what_may_change_is_tried_again_and_told_once", |place| {
-        let mut node = place.secondary(&[]);
+fn a_temporary_refusal_is_retried_and_logged_once() {
+    run("joining::a_temporary_refusal_is_retried_and_logged_once", |host| {
+        let mut node = host.secondary(&[]);
         node.wait_warning("no primary to join yet: cannot connect to 127.0.0.1:7401");
         let status = node.wait_state(State::Connecting);
         assert!(status.alarms.iter().any(|alarm| alarm.contains("cannot connect")), "{status}");
@@ -123,10 +123,10 @@ fn what_may_change_is_tried_again_and_told_once() {
 }
 
 #[test]
-fn a_primary_that_says_nothing() {
-    run("joining::a_primary_that_says_nothing", |place| {
+fn a_primary_that_does_not_answer_times_out_and_is_retried() {
+    run("joining::a_primary_that_does_not_answer_times_out_and_is_retried", |host| {
         let mute = TcpListener::bind(PRIMARY[0]).expect("a port");
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let (first, _) = mute.accept().expect("a newcomer");
         node.wait_warning("the primary did not answer in time");
         let (mut second, _) = mute.accept().expect("it tries again");
@@ -139,10 +139,10 @@ fn a_primary_that_says_nothing() {
 }
 
 #[test]
-fn two_newcomers_and_a_secondary_asked_for_the_guest() {
-    run("joining::two_newcomers_and_a_secondary_asked_for_the_guest", |place| {
-        let primary = place.primary();
-        let mut secondary = place.secondary(&[]);
+fn a_second_secondary_is_refused_as_busy() {
+    run("joining::a_second_secondary_is_refused_as_busy", |host| {
+        let primary = host.primary();
+        let mut secondary = host.secondary(&[]);
         primary.wait_state(State::Protected);
         // Whoever asks a secondary for the guest is sent on.
         let mut unknown_peer = Peer::connect("127.0.0.1:7411");

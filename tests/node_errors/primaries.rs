@@ -8,8 +8,8 @@ use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::types::{EpochId, Generation, InstanceId};
 use mcd::wire::FrameKind;
 
+use super::environment::{PRIMARY, run};
 use super::fake::{Epoch, FakePrimary, Joined, MEMORY_BYTES, bulk, epoch, frame, garbage, hello, pages, welcome};
-use super::place::{PRIMARY, run};
 use super::process::Node;
 
 const PAGES: u64 = MEMORY_BYTES / 4096;
@@ -33,10 +33,10 @@ fn given_up(mut joined: Joined, node: &mut Node, bytes: &[u8], part: &str) {
 }
 
 #[test]
-fn damaged_epochs() {
-    run("primaries::damaged_epochs", |place| {
+fn a_secondary_disconnects_at_a_damaged_epoch_and_does_not_ack_it() {
+    run("primaries::a_secondary_disconnects_at_a_damaged_epoch_and_does_not_ack_it", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let good = || Epoch::new(4);
         let mut spoilt = |bad: Epoch, part: &str| not_stood(&fake, &mut node, &bad.frames(), part);
         spoilt(Epoch { digest_xor: 1, ..good() }, "its checksum is");
@@ -55,10 +55,10 @@ fn damaged_epochs() {
 }
 
 #[test]
-fn frames_out_of_place() {
-    run("primaries::frames_out_of_place", |place| {
+fn a_secondary_disconnects_at_a_frame_out_of_turn() {
+    run("primaries::a_secondary_disconnects_at_a_frame_out_of_turn", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let begin = frame(&Message::EpochBegin { id: epoch(4), completes_resync: false });
         let end = frame(&Message::EpochEnd { id: epoch(4), pages: 0, state_bytes: 0, digest: 0 });
         let background = bulk(FrameKind::Background, &pages(&[2]));
@@ -105,9 +105,9 @@ fn frames_out_of_place() {
 
 #[test]
 fn a_heartbeat_connection_takes_heartbeats_only() {
-    run("primaries::a_heartbeat_connection_takes_heartbeats_only", |place| {
+    run("primaries::a_heartbeat_connection_takes_heartbeats_only", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let bye = Message::Bye { reason: "the guest was shut down".into() };
         let cases = [
             (Epoch::new(0).frames(), "a heartbeat connection (epoch-begin)"),
@@ -125,10 +125,10 @@ fn a_heartbeat_connection_takes_heartbeats_only() {
 }
 
 #[test]
-fn pairs_out_of_turn() {
-    run("primaries::pairs_out_of_turn", |place| {
+fn a_secondary_disconnects_at_a_pair_record_that_is_not_its_own() {
+    run("primaries::a_secondary_disconnects_at_a_pair_record_that_is_not_its_own", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let pair = |joined: &Joined| Record {
             generation: Generation(6),
             state: RecordState::Paired,
@@ -164,10 +164,10 @@ fn pairs_out_of_turn() {
 }
 
 #[test]
-fn epochs_before_and_after_the_pair() {
-    run("primaries::epochs_before_and_after_the_pair", |place| {
+fn epochs_are_acked_in_the_order_of_the_pair_record_only() {
+    run("primaries::epochs_are_acked_in_the_order_of_the_pair_record_only", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[]);
+        let mut node = host.secondary(&[]);
         let whole = || {
             let mut joined = fake.join();
             joined.data.send_bytes(&Epoch { completes_resync: true, ..Epoch::new(3) }.frames());
@@ -206,11 +206,11 @@ fn figure(node: &Node, name: &str) -> u64 {
 }
 
 #[test]
-fn more_than_was_asked_for() {
-    run("primaries::more_than_was_asked_for", |place| {
+fn an_epoch_larger_than_the_staging_budget_is_refused_and_leaves_no_memory_behind() {
+    run("primaries::an_epoch_larger_than_the_staging_budget_is_refused_and_leaves_no_memory_behind", |host| {
         const STAGING_MIB: u64 = 24;
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = place.secondary(&[&format!("--staging-max={STAGING_MIB}M")]);
+        let mut node = host.secondary(&[&format!("--staging-max={STAGING_MIB}M")]);
         let begin = frame(&Message::EpochBegin { id: epoch(4), completes_resync: false });
         // Pages that do not compress, a MiB of them in each frame: an epoch without end.
         let noise = garbage(4096);

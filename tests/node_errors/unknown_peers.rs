@@ -8,22 +8,22 @@ use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::messages::{Activity, Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason};
 use mcd::protocol::types::{GuestName, InstanceId};
 
+use super::environment::{Environment, PRIMARY, run};
 use super::fake::{Peer, bulk, frame, frame_of_version, garbage, hello};
-use super::place::{PRIMARY, Place, run};
 use super::process::Node;
 
 /// After all that: the primary serves, and a newcomer gets the guest protected.
-fn is_well(place: &Place, primary: &mut Node) {
+fn is_well(host: &Environment, primary: &mut Node) {
     primary.assert_serves_alone();
-    let secondary = place.secondary(&[]);
+    let secondary = host.secondary(&[]);
     primary.wait_state(State::Protected);
     secondary.wait_status("standing by", |status| status.protected);
 }
 
 #[test]
-fn those_who_do_not_speak_mcd() {
-    run("unknown_peers::those_who_do_not_speak_mcd", |place| {
-        let mut primary = place.primary();
+fn bytes_that_are_no_mcd_frames_close_the_connection() {
+    run("unknown_peers::bytes_that_are_no_mcd_frames_close_the_connection", |host| {
+        let mut primary = host.primary();
         for port in PRIMARY {
             let mut unknown_peer = Peer::connect(port);
             unknown_peer.send_bytes(&garbage(4096));
@@ -43,14 +43,14 @@ fn those_who_do_not_speak_mcd() {
             unknown_peer.hang_up();
             primary.wait_warning("in the middle of a frame");
         }
-        is_well(place, &mut primary);
+        is_well(host, &mut primary);
     });
 }
 
 #[test]
-fn those_who_say_half_a_word() {
-    run("unknown_peers::those_who_say_half_a_word", |place| {
-        let mut primary = place.primary();
+fn an_incomplete_hello_times_out_however_slowly_it_arrives() {
+    run("unknown_peers::an_incomplete_hello_times_out_however_slowly_it_arrives", |host| {
+        let mut primary = host.primary();
         let words = frame(&Message::Hello(hello(Channel::Data, 1)));
         let mut silent = Peer::connect(PRIMARY[0]);
         silent.send_bytes(&words[..words.len() / 2]);
@@ -74,7 +74,7 @@ fn those_who_say_half_a_word() {
         primary.wait_warning("it said no hello in time");
         drop(done);
         drip.join().expect("it was cut off");
-        is_well(place, &mut primary);
+        is_well(host, &mut primary);
     });
 }
 
@@ -96,9 +96,9 @@ fn refused(primary: &mut Node, hello: Hello, reason: RefuseReason, part: &str) {
 }
 
 #[test]
-fn those_who_do_not_fit() {
-    run("unknown_peers::those_who_do_not_fit", |place| {
-        let mut primary = place.primary();
+fn a_hello_that_does_not_match_the_primary_is_refused() {
+    run("unknown_peers::a_hello_that_does_not_match_the_primary_is_refused", |host| {
+        let mut primary = host.primary();
         let good = || hello(Channel::Data, 1);
         let newer = PROTOCOL_VERSION + 1;
         refused(&mut primary, Hello { version: newer, ..good() }, RefuseReason::Version, "run the same mcd");
@@ -130,14 +130,14 @@ fn those_who_do_not_fit() {
         let mut huge = frame(&data);
         huge[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(says(PRIMARY[0], &huge, RefuseReason::Malformed).contains("over the 1024 allowed"));
-        is_well(place, &mut primary);
+        is_well(host, &mut primary);
     });
 }
 
 #[test]
-fn a_newcomer_that_is_welcome_and_then_goes_wrong() {
-    run("unknown_peers::a_newcomer_that_is_welcome_and_then_goes_wrong", |place| {
-        let mut primary = place.primary();
+fn a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected() {
+    run("unknown_peers::a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected", |host| {
+        let mut primary = host.primary();
         let welcomed = |instance: u128| {
             let mut data = Peer::connect(PRIMARY[0]);
             data.send(&Message::Hello(hello(Channel::Data, instance)));
@@ -188,14 +188,14 @@ fn a_newcomer_that_is_welcome_and_then_goes_wrong() {
             data.is_closed();
             primary.wait_warning(part);
         }
-        is_well(place, &mut primary);
+        is_well(host, &mut primary);
     });
 }
 
 #[test]
-fn a_crowd() {
-    run("unknown_peers::a_crowd", |place| {
-        let mut primary = place.primary();
+fn connections_beyond_the_limit_are_refused_as_busy() {
+    run("unknown_peers::connections_beyond_the_limit_are_refused_as_busy", |host| {
+        let mut primary = host.primary();
         let mut crowd: Vec<Peer> = (0..100).map(|_| Peer::connect(PRIMARY[0])).collect();
         // Some are told to come again, the others are given up when they say nothing.
         let mut told = 0;
@@ -211,6 +211,6 @@ fn a_crowd() {
         }
         assert!(told >= 100 - 32, "only {told} were turned away at once");
         primary.wait_warning("connections are open");
-        is_well(place, &mut primary);
+        is_well(host, &mut primary);
     });
 }

@@ -146,7 +146,7 @@ const DEMO_HELP: &str = "\
 Examples:
   mcd demo                              three rounds and a report
   mcd demo --rounds 20 --json out.json  more of it, for a program to read
-  mcd demo --stay                       leave the pair up and print a redis-cli line to try";
+  mcd demo --interactive                leave the pair up and print a redis-cli line to try";
 
 const CONSOLE_HELP: &str = "\
 Examples:

@@ -18,8 +18,8 @@ pub(in crate::cli) struct DemoArgs {
     #[arg(long, value_name = "FILE")]
     pub(in crate::cli) json: Option<PathBuf>,
     /// Leave the pair up at the end and print the redis-cli line to try; Ctrl-C ends it
-    #[arg(long)]
-    pub(in crate::cli) stay: bool,
+    #[arg(long, alias = "stay")]
+    pub(in crate::cli) interactive: bool,
     /// The seed of the random moments and keys [default: another each time, printed]
     #[arg(long, value_name = "N")]
     pub(in crate::cli) seed: Option<u64>,

@@ -162,7 +162,7 @@ impl Primary {
         } else if comparison.take_theirs(first, hashes) {
             self.compared();
         } else {
-            self.lose_peer(PeerFault::UnaskedHashes.into());
+            self.lose_peer(PeerFault::OtherHashes.into());
         }
     }
 

@@ -39,7 +39,7 @@ impl Secondary {
             return Err(PeerFault::HashesOutOfTurn);
         }
         if self.summing.is_some() {
-            return Err(PeerFault::HashesOutOfTurn);
+            return Err(PeerFault::HashesAgain);
         }
         let run = first..first.saturating_add(count);
         let layout = self.welcome.as_ref().map(|welcome| ImageLayout::of(&welcome.shape));

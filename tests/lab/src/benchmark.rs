@@ -5,8 +5,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use mcd::demo::namespaces::{GUEST_IPV4, Namespace, find_tool};
-use mcd::demo::nodes::die_with_parent;
+use mcd::testbed::namespaces::{GUEST_IPV4, Namespace, find_tool};
+use mcd::testbed::nodes::die_with_parent;
 
 use crate::error::LabError;
 

@@ -79,6 +79,8 @@ fn parse(header: &str) -> Option<(u64, i32, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Shutdown;
+
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(30);
@@ -92,17 +94,18 @@ mod tests {
         channel.run("sleep 9", Duration::from_millis(1)).unwrap_err();
         host.write_all(b"lab: 1 0 2\nnolab: 2 5 4\nlab:").unwrap();
         assert_eq!(channel.run("x\ny", LIMIT).unwrap(), Output { code: 5, text: "lab:".to_owned() });
-        drop(ours_said(&mut host, "1 sleep 9\n2 x y\n"));
-        drop(host);
+        assert_sent(&mut host, "1 sleep 9\n2 x y\n");
+        // Dropping `host` would not do: a child that another test is starting has a copy of its
+        // descriptor until it execs. Then the command would still be sent, and lost unread at the
+        // exec, which is ConnectionReset.
+        host.shutdown(Shutdown::Both).unwrap();
         assert_eq!(channel.run("z", LIMIT).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
-    fn ours_said(host: &mut UnixStream, expected: &str) -> String {
-        let mut said = vec![0; expected.len()];
-        host.read_exact(&mut said).unwrap();
-        let said = String::from_utf8(said).unwrap();
-        assert_eq!(said, expected);
-        said
+    fn assert_sent(host: &mut UnixStream, expected: &str) {
+        let mut sent = vec![0; expected.len()];
+        host.read_exact(&mut sent).unwrap();
+        assert_eq!(String::from_utf8(sent).unwrap(), expected);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use mcd::demo::namespaces::{HostName, find_tool};
+use mcd::testbed::namespaces::{HostName, find_tool};
 
 use crate::error::LabError;
 

@@ -1,24 +1,18 @@
 //! Why a lab could not be built or a scenario not be brought to its end.
 
 use std::io;
+use std::process::ExitCode;
 
 use mcd::control::ClientError;
-use mcd::demo::namespaces::NamespaceError;
+use mcd::testbed::error::TestbedError;
+use mcd::testbed::namespaces::NamespaceError;
 
 /// Why a lab could not be built or a scenario not be brought to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
-    /// The network could not be made.
+    /// As wherever nodes are run to be watched.
     #[error(transparent)]
-    Namespaces(#[from] NamespaceError),
-    /// The system refused something else.
-    #[error("cannot {action}: {source}")]
-    Io {
-        /// What was tried.
-        action: String,
-        /// What the system said.
-        source: io::Error,
-    },
+    Run(#[from] TestbedError),
     /// Something that `make setup-lab` brings is not there.
     #[error("{0} is missing: run `make setup-lab`")]
     Missing(String),
@@ -29,16 +23,6 @@ pub enum LabError {
         kernel: String,
         /// What is wrong.
         what: String,
-    },
-    /// Something did not happen in time.
-    #[error("waited {limit_s} s in vain for {what}{last}")]
-    TooLate {
-        /// What.
-        what: String,
-        /// How long it was waited for, in s.
-        limit_s: u64,
-        /// What was heard last.
-        last: String,
     },
     /// A host's QEMU ended although nobody cut its power.
     #[error("host {host} is gone: its QEMU ended by itself{last}")]
@@ -79,27 +63,29 @@ pub enum LabError {
     /// What a scenario must show was not so.
     #[error("{0}")]
     Wrong(String),
-    /// A signal came.
-    #[error("interrupted; nothing is left behind")]
-    Interrupted,
+}
+
+impl From<NamespaceError> for LabError {
+    fn from(error: NamespaceError) -> LabError {
+        TestbedError::from(error).into()
+    }
 }
 
 impl LabError {
     /// For `map_err`: the system refused `action`.
     pub fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> LabError {
-        let action = action.into();
-        move |source| LabError::Io { action, source }
+        let error = TestbedError::io(action);
+        move |source| error(source).into()
     }
 
     /// The number for scripts, as for `mcd demo`.
-    pub fn exit_code(&self) -> u8 {
+    pub fn exit_code(&self) -> ExitCode {
         const FAILURE: u8 = 1;
         const HOST_LACKS_SOMETHING: u8 = 3;
-        const KILLED_BY_SIGINT: u8 = 130;
         match self {
-            LabError::Namespaces(_) | LabError::Missing(_) | LabError::Kernel { .. } => HOST_LACKS_SOMETHING,
-            LabError::Interrupted => KILLED_BY_SIGINT,
-            _ => FAILURE,
+            LabError::Run(error) => error.exit_code(),
+            LabError::Missing(_) | LabError::Kernel { .. } => ExitCode::from(HOST_LACKS_SOMETHING),
+            _ => ExitCode::from(FAILURE),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Which guest is protected, and what its nodes are told about it.
+//! Which guest is protected, and the flags of its nodes.
 
 use std::time::Duration;
 
-use mcd::demo::namespaces::{GUEST_IPV4, GUEST_PREFIX_LEN};
+use mcd::testbed::namespaces::{GUEST_IPV4, GUEST_PREFIX_LEN};
 
 use crate::disk::GUEST_IMAGE_PATH;
 use crate::image::{GUEST_INITRD, GUEST_KERNEL};

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mcd::control::Client;
-use mcd::demo::namespaces::{HostName, Namespace, find_tool};
-use mcd::demo::nodes::die_with_parent;
+use mcd::testbed::error::TestbedError;
+use mcd::testbed::namespaces::{HostName, Namespace, find_tool};
+use mcd::testbed::nodes::die_with_parent;
 use serde_json::json;
 
 use crate::channel::{Channel, Output};
@@ -256,7 +257,7 @@ fn accept(listener: &UnixListener, child: &mut Child, name: HostName, log: &Path
         }
         if Instant::now() >= deadline {
             let what = format!("the QEMU of host {name} to open its consoles");
-            return Err(LabError::TooLate { what, limit_s: START_LIMIT.as_secs(), last: last() });
+            return Err(TestbedError::TooLate { what, limit_s: START_LIMIT.as_secs(), logs: last() }.into());
         }
         std::thread::park_timeout(Duration::from_millis(5));
     }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mcd::demo::namespaces::find_tool;
+use mcd::testbed::namespaces::find_tool;
 
 use crate::cpio::Archive;
 use crate::error::LabError;

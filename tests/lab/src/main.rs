@@ -12,17 +12,17 @@ mod disk;
 mod error;
 mod etcd;
 mod guest;
+mod guest_report;
+mod guest_shell;
 mod host;
 mod image;
 mod kernel;
+mod lab;
 mod net;
 mod post_mortem;
 mod report;
 mod scenarios;
-mod talk;
 mod time_server;
-mod told;
-mod world;
 
 use std::fs;
 use std::path::PathBuf;
@@ -32,9 +32,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use clap::Parser;
-use mcd::demo::namespaces;
-use mcd::demo::nodes::RunDir;
-use mcd::demo::trouble::catch_signals;
+use mcd::testbed::error::{TestbedError, catch_signals};
+use mcd::testbed::namespaces;
+use mcd::testbed::nodes::RunDir;
 
 use error::LabError;
 use host::{HostSettings, Site};
@@ -52,7 +52,7 @@ struct Args {
     /// Say what there is to try, and nothing else
     #[arg(long)]
     list: bool,
-    /// Connect this terminal to the shell of a host that runs (see --stay)
+    /// Connect this terminal to the shell of a host that runs (see --interactive)
     #[arg(long, value_name = "SOCKET")]
     attach: Option<PathBuf>,
     /// How often the primary's host loses its power in a row [default: 5 for linux, else 2]
@@ -69,8 +69,8 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     host_cpus: u32,
     /// Leave everything up at the end of a scenario and say how to look around; Ctrl-C ends it
-    #[arg(long)]
-    stay: bool,
+    #[arg(long, alias = "stay")]
+    interactive: bool,
     /// The mcd to try
     #[arg(long, default_value = "target/release/mcd")]
     mcd: PathBuf,
@@ -99,7 +99,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("mcd-lab: {error}");
-            ExitCode::from(error.exit_code())
+            error.exit_code()
         }
     }
 }
@@ -119,7 +119,7 @@ fn run(args: &Args) -> Result<bool, LabError> {
         logs: PathBuf::new(),
     });
     let mut run = Run { site, directory: args.dir.clone(), sockets, tries: 0 };
-    let options = Options { rounds: args.rounds, connections: args.connections, stay: args.stay };
+    let options = Options { rounds: args.rounds, connections: args.connections, interactive: args.interactive };
     let all: Vec<&Scenario> =
         if args.scenarios.is_empty() { SCENARIOS.iter().collect() } else { args.scenarios.clone() };
     let mut outcomes = Vec::new();
@@ -135,8 +135,8 @@ fn run(args: &Args) -> Result<bool, LabError> {
             outcome.repeated = Some(why);
         }
         outcomes.push(outcome);
-        if stop.load(Relaxed) && !args.stay {
-            return Err(LabError::Interrupted);
+        if stop.load(Relaxed) && !args.interactive {
+            return Err(LabError::Run(TestbedError::Interrupted));
         }
     }
     let ok = outcomes.iter().all(|outcome| outcome.ok);
@@ -157,10 +157,11 @@ struct Run {
     tries: u32,
 }
 
-/// Tries a scenario, with its disks and logs under the name `place`, and tells what came of it.
+/// Tries a scenario, with its disks and logs in directories of the name `directory_name`, and
+/// prints what came of it.
 fn try_one(
     scenario: &Scenario,
-    place: &str,
+    directory_name: &str,
     options: &Options,
     run: &mut Run,
     stop: &Arc<AtomicBool>,
@@ -168,8 +169,8 @@ fn try_one(
     run.tries += 1;
     let Run { site, directory, sockets, tries } = run;
     let alone = Arc::get_mut(site).ok_or_else(|| LabError::Wrong("a scenario did not end".to_owned()))?;
-    alone.disks = directory.join("disk").join(place);
-    alone.logs = directory.join("log").join(place);
+    alone.disks = directory.join("disk").join(directory_name);
+    alone.logs = directory.join("log").join(directory_name);
     // Of its own, because a socket's name can be used once only.
     alone.sockets = sockets.path().join(tries.to_string());
     for directory in [&alone.sockets, &alone.logs] {

@@ -7,7 +7,7 @@
 //!                                └── wire-b ── QEMU b eth1 10.78.0.2/30
 //! ```
 
-use mcd::demo::namespaces::{CLIENT_IPV4, GUEST_PREFIX_LEN, HostName, Namespace, NamespaceError};
+use mcd::testbed::namespaces::{CLIENT_IPV4, GUEST_PREFIX_LEN, HostName, Namespace, NamespaceError};
 
 /// A host's address on the clients' network, by which it reaches the arbiter.
 pub fn lan_address(host: HostName) -> String {

@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use mcd::demo::namespaces::{HostName, find_tool};
+use mcd::testbed::namespaces::{HostName, find_tool};
 
 use crate::channel::Output;
 use crate::error::LabError;
-use crate::world::World;
+use crate::lab::Lab;
 
 /// How long a question may go without an answer.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -32,7 +32,7 @@ const SAVE_LIMIT: Duration = Duration::from_secs(120);
 /// What is asked in the guest, over its network and over its console.
 const QUESTION_GUEST: &str = "cat /proc/interrupts; netstat -tn; ps; dmesg | tail -n 20";
 
-impl World {
+impl Lab {
     /// Looks at everything, and writes it to a file.
     pub fn post_mortem(&mut self) -> Result<PathBuf, LabError> {
         let mut found = String::new();

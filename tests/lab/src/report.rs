@@ -4,10 +4,10 @@ use std::fmt;
 use std::sync::atomic::Ordering::Relaxed;
 
 use mcd::control::metrics::Quantiles;
-use mcd::demo::client::Tally;
+use mcd::testbed::client::Tally;
 use serde::Serialize;
 
-use crate::told::{Clocks, CpuClocks, DiskSpeed};
+use crate::guest_report::{Clocks, CpuClocks, DiskSpeed};
 
 /// Something a scenario did.
 #[derive(Clone, Debug, Serialize)]

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mcd::demo::namespaces::{CLIENT_IPV4, Namespace};
+use mcd::testbed::namespaces::{CLIENT_IPV4, Namespace};
 
 use crate::error::LabError;
 

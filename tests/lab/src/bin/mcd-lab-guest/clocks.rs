@@ -12,7 +12,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-use crate::told::{CLOCKS_PORT, ClockSteps, Clocks, CpuClocks};
+use crate::guest_report::{CLOCKS_PORT, ClockSteps, Clocks, CpuClocks};
 
 /// How long a thread rests between two rounds unless it is to be busy.
 const REST: Duration = Duration::from_millis(1);
@@ -122,7 +122,7 @@ fn answer(watch: &Watch, stream: &TcpStream) -> io::Result<()> {
         if lines.by_ref().take(LINE_BYTES_MAX).read_line(&mut line)? == 0 {
             return Ok(());
         }
-        let text = serde_json::to_string(&watch.told()?).map_err(io::Error::other)? + "\n";
+        let text = serde_json::to_string(&watch.clocks()?).map_err(io::Error::other)? + "\n";
         let mut writer = stream;
         writer.write_all(text.as_bytes())?;
     }
@@ -159,7 +159,7 @@ impl Watch {
         }
     }
 
-    fn told(&self) -> io::Result<Clocks> {
+    fn clocks(&self) -> io::Result<Clocks> {
         let clocksource = std::fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")?;
         let tell = |cpu: &Cpu| CpuClocks {
             reads: cpu.reads.load(Relaxed),
@@ -176,7 +176,7 @@ impl Watch {
     }
 }
 
-/// A clock's time, in ns. Every kernel has these clocks; a zero would be told as a step back.
+/// A clock's time, in ns. Every kernel has these clocks; a zero would be counted as a step back.
 fn read(clock: ClockId) -> u64 {
     const NS_PER_S: u64 = 1_000_000_000;
     clock_gettime(clock).map_or(0, |time| {

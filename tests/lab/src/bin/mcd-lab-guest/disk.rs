@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 
-use crate::told::{DiskSpeed, Operations};
+use crate::guest_report::{DiskSpeed, Operations};
 
 const MIB: usize = 1 << 20;
 /// A small operation, and what reads past the page cache must be aligned to.

@@ -3,8 +3,8 @@
 
 mod clocks;
 mod disk;
-#[path = "../../told.rs"]
-mod told;
+#[path = "../../guest_report.rs"]
+mod guest_report;
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -37,7 +37,7 @@ enum Command {
         #[arg(default_value_t = 200)]
         operations: u32,
     },
-    /// Set the wall clock by the one that is told there
+    /// Set the wall clock by the time server there
     SetClock {
         /// Where
         server: SocketAddr,
@@ -76,8 +76,8 @@ fn set_clock(server: SocketAddr) -> io::Result<()> {
             best = Some((took, asked + took / 2, i64::from_le_bytes(answer)));
         }
     }
-    let (took, told_at, told_ns) = best.ok_or(io::ErrorKind::UnexpectedEof)?;
-    let now = Duration::from_nanos(u64::try_from(told_ns).unwrap_or(0)) + told_at.elapsed();
+    let (took, heard_at, server_ns) = best.ok_or(io::ErrorKind::UnexpectedEof)?;
+    let now = Duration::from_nanos(u64::try_from(server_ns).unwrap_or(0)) + heard_at.elapsed();
     clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(now))?;
     println!("set to within {} us", took.as_micros() / 2);
     Ok(())
