@@ -28,6 +28,7 @@ pub struct CapturePool {
 
 #[derive(Default)]
 struct Pool {
+    #[expect(clippy::vec_box, reason = "captures travel in their boxes")]
     free: Vec<Box<Capture>>,
     shrinking: Shrinking,
 }

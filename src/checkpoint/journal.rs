@@ -213,12 +213,17 @@ impl DiskJournal {
     /// writes under way.
     pub fn set_mode(&self, mode: JournalMode) {
         let _none_under_way = self.under_way.write();
-        self.stop(mode);
+        self.enter(mode);
     }
 
     /// From now on no write is kept, and what was kept is forgotten. Does not wait for writes under
     /// way: each ends as it began.
     pub fn stop(&self, mode: JournalMode) {
+        debug_assert_ne!(mode, JournalMode::Keep, "a write under way would be lost to the epochs");
+        self.enter(mode);
+    }
+
+    fn enter(&self, mode: JournalMode) {
         self.mode.store(mode);
         self.copy_before_write.release();
         self.kept.lock().forget();

@@ -7,7 +7,7 @@
 //!        ◀─ flush ──────────────── when all that was written before it is there ◀────────────┘
 //! ```
 //!
-//! Which of it may go out, and when, is said by [`protocol::shared`](crate::protocol::shared). A
+//! Which of it may go out, and when, is said by [`shared_disk`](crate::protocol::shared_disk). A
 //! node that runs the guest alone writes through at once; after it lost its peer it first writes
 //! what is still held, and until then the guest's writes wait.
 

@@ -44,7 +44,7 @@ pub enum FrameKind {
     /// Nothing: bytes that make the kernel notice that those before them were lost (see
     /// [`LinkWatch`](super::LinkWatch)). Readers pass over it.
     Probe = 5,
-    /// Hashes of blocks of a disk (see [`hashes`]): a secondary's answer.
+    /// Hashes of blocks of a disk (see [`block_hashes`]): a secondary's answer.
     Hashes = 6,
 }
 
