@@ -46,7 +46,7 @@ pub enum PeerFault {
     #[error("it asked for hashes of blocks that no disk has")]
     NoSuchBlocks,
     /// A request for hashes from a node that did not offer them, or progress to one that is whole.
-    #[error("it used a feature that the two nodes had not agreed on")]
+    #[error("it told of a resync in words that were not agreed on")]
     FeatureNotAgreed,
 }
 

@@ -68,7 +68,13 @@ fn a_secondary_refuses_a_welcome_with_impossible_values() {
         let ends = |bad: Welcome, code: i32, part: &str| {
             let mut node = host.secondary(&[]);
             let (mut peer, _) = fake.accept_data();
-            peer.send(&Message::Welcome(bad));
+            peer.send(&Message::Welcome(bad.clone()));
+            // What the host cannot do shows when the machine is built, with both connections open.
+            let _heartbeat = (code == HOST).then(|| {
+                let (mut heartbeat, _) = fake.accept_heartbeat();
+                heartbeat.send(&Message::Welcome(bad));
+                heartbeat
+            });
             node.fails(code, &[part]);
         };
         let welcomes = |bad: Welcome, part: &str| ends(bad, REFUSED, part);

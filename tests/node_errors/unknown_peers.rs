@@ -117,7 +117,7 @@ fn a_hello_that_does_not_match_the_primary_is_refused() {
         let (data, heartbeat) = (Message::Hello(good()), Message::Hello(hello(Channel::Heartbeat, 1)));
         let mut says = |port, bytes: &[u8], reason| refused_bytes(&mut primary, port, bytes, reason);
         let sentence = says(PRIMARY[0], &frame_of_version(&data, newer), RefuseReason::Version);
-        assert!(sentence.contains("speaks version 3") && sentence.contains("same mcd release"), "{sentence}");
+        assert!(sentence.contains("speaks version 4") && sentence.contains("same mcd release"), "{sentence}");
         assert!(says(PRIMARY[0], &frame(&heartbeat), RefuseReason::Malformed).contains("this is the data port"));
         assert!(says(PRIMARY[1], &frame(&data), RefuseReason::Malformed).contains("this is the heartbeat port"));
         let bye = Message::Bye { reason: "good day".into() };
@@ -144,16 +144,31 @@ fn a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected() {
             assert!(matches!(data.read(), Ok(Message::Welcome(_))));
             data
         };
-        // While it joins, others have to wait; and nobody else opens its second connection.
-        let mut first = welcomed(1);
-        refused(&mut primary, hello(Channel::Data, 2), RefuseReason::Busy, "try again later");
+        let heart_of = |instance: u128| {
+            let mut heartbeat = Peer::connect(PRIMARY[1]);
+            heartbeat.send(&Message::Hello(hello(Channel::Heartbeat, instance)));
+            assert!(matches!(heartbeat.read(), Ok(Message::Welcome(_))));
+            heartbeat
+        };
+        // Nobody opens a second connection who has not said hello on the first. One that only said
+        // hello holds nobody up, and has nothing else to say.
+        let mut idle = welcomed(1);
         refused(&mut primary, hello(Channel::Heartbeat, 2), RefuseReason::Malformed, "comes second");
+        idle.send(&Message::Ack { id: super::fake::epoch(9), staged_bytes: 0 });
+        idle.refusal(RefuseReason::Malformed);
+        primary.wait_warning("what does not belong here (ack)");
+
+        // While one joins, others have to wait.
+        let mut first = welcomed(2);
+        let _first_heart = heart_of(2);
+        refused(&mut primary, hello(Channel::Data, 8), RefuseReason::Busy, "try again later");
         first.send_bytes(&garbage(100));
         first.is_closed();
         primary.wait_warning("the guest runs on alone");
 
         // An ack of what was never sent, in the middle of nothing.
         let mut second = welcomed(3);
+        let _second_heart = heart_of(3);
         second.send(&Message::Ack { id: super::fake::epoch(9), staged_bytes: 0 });
         second.is_closed();
         primary.wait_warning("it acknowledged epoch");
@@ -161,9 +176,7 @@ fn a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected() {
         // A heartbeat connection of its own, then another; then an unknown peer's instance id in a
         // heartbeat.
         let mut third = welcomed(4);
-        let mut heartbeat = Peer::connect(PRIMARY[1]);
-        heartbeat.send(&Message::Hello(hello(Channel::Heartbeat, 4)));
-        assert!(matches!(heartbeat.read(), Ok(Message::Welcome(_))));
+        let mut heartbeat = heart_of(4);
         refused(&mut primary, hello(Channel::Heartbeat, 4), RefuseReason::Malformed, "comes second");
         let beat = mcd::protocol::messages::Heartbeat {
             instance: InstanceId(5),
@@ -181,9 +194,7 @@ fn a_welcomed_newcomer_that_breaks_the_protocol_is_disconnected() {
         let ack = frame(&Message::Ack { id: super::fake::epoch(0), staged_bytes: 0 });
         for (instance, bytes, part) in [(6, pages, "a background frame"), (7, ack, "a heartbeat connection (ack)")] {
             let mut data = welcomed(instance);
-            let mut heartbeat = Peer::connect(PRIMARY[1]);
-            heartbeat.send(&Message::Hello(hello(Channel::Heartbeat, instance)));
-            assert!(matches!(heartbeat.read(), Ok(Message::Welcome(_))));
+            let mut heartbeat = heart_of(instance);
             heartbeat.send_bytes(&bytes);
             data.is_closed();
             primary.wait_warning(part);

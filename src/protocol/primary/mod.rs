@@ -456,6 +456,9 @@ impl Primary {
     }
 
     fn message(&mut self, now: Instant, conn: ConnId, message: Message) {
+        if self.candidates.iter().any(|candidate| candidate.data == conn) {
+            return self.candidate_said(conn, &message);
+        }
         let Some(peer) = &self.peer else { return };
         match (peer.channel_of(conn), message) {
             (Some(Channel::Heartbeat), Message::Heartbeat(beat)) if beat.instance == peer.instance => {

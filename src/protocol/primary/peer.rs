@@ -9,7 +9,7 @@ use crate::protocol::event::Event;
 use crate::protocol::failure_detector::{FailureDetector, HeartbeatConfig, HeartbeatTimer, Slept};
 use crate::protocol::messages::{Activity, Channel, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 use crate::protocol::mutant;
-use crate::protocol::peer_loss::PeerLoss;
+use crate::protocol::peer_loss::{PeerFault, PeerLoss};
 use crate::protocol::types::{ConnId, InstanceId, Instant};
 
 const BUSY: &str = "this primary has a secondary, or is deciding about one; try again later";
@@ -178,6 +178,18 @@ impl Primary {
         }
         if mutant::is("resync-before-the-first-heartbeat") {
             self.start_resync(now, candidate.data);
+        }
+    }
+
+    /// Before it has opened its heartbeat connection a newcomer has nothing to say but goodbye.
+    pub(super) fn candidate_said(&mut self, conn: ConnId, message: &Message) {
+        self.candidates.retain(|candidate| candidate.data != conn);
+        match message {
+            Message::Bye { .. } => self.actions.push_back(Action::Close { conn }),
+            other => {
+                let fault = PeerFault::Misplaced(other.name());
+                self.refuse(conn, RefuseReason::Malformed, fault.to_string());
+            }
         }
     }
 
