@@ -182,7 +182,7 @@ impl EpochBuffers {
     /// Nobody gets epochs any more.
     pub fn untrack(&self, decision: Decision) -> RoomAgain {
         self.forget_pages(None);
-        self.pass_disks(decision);
+        let _ = self.pass_disks(decision);
         RoomAgain { net: false, disks: true }
     }
 
@@ -325,27 +325,43 @@ impl EpochBuffers {
     /// last.
     pub fn alone(&self) -> RoomAgain {
         let decision = self.decide();
+        self.pass_output(decision);
+        self.pass_disks(decision)
+    }
+
+    /// The part of [`alone`](EpochBuffers::alone) that waits for nothing.
+    pub fn pass_output(&self, decision: Decision) {
         self.output.change(decision, |gate| gate.pass());
-        self.pass_disks(decision);
-        RoomAgain { net: true, disks: true }
     }
 
     /// Another node runs the guest: nothing leaves any more, what is held is thrown away, and so it
     /// stays. It waits for nothing but writes to shared storage that are under way, and does so
     /// last; a write to a replicated disk that is under way still ends.
     pub fn fence(&self) {
+        self.close_output();
+        self.close_disks();
+    }
+
+    /// The part of [`fence`](EpochBuffers::fence) that waits for nothing.
+    pub fn close_output(&self) {
         self.output.change(FENCED, |gate| gate.close());
+    }
+
+    /// The part of [`fence`](EpochBuffers::fence) that may wait for shared storage.
+    pub fn close_disks(&self) {
         self.journal.change(FENCED, |journal| journal.stop(JournalMode::Closed));
         if let Some(shared) = &self.shared {
             shared.change(FENCED, |shared| shared.close());
         }
     }
 
-    fn pass_disks(&self, decision: Decision) {
+    /// The part of [`alone`](EpochBuffers::alone) that may wait for shared storage.
+    pub fn pass_disks(&self, decision: Decision) -> RoomAgain {
         self.journal.change(decision, |journal| journal.stop(JournalMode::Pass));
         if let Some(shared) = &self.shared {
             shared.change(decision, |shared| shared.alone());
         }
+        RoomAgain { net: true, disks: true }
     }
 
     /// The output. Its mode is changed by this type's verbs only.

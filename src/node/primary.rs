@@ -257,7 +257,10 @@ impl PrimaryNode {
             NodeEvent::MachineLost(why) => return Err(NodeError::GuestFailed(why)),
             NodeEvent::Tracking { conn, result } => Some(Input::Tracking { conn, result }),
             NodeEvent::Captured(captured) => Some(self.captured(*captured)),
-            NodeEvent::CaptureFailed { id, why } => Some(Input::CaptureFailed { id, why }),
+            NodeEvent::CaptureFailed { id, why } => {
+                tracing::warn!(%id, "an epoch was not captured: {why}");
+                Some(Input::CaptureFailed { id, why })
+            }
             NodeEvent::RunDone { run, result } => {
                 if result.is_ok() {
                     self.running = run;

@@ -43,6 +43,8 @@ struct StatusSnapshot {
     resync: Option<Pace>,
     arbiter_lost: Option<String>,
     no_primary: Option<String>,
+    /// An epoch is being captured for too long.
+    stuck: bool,
     storage: Option<StorageFault>,
 }
 
@@ -118,6 +120,7 @@ impl StatusStore {
             resync: None,
             arbiter_lost: None,
             no_primary: None,
+            stuck: false,
             storage: None,
         };
         Arc::new(StatusStore {
@@ -202,6 +205,7 @@ impl StatusStore {
             resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
+            stuck: node.is_stuck(),
             storage: None,
         });
     }
@@ -231,6 +235,7 @@ impl StatusStore {
             resync,
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
+            stuck: false,
             storage: node.storage_fault().cloned(),
         });
     }
@@ -283,6 +288,13 @@ impl StatusStore {
         let arbiter_lost = snapshot.arbiter_lost.as_deref().or(arbiter.why_not());
         if let Some(why) = arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(snapshot.state)));
+        }
+        if snapshot.stuck {
+            alarms.push(
+                "MC_GUEST_STUCK: the guest cannot be captured, because a vCPU or a device does not stop; nothing is \
+                 committed or released meanwhile"
+                    .into(),
+            );
         }
         if let Some(why) = &snapshot.no_primary {
             alarms.push(format!("no primary to join: {why}"));

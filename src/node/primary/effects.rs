@@ -36,8 +36,9 @@ impl PrimaryNode {
                 Action::Release { through, before } => self.release(through, before),
                 Action::WriteThrough { through } => self.buffers.write_through(through),
                 Action::ReleaseAll => {
-                    let room = self.buffers.alone();
-                    self.kick(room);
+                    let decision = self.buffers.decide();
+                    self.buffers.pass_output(decision);
+                    self.machine.iter().for_each(|machine| machine.pass_disks(decision));
                 }
                 Action::Run(run) => self.machine.iter().for_each(|machine| machine.run(run)),
                 Action::Snapshot => self.begin_snapshot(),
@@ -166,7 +167,7 @@ impl PrimaryNode {
     }
 
     fn fence(&mut self) {
-        self.buffers.fence();
+        self.buffers.close_output();
         self.machine.iter().for_each(|machine| machine.stop());
         self.running = false;
         self.cancel_snapshot();

@@ -31,7 +31,9 @@ enum Order {
     Capture(CaptureOrder),
     /// Let the guest run, or stop it.
     Run(bool),
-    /// Stop the guest for good.
+    /// Disks pass their writes again: this node goes on alone.
+    PassDisks { decision: Decision },
+    /// Close the disks and stop the guest for good.
     Stop,
     /// Devices that found no room may find some now.
     Kick(RoomAgain),
@@ -104,7 +106,12 @@ impl MachineThread {
         self.order(Order::Run(run));
     }
 
-    /// Stops the guest for good.
+    /// Lets the disks pass their writes again.
+    pub(super) fn pass_disks(&self, decision: Decision) {
+        self.order(Order::PassDisks { decision });
+    }
+
+    /// Closes the disks and stops the guest for good.
     pub(super) fn stop(&self) {
         self.order(Order::Stop);
         self.abort.abort();
@@ -150,6 +157,10 @@ impl Worker {
                 Order::Untrack { decision } => self.untrack(decision),
                 Order::Capture(order) => self.capture(order),
                 Order::Run(run) => self.run_guest(run),
+                Order::PassDisks { decision } => {
+                    let room = self.buffers.pass_disks(decision);
+                    self.kick(room);
+                }
                 Order::Stop => self.stop_guest(),
                 Order::Kick(room) => self.kick(room),
                 Order::Save => self.save(),
@@ -237,6 +248,7 @@ impl Worker {
 
     /// Its output is closed already: how long the vCPUs run on makes no difference to anybody.
     fn stop_guest(&mut self) {
+        self.buffers.close_disks();
         while let Err(error) = self.machine.pause_within(self.pause_max) {
             tracing::warn!(%error, "the fenced guest has not stopped yet; nothing of it leaves this host");
             if self.ends.load(Ordering::Acquire) {

@@ -178,9 +178,14 @@ impl PrimaryNode {
         Some(ended)
     }
 
-    /// The guest is not ours any more: so is a snapshot in the making.
+    /// The guest is not ours any more: so is a snapshot in the making. Its file may be on storage that
+    /// does not answer, so a thread of its own waits for the writing one.
     pub(super) fn cancel_snapshot(&mut self) {
-        self.snapshots.saving = None;
+        let Some(saving) = self.snapshots.saving.take() else { return };
+        let waiting = std::thread::Builder::new().name("mcd-snapshot-end".into()).spawn(move || drop(saving));
+        if let Err(error) = waiting {
+            tracing::warn!(%error, "the cancelled snapshot's thread could not be waited for");
+        }
     }
 
     /// The node ends: what is said to whoever waits for the snapshot, and its id, if the guest

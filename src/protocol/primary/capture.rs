@@ -53,6 +53,11 @@ impl Primary {
         self.begun.is_some_and(|begun| matches!(begun.what, BegunWhat::Capture(_)))
     }
 
+    /// True while a capture lasts so long that people were told of it.
+    pub fn is_stuck(&self) -> bool {
+        self.is_capturing() && self.begun.is_some_and(|begun| begun.reported)
+    }
+
     fn done(&mut self, what: BegunWhat) {
         self.begun = self.begun.filter(|begun| begun.what != what);
     }
