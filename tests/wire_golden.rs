@@ -1,4 +1,4 @@
-//! The exact bytes of version 2, for every kind of frame, message and page record. A change here is
+//! The exact bytes of version 3, for every kind of frame, message and page record. A change here is
 //! a change of the protocol: it needs a new version, never a new expectation.
 
 use mcd::checkpoint::block_hashes::sum_of;
@@ -32,7 +32,7 @@ fn message_is(message: Message, expected: &[&str]) {
 }
 
 #[test]
-fn this_is_version_2() {
+fn this_is_version_3() {
     assert_eq!(PROTOCOL_VERSION, 3);
 }
 
@@ -41,7 +41,7 @@ fn hello_and_welcome() {
     let hello = |channel| {
         Message::Hello(Hello {
             channel,
-            version: 2,
+            version: 3,
             guest: GuestName::new("web-1").unwrap(),
             instance: A,
             features: 1,
@@ -213,14 +213,14 @@ fn every_kind_of_frame() {
     }
     let mut probe = FrameBatch::new();
     probe.push(FrameKind::Probe, &[]).unwrap();
-    assert_eq!(hex(probe.as_bytes()), "4d434431020005000000000000000000".to_owned() + "00000000");
+    assert_eq!(hex(probe.as_bytes()), "4d434431030005000000000000000000".to_owned() + "00000000");
     assert!(probe.push(FrameKind::Probe, b"1").is_err());
     let mut kinds = expected.map(|(kind, _)| kind).to_vec();
     kinds.insert(4, FrameKind::Probe);
     assert_eq!(kinds, FrameKind::ALL);
     let mut batch = FrameBatch::new();
     batch.push(FrameKind::State, &[]).unwrap();
-    assert_eq!(hex(batch.as_bytes()), "4d434431020004000000000000000000".to_owned() + "00000000");
+    assert_eq!(hex(batch.as_bytes()), "4d434431030004000000000000000000".to_owned() + "00000000");
 }
 
 #[test]

@@ -185,11 +185,22 @@ impl InboxSender {
     /// # Errors
     /// [`InboxGone`].
     pub(super) fn report(&self, report: NodeEvent) -> Result<(), InboxGone> {
+        let taken = self.report_later(report);
+        self.shared.wake.unpark();
+        taken
+    }
+
+    /// The same, without waking the engine: it takes the report with whatever wakes it next, and
+    /// before that. For a report that changes nothing until then, on a way where each wake-up
+    /// counts.
+    ///
+    /// # Errors
+    /// [`InboxGone`].
+    pub(super) fn report_later(&self, report: NodeEvent) -> Result<(), InboxGone> {
         let taken = self.shared.internal.report(report);
         if taken == Err(lanes::ReportNotTaken::Full) && !self.shared.overflowed.swap(true, Ordering::AcqRel) {
             tracing::error!("{REPORTS_MAX} reports of worker threads wait for the driver; this node ends");
         }
-        self.shared.wake.unpark();
         taken.map_err(|_| InboxGone)
     }
 

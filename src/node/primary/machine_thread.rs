@@ -225,7 +225,13 @@ impl Worker {
                 });
                 let dirty_pages = buffer.pages_total();
                 let captured = Captured { id: cut.id, started_us, pause_us, dirty_pages, travelled };
-                sender.epoch(buffer, || self.report(NodeEvent::Captured(Box::new(captured))));
+                // Nothing follows from it before the ack, which wakes the engine.
+                let report = NodeEvent::Captured(Box::new(captured));
+                let taken = || self.events.report_later(report);
+                sender.epoch(buffer, || {
+                    // An engine that is ending needs no more events.
+                    let _ = taken();
+                });
             }
             Err(error) => {
                 self.buffers.put_back(cut.decision);
