@@ -390,7 +390,7 @@ fn each_failure_has_its_own_name_and_one_line() {
     assert!(matches!(not_mcd, WireError::NotMcd { .. }) && not_mcd.to_string().contains("does not speak mcd"));
     let other = drain(&header(9, 1, 0));
     assert!(matches!(other, WireError::OtherVersion { theirs: 9, ours: 3 }));
-    assert!(other.to_string().contains('9') && other.to_string().contains('2'));
+    assert!(other.to_string().contains('9') && other.to_string().contains('3'));
     assert!(matches!(drain(&header(PROTOCOL_VERSION, 99, 0)), WireError::UnknownKind(99)));
     for kind in FrameKind::ALL {
         let announced = kind.bytes_max() as u32;
