@@ -277,6 +277,7 @@ pub(super) fn read_heartbeats(
             Err(error) => Err(error),
         };
         match message {
+            Ok(message @ Message::Heartbeat(_)) => events.heartbeat(conn, message),
             Ok(message) => events.link_event(NodeEvent::Message { conn, message }).ok()?,
             Err(error) => return Some(error),
         }

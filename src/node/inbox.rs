@@ -19,7 +19,7 @@
 //! | reports of worker threads | the jobs that the driver gave out | none is lost: past [`REPORTS_MAX`] the node ends |
 //! | events of a connection | [`LINK_EVENTS_MAX`], [`LINK_BYTES_MAX`] | its reader waits, and so does its peer |
 //!
-//! A timer that is due comes before latches, latches before the internal lane, that before the link
+//! The newest heartbeat of a connection comes before a timer that is due, that before latches, latches before the internal lane, that before the link
 //! lane. None of them starves another: an event comes between two timers, every latch comes at most
 //! once between two queued events, and a link event after at most [`INTERNAL_RUN_MAX`] internal ones.
 
@@ -40,7 +40,8 @@ use self::latches::Latches;
 use super::clock;
 use super::events::NodeEvent;
 use crate::machine::MachineEvent;
-use crate::protocol::types::{EpochId, Instant};
+use crate::protocol::messages::Message;
+use crate::protocol::types::{ConnId, EpochId, Instant};
 
 /// Commands that may wait: as many as there can be control clients.
 const COMMANDS_MAX: usize = 64;
@@ -204,6 +205,13 @@ impl InboxSender {
         taken.map_err(|_| InboxGone)
     }
 
+    /// The peer's newest heartbeat on a connection. It comes before any timer, so that nobody is
+    /// judged by what was not read yet; an older one that was not taken is forgotten.
+    pub(super) fn heartbeat(&self, conn: ConnId, message: Message) {
+        self.shared.latches.heartbeat(conn, message);
+        self.shared.wake.unpark();
+    }
+
     /// An event of a connection, from the thread that reads it. Waits while too many events of this
     /// connection wait for the driver; other connections do not notice.
     ///
@@ -234,6 +242,8 @@ impl MachineSender {
 /// What was delivered last, as far as it decides what may be next.
 #[derive(Clone, Copy, Default)]
 struct Turn {
+    /// A heartbeat had the last turn.
+    heartbeat: bool,
     /// The timer had the last turn.
     due: bool,
     /// Latches that were taken and not delivered yet.
@@ -260,6 +270,14 @@ impl Inbox {
     /// The same, by another clock.
     fn next_by(&self, until: Option<Instant>, now: impl Fn() -> Instant) -> Next {
         loop {
+            // At most once between two other turns, so that no peer starves timers.
+            if !self.turn.get().heartbeat
+                && let Some(event) = self.shared.latches.take_heartbeat()
+            {
+                self.turn.set(Turn { heartbeat: true, ..self.turn.get() });
+                return Next::Event(event);
+            }
+            self.turn.set(Turn { heartbeat: false, ..self.turn.get() });
             let left = until.map(|until| until.since(now()));
             let is_due = left.is_some_and(|left| left.is_zero());
             if is_due && !self.turn.get().due {

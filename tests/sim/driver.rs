@@ -40,11 +40,18 @@ impl World {
                 } else if self.procs[proc].alive {
                     self.procs[proc].pending = Some(act);
                 }
+            } else if let Some(input) = self.procs[proc].take_heartbeat() {
+                // Before any timer: nobody is judged by what was not read yet.
+                self.feed(proc, input);
             } else if let Some(input) = self.look_at_links(proc) {
                 self.feed(proc, input);
+            } else if !self.procs[proc].ticked && self.tick(proc) {
+                // A timer that is due comes before what waits in the inbox, and then one of that.
+                self.procs[proc].ticked = true;
             } else if let Some(input) = self.procs[proc].inbox.pop_front() {
+                self.procs[proc].ticked = false;
                 self.feed(proc, input);
-            } else if !self.tick(proc) {
+            } else if !std::mem::take(&mut self.procs[proc].ticked) {
                 return;
             }
         }
@@ -101,6 +108,7 @@ impl World {
         self.stats.faults += 1;
         let until = self.now + us;
         let node = &mut self.procs[proc];
+        node.stalled_us += until.saturating_sub(node.idle_until.max(self.now));
         node.idle_until = node.idle_until.max(until);
         if freeze {
             node.paused_until = node.paused_until.max(until);
@@ -209,6 +217,11 @@ impl World {
             self.violate(format!("n{}: {fault}; but every node keeps to the protocol", self.procs[proc].slot));
         }
         let gone = loss.is_some() || matches!(event, Told::Rejoining { .. });
+        // Before the first heartbeat there is nobody to send one for an engine that sleeps.
+        if matches!(event, Told::Suspected { .. }) && self.plan.only_naps {
+            let slot = self.procs[proc].slot;
+            self.violate(format!("n{slot}: {event}; but engines slept for less than the time-out, and that is all"));
+        }
         if gone && self.plan.only_narrow {
             self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
         }
@@ -340,19 +353,31 @@ impl World {
     /// Begins a capture: the cut comes after a while, and everything else goes on meanwhile.
     fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, output: OutputCut) {
         let us = self.takes(self.plan.capture_us);
-        let token = self.procs[proc].tracking_token;
-        self.after(us, Event::Cut(Capture { proc, id, completes, output, token }));
+        let (token, stalled_us) = (self.procs[proc].tracking_token, self.procs[proc].stalled_us);
+        let begun_at = self.now;
+        self.after(us, Event::Cut(Capture { proc, id, completes, output, token, begun_at, stalled_us }));
     }
 
     /// The cut of a capture that was begun before. One that was begun for a newcomer who is given up
     /// since changes nothing.
     pub fn cut(&mut self, capture: Capture) {
-        let Capture { proc, id, token, .. } = capture;
+        let Capture { proc, id, token, begun_at, stalled_us, .. } = capture;
         if !self.procs[proc].alive || !self.procs[proc].is_primary() {
             return;
         }
         if self.now < self.procs[proc].frozen_until {
             return self.at(self.procs[proc].frozen_until, Event::Cut(capture));
+        }
+        let node = &self.procs[proc];
+        if self.now < node.capture_hangs_until && node.tracking_token == token {
+            let awake_us = self.now - begun_at - (node.stalled_us - stalled_us).min(self.now - begun_at);
+            let vouches = node.phase_now() == AnyPhase::Primary(primary::Phase::Protected);
+            if vouches && awake_us > self.plan.stall_max_us + self.plan.timeout_us * 2 {
+                let ms = awake_us / 1000;
+                return self.violate(format!("n{} vouches for a guest it cannot capture for {ms} ms", node.slot));
+            }
+            // As the machine's pause does: it is asked again and again.
+            return self.after(1_000, Event::Cut(capture));
         }
         if self.procs[proc].tracking_token != token && !mutant::is("late-cut-carried-out") {
             let why = "the newcomer was given up meanwhile".into();
@@ -364,7 +389,7 @@ impl World {
     }
 
     fn cut_now(&mut self, capture: Capture) {
-        let Capture { proc, id, completes, output, token: _ } = capture;
+        let Capture { proc, id, completes, output, .. } = capture;
         let node = &mut self.procs[proc];
         let fails = std::mem::take(&mut node.capture_fails);
         let Some(guest) = &mut node.guest else { return };
@@ -408,7 +433,8 @@ impl World {
 
     fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
         // Now and then the driver stands still in the middle of a release.
-        let breaks = self.calm_since.is_none() && self.plan.kinds.contains(&FaultKind::Stall) && self.rng.chance(20);
+        let stalls = self.plan.kinds.contains(&FaultKind::Stall) && !self.plan.only_naps;
+        let breaks = self.calm_since.is_none() && stalls && self.rng.chance(20);
         let mut left = if breaks { self.rng.below(3) } else { u64::MAX };
         let in_time = self.procs[proc].clock.local(self.now) < before;
         let Some(output) = &self.procs[proc].output else { return };

@@ -83,6 +83,10 @@ impl World {
                     self.procs[proc].crash_in = Some((steps - 1, host));
                 }
             }
+            FaultKind::Stall if self.plan.only_naps => {
+                let us = self.rng.below(self.plan.timeout_us * 19 / 20);
+                self.stall(proc, us, false);
+            }
             FaultKind::Stall => {
                 let us = if self.rng.chance(300) {
                     self.plan.timeout_us * self.rng.range(5, 20)
@@ -98,6 +102,11 @@ impl World {
                 }
             }
             FaultKind::CaptureFails => self.procs[proc].capture_fails = true,
+            FaultKind::CaptureHangs => {
+                let us = self.rng.below(self.plan.stall_max_us * 3);
+                self.procs[proc].capture_hangs_until = self.now + us;
+                self.note(proc, || format!("captures HANG for {} ms", us / 1000));
+            }
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
             FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 59] = [
+const MUTANTS: [(&str, &str); 62] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -56,7 +56,7 @@ const MUTANTS: [(&str, &str); 59] = [
         "kept-writes-forgotten-early",
         "a secondary forgets all writes it keeps with the first word that some are written",
     ),
-    ("takeover-without-the-lock", "an new_primary writes to shared storage while its old primary still may"),
+    ("takeover-without-the-lock", "a new primary writes to shared storage while its old primary still may"),
     (
         "whole-before-the-storage",
         "a newcomer counts as whole while the storage lacks what the primary's host has cached",
@@ -65,7 +65,7 @@ const MUTANTS: [(&str, &str); 59] = [
         "flush-answered-at-the-commit",
         "a flush is answered when its writes are committed, not when they are in the storage",
     ),
-    ("newest-kept-writes-only", "an new_primary writes what it kept of the newest epoch, and forgets those before it"),
+    ("newest-kept-writes-only", "a new primary writes what it kept of the newest epoch, and forgets those before it"),
     ("device-without-fencing", "a block device is shared though nothing keeps the other host from writing late"),
     ("runs-while-it-is-saved", "the guest runs on while its snapshot is written"),
     ("two-snapshots-at-once", "a second snapshot is begun while one is being written"),
@@ -93,6 +93,9 @@ const MUTANTS: [(&str, &str); 59] = [
     ("verify-waits-for-ever", "a verify does not go on when the primary's hashes come after the secondary's"),
     ("verify-of-what-is-there-now", "a verify reads the primary's blocks as they are, not as they were at the cut"),
     ("frozen-after-the-cut", "a verify freezes blocks for an epoch that is being cut already"),
+    ("late-cut-carried-out", "a capture that was begun for a newcomer who is given up since holds the output"),
+    ("stuck-guest-vouched-for-ever", "a primary whose guest cannot be captured never hands it over"),
+    ("own-sleep-counts", "a node that was asleep itself takes that time for its peer's silence"),
     ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 

@@ -100,6 +100,9 @@ pub struct Capture {
     pub output: primary::OutputCut,
     /// Names the tracking it was begun under.
     pub token: u64,
+    /// When it was begun, and for how long the engine had stood still by then.
+    pub begun_at: u64,
+    pub stalled_us: u64,
 }
 
 /// What the heartbeat thread repeats.
@@ -173,6 +176,12 @@ pub struct Proc {
     /// Stall after so many more actions, for how long; true: the guest stalls too.
     pub stall_in: Option<(u64, u64, bool)>,
     pub capture_fails: bool,
+    /// No capture gets to its cut before.
+    pub capture_hangs_until: u64,
+    /// For how long its engine stood still, all in all.
+    pub stalled_us: u64,
+    /// The engine's timer had the last turn.
+    pub ticked: bool,
     /// How often an operator told it to end.
     pub quits: u32,
     /// An operator ended it while the guest was protected, or asked twice.
@@ -226,6 +235,9 @@ impl Proc {
             crash_in: None,
             stall_in: None,
             capture_fails: false,
+            capture_hangs_until: 0,
+            stalled_us: 0,
+            ticked: false,
             quits: 0,
             may_exit: false,
             stop_wishes: VecDeque::new(),
@@ -254,6 +266,20 @@ impl Proc {
         self.pending = None;
         self.image.clear();
         self.staged = None;
+    }
+
+    /// The heartbeat that has waited longest in the inbox.
+    pub fn take_heartbeat(&mut self) -> Option<In> {
+        let is_heartbeat = |input: &In| {
+            use mcd::protocol::messages::Message::Heartbeat;
+            matches!(
+                input,
+                In::Primary(primary::Input::Message { message: Heartbeat(_), .. })
+                    | In::Secondary(secondary::Input::Message { message: Heartbeat(_), .. })
+            )
+        };
+        let at = self.inbox.iter().position(is_heartbeat)?;
+        self.inbox.remove(at)
     }
 
     pub fn conn(&self, local: ConnId) -> Option<usize> {

@@ -29,7 +29,20 @@ impl World {
             }
         }
         self.verify_now_and_then();
+        self.check_solo_output();
         self.calm_since.is_some_and(|since| self.is_well(since))
+    }
+
+    /// Nobody is there whom the output of a guest that runs alone would wait for.
+    fn check_solo_output(&mut self) {
+        let holds = |proc: &Proc| {
+            let settled = proc.alive && proc.pending.is_none() && self.now >= proc.idle_until;
+            let solo = proc.phase_now() == AnyPhase::Primary(primary::Phase::Solo);
+            settled && solo && proc.output.as_ref().is_some_and(|output| output.has_open())
+        };
+        if let Some(proc) = self.procs.iter().find(|proc| holds(proc)) {
+            self.violate(format!("n{} runs the guest alone and holds its output", proc.slot));
+        }
     }
 
     /// With all faults over: is the guest running and protected again, and does its output leave?
@@ -77,6 +90,7 @@ impl World {
             node.crash_in = None;
             node.stall_in = None;
             node.capture_fails = false;
+            node.capture_hangs_until = 0;
             if node.alive && node.is_primary() {
                 self.command(proc, Command::Cont);
             }

@@ -41,13 +41,15 @@ pub enum FaultKind {
     Deaf,
     /// The next capture fails.
     CaptureFails,
+    /// Captures do not get to their cut for a while: a vCPU or a device does not stop.
+    CaptureHangs,
     /// An operator's command.
     Command,
     /// The guest shuts itself down.
     Shutdown,
 }
 
-const KINDS: [FaultKind; 12] = [
+const KINDS: [FaultKind; 13] = [
     FaultKind::ProcessCrash,
     FaultKind::HostCrash,
     FaultKind::Stall,
@@ -58,6 +60,7 @@ const KINDS: [FaultKind; 12] = [
     FaultKind::Narrow,
     FaultKind::Deaf,
     FaultKind::CaptureFails,
+    FaultKind::CaptureHangs,
     FaultKind::Command,
     FaultKind::Shutdown,
 ];
@@ -136,6 +139,9 @@ pub struct Plan {
     pub kinds: Vec<FaultKind>,
     /// The only thing that goes wrong is that the wire carries little.
     pub only_narrow: bool,
+    /// The only thing that goes wrong is that engines sleep now and then, for less than the
+    /// heartbeat time-out.
+    pub only_naps: bool,
     /// The arbiter keeps no record: a script switches the other host off (`command:`).
     pub recordless: bool,
     /// The longest the sender thread takes to get to a job.
@@ -158,6 +164,11 @@ impl Plan {
         if only_narrow {
             kinds = vec![FaultKind::Narrow];
         }
+        let only_naps = faulty && !only_narrow && rng.chance(30);
+        if only_naps {
+            kinds = vec![FaultKind::Stall];
+        }
+        let quiet = only_narrow || only_naps;
         let recordless = rng.chance(150);
         if recordless {
             // Nothing tells a secondary that was cut off of a guest that was shut down:
@@ -190,11 +201,11 @@ impl Plan {
             epoch_min_us: rng.range(200, epoch_us),
             commit_on_output: rng.chance(700),
             retry_us: rng.range(5_000, 30_000),
-            join_timeout_us: rng.range(40_000, 200_000),
+            join_timeout_us: if only_naps { 2_000_000 } else { rng.range(40_000, 200_000) },
             stall_max_us: timeout_us * rng.range(2, 12),
             push_pages_max: rng.range(1, 32) as usize,
             delay_us: (20, rng.range(50, 1_500)),
-            tail_per_mille: if !only_narrow && rng.chance(300) { rng.range(1, 20) } else { 0 },
+            tail_per_mille: if !quiet && rng.chance(300) { rng.range(1, 20) } else { 0 },
             tail_us: timeout_us,
             user_timeout_us: timeout_us * rng.range(1, 8),
             arbiter_us: (100, rng.range(300, 8_000)),
@@ -205,7 +216,7 @@ impl Plan {
             output_cap: if rng.chance(300) { rng.range(2, 20) as usize } else { 10_000 },
             capture_us: rng.range(50, 1_000),
             commit_us: rng.range(10, 500),
-            slow_per_mille: if !only_narrow && rng.chance(300) { rng.range(1, 30) } else { 0 },
+            slow_per_mille: if !quiet && rng.chance(300) { rng.range(1, 30) } else { 0 },
             slow_us: timeout_us * 2,
             build_us: rng.range(500, 20_000),
             restore_us: rng.range(500, 10_000),
@@ -215,6 +226,7 @@ impl Plan {
             fault_len_us: timeout_us * rng.range(1, 6),
             kinds,
             only_narrow,
+            only_naps,
             recordless,
             sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,

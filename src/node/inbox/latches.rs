@@ -2,15 +2,16 @@
 //! of, and what a machine said.
 
 use std::mem;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
 use super::Flag;
 use crate::machine::MachineEvent;
 use crate::node::events::NodeEvent;
+use crate::protocol::messages::Message;
 use crate::protocol::primary::Command;
-use crate::protocol::types::EpochId;
+use crate::protocol::types::{ConnId, EpochId};
 
 // The bits of what is raised, in the order in which they are delivered.
 const QUIT: u32 = 1;
@@ -25,6 +26,9 @@ const STORAGE_FAULT: u32 = 1 << 8;
 const BOOTED: u32 = 1 << 9;
 const PANIC: u32 = 1 << 10;
 const DEVICE_BROKEN: u32 = 1 << 11;
+
+/// Connections whose heartbeats are kept.
+const HEARTBEATS_MAX: usize = 8;
 
 /// An event that is kept once for each machine.
 #[derive(Default)]
@@ -66,11 +70,14 @@ struct Kept {
     panic: Once,
     end: Once,
     device_broken: Option<MachineEvent>,
+    /// The newest heartbeat of each connection.
+    heartbeats: Vec<(ConnId, Message)>,
 }
 
 #[derive(Default)]
 pub(super) struct Latches {
     raised: AtomicU32,
+    has_heartbeat: AtomicBool,
     /// Never locked by a vCPU or device thread.
     kept: Mutex<Kept>,
 }
@@ -102,6 +109,27 @@ impl Latches {
     pub(super) fn storage_fault(&self, why: Option<String>) {
         self.kept.lock().storage_fault = Some(why);
         self.set(STORAGE_FAULT);
+    }
+
+    pub(super) fn heartbeat(&self, conn: ConnId, message: Message) {
+        let mut kept = self.kept.lock();
+        if let Some(kept) = kept.heartbeats.iter_mut().find(|(of, _)| *of == conn) {
+            kept.1 = message;
+        } else if kept.heartbeats.len() < HEARTBEATS_MAX {
+            kept.heartbeats.push((conn, message));
+        }
+        // Under the lock: who takes the last one clears it.
+        self.has_heartbeat.store(true, Ordering::Release);
+    }
+
+    pub(super) fn take_heartbeat(&self) -> Option<NodeEvent> {
+        if !self.has_heartbeat.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut kept = self.kept.lock();
+        let taken = kept.heartbeats.pop().map(|(conn, message)| NodeEvent::Message { conn, message });
+        self.has_heartbeat.store(!kept.heartbeats.is_empty(), Ordering::Release);
+        taken
     }
 
     /// The number of a new machine, whose events are the only ones that count from now on.

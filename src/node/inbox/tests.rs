@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use super::*;
-use crate::protocol::messages::Message;
+use crate::protocol::messages::{Activity, Heartbeat, Message};
 use crate::protocol::primary::Command;
-use crate::protocol::types::Generation;
+use crate::protocol::types::{Generation, InstanceId};
 
 const PAST: Option<Instant> = Some(Instant { us: 0 });
 
@@ -66,6 +66,30 @@ fn a_due_timer_comes_before_everything_and_does_not_starve_it() {
     let order: Vec<_> = (0..5).map(|_| name(inbox.next(PAST))).collect();
     assert_eq!(order, ["due", "output waiting", "due", "report 1", "due"]);
     assert_eq!(name(inbox.next(PAST)), "due", "nothing waits");
+}
+
+#[test]
+fn the_newest_heartbeat_comes_before_a_due_timer_and_does_not_starve_it() {
+    let (sender, inbox) = inbox();
+    let beat = |sequence| {
+        let (instance, generation) = (InstanceId(1), Generation(1));
+        Message::Heartbeat(Heartbeat { instance, generation, sequence, committed: None, activity: Activity::Ready })
+    };
+    sender.heartbeat(7, beat(1));
+    sender.heartbeat(7, beat(2));
+    match inbox.next(PAST) {
+        Next::Event(NodeEvent::Message { conn: 7, message }) => assert_eq!(message, beat(2), "only the newest is kept"),
+        other => panic!("{}", name(other)),
+    }
+    sender.heartbeat(7, beat(3));
+    assert_eq!(name(inbox.next(PAST)), "due", "a flood of heartbeats starves no timer");
+    assert_eq!(name(inbox.next(PAST)), "link 7");
+    assert_eq!(name(inbox.next(PAST)), "due", "nothing waits");
+    for conn in 0..100 {
+        sender.heartbeat(conn, beat(1));
+    }
+    let kept = std::iter::from_fn(|| inbox.shared.latches.take_heartbeat()).count();
+    assert!((1..=8).contains(&kept), "{kept} kept of connections without end");
 }
 
 #[test]
