@@ -278,7 +278,11 @@ proptest! {
     }
 
     #[test]
-    fn any_byte_changed_in_a_frame_is_noticed(message in message(), at in any::<prop::sample::Index>(), flip in 1..=u8::MAX) {
+    fn any_byte_changed_in_a_frame_is_noticed(
+        message in message(),
+        at in any::<prop::sample::Index>(),
+        flip in 1..=u8::MAX,
+    ) {
         let mut batch = FrameBatch::new();
         batch.push_message(&message).unwrap();
         let mut bytes = batch.as_bytes().to_vec();
@@ -341,7 +345,11 @@ proptest! {
     }
 
     #[test]
-    fn any_chunk_expands_to_pages_or_errors(chunk in vec(any::<u8>(), 0..6000), kind in 0..4u8, lz4 in vec(any::<u8>(), 1..300)) {
+    fn any_chunk_expands_to_pages_or_errors(
+        chunk in vec(any::<u8>(), 0..6000),
+        kind in 0..4u8,
+        lz4 in vec(any::<u8>(), 1..300),
+    ) {
         let try_all = |chunk: &[u8]| {
             for record in PageDecoder::new(chunk, 1 << 32).flatten() {
                 assert!(record.index < 1 << 32);

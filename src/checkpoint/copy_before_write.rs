@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 
 use super::journal::Block;
-use crate::protocol::block_hashes::SUM_BLOCKS_MAX;
+use crate::protocol::block_hashes::HASH_BLOCKS_MAX;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 
@@ -51,9 +51,9 @@ pub struct CopyBeforeWrite {
 
 impl CopyBeforeWrite {
     /// The next cut freezes the blocks with the indexes `run`, of which the first
-    /// [`SUM_BLOCKS_MAX`] count; those frozen before are let go.
+    /// [`HASH_BLOCKS_MAX`] count; those frozen before are let go.
     pub fn preserve(&self, run: Range<u64>) {
-        let end = run.end.min(run.start.saturating_add(SUM_BLOCKS_MAX));
+        let end = run.end.min(run.start.saturating_add(HASH_BLOCKS_MAX));
         *self.preserved.lock() = Some(Preserved { run: run.start..end, at: None, kept: BTreeMap::new() });
     }
 

@@ -2,18 +2,18 @@
 //! at one committed epoch.
 //!
 //! ```text
-//!   Idle ── freeze the next run ─▶ Freezing ── an epoch is cut ─▶ Summing ── both nodes' hashes ─▶ Idle … Done
+//!   Idle ── freeze the next run ─▶ Freezing ── an epoch is cut ─▶ Hashing ── both nodes' hashes ─▶ Idle … Done
 //! ```
 //!
 //! The primary reads a frozen run as it was at the cut, whatever the guest writes meanwhile. The
 //! question to the secondary follows that epoch on the same connection, and is answered in order,
-//! behind that epoch and before the next one. So both sum the same epoch, and a difference is one.
+//! behind that epoch and before the next one. So both hash the same epoch, and a difference is one.
 //! Each run has an epoch of its own; one run is on its way at a time, so a verify takes what an
 //! epoch leaves free.
 
 use std::ops::Range;
 
-use super::block_hashes::SUM_BLOCKS_MAX;
+use super::block_hashes::HASH_BLOCKS_MAX;
 use super::layout::ImageLayout;
 use super::types::EpochId;
 
@@ -52,7 +52,7 @@ pub struct DiskFindings {
 enum Stage {
     Idle,
     Freezing(Range<u64>),
-    Summing,
+    Hashing,
 }
 
 /// One verify, from its start to its result.
@@ -111,7 +111,7 @@ impl Verify {
             return None;
         };
         let first = disk.first_index + disk.compared;
-        let run = first..first + SUM_BLOCKS_MAX.min(disk.blocks - disk.compared);
+        let run = first..first + HASH_BLOCKS_MAX.min(disk.blocks - disk.compared);
         self.stage = Stage::Freezing(run.clone());
         Some(run)
     }
@@ -121,7 +121,7 @@ impl Verify {
         if !self.is_running() {
             return None;
         }
-        match std::mem::replace(&mut self.stage, Stage::Summing) {
+        match std::mem::replace(&mut self.stage, Stage::Hashing) {
             Stage::Freezing(run) => {
                 let first = self.epochs.map_or(id, |(first, _)| first);
                 self.epochs = Some((first, id));

@@ -21,9 +21,9 @@ use super::{exit, values};
     about = "Micro-checkpointing fault tolerance for KVM guests: kill the host, no client notices",
     long_about = "Micro-checkpointing fault tolerance for KVM guests: kill the host, no client notices.\n\n\
         Two nodes share one guest. The primary runs it and sends what changed to the secondary many times a second; no \
-        packet leaves the guest before the secondary could go on from there. When the primary dies, the secondary takes \
-        over within milliseconds, with every connection as it was. An arbiter makes sure that there is never more than \
-        one of them.",
+        packet leaves the guest before the secondary could go on from there. When the primary dies, the secondary \
+        takes over within milliseconds, with every connection as it was. An arbiter makes sure that there is never \
+        more than one of them.",
     after_help = "Start with:  mcd demo",
     after_long_help = TOP_HELP,
     subcommand_required = true,
@@ -86,7 +86,8 @@ pub(in crate::cli) enum Command {
 
     /// Look after disks: whether two images of one are equal, also while the guest runs
     #[command(
-        long_about = "Looks after the disks of guests: compares the images of a guest that runs, or two that no node uses.",
+        long_about = "Looks after the disks of guests: compares the images of a guest that runs, \
+            or two that no node uses.",
         after_help = super::disk::HELP
     )]
     Disk(DiskArgs),

@@ -28,7 +28,8 @@ pub(in crate::cli) enum SnapshotCommand {
     /// Have the node that runs a guest write its snapshot
     #[command(
         long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is written, and then goes on \
-            (with --stop it is shut down); its node, its secondary and its output go on meanwhile. The file appears when it is whole and durable."
+            (with --stop it is shut down); its node, its secondary and its output go on meanwhile. The file appears \
+            when it is whole and durable."
     )]
     Save(SnapshotSaveArgs),
     /// Say what a snapshot file holds, and whether it is whole
@@ -67,7 +68,12 @@ pub(in crate::cli) struct SnapshotSaveArgs {
     #[arg(long)]
     pub(in crate::cli) json: bool,
     /// How long to wait until it is written
-    #[arg(long, value_name = "MS", default_value_t = 600_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 600_000,
+        value_parser = clap::value_parser!(u64).range(1..=3_600_000)
+    )]
     pub(in crate::cli) timeout_ms: u64,
 }
 

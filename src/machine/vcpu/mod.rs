@@ -28,8 +28,8 @@ use super::state::vcpu::VcpuState;
 use super::wait::Doorbell;
 use crate::device::Bus;
 
-/// How long a vCPU that is out of the guest may take to carry out an order. That takes microseconds;
-/// only a stalled host makes it seconds.
+/// How long a vCPU that is out of the guest may take to carry out an order. That takes
+/// microseconds; only a stalled host makes it seconds.
 const VCPU_ORDER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a vCPU thread does with its slot when it is told to apply.

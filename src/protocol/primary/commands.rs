@@ -116,8 +116,8 @@ impl Primary {
     }
 
     /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if
-    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is waited
-    /// for, unless the operator asks twice.
+    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is
+    /// waited for, unless the operator asks twice.
     pub(super) fn quit(&mut self) {
         let twice = std::mem::replace(&mut self.quitting, true);
         match self.phase {

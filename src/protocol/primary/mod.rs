@@ -93,7 +93,7 @@ pub struct Primary {
     /// Until when the secondary may take over the guest that was handed over.
     handed_over_until: Option<Instant>,
     ledger: Option<Ledger>,
-    /// Blocks that both nodes are summing, in a resync or for `verify`.
+    /// Blocks that both nodes are hashing, in a resync or for `verify`.
     comparison: Option<Box<Comparison>>,
     tickets: u64,
     /// The verify under way, or the last one.

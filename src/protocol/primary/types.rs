@@ -76,7 +76,8 @@ pub enum End {
 }
 
 impl End {
-    /// True if the images of this node's disks are as the guest left them, and are to be stamped so.
+    /// True if the images of this node's disks are as the guest left them, and are to be stamped
+    /// so.
     pub fn stamps_disks(&self) -> bool {
         matches!(self, End::GuestOver { .. } | End::Quit)
     }
@@ -230,9 +231,9 @@ pub enum Action {
         /// The connection.
         conn: ConnId,
     },
-    /// Begin to track every page the guest or a device writes, and to hold writes to shared storage;
-    /// say `Tracking` when it is done, and `StorageSynced` once such storage has all that was written
-    /// before.
+    /// Begin to track every page the guest or a device writes, and to hold writes to shared
+    /// storage; say `Tracking` when it is done, and `StorageSynced` once such storage has all that
+    /// was written before.
     StartTracking {
         /// Where epochs and pushes go from now on.
         conn: ConnId,
@@ -261,8 +262,8 @@ pub enum Action {
         /// Their indexes.
         run: Range<u64>,
     },
-    /// Sum these blocks of a disk, then say `OwnHashes`.
-    Sum {
+    /// Hash these blocks of a disk, then say `OwnHashes`.
+    HashBlocks {
         /// Names the question.
         ticket: u64,
         /// Their indexes.

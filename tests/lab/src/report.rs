@@ -96,7 +96,8 @@ impl fmt::Display for Figures {
             let jump_ns = last.clocks.cpus.iter().map(|cpu| cpu.monotonic.forward_ns_max).max().unwrap_or(0);
             write!(
                 f,
-                "\n        clocks ({}): {} steps back in {} reads on {} vCPUs; largest jump {} ms; wall clock {:.0} to {:.0} ms off",
+                "\n        clocks ({}): {} steps back in {} reads on {} vCPUs; largest jump {} ms; \
+                    wall clock {:.0} to {:.0} ms off",
                 last.clocks.clocksource,
                 sum(back),
                 sum(|cpu| cpu.reads),
@@ -122,7 +123,8 @@ impl fmt::Display for Figures {
         for NodeFigures { when, pause_us, commit_us, hold_us, dirty_pages, committed } in &self.nodes {
             write!(
                 f,
-                "\n        {when}: {committed} epochs of {} pages, pause {:.1} ms, commit {:.1} ms, hold {:.1} ms (p50)",
+                "\n        {when}: {committed} epochs of {} pages, pause {:.1} ms, commit {:.1} ms, \
+                    hold {:.1} ms (p50)",
                 dirty_pages.p50,
                 pause_us.p50 as f64 / 1e3,
                 commit_us.p50 as f64 / 1e3,
