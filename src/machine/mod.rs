@@ -273,7 +273,7 @@ impl Machine {
     }
 
     /// Adds every page written since the last call (or since tracking was switched on) to `into`.
-    /// **Reading clears**: see [`dirty`].
+    /// **Reading clears**: see [`dirty_log`].
     ///
     /// # Errors
     /// What KVM refuses; pages may be missing from its log and present in `into` then.

@@ -109,8 +109,9 @@ pub enum DiskError {
     },
     /// The image is not of the snapshot's moment.
     #[error(
-        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its stamp as `mcd snapshot save \
-         --stop` left them; with any other the guest would find its files changed under it", path.display()
+        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its \
+         stamp as `mcd snapshot save --stop` left them; with any other the guest would find its files changed under \
+         it", path.display()
     )]
     NotOfSnapshot {
         /// The image.

@@ -61,9 +61,9 @@ pub(in crate::cli) struct DiskArgs {
 pub(in crate::cli) enum DiskCommand {
     /// Compare a guest's disks on its two nodes while it runs, or two images that no node uses
     #[command(
-        long_about = "With --guest or --control: has the primary and its secondary compare their images of the guest's disks while it \
-            runs, each block as of one committed epoch, and tells the blocks that differ. With two images: compares \
-            them byte for byte, and says what their stamps and checksums (CRC32C) are.",
+        long_about = "With --guest or --control: has the primary and its secondary compare their images of the \
+            guest's disks while it runs, each block as of one committed epoch, and tells the blocks that differ. With \
+            two images: compares them byte for byte, and says what their stamps and checksums (CRC32C) are.",
         after_help = crate::cli::disk::HELP
     )]
     Verify(VerifyArgs),

@@ -143,8 +143,8 @@ impl Primary {
                 Err("a snapshot of this guest is being written already")
             }
             _ if writes && !stop && !mutant::is("snapshot-without-its-disks") => Err(
-                "this guest writes to disks, which would go on without its snapshot: take it with --stop, which ends the guest and \
-                 leaves its images as they are at that moment",
+                "this guest writes to disks, which would go on without its snapshot: take it with --stop, which ends \
+                 the guest and leaves its images as they are at that moment",
             ),
             Phase::Deciding => Err("the peer is suspected and the arbiter has not answered yet; ask again when it has"),
             _ if !self.proven => {

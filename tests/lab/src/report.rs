@@ -111,8 +111,8 @@ impl fmt::Display for Figures {
             let DiskSpeed { write_mib_s, read_mib_s, sync_write, random_read } = speed;
             write!(
                 f,
-                "\n        disk, {}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 {:.1} ms, p99 {:.1} ms; \
-                 4 KiB read p50 {:.1} ms, p99 {:.1} ms",
+                "\n        disk, {}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 \
+                 {:.1} ms, p99 {:.1} ms; 4 KiB read p50 {:.1} ms, p99 {:.1} ms",
                 if *protected { "protected" } else { "solo" },
                 sync_write.p50_us as f64 / 1e3,
                 sync_write.p99_us as f64 / 1e3,
@@ -184,8 +184,8 @@ impl fmt::Display for Outcome {
         if let Some(Clients { replies, acknowledged_writes, lost_writes, wrong_replies, resets, .. }) = &self.clients {
             write!(
                 f,
-                "; {replies} replies, {acknowledged_writes} acknowledged writes, {lost_writes} lost, {wrong_replies} wrong, \
-                 {resets} resets"
+                "; {replies} replies, {acknowledged_writes} acknowledged writes, {lost_writes} lost, {wrong_replies} \
+                 wrong, {resets} resets"
             )?;
         }
         if let Some(wrong) = self.wrong.as_ref().and_then(|wrong| wrong.lines().next()) {

@@ -177,7 +177,10 @@ impl Rig {
         self.take(Input::Command { ticket: 1, command: Command::VerifyDisks(choice) });
         match self.answer.take() {
             Some(Err(CommandRefused::Verify(refused))) => Err(refused),
-            answer => Ok(answer.expect("an answer").expect("no other refusal")),
+            answer => {
+                answer.expect("an answer").expect("no other refusal");
+                Ok(())
+            }
         }
     }
 
