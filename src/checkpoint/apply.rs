@@ -230,7 +230,7 @@ impl Image {
     fn note(&mut self, applied: Result<(), ApplyError>) {
         if let Err(error) = applied {
             if self.failed.is_none() {
-                tracing::error!(%error, "image");
+                tracing::error!(%error, "the image cannot be updated");
                 (self.tell)(ApplyNews::Failed(error.to_string()));
             }
             self.failed.get_or_insert(error);

@@ -42,7 +42,7 @@ pub(super) enum Task {
     Align {
         /// The instant, and what kvmclock showed then.
         instant: ClockInstant,
-        /// Tell the guest that it stood still for a while.
+        /// Report to the guest that it was paused (`KVM_KVMCLOCK_CTRL`).
         kvmclock_ctrl: bool,
     },
     /// Put a guest's first state into the vCPU.

@@ -8,7 +8,7 @@ use crate::protocol::messages::Message;
 use crate::protocol::mutant;
 use crate::protocol::types::EpochId;
 
-/// A snapshot of the guest, for which it stands still.
+/// A snapshot of the guest, for which it is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Snapshot {
     /// It is being written.

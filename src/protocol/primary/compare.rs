@@ -64,7 +64,7 @@ impl Primary {
         Ok(())
     }
 
-    /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may
+    /// Preserves the next blocks with the next epoch. Not while one is being captured: that one may
     /// have been cut already.
     pub(super) fn verify_step(&mut self, now: Instant) {
         let capturing = self.epochs.is_capturing() && !mutant::is("frozen-after-the-cut");

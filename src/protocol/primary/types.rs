@@ -256,8 +256,8 @@ pub enum Action {
         /// Page indexes, rising.
         pages: Vec<u64>,
     },
-    /// The next epoch that is cut freezes these blocks of a disk: they can be read as they were
-    /// then. Those frozen before are let go.
+    /// The next epoch that is cut preserves these blocks of a disk: they can be read as they were
+    /// then. Blocks preserved before are released.
     Preserve {
         /// Their indexes.
         run: Range<u64>,
@@ -268,10 +268,10 @@ pub enum Action {
         ticket: u64,
         /// Their indexes.
         run: Range<u64>,
-        /// The epoch they were frozen with; as they are, without one.
+        /// The epoch they were preserved with; as they are, without one.
         as_of: Option<EpochId>,
     },
-    /// The epoch is committed on the peer: its dirty pages is safe there.
+    /// The epoch is committed on the peer: its dirty pages are safe there.
     Committed {
         /// The epoch.
         id: EpochId,
@@ -295,7 +295,7 @@ pub enum Action {
     ReleaseAll,
     /// Let the guest run (or not), then say `RunDone`.
     Run(bool),
-    /// The guest stands still: save it to the snapshot's file while it does, then say
+    /// The guest is paused: save it to the snapshot's file while it does, then say
     /// `SnapshotEnded`.
     Snapshot,
     /// There is no snapshot to be taken now.
