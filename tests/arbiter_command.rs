@@ -117,7 +117,8 @@ fn the_script_gets_the_documented_arguments_and_environment() {
     let scripts = ScriptDirectory::new();
     let seen = scripts.path("seen");
     let script = scripts.script(&format!(
-        "echo \"$1 $2 $# $MCD_QUESTION $MCD_GUEST $MCD_GENERATION $MCD_INSTANCE $MCD_PEER $MCD_TIMEOUT_MS $(pwd)\" >> {}; cat",
+        "echo \"$1 $2 $# $MCD_QUESTION $MCD_GUEST $MCD_GENERATION $MCD_INSTANCE \
+            $MCD_PEER $MCD_TIMEOUT_MS $(pwd)\" >> {}; cat",
         seen.display()
     ));
     let (p, s) = (P.to_string(), S.to_string());
@@ -127,7 +128,8 @@ fn the_script_gets_the_documented_arguments_and_environment() {
     assert_eq!(primary.swap(Some(&pair()), &pair().next_solo(P)).unwrap(), Swap::Won);
     assert_eq!(arbiter(&script, LONG).swap(Some(&pair()), &pair().next_solo(S)).unwrap(), Swap::Won);
     let expected = format!(
-        "start web 2 start web 1 {p} none 30000 /\nalone web 2 alone web 3 {p} {s} 30000 /\ntakeover web 2 takeover web 3 {s} {p} 30000 /\n"
+        "start web 2 start web 1 {p} none 30000 /\nalone web 2 alone web 3 {p} {s} \
+            30000 /\ntakeover web 2 takeover web 3 {s} {p} 30000 /\n"
     );
     assert_eq!(fs::read_to_string(seen).unwrap(), expected);
 }

@@ -61,8 +61,8 @@ impl Drop for LoopMount {
     }
 }
 
-/// A frozen file system. A process of its own thaws it when its input is closed: when this value is
-/// dropped, and also when the test is killed.
+/// A frozen file system. A process of its own unfreezes it when its input is closed: when this
+/// value is dropped, and also when the test is killed.
 struct Frozen(Child);
 
 impl Drop for Frozen {
@@ -166,7 +166,7 @@ fn a_disk_frozen_for_longer_than_stall_max_causes_one_orderly_takeover() {
         assert!(!old.protected, "{old}");
         assert_eq!(pair.guest.ask("SET key value").unwrap(), "+OK");
         drop(frozen);
-        // Thawed, it still does not run the guest.
+        // Its disk answers again, and the old primary still does not run the guest.
         let old = pair.primary.wait_status("answer", |_| true).unwrap();
         assert!(old.role != Role::Primary && !old.running, "{old}");
         let new = pair.secondary.status().unwrap();

@@ -1,7 +1,7 @@
 //! The exact bytes of version 3, for every kind of frame, message and page record. A change here is
 //! a change of the protocol: it needs a new version, never a new expectation.
 
-use mcd::checkpoint::block_hashes::sum_of;
+use mcd::checkpoint::block_hashes::hash_of;
 use mcd::protocol::cpu::HostCpu;
 use mcd::protocol::machine_shape::{DISKS_MAX, DiskShape, MachineShape};
 use mcd::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, RefuseReason, Welcome};
@@ -168,7 +168,7 @@ fn records_heartbeats_and_the_end() {
 
 #[test]
 fn disks_of_a_secondary() {
-    message_is(Message::SumBlocks { first: 0x0102_0304, count: 256 }, &["0b", "0403020100000000", "00010000"]);
+    message_is(Message::HashBlocks { first: 0x0102_0304, count: 256 }, &["0b", "0403020100000000", "00010000"]);
     message_is(Message::ResyncLeft { left: vec![] }, &["0c", "00"]);
     message_is(Message::ResyncLeft { left: vec![513, 0] }, &["0c", "02", "0102000000000000", "0000000000000000"]);
     let mut payload = encode_hashes(0x0102, &[[0xab; 32], [1; 32]]);
@@ -186,10 +186,10 @@ fn disks_of_a_secondary() {
     assert!(decode_message(&too_many).is_err(), "no machine has so many disks");
 }
 
-/// What is compared on two hosts, perhaps by two builds, must be one and the same sum.
+/// What is compared on two hosts, perhaps by two builds, must have one and the same hash.
 #[test]
-fn the_sum_of_a_block() {
-    assert_eq!(hex(&sum_of(&[0; 4096])), "b6fb73fc46938c981e2b0b4b1ef282adcfc89854d01bfe3972fdc4785b41b2c7");
+fn the_hash_of_a_block() {
+    assert_eq!(hex(&hash_of(&[0; 4096])), "b6fb73fc46938c981e2b0b4b1ef282adcfc89854d01bfe3972fdc4785b41b2c7");
 }
 
 #[test]

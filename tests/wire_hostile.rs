@@ -14,8 +14,7 @@ use mcd::wire::pages::{RECORD_BYTES_MAX, has_room, is_zero};
 use mcd::wire::{
     FrameBatch, FrameKind, FrameReader, FrameWriter, PageDecoder, PageEncoder, PageError, PageKind, WireError,
 };
-use proptest::collection::vec;
-use proptest::prelude::*;
+use proptest::{collection::vec, prelude::*, sample::Index};
 use std::io::{self, Read, Write};
 
 fn instance() -> impl Strategy<Value = InstanceId> {
@@ -222,7 +221,7 @@ proptest! {
     }
 
     #[test]
-    fn a_spoilt_message_never_panics(message in message(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+    fn a_spoilt_message_never_panics(message in message(), at in any::<Index>(), byte in any::<u8>()) {
         let mut bytes = encoded(&message);
         let at = at.index(bytes.len());
         bytes[at] = byte;
@@ -278,7 +277,7 @@ proptest! {
     }
 
     #[test]
-    fn any_byte_changed_in_a_frame_is_noticed(message in message(), at in any::<prop::sample::Index>(), flip in 1..=u8::MAX) {
+    fn any_byte_changed_in_a_frame_is_noticed(message in message(), at in any::<Index>(), flip in 1..=u8::MAX) {
         let mut batch = FrameBatch::new();
         batch.push_message(&message).unwrap();
         let mut bytes = batch.as_bytes().to_vec();
@@ -341,7 +340,7 @@ proptest! {
     }
 
     #[test]
-    fn any_chunk_expands_to_pages_or_errors(chunk in vec(any::<u8>(), 0..6000), kind in 0..4u8, lz4 in vec(any::<u8>(), 1..300)) {
+    fn any_chunk_expands_or_fails(chunk in vec(any::<u8>(), 0..6000), kind in 0..4u8, lz4 in vec(any::<u8>(), 1..300)) {
         let try_all = |chunk: &[u8]| {
             for record in PageDecoder::new(chunk, 1 << 32).flatten() {
                 assert!(record.index < 1 << 32);

@@ -57,8 +57,8 @@ pub fn fill(block: u64, seed: u64, into: &mut Block) {
     }
 }
 
-/// What `from`, read from block number `block`, is.
-pub fn judge(block: u64, from: &Block) -> Content {
+/// What block number `block` holds, whose bytes are `from`.
+pub fn content_of(block: u64, from: &Block) -> Content {
     let words = from.as_chunks::<8>().0;
     if words.iter().all(|bytes| *bytes == [0; 8]) {
         return Content::Zeros;
@@ -125,17 +125,17 @@ mod tests {
     #[test]
     fn a_block_tells_whether_it_is_whole() {
         let mut block = [0; BLOCK_BYTES];
-        assert_eq!(judge(5, &block), Content::Zeros);
+        assert_eq!(content_of(5, &block), Content::Zeros);
         fill(5, 77, &mut block);
-        assert_eq!(judge(5, &block), Content::Seed(77));
-        assert_eq!(judge(6, &block), Content::Strange, "it belongs elsewhere");
+        assert_eq!(content_of(5, &block), Content::Seed(77));
+        assert_eq!(content_of(6, &block), Content::Strange, "it belongs elsewhere");
         let mut other = [0; BLOCK_BYTES];
         fill(5, 78, &mut other);
         block[2048..].copy_from_slice(&other[2048..]);
-        assert_eq!(judge(5, &block), Content::Strange, "torn");
+        assert_eq!(content_of(5, &block), Content::Strange, "torn");
         block = [0; BLOCK_BYTES];
         block[4095] = 1;
-        assert_eq!(judge(5, &block), Content::Strange);
+        assert_eq!(content_of(5, &block), Content::Strange);
     }
 
     #[test]

@@ -104,7 +104,10 @@ proptest! {
 
     #[test]
     fn garbage_gives_the_same_in_any_pieces(
-        input in prop::collection::vec(prop_oneof![any::<u8>(), Just(b'\r'), Just(b'\n'), Just(b'*'), Just(b'$'), Just(b'1'), Just(b'"')], 0..200),
+        input in prop::collection::vec(
+            prop_oneof![any::<u8>(), Just(b'\r'), Just(b'\n'), Just(b'*'), Just(b'$'), Just(b'1'), Just(b'"')],
+            0..200,
+        ),
         cuts in prop::collection::vec(any::<usize>(), 0..20),
     ) {
         prop_assert_eq!(read(&input, &cuts), read(&input, &[]));

@@ -109,7 +109,7 @@ impl Host for TestHost {
     }
 
     fn disk_read(&mut self, block: u64) -> Result<Content, DiskError> {
-        self.disk.get(block as usize).map(|content| disk::judge(block, content)).ok_or(DiskError::Beyond)
+        self.disk.get(block as usize).map(|content| disk::content_of(block, content)).ok_or(DiskError::Beyond)
     }
 
     fn disk_flush(&mut self) -> Result<(), DiskError> {

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 /// them.
 pub const VNET_HEADER_BYTES: usize = 12;
 
-/// One non-blocking door for Ethernet frames. A frame has no header in front of it, or in some
+/// One non-blocking port for Ethernet frames. A frame has no header in front of it, or in some
 /// ports a virtio-net header, always.
 ///
 /// Frames may be sent and received by several threads at once.

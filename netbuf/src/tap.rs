@@ -21,7 +21,8 @@ pub enum TapError {
     },
     /// This process may not open taps, or not this one.
     #[error(
-        "no permission for tap {name}: run as root, or create it for this user: ip tuntap add dev {name} mode tap user $USER"
+        "no permission for tap {name}: run as root, or create it for this user: \
+            ip tuntap add dev {name} mode tap user $USER"
     )]
     NotPermitted {
         /// The tap.

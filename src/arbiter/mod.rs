@@ -31,8 +31,8 @@ pub trait Arbiter: Send {
     /// Puts `new` in place of `expected` (`None`: no record), if that is the record.
     ///
     /// # Errors
-    /// [`ArbiterError`]: the swap may have been carried out or not. Asking again shows which: a swap that
-    /// finds its own `new` was won before.
+    /// [`ArbiterError`]: the swap may have been carried out or not. Asking again shows which: a
+    /// swap that finds its own `new` was won before.
     fn swap(&mut self, expected: Option<&Record>, new: &Record) -> Result<Swap, ArbiterError>;
 
     /// The arbiter in a few words, for logs and status.
@@ -60,14 +60,16 @@ pub enum ArbiterError {
         why: String,
     },
     /// Its directory is not there.
-    #[error("arbiter directory {} does not exist: mount the shared storage, or create the directory on it", path.display())]
+    #[error("arbiter directory {} does not exist: mount the shared storage, \
+        or create the directory on it", path.display())]
     NoDirectory {
         /// The directory.
         path: PathBuf,
     },
     /// The record is there and cannot be trusted. It is never taken for a missing one.
     #[error(
-        "arbiter record {record} is damaged ({what}): restore it; or, once no node runs the guest, remove it and start the guest anew"
+        "arbiter record {record} is damaged ({what}): restore it; or, once no node runs the guest, \
+            remove it and start the guest anew"
     )]
     Corrupt {
         /// Where it is: the file, or the key.
@@ -90,7 +92,8 @@ pub enum ArbiterError {
         path: PathBuf,
     },
     /// The filesystem cannot lock.
-    #[error("arbiter directory {} has no file locks ({source}): use NFS version 4, a cluster filesystem, or a local directory", path.display())]
+    #[error("arbiter directory {} has no file locks ({source}): use NFS version 4, a cluster filesystem, \
+        or a local directory", path.display())]
     NoLocks {
         /// The directory.
         path: PathBuf,

@@ -49,8 +49,8 @@ impl Arbiter for NoArbiter {
         if self.on_peer_loss == OnPeerLoss::Wait && parts_a_pair(expected, new) {
             return Err(ArbiterError::Unreachable {
                 arbiter: self.describe(),
-                why: "the peer is lost and this node was told to wait; bring the peer back, or, if it is surely dead, start anew with \
-                      --on-peer-loss continue or with --arbiter file:/DIRECTORY"
+                why: "the peer is lost and this node was told to wait; bring the peer back, or, if it is surely dead, \
+                      start anew with --on-peer-loss continue or with --arbiter file:/DIRECTORY"
                     .to_owned(),
             });
         }

@@ -33,7 +33,8 @@ pub enum ArbiterSpec {
 pub enum SpecError {
     /// A scheme this release does not have, or none at all.
     #[error(
-        "unknown arbiter {0:?}: write file:/DIRECTORY, etcd:http://HOST:2379,http://HOST:2379/PREFIX, command:/SCRIPT or none"
+        "unknown arbiter {0:?}: write file:/DIRECTORY, etcd:http://HOST:2379,http://HOST:2379/PREFIX, \
+            command:/SCRIPT or none"
     )]
     Unknown(String),
     /// The directory is not named from the root.
@@ -46,12 +47,14 @@ pub enum SpecError {
     NoScript(String),
     /// An endpoint of etcd is not one.
     #[error(
-        "arbiter endpoint {0:?}: write http://HOST:PORT or https://HOST:PORT for each, separated by commas, a prefix after the last"
+        "arbiter endpoint {0:?}: write http://HOST:PORT or https://HOST:PORT for each, separated by commas, \
+            a prefix after the last"
     )]
     BadEndpoint(String),
     /// Some endpoints are encrypted and some are not.
     #[error(
-        "arbiter {0:?}: either every endpoint has https:// or none has, for one in the clear would give away what the others hide"
+        "arbiter {0:?}: either every endpoint has https:// or none has, \
+            for one in the clear would give away what the others hide"
     )]
     MixedEndpoints(String),
 }

@@ -60,7 +60,7 @@ pub enum ApplyNews {
 enum Job {
     Background(Vec<u8>),
     Epoch(Box<StagedEpoch>),
-    Sum(Range<u64>),
+    HashBlocks(Range<u64>),
     Finish(EpochId, Sender<Result<Vec<u8>, ApplyError>>),
     Forget(EpochId),
     WriteKept(Sender<Result<(), ApplyError>>),
@@ -103,8 +103,8 @@ impl Applier {
 
     /// Hashes these blocks, as they are with all that was handed over before and nothing that is
     /// handed over later.
-    pub fn sum(&self, run: Range<u64>) {
-        self.submit(Job::Sum(run));
+    pub fn hash_blocks(&self, run: Range<u64>) {
+        self.submit(Job::HashBlocks(run));
     }
 
     /// Applies what is queued and gives the machine state of `epoch`, which must be the newest.
@@ -171,7 +171,7 @@ impl Image {
                     self.budget.give_back(payload.len() as u64);
                 }
                 Job::Epoch(epoch) => self.apply(*epoch),
-                Job::Sum(run) => self.sum(run),
+                Job::HashBlocks(run) => self.hash_blocks(run),
                 Job::Finish(wanted, reply) => {
                     // The node that asked may have given up.
                     let _ = reply.send(self.finish(wanted));
@@ -209,7 +209,7 @@ impl Image {
         self.budget.give_back(epoch.bytes.saturating_sub(kept_bytes));
     }
 
-    fn sum(&mut self, run: Range<u64>) {
+    fn hash_blocks(&mut self, run: Range<u64>) {
         /// Why there are no hashes.
         enum NoHashes {
             Aborted,
@@ -230,7 +230,7 @@ impl Image {
     fn note(&mut self, applied: Result<(), ApplyError>) {
         if let Err(error) = applied {
             if self.failed.is_none() {
-                tracing::error!(%error, "image");
+                tracing::error!(%error, "the image cannot be updated");
                 (self.tell)(ApplyNews::Failed(error.to_string()));
             }
             self.failed.get_or_insert(error);
@@ -239,13 +239,13 @@ impl Image {
 
     /// Writes pages to their places, but for those of shared storage.
     fn write(&self, payload: &[u8]) -> Result<WrittenWhere, ApplyError> {
-        let mut wholly = true;
+        let mut image_only = true;
         self.put(payload, |index| {
             let shared = self.image.is_shared(index);
-            wholly &= !shared;
+            image_only &= !shared;
             !shared
         })?;
-        Ok(WrittenWhere(wholly))
+        Ok(WrittenWhere(image_only))
     }
 
     /// Newest first, and of each block only the newest: see [`KeptWrites::newest_first`].

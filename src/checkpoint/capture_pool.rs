@@ -74,8 +74,8 @@ impl CapturePool {
         }
     }
 
-    /// Most bytes the pool ever keeps for the pages of a guest of `pages` pages, all of which may be
-    /// in one epoch. The state beside memory, some kilobytes for each vCPU, comes on top.
+    /// Most bytes the pool ever keeps for the pages of a guest of `pages` pages, all of which may
+    /// be in one epoch. The state beside memory, some kilobytes for each vCPU, comes on top.
     pub fn bytes_max(pages: u64) -> u64 {
         let page_bytes = (PAGE_BYTES + size_of::<u64>()) as u64;
         pages.max(ROOM_PAGES_MIN as u64).saturating_mul(page_bytes).saturating_mul(POOLED as u64)

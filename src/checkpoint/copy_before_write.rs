@@ -1,9 +1,9 @@
 //! A run of blocks that can be read as it was when an epoch was cut, while the guest goes on
 //! writing.
 //!
-//! The first write to a frozen block keeps what was there before, ahead of the write itself. A
+//! The first write to a preserved block keeps what was there before, ahead of the write itself. A
 //! reader reads the image first and asks for what was kept then: if nothing was, no write had begun
-//! before the image was read. One run is frozen at a time, so what is kept is bounded.
+//! before the image was read. One run is preserved at a time, so what is kept is bounded.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,15 +13,15 @@ use parking_lot::Mutex;
 use thiserror::Error;
 
 use super::journal::Block;
-use crate::protocol::block_hashes::SUM_BLOCKS_MAX;
+use crate::protocol::block_hashes::HASH_BLOCKS_MAX;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 
-/// Why a frozen block cannot be read.
+/// Why a preserved block cannot be read.
 #[derive(Debug, Error)]
 pub enum PreservedError {
-    /// It is not frozen, or not any more.
-    #[error("block {0} is not frozen as of that epoch")]
+    /// It is not preserved, or not any more.
+    #[error("block {0} is not preserved as of that epoch")]
     NotPreserved(u64),
     /// What it was could not be kept before it was written over.
     #[error("what was in block {index} could not be kept before it was written over: {kind}")]
@@ -38,31 +38,31 @@ type Before = Result<Box<Block>, io::ErrorKind>;
 
 struct Preserved {
     run: Range<u64>,
-    /// The epoch it was frozen with; before that it may change.
+    /// The epoch it was preserved with; before that it may change.
     at: Option<EpochId>,
     kept: BTreeMap<u64, Before>,
 }
 
-/// Freezes blocks.
+/// Preserves blocks.
 #[derive(Default)]
 pub struct CopyBeforeWrite {
     preserved: Mutex<Option<Preserved>>,
 }
 
 impl CopyBeforeWrite {
-    /// The next cut freezes the blocks with the indexes `run`, of which the first
-    /// [`SUM_BLOCKS_MAX`] count; those frozen before are let go.
+    /// The next cut preserves the blocks with the indexes `run`, of which the first
+    /// [`HASH_BLOCKS_MAX`] count; those preserved before are released.
     pub fn preserve(&self, run: Range<u64>) {
-        let end = run.end.min(run.start.saturating_add(SUM_BLOCKS_MAX));
+        let end = run.end.min(run.start.saturating_add(HASH_BLOCKS_MAX));
         *self.preserved.lock() = Some(Preserved { run: run.start..end, at: None, kept: BTreeMap::new() });
     }
 
-    /// Nothing is frozen any more.
+    /// Nothing is preserved any more.
     pub fn release(&self) {
         *self.preserved.lock() = None;
     }
 
-    /// What was frozen with epoch `as_of` is frozen no longer.
+    /// What was preserved with epoch `as_of` is preserved no longer.
     pub fn release_of(&self, as_of: EpochId) {
         self.preserved.lock().take_if(|preserved| preserved.at == Some(as_of));
     }
@@ -74,7 +74,7 @@ impl CopyBeforeWrite {
         }
     }
 
-    /// These blocks are about to be written: keeps what is in those that are frozen, as `read`
+    /// These blocks are about to be written: keeps what is in those that are preserved, as `read`
     /// reads it.
     pub fn about_to_write(&self, blocks: Range<u64>, read: impl Fn(u64, &mut Block) -> io::Result<()>) {
         let mut preserved = self.preserved.lock();

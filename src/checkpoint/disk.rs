@@ -76,7 +76,7 @@ impl DiskGate {
     }
 
     /// Keeps the blocks from `offset` to `end` as they are now; `change` says what is in those it
-    /// covers wholly.
+    /// covers completely.
     fn keep(
         &self,
         reserve: &Reservation<'_>,
@@ -112,7 +112,7 @@ pub(super) fn cost_bytes(offset: u64, end: u64, change: &Change<'_>) -> u64 {
     let blocks = end.div_ceil(BLOCK_BYTES) - offset / BLOCK_BYTES;
     match change {
         Change::Write(_) => blocks * BLOCK_COST_BYTES,
-        // At most the first and the last are not wholly zeros.
+        // At most the first and the last are not zeros throughout.
         Change::Zeros => blocks * ZERO_COST_BYTES + 2 * BLOCK_COST_BYTES,
     }
 }

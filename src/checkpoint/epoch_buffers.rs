@@ -34,9 +34,9 @@
 //!
 //! A verb of the capturing side may run long after it was decided on, and while the deciding side
 //! decides otherwise. So each takes the number of its decision, and each buffer keeps the number of
-//! the newest change of its mode; what was decided before that change is passed over. A cut that was
-//! begun before [`alone`](EpochBuffers::alone) or [`fence`](EpochBuffers::fence) and ends after it
-//! neither holds output nor makes a journal track. A fence is for good: no decision is later.
+//! the newest change of its mode; what was decided before that change is passed over. A cut that
+//! was begun before [`alone`](EpochBuffers::alone) or [`fence`](EpochBuffers::fence) and ends after
+//! it neither holds output nor makes a journal track. A fence is for good: no decision is later.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -194,9 +194,9 @@ impl EpochBuffers {
         *self.committed.lock() = None;
     }
 
-    /// Makes room in `into` for the epoch that is to be cut next, while the guest runs. It reads the
-    /// dirty log for that, unless the last epochs were small and recent: reading makes the guest
-    /// fault again on each page that it goes on writing.
+    /// Makes room in `into` for the epoch that is to be cut next, while the guest runs. It reads
+    /// the dirty log for that, unless the last epochs were small and recent: reading makes the
+    /// guest fault again on each page that it goes on writing.
     ///
     /// # Errors
     /// The machine's. Nothing is lost: the pages that were read are part of the next cut.
@@ -219,8 +219,9 @@ impl EpochBuffers {
         Ok(())
     }
 
-    /// Cuts an epoch: copies it out of the paused machine, and closes it in every buffer. The output
-    /// is cut even if the copy fails, as the guest goes on in any case. After an error, put back.
+    /// Cuts an epoch: copies it out of the paused machine, and closes it in every buffer. The
+    /// output is cut even if the copy fails, as the guest goes on in any case. After an error, put
+    /// back.
     ///
     /// # Errors
     /// [`CutError`]; the dirty pages that were read are kept.

@@ -266,7 +266,7 @@ impl DiskJournal {
         self.copy_before_write.cut(id);
     }
 
-    /// What freezes blocks at a cut.
+    /// Preserves blocks at a cut.
     pub fn copy_before_write(&self) -> &CopyBeforeWrite {
         &self.copy_before_write
     }

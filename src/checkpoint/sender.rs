@@ -112,8 +112,8 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Starts the thread for connection `conn`. It calls `on_start` first, which may give it another
-    /// priority, and `report` later.
+    /// Starts the thread for connection `conn`. It calls `on_start` first, which may give it
+    /// another priority, and `report` later.
     ///
     /// # Errors
     /// If the host gives no thread.

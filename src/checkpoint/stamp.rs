@@ -40,7 +40,8 @@ pub struct Stamp {
 #[derive(Debug, Error)]
 pub enum StampError {
     /// The system refused.
-    #[error("cannot {doing} {}, the stamp of a disk image ({reason}): the directory must be writable and have room", path.display())]
+    #[error("cannot {doing} {}, the stamp of a disk image ({reason}): \
+        the directory must be writable and have room", path.display())]
     Io {
         /// What was tried.
         doing: &'static str,
@@ -50,7 +51,8 @@ pub enum StampError {
         reason: io::Error,
     },
     /// It is not one.
-    #[error("{} is no stamp of a disk image ({what}): look what wrote it, and remove it if the image is as it should be", path.display())]
+    #[error("{} is no stamp of a disk image ({what}): look what wrote it, \
+        and remove it if the image is as it should be", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,

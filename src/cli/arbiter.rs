@@ -15,7 +15,8 @@ pub(super) fn config(args: &ArbiterArgs) -> Result<ArbiterConfig, Failure> {
     let spec = required(
         args.arbiter.clone(),
         "--arbiter WHO",
-        "give file:/DIRECTORY (one that both nodes see), etcd:URL, command:/SCRIPT, or none together with --on-peer-loss",
+        "give file:/DIRECTORY (one that both nodes see), etcd:URL, command:/SCRIPT, \
+            or none together with --on-peer-loss",
     )?;
     check_company(args, &spec)?;
     let timeout = |default| args.arbiter_timeout_ms.map_or(default, Duration::from_millis);
@@ -68,7 +69,8 @@ fn tls(args: &ArbiterArgs, endpoints: &[String]) -> Result<Option<EtcdTls>, Fail
         )),
         (None, false) if identity.is_none() => Ok(None),
         (_, false) => Err(Failure::usage(
-            "--arbiter-ca, --arbiter-cert and --arbiter-key go with https:// endpoints, and these are http://; change the one or leave out the other",
+            "--arbiter-ca, --arbiter-cert and --arbiter-key go with https:// endpoints, and these are http://; change \
+                the one or leave out the other",
         )),
     }
 }
@@ -98,7 +100,8 @@ fn on_peer_loss(flag: Option<OnPeerLossFlag>) -> Result<OnPeerLoss, Failure> {
         Some(OnPeerLossFlag::Wait) => Ok(OnPeerLoss::Wait),
         Some(OnPeerLossFlag::Continue) => Ok(OnPeerLoss::Continue),
         None => Err(Failure::usage(
-            "--arbiter none needs --on-peer-loss: wait (stop until a person decides) or continue (go on, risking two guests)",
+            "--arbiter none needs --on-peer-loss: wait (stop until a person decides) or continue (go on, \
+                risking two guests)",
         )),
     }
 }

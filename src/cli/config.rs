@@ -44,7 +44,8 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
     let interval_min = Duration::from_micros(args.interval_min_us);
     if interval_min > interval {
         return Err(Failure::usage(format!(
-            "--interval-min-us {} is more than --interval-ms {}: the least time between captures cannot exceed the most; lower it",
+            "--interval-min-us {} is more than --interval-ms {}: \
+                the least time between captures cannot exceed the most; lower it",
             args.interval_min_us, args.interval_ms
         )));
     }
@@ -201,8 +202,8 @@ fn heartbeat(interval_ms: u64, timeout_ms: Option<u64>) -> Result<HeartbeatConfi
     Ok(HeartbeatConfig { interval: Duration::from_millis(interval_ms), timeout: Duration::from_millis(timeout_ms) })
 }
 
-/// By default long enough that a short stall of a disk is sat out, and never shorter than what makes
-/// a difference to the peer.
+/// By default long enough that a short stall of a disk is sat out, and never shorter than what
+/// makes a difference to the peer.
 fn stall_max(ms: Option<u64>, heartbeat: HeartbeatConfig) -> Result<Duration, Failure> {
     const DEFAULT: Duration = Duration::from_secs(2);
     let stall_max = ms.map_or(DEFAULT.max(heartbeat.timeout * 4), Duration::from_millis);

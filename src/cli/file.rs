@@ -90,8 +90,8 @@ fn check_key(mcd: &Command, name: &str, key: &str) -> Result<(), String> {
     }
 }
 
-/// A file describes a node, not what an operator asserts of one moment or what one start goes on from, and it
-/// names no further file.
+/// A file describes a node, not what an operator asserts of one moment or what one start goes on
+/// from, and it names no further file.
 fn in_file(arg: &Arg) -> bool {
     arg.get_id() != "config"
         && arg.get_id() != "restore"

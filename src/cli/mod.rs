@@ -122,11 +122,13 @@ fn ended(result: Result<NodeEnd, NodeError>) -> Result<ExitCode, Failure> {
         Ok(NodeEnd::Quit | NodeEnd::GuestEnded(_)) => Ok(ExitStatus::Ok.into()),
         Ok(NodeEnd::Restart) => Err(Failure {
             status: ExitStatus::Restart,
-            line: "the guest asked to be restarted, and is off now; start the node again with the same flags".to_owned(),
+            line: "the guest asked to be restarted, and is off now; start the node again with the same flags"
+                .to_owned(),
         }),
         Ok(NodeEnd::Fenced) => Err(Failure {
             status: ExitStatus::Fenced,
-            line: "this node lost the guest to the other one and fenced itself; start `mcd secondary` here to protect it again"
+            line: "this node lost the guest to the other one and fenced itself; \
+                start `mcd secondary` here to protect it again"
                 .to_owned(),
         }),
         Err(error) => Err(Failure { status: ExitStatus::of(&error), line: error.to_string() }),

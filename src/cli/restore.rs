@@ -26,7 +26,8 @@ pub(super) fn adopt(path: &Path, node: &mut NodeArgs, machine: &MachineArgs) -> 
     ];
     if let Some((_, flag)) = new.into_iter().find(|(given, _)| *given) {
         return Err(Failure::usage(format!(
-            "{flag} and --restore contradict each other: a guest that goes on from a snapshot is not started anew; leave one out"
+            "{flag} and --restore contradict each other: \
+                a guest that goes on from a snapshot is not started anew; leave one out"
         )));
     }
     if let Some(guest) = node.guest.as_ref().filter(|guest| **guest != head.guest) {

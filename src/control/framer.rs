@@ -140,6 +140,9 @@ impl Framer {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::any;
+
     use super::*;
 
     const BYTES_MAX: usize = 1 << 20;
@@ -214,7 +217,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_bytes_are_taken_and_bounded(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..2000)) {
+        fn any_bytes_are_taken_and_bounded(bytes in vec(any::<u8>(), 0..2000)) {
             let kept: usize = frames(&bytes).iter().map(|f| if let Frame::Value(v) = f { v.len() } else { 0 }).sum();
             proptest::prop_assert!(kept <= bytes.len());
         }

@@ -54,7 +54,8 @@ pub const CLIENTS_MAX: usize = 64;
 pub enum ControlError {
     /// A unix socket's path has at most 107 bytes.
     #[error(
-        "control socket {path}: the path is longer than 107 bytes, which a unix socket cannot have; choose a shorter one"
+        "control socket {path}: the path is longer than 107 bytes, which a unix socket cannot have; \
+            choose a shorter one"
     )]
     PathTooLong {
         /// The path asked for.

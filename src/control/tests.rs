@@ -267,7 +267,7 @@ fn commands_of_a_client_that_does_not_read_are_not_piled_up() {
 }
 
 #[test]
-fn strangers_make_room_and_guests_do_not() {
+fn unknown_peers_make_room_and_guests_do_not() {
     let bench = bench();
     let mut held: Vec<Client> = (0..10).map(|_| bench.client()).collect();
     let silents: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&bench.path).unwrap()).collect();

@@ -15,7 +15,8 @@ pub enum DemoError {
     Run(#[from] TestbedError),
     /// There is no KVM to use.
     #[error(
-        "cannot open /dev/kvm: {0}: this needs a Linux host with KVM, and a user who may use it (root, or the group kvm)"
+        "cannot open /dev/kvm: {0}: this needs a Linux host with KVM, and a user who may use it (root, \
+            or the group kvm)"
     )]
     NoKvm(io::Error),
     /// The primary was fenced: the other node has the guest.
@@ -25,7 +26,8 @@ pub enum DemoError {
     Fenced,
     /// The guest died with its host.
     #[error(
-        "the guest is lost: in the instant before it was killed the primary had lost sight of the secondary and gone on alone. This machine is too busy for the demo\n--- the last lines of {name}'s log:\n{log}"
+        "the guest is lost: in the instant before it was killed the primary had lost sight of the secondary and gone \
+            on alone. This machine is too busy for the demo\n--- the last lines of {name}'s log:\n{log}"
     )]
     Lost {
         /// The node that should have taken over.

@@ -263,7 +263,8 @@ impl fmt::Display for Report {
             )?;
             writeln!(
                 f,
-                "            longest silence a client saw {:.0} ms (median; worst {:.0}); protected again after {:.0} ms",
+                "            longest silence a client saw {:.0} ms (median; worst {:.0}); \
+                    protected again after {:.0} ms",
                 take(|r| r.client_gap_ms),
                 worst(|r| r.client_gap_ms),
                 take(|r| r.resync_ms)

@@ -72,7 +72,8 @@ impl<'a> Demo<'a> {
         let since_kill_ms = |time_us: u64| time_us.saturating_sub(killed_us) as f64 / 1000.0;
         let takeover_ms = since_kill_ms(takeover.first_packet_monotonic_us.unwrap_or(0));
         self.screen.say(format_args!(
-            "host {} runs the guest: first packet {takeover_ms:.1} ms after the kill; longest silence a client saw {client_gap_ms:.0} ms",
+            "host {} runs the guest: first packet {takeover_ms:.1} ms after the kill; \
+                longest silence a client saw {client_gap_ms:.0} ms",
             self.primary.host()
         ));
         Ok(Round {

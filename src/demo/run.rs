@@ -158,7 +158,8 @@ impl<'a> Demo<'a> {
         let settings = NodeSettings { memory_mib, cpus, interval_ms, flags, ..NodeSettings::default() };
         let screen = Screen::new();
         screen.say(format_args!(
-            "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; --seed {seed} repeats the choices"
+            "a guest with {memory_mib} MiB and {cpus} vCPU, epochs of at most {interval_ms} ms; \
+                --seed {seed} repeats the choices"
         ));
         let primary = Node::start(StartAs::Primary, HostName::A, "a-1", &settings, &namespaces, dir)
             .map_err(DemoError::io("start a node"))?;

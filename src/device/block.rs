@@ -16,8 +16,8 @@ pub enum Stored {
 /// [`BlockBackend::bytes`].
 ///
 /// A device calls from one thread of its own, one call at a time. **A pause of the machine waits
-/// for a `write`, `discard` or `write_zeroes` that has begun**, so that it belongs wholly to the
-/// epoch before the pause or wholly to the one after it: these three must not wait for a slow disk.
+/// for a `write`, `discard` or `write_zeroes` that has begun**, so that it belongs completely to
+/// the epoch before the pause or to the one after it: these three must not wait for a slow disk.
 /// `read` and `flush` may; a pause does not wait for them, and they may run in the middle of one.
 pub trait BlockBackend: Send + Sync {
     /// The disk's size in bytes: a multiple of 512 that never changes.

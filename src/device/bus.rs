@@ -279,8 +279,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
         self.disks.iter().position(|disk| !disk.is_quiet())
     }
 
-    /// The same for the network card's thread ([`Bus::net_is_quiet`]); input stays out of the serial
-    /// port, and a vCPU that serves a queue stops after the chain it is at.
+    /// The same for the network card's thread ([`Bus::net_is_quiet`]); input stays out of the
+    /// serial port, and a vCPU that serves a queue stops after the chain it is at.
     pub fn begin_quiesce(&self) {
         self.net.begin_quiesce();
         self.rng.iter().for_each(RngDevice::begin_quiesce);

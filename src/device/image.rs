@@ -28,7 +28,8 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// This process may not open it so.
-    #[error("no permission to open disk image {} ({reason}): run as a user who may, or make it read-only for the guest", path.display())]
+    #[error("no permission to open disk image {} ({reason}): run as a user who may, \
+        or make it read-only for the guest", path.display())]
     NotPermitted {
         /// The image.
         path: PathBuf,
@@ -36,7 +37,8 @@ pub enum ImageError {
         reason: io::Error,
     },
     /// Another process has it open.
-    #[error("disk image {} is in use: another node or program has it locked or mounted; end that one or name another", path.display())]
+    #[error("disk image {} is in use: another node or program has it locked or mounted; \
+        end that one or name another", path.display())]
     InUse {
         /// The image.
         path: PathBuf,
@@ -48,7 +50,8 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// Its size is not one of a disk.
-    #[error("disk image {} has {bytes} bytes: a disk has a multiple of {SECTOR_BYTES}, not 0; resize it with truncate", path.display())]
+    #[error("disk image {} has {bytes} bytes: a disk has a multiple of {SECTOR_BYTES}, not 0; \
+        resize it with truncate", path.display())]
     Size {
         /// The image.
         path: PathBuf,

@@ -65,7 +65,11 @@ impl SharedImage {
         if std::mem::take(&mut *ours)
             && let Err(error) = fcntl(self.raw.file(), FcntlArg::F_OFD_SETLK(&whole_file(libc::F_UNLCK)))
         {
-            tracing::error!(image = %self.path.display(), %error, "the lock of a shared image stays ours until this node ends");
+            tracing::error!(
+                image = %self.path.display(),
+                %error,
+                "the lock of a shared image stays ours until this node ends"
+            );
         }
     }
 

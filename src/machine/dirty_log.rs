@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn device_writes_are_dirt_once() {
+    fn device_writes_are_dirty_once() {
         let ram = GuestRam::new(200 * 4096).expect("map");
         ram.write(70 * 4096 - 1, &[1, 2]).expect("write");
         ram.write_page(3, &[9; PAGE_BYTES]).expect("apply");

@@ -96,7 +96,8 @@ pub enum MachineError {
     },
     /// A disk of another size than the machine's shape says.
     #[error(
-        "disk {number} of the guest has {wanted_bytes} bytes, this node's image {given_bytes}: give one of the same size"
+        "disk {number} of the guest has {wanted_bytes} bytes, this node's image {given_bytes}: \
+            give one of the same size"
     )]
     DiskSize {
         /// The disk, from 0.

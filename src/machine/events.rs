@@ -8,8 +8,8 @@
 //!   one waits in the mailbox, later ones only raise its count.
 //!
 //! So a guest that rings the event port for ever, or resets a device only to break it again, brings
-//! about a bounded number of events, and a receiver that is slow finds a bounded number of them. All
-//! of it begins anew with another guest's state ([`Mailbox::begin_anew`]).
+//! about a bounded number of events, and a receiver that is slow finds a bounded number of them.
+//! All of it begins anew with another guest's state ([`Mailbox::begin_anew`]).
 //!
 //! The vCPU that ends its guest is not entered again, as in QEMU, where a reset stops the vCPU that
 //! asked for it at once (`cpu_stop_current`): it could only go on to do what the guest's owner will

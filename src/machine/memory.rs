@@ -80,7 +80,8 @@ pub enum MemoryError {
     },
     /// The host has less memory than the guest is to have.
     #[error(
-        "the guest is to have {wanted_bytes} bytes of memory and the host has {available_bytes} available: give the guest less or free some"
+        "the guest is to have {wanted_bytes} bytes of memory and the host has {available_bytes} available: \
+            give the guest less or free some"
     )]
     HostMemory {
         /// The guest's memory, in bytes.

@@ -18,16 +18,17 @@
 //!          unquiesce devices  ───────────────────────────────────────→ works again
 //! ```
 //!
-//! [`Machine::pause_within`] returns as soon as guest memory no longer changes; the vCPU threads are then still
-//! reading their own state, and [`Machine::save`] waits for them. A controller that copies pages in
-//! between gets that time for nothing. (Harvesting writes no guest memory, so the dirty log may be
-//! read before it is over.)
+//! [`Machine::pause_within`] returns as soon as guest memory no longer changes; the vCPU threads
+//! are then still reading their own state, and [`Machine::save`] waits for them. A controller that
+//! copies pages in between gets that time for nothing. (Harvesting writes no guest memory, so the
+//! dirty log may be read before it is over.)
 //!
 //! # Rooms
 //!
-//! `devices` what they can make happen, and which there are · `memory` where RAM lies ·
-//! `dirty_log` what changed · `events` what its owner hears · `pause` stopping the guest · `vcpu` threads and the pause word ·
-//! `wait` the wait port · `save_restore` its state out and in · `state` the byte form of everything
+//! `devices` what they can make happen, and which there are · `memory` where RAM lies · `dirty_log`
+//! what changed · `events` what its owner hears · `pause` stopping the guest · `vcpu` threads and
+//! the pause word · `wait` the wait port · `save_restore` its state out and in · `state` the byte
+//! form of everything
 //! · `host` what this host can do · `cpuid` which of it a guest is shown · `initial` what a guest
 //! starts with · `boot` who gives it that.
 
@@ -272,7 +273,7 @@ impl Machine {
     }
 
     /// Adds every page written since the last call (or since tracking was switched on) to `into`.
-    /// **Reading clears**: see [`dirty`].
+    /// **Reading clears**: see [`dirty_log`].
     ///
     /// # Errors
     /// What KVM refuses; pages may be missing from its log and present in `into` then.

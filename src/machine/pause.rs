@@ -11,12 +11,12 @@
 //! 3. **vCPUs**: out of the guest with their I/O complete.
 //! 4. All is quiet: only now do vCPUs harvest what others could have changed (see `vcpu::thread`).
 //!
-//! So a write to a disk, a frame in either direction and an interrupt each belong wholly to the
-//! epoch before the pause or wholly to the one after it.
+//! So a write to a disk, a frame in either direction and an interrupt each belong completely to the
+//! epoch before the pause or to the one after it.
 //!
-//! A pause that meets its limit, or is aborted, undoes what it has done, in no order: the guest runs
-//! on, and the next pause begins from nothing. Nothing in here waits but [`PauseSignal::wait`],
-//! which both can end.
+//! A pause that meets its limit, or is aborted, undoes what it has done, in no order: the guest
+//! runs on, and the next pause begins from nothing. Nothing in here waits but
+//! [`PauseSignal::wait`], which both can end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -23,8 +23,8 @@ impl GuestRam {
     /// that are done, in no particular order; the highest is what counts.
     ///
     /// # Errors
-    /// [`MemoryError::HostMemory`] if the host has less memory available than the guest has: nothing
-    /// was touched then; [`MemoryError::Prefault`] if the host cannot give it after all.
+    /// [`MemoryError::HostMemory`] if the host has less memory available than the guest has:
+    /// nothing was touched then; [`MemoryError::Prefault`] if the host cannot give it after all.
     pub fn prefault(&self, threads: usize, progress: impl Fn(u64) + Sync) -> Result<(), MemoryError> {
         if let Some(available_bytes) = available_bytes().filter(|available| *available < self.bytes()) {
             return Err(MemoryError::HostMemory { wanted_bytes: self.bytes(), available_bytes });

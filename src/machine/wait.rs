@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nudge_shows_that_the_thread_is_wanted() {
+    fn a_probe_shows_that_the_thread_is_wanted() {
         use std::sync::atomic::AtomicBool;
         let bell = Arc::new(Doorbell::default());
         let wanted = Arc::new(AtomicBool::new(false));

@@ -40,8 +40,8 @@ pub(super) const ENDING: &str = "this node is ending";
 /// # Errors
 /// [`LinkError`] if a port cannot be had.
 pub(super) fn listen(data: SocketAddr, heartbeat: SocketAddr, events: InboxSender) -> Result<(), LinkError> {
-    let door = Door { admission: Admission::new(ADMISSION, ACCEPTED_FROM), silent: BTreeMap::new() };
-    let acceptor = Arc::new(Acceptor { door: Mutex::new(door), changed: Condvar::new(), events });
+    let admissions = Admissions { admission: Admission::new(ADMISSION, ACCEPTED_FROM), silent: BTreeMap::new() };
+    let acceptor = Arc::new(Acceptor { admissions: Mutex::new(admissions), changed: Condvar::new(), events });
     for (at, channel) in [(data, Channel::Data), (heartbeat, Channel::Heartbeat)] {
         let listener = Listener::bind(&at.to_string())?;
         let acceptor = acceptor.clone();
@@ -59,14 +59,14 @@ struct Silent {
     closer: LinkCloser,
 }
 
-struct Door {
+struct Admissions {
     admission: Admission<IpAddr>,
     /// The connections that may still say hello.
     silent: BTreeMap<ConnId, Silent>,
 }
 
 struct Acceptor {
-    door: Mutex<Door>,
+    admissions: Mutex<Admissions>,
     /// There may be something new for the thread that waits for what is overdue.
     changed: Condvar,
     events: InboxSender,
@@ -92,18 +92,18 @@ impl Acceptor {
         let (peer, closer) = (link.peer(), link.closer());
         let (reader, writer) = link.split();
         let silent = Silent { peer, writer, closer };
-        let mut door = self.door.lock();
-        let (conn, close) = match door.admission.arrived(clock::now(), source_of(peer.ip())) {
+        let mut admissions = self.admissions.lock();
+        let (conn, close) = match admissions.admission.arrived(clock::now(), source_of(peer.ip())) {
             Arrival::Admit { conn, close } => (conn, close),
             Arrival::TurnAway => {
-                drop(door);
+                drop(admissions);
                 let why = format!("{} connections are open; try again later", ADMISSION.greeted_max);
                 return self.refuse(silent, Refusal::Crowded, Some(RefuseReason::Busy), why);
             }
         };
-        let closed = close.and_then(|conn| door.silent.remove(&conn));
-        door.silent.insert(conn, silent);
-        drop(door);
+        let closed = close.and_then(|conn| admissions.silent.remove(&conn));
+        admissions.silent.insert(conn, silent);
+        drop(admissions);
         self.changed.notify_all();
         if let Some(closed) = closed {
             let why = "too many connections are open that say no hello; try again later".into();
@@ -111,10 +111,10 @@ impl Acceptor {
         }
         let acceptor = self.clone();
         if let Err(error) = spawn("mcd-accepted", move || acceptor.serve(conn, reader, channel)) {
-            let mut door = self.door.lock();
-            door.admission.gone(conn);
-            let silent = door.silent.remove(&conn);
-            drop(door);
+            let mut admissions = self.admissions.lock();
+            admissions.admission.gone(conn);
+            let silent = admissions.silent.remove(&conn);
+            drop(admissions);
             if let Some(silent) = silent {
                 self.refuse(silent, Refusal::Crowded, None, format!("the host gives no more threads: {error}"));
             }
@@ -123,22 +123,22 @@ impl Acceptor {
 
     fn serve(&self, conn: ConnId, mut reader: LinkReader, channel: Channel) {
         let hello = read_hello(&mut reader, channel);
-        let mut door = self.door.lock();
+        let mut admissions = self.admissions.lock();
         // Closed meanwhile, and refused by whoever did it.
-        let Some(silent) = door.silent.remove(&conn) else { return };
+        let Some(silent) = admissions.silent.remove(&conn) else { return };
         let greeted = match hello {
-            Ok(hello) if door.admission.said_hello(conn) => Ok(hello),
+            Ok(hello) if admissions.admission.said_hello(conn) => Ok(hello),
             Ok(_) => Err((
                 Refusal::Crowded,
                 Some(RefuseReason::Busy),
                 format!("{} connections are open; try again later", ADMISSION.greeted_max),
             )),
             Err((reason, why)) => {
-                door.admission.gone(conn);
+                admissions.admission.gone(conn);
                 Err((Refusal::NoHello, reason, why))
             }
         };
-        drop(door);
+        drop(admissions);
         match greeted {
             Ok(hello) => self.read(conn, hello, reader, silent),
             Err((refusal, reason, why)) => self.refuse(silent, refusal, reason, why),
@@ -161,14 +161,14 @@ impl Acceptor {
             // A node that is ending needs no more events.
             let _ = self.events.link_event(NodeEvent::Closed { conn, why });
         }
-        self.door.lock().admission.gone(conn);
+        self.admissions.lock().admission.gone(conn);
     }
 
     /// Closes a connection with a line in the log, and with a refusal if the peer would understand
     /// one.
     fn refuse(&self, silent: Silent, refusal: Refusal, reason: Option<RefuseReason>, why: String) {
         let Silent { peer, mut writer, closer } = silent;
-        if self.door.lock().admission.refused(clock::now(), refusal) {
+        if self.admissions.lock().admission.refused(clock::now(), refusal) {
             tracing::warn!(%peer, "an unknown peer was turned away: {why}");
         }
         self.changed.notify_all();
@@ -181,14 +181,14 @@ impl Acceptor {
     }
 
     fn carry_out_what_is_overdue(&self) {
-        let mut door = self.door.lock();
+        let mut admissions = self.admissions.lock();
         loop {
-            match door.admission.poll(clock::now()) {
+            match admissions.admission.poll(clock::now()) {
                 Some(Overdue::Close(conn)) => {
-                    let Some(silent) = door.silent.remove(&conn) else { continue };
-                    drop(door);
+                    let Some(silent) = admissions.silent.remove(&conn) else { continue };
+                    drop(admissions);
                     self.refuse(silent, Refusal::NoHello, None, "it said no hello in time".into());
-                    door = self.door.lock();
+                    admissions = self.admissions.lock();
                 }
                 Some(Overdue::Report(refusal, count)) => match refusal {
                     Refusal::Crowded => tracing::warn!(count, "more unknown peers were turned away: too many are open"),
@@ -196,9 +196,9 @@ impl Acceptor {
                         tracing::warn!(count, "more unknown peers were turned away: they said no hello")
                     }
                 },
-                None => match door.admission.poll_timeout() {
-                    None => self.changed.wait(&mut door),
-                    Some(at) => drop(self.changed.wait_for(&mut door, clock::until(at))),
+                None => match admissions.admission.poll_timeout() {
+                    None => self.changed.wait(&mut admissions),
+                    Some(at) => drop(self.changed.wait_for(&mut admissions, clock::until(at))),
                 },
             }
         }

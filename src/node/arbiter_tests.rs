@@ -72,7 +72,8 @@ fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus)
 
 #[test]
 fn each_kind_says_what_is_wrong_and_what_it_means() {
-    // A port that is held and not listened on refuses connections, and nobody else can listen there.
+    // A port that is held and not listened on refuses connections, and nobody else can listen
+    // there.
     let unheard = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     unheard.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let closed = format!("http://{}", unheard.local_addr().unwrap().as_socket().unwrap());

@@ -1,6 +1,6 @@
 //! The thread that talks to the arbiter, so that nobody else ever waits for it. Without a question
-//! for a while the thread reads the record itself, so that an arbiter out of reach is reported before
-//! it is needed.
+//! for a while the thread reads the record itself, so that an arbiter out of reach is reported
+//! before it is needed.
 
 use std::thread::JoinHandle;
 use std::time::Duration;

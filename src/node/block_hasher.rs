@@ -45,13 +45,13 @@ impl BlockHasher {
         events: InboxSender,
     ) -> std::io::Result<BlockHasher> {
         let worker = Worker { image, journal, events };
-        let resync = worker.clone().start("mcd-sum", || {})?;
+        let resync = worker.clone().start("mcd-hash", || {})?;
         let verify = worker.start("mcd-verify", priority::lower)?;
         Ok(BlockHasher { resync, verify })
     }
 
     /// Hashes these blocks, as they were when epoch `as_of` was cut, or as they are.
-    pub(crate) fn sum(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
+    pub(crate) fn hash_blocks(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
         let thread = if as_of.is_some() { &self.verify } else { &self.resync };
         // The thread ends only after this handle.
         let _ = thread.send(Job { ticket, run, as_of });
@@ -73,7 +73,7 @@ impl Worker {
         std::thread::Builder::new().name(name.into()).spawn(move || {
             begin();
             for Job { ticket, run, as_of } in queue {
-                let hashes = self.sum(run, as_of);
+                let hashes = self.hash_blocks(run, as_of);
                 if self.events.report(NodeEvent::OwnHashes { ticket, hashes }).is_err() {
                     return;
                 }
@@ -82,7 +82,7 @@ impl Worker {
         Ok(jobs)
     }
 
-    fn sum(&self, run: Range<u64>, as_of: Option<EpochId>) -> Result<Vec<BlockHash>, String> {
+    fn hash_blocks(&self, run: Range<u64>, as_of: Option<EpochId>) -> Result<Vec<BlockHash>, String> {
         let hashes = hash_run(run, |index, block| {
             self.image.read(index, block).map_err(|error| error.to_string())?;
             match as_of {

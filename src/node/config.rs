@@ -86,8 +86,8 @@ pub struct PrimaryStart {
     pub boot: GuestBoot,
     /// The guest's address, if known: where it runs is announced by ARP then, not by RARP alone.
     pub guest_ip: Option<Ipv4Addr>,
-    /// The operator asserts that both nodes of the guest are dead: claim it whatever the arbiter has
-    /// on record.
+    /// The operator asserts that both nodes of the guest are dead: claim it whatever the arbiter
+    /// has on record.
     pub both_nodes_are_dead: bool,
 }
 

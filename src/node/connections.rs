@@ -28,7 +28,7 @@ struct Conn {
     /// Absent once a sender thread has it.
     writer: Option<LinkWriter>,
     closer: LinkCloser,
-    /// Only data connections have one: heartbeats are judged by the protocol.
+    /// Only data connections have one: heartbeats are checked by the protocol.
     watch: Option<LinkWatch>,
 }
 

@@ -3,20 +3,19 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use crossbeam::channel::{Sender, unbounded};
 use thiserror::Error;
 
 use super::config::{DiskConfig, NodeConfig};
 use super::inbox::{Flag, InboxSender};
 use super::shared_disks::{self, NodeImage, SharedDiskForwarder, SharedError};
+use super::stamp_writer::{StampWriter, Stamper};
 use crate::checkpoint::disk::DiskGate;
 use crate::checkpoint::image::GuestImage;
 use crate::checkpoint::journal::{DiskJournal, JournalListener};
 use crate::checkpoint::shared_journal::{SharedGate, SharedJournal};
 use crate::checkpoint::shared_writer::SharedWriter;
-use crate::checkpoint::snapshot::{SnapshotHead, SnapshotId};
+use crate::checkpoint::snapshot::SnapshotHead;
 use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
 use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
@@ -37,7 +36,8 @@ pub enum DiskError {
     Stamp(#[from] StampError),
     /// The guest must not start from this image.
     #[error(
-        "disk image {} is not started from: {why}; start the guest where its newest image is, or insist with --force-disk and lose what is missing here", path.display()
+        "disk image {} is not started from: {why}; start the guest where its newest image is, or insist with \
+            --force-disk and lose what is missing here", path.display()
     )]
     Refused {
         /// The image.
@@ -46,7 +46,8 @@ pub enum DiskError {
         why: StampRefusal,
     },
     /// A newcomer would write over another guest's image.
-    #[error("disk image {} belongs to guest '{guest}': it would be overwritten; name another, or insist with --force-disk", path.display())]
+    #[error("disk image {} belongs to guest '{guest}': it would be overwritten; name another, or insist with \
+        --force-disk", path.display())]
     OtherGuest {
         /// The image.
         path: PathBuf,
@@ -55,7 +56,8 @@ pub enum DiskError {
     },
     /// The nodes disagree on how many there are.
     #[error(
-        "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, in the primary's order"
+        "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, \
+            in the primary's order"
     )]
     Count {
         /// How many the primary has.
@@ -64,7 +66,8 @@ pub enum DiskError {
         given: usize,
     },
     /// The nodes disagree on what one is.
-    #[error("disk image {} has {given} bytes, the guest's disk {wanted}: remove it to have it made anew, or resize it (truncate -s {wanted})", path.display())]
+    #[error("disk image {} has {given} bytes, the guest's disk {wanted}: remove it to have it made anew, or resize it \
+        (truncate -s {wanted})", path.display())]
     Size {
         /// The image.
         path: PathBuf,
@@ -74,7 +77,8 @@ pub enum DiskError {
         given: u64,
     },
     /// The disk is read-only on one node only.
-    #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, or neither", path.display())]
+    #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, \
+        or neither", path.display())]
     ReadOnly {
         /// The image.
         path: PathBuf,
@@ -87,7 +91,8 @@ pub enum DiskError {
     #[error("{0}")]
     Shared(#[from] SharedError),
     /// A snapshot's disk is read-only and the image is not, or the other way round.
-    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, or without", path.display())]
+    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, \
+        or without", path.display())]
     ReadOnlySnapshot {
         /// The image.
         path: PathBuf,
@@ -104,8 +109,9 @@ pub enum DiskError {
     },
     /// The image is not of the snapshot's moment.
     #[error(
-        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its stamp as `mcd snapshot save \
-         --stop` left them; with any other the guest would find its files changed under it", path.display()
+        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its \
+         stamp as `mcd snapshot save --stop` left them; with any other the guest would find its files changed under \
+         it", path.display()
     )]
     NotOfSnapshot {
         /// The image.
@@ -169,8 +175,8 @@ pub(crate) fn check_and_stamp_images(config: &NodeConfig, newest: Option<Generat
             }
             old => old?,
         };
-        // Of a shared image there is no newer one elsewhere: a stamp that is behind was only written
-        // late.
+        // Of a shared image there is no newer one elsewhere: a stamp that is behind was only
+        // written late.
         let newest_elsewhere = newest.filter(|_| !disk.shared);
         match old.as_ref().map(|stamp| stamp.may_start(&config.guest, newest_elsewhere)) {
             Some(Err(why)) if config.force_disk => {
@@ -365,13 +371,12 @@ impl NodeDisks {
     /// [`DiskError::Stamp`].
     pub(crate) fn begin_filling(&self, generation: Generation) -> Result<(), DiskError> {
         let at = EpochId { generation, epoch: 0 };
-        let own: Vec<_> = self.stamps.images.iter().filter(|(_, image)| image.shared().is_none()).cloned().collect();
-        Ok(stamp(&self.stamps.guest, &own, (at, StampState::Filling, None))?)
+        Ok(self.stamps.begin_filling(at)?)
     }
 
     /// What stamps the images from a thread of its own.
     pub(crate) fn stamper(&self) -> Stamper {
-        Stamper { jobs: self.stamps.jobs.clone() }
+        self.stamps.stamper()
     }
 
     /// Ends what the images' threads do: the last stamps are written, what is held for shared
@@ -387,105 +392,6 @@ impl NodeDisks {
             self.stamper().stamp(EpochId { generation, epoch: 0 }, StampState::Whole);
         }
     }
-}
-
-/// A way to ask for stamps without waiting.
-#[derive(Clone)]
-pub(crate) struct Stamper {
-    jobs: Option<Sender<Job>>,
-}
-
-impl Stamper {
-    /// Once everything written so far is durable, the images are stamped so.
-    pub(crate) fn stamp(&self, at: EpochId, state: StampState) {
-        self.submit(at, state, None);
-    }
-
-    /// The same when the guest stopped for good, with this snapshot of its last moment if there is
-    /// one.
-    pub(crate) fn stamp_last(&self, at: EpochId, snapshot: Option<SnapshotId>) {
-        self.submit(at, StampState::Whole, snapshot);
-    }
-
-    fn submit(&self, at: EpochId, state: StampState, snapshot: Option<SnapshotId>) {
-        if let Some(jobs) = &self.jobs {
-            // The thread lives as long as the disks; who stamps after that has none.
-            let _ = jobs.send(Job::Stamp(at, state, snapshot));
-        }
-    }
-}
-
-enum Job {
-    Stamp(EpochId, StampState, Option<SnapshotId>),
-    End,
-}
-
-/// The stamping thread: neither a takeover nor a commit waits for a disk. Dropping it waits for the
-/// last stamp.
-struct StampWriter {
-    guest: GuestName,
-    images: Vec<(PathBuf, NodeImage)>,
-    /// None if there is nothing to stamp.
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl StampWriter {
-    fn start(guest: GuestName, images: Vec<(PathBuf, NodeImage)>) -> std::io::Result<StampWriter> {
-        if images.is_empty() {
-            return Ok(StampWriter { guest, images, jobs: None, thread: None });
-        }
-        let (jobs, queue) = unbounded();
-        let (of, all) = (guest.clone(), images.clone());
-        let thread = std::thread::Builder::new().name("mcd-stamp".into()).spawn(move || {
-            for job in queue {
-                let Job::Stamp(at, state, snapshot) = job else { return };
-                let flushed = all.iter().try_for_each(|(path, image)| {
-                    image.backend().flush().map_err(|reason| StampError::Io {
-                        doing: "flush the image of",
-                        path: path.clone(),
-                        reason,
-                    })
-                });
-                // An older stamp refuses a start that would have been right, and never allows a
-                // wrong one.
-                if let Err(error) = flushed.and_then(|()| stamp(&of, &all, (at, state, snapshot))) {
-                    tracing::warn!(%error, %at, "disk images keep their old stamp");
-                }
-            }
-        })?;
-        Ok(StampWriter { guest, images, jobs: Some(jobs), thread: Some(thread) })
-    }
-}
-
-impl Drop for StampWriter {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-impl StampWriter {
-    /// Waits for the last stamp.
-    fn end(&mut self) {
-        if let Some(jobs) = self.jobs.take() {
-            // If the thread is gone there is nothing to wait for. (Not by closing the queue: a
-            // stamper elsewhere may hold it open.)
-            let _ = jobs.send(Job::End);
-        }
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn stamp(
-    guest: &GuestName,
-    images: &[(PathBuf, NodeImage)],
-    (at, state, snapshot): (EpochId, StampState, Option<SnapshotId>),
-) -> Result<(), StampError> {
-    let stamp = Stamp { snapshot, ..Stamp::now(guest, at, state) };
-    // The stamp of a shared image is its holder's.
-    images.iter().try_for_each(|(path, image)| image.while_ours(|| stamp.write(path)).unwrap_or(Ok(())))
 }
 
 /// Turns the journal's calls (from disks' threads) into events.

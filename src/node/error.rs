@@ -32,7 +32,8 @@ pub enum NodeError {
     Console(#[from] ConsoleError),
     /// An epoch was committed that is not in staging memory.
     #[error(
-        "epoch {0} was committed and is not staged; this node ends rather than acknowledge it, please report this with the log"
+        "epoch {0} was committed and is not staged; this node ends rather than acknowledge it, \
+            please report this with the log"
     )]
     NotStaged(EpochId),
     /// A port cannot be listened on.
@@ -43,7 +44,8 @@ pub enum NodeError {
     Apply(#[from] ApplyError),
     /// The arbiter knows the guest as running elsewhere.
     #[error(
-        "guest '{guest}' is on record as running elsewhere ({record}); start this node with `mcd secondary`, or, if no node of it runs any more, use `mcd cold-start`"
+        "guest '{guest}' is on record as running elsewhere ({record}); start this node with `mcd secondary`, or, if \
+            no node of it runs any more, use `mcd cold-start`"
     )]
     RunsElsewhere {
         /// The guest.
@@ -77,7 +79,8 @@ pub enum NodeError {
     Disk(#[from] DiskError),
     /// A secondary that cannot hold what it has committed.
     #[error(
-        "this secondary ends because its image is spoilt: {0}; the primary goes on alone until this node is mended and started again"
+        "this secondary ends because its image is spoilt: {0}; \
+            the primary goes on alone until this node is mended and started again"
     )]
     ImageFailed(String),
     /// The parts of the node went away under it.

@@ -38,7 +38,7 @@ pub struct Captured {
     pub id: EpochId,
     /// When its capture began, on the monotonic clock.
     pub started_us: u64,
-    /// How long the guest stood still.
+    /// How long the guest was paused.
     pub pause_us: u64,
     /// Pages and blocks it holds.
     pub dirty_pages: u64,

@@ -21,7 +21,8 @@
 //!
 //! The newest heartbeat of a connection comes before a timer that is due, that before latches, latches before the internal lane, that before the link
 //! lane. None of them starves another: an event comes between two timers, every latch comes at most
-//! once between two queued events, and a link event after at most [`INTERNAL_RUN_MAX`] internal ones.
+//! once between two queued events, and a link event after at most [`INTERNAL_RUN_MAX`] internal
+//! ones.
 
 mod lanes;
 mod latches;

@@ -34,6 +34,7 @@ mod restore;
 mod secondary;
 mod shared_disks;
 mod signals;
+mod stamp_writer;
 mod status;
 
 use std::net::Ipv4Addr;
@@ -84,7 +85,10 @@ pub enum NodeEnd {
 /// Prepares the process. Call it first, from the main thread, before any file or thread is there.
 pub fn prepare_process() {
     if let Err(error) = memory_holder::start() {
-        tracing::warn!(%error, "no memory holder process: if this node is killed, its peer notices the later the more memory the guest has");
+        tracing::warn!(
+            %error,
+            "no memory holder process: if this node is killed, its peer notices the later the more memory the guest has"
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! The engine of the node that holds the guest's image. It holds no rule, and waits for nothing but
-//! its inbox: a machine is built and restored by threads of their own, the applier writes the image,
-//! and heartbeats have a thread too.
+//! its inbox: a machine is built and restored by threads of their own, the applier writes the
+//! image, and heartbeats have a thread too.
 
 mod build;
 mod restore;
@@ -303,7 +303,9 @@ impl<'a> SecondaryNode<'a> {
                 }
                 Action::BuildMachine(welcome) => self.begin_build(welcome)?,
                 Action::Commit { id } => self.commit(id)?,
-                Action::Sum { run } => self.image.iter().for_each(|image| image.applier.sum(run.clone())),
+                Action::HashBlocks { run } => {
+                    self.image.iter().for_each(|image| image.applier.hash_blocks(run.clone()))
+                }
                 Action::SendHashes { conn, first, hashes } => {
                     if let Some(why) = self.connections.send_hashes(conn, first, &hashes) {
                         self.protocol.handle(clock::now(), Input::Closed { conn, why });

@@ -22,7 +22,8 @@ use crate::protocol::types::StorageFault;
 #[derive(Debug, Error)]
 pub enum SharedError {
     /// One node shares its storage and the other does not.
-    #[error("disk image {} is {here} here and {there} at the primary: give both nodes mode=shared and the same storage, or neither", path.display())]
+    #[error("disk image {} is {here} here and {there} at the primary: give both nodes mode=shared and the same \
+        storage, or neither", path.display())]
     Mode {
         /// The image.
         path: PathBuf,
@@ -32,7 +33,8 @@ pub enum SharedError {
         there: &'static str,
     },
     /// Locks on a block device do not reach the other host.
-    #[error("shared disk {} is a block device, and its lock keeps only programs of this host out: use --arbiter command:SCRIPT, whose script fences the other host, or add `,fenced` if something else does", path.display())]
+    #[error("shared disk {} is a block device, and its lock keeps only programs of this host out: use --arbiter \
+        command:SCRIPT, whose script fences the other host, or add `,fenced` if something else does", path.display())]
     Unfenced {
         /// The device.
         path: PathBuf,

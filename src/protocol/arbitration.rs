@@ -109,7 +109,7 @@ impl Arbitration {
         self.lost.as_deref()
     }
 
-    /// What people are told of an answer: that the arbiter was lost, or that it is back. Once each.
+    /// The event to report for an answer: that the arbiter was lost, or that it is back. Once each.
     pub fn reach_changed(&mut self, verdict: &Verdict) -> Option<Event> {
         match verdict {
             Verdict::Unreachable(why) => {

@@ -1,21 +1,21 @@
 //! Comparing a run of blocks by their hashes: each node hashes its own, and one of them lays the
 //! two side by side.
 //!
-//! Two blocks with one sum are taken for equal, by [verify](super::verify) and by a
-//! [resync](super::resync). So a sum must be one that no two blocks share, not even if somebody
-//! wishes it: a hash of 256 bits, not a CRC.
+//! Two blocks with the same hash are taken for equal, by [verify](super::verify) and by a
+//! [resync](super::resync). So the hash must be resistant to collisions, also to those that
+//! somebody makes on purpose: 256 bits, not a CRC.
 
 use std::ops::Range;
 
-/// Bytes in the sum of a block.
-pub const SUM_BYTES: usize = 32;
-/// The sum of a block's content.
-pub type BlockHash = [u8; SUM_BYTES];
+/// Bytes in the hash of a block.
+pub const HASH_BYTES: usize = 32;
+/// The hash of a block's content.
+pub type BlockHash = [u8; HASH_BYTES];
 /// Most blocks that are hashed at once: 1 MiB of a disk. A takeover waits at most for so many to be
 /// read.
-pub const SUM_BLOCKS_MAX: u64 = 256;
+pub const HASH_BLOCKS_MAX: u64 = 256;
 
-/// Both nodes sum one run of blocks.
+/// The comparison of one run of blocks, which both nodes hash.
 #[derive(Clone, Debug, Hash)]
 pub struct Comparison {
     ticket: u64,
@@ -45,8 +45,8 @@ impl Comparison {
         hashes.len() as u64 == self.run.end - self.run.start
     }
 
-    /// Takes this node's hashes, or in words why there are none. That is found out once the peer's
-    /// are there too: they are on their way.
+    /// Takes this node's hashes, or in words why there are none. A failure is
+    /// reported once the peer's hashes are there too: they are in flight.
     pub fn take_own(&mut self, hashes: Result<Vec<BlockHash>, String>) {
         self.own = Some(match hashes {
             Ok(hashes) if !self.fits(&hashes) => Err("blocks are missing".into()),
@@ -79,8 +79,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_sums_asked_for_are_compared() {
-        let hashes = |values: &[u8]| values.iter().map(|value| [*value; SUM_BYTES]).collect::<Vec<_>>();
+    fn only_the_hashes_asked_for_are_compared() {
+        let hashes = |values: &[u8]| values.iter().map(|value| [*value; HASH_BYTES]).collect::<Vec<_>>();
         let mut both = Comparison::new(7, 100..103);
         assert!(both.is(7) && !both.is(6));
         both.take_own(Ok(hashes(&[1, 2, 3])));

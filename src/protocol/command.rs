@@ -61,7 +61,7 @@ pub enum VerifyRefused {
     #[error("the guest is not protected: there is no secondary with a whole image to compare with")]
     NotProtected,
     /// The secondary is an older build.
-    #[error("the secondary's mcd is older and cannot sum its disks; run the same mcd on both hosts")]
+    #[error("the secondary's mcd is older and cannot hash its disks; run the same mcd on both hosts")]
     Unable,
     /// One at a time.
     #[error("the disks are being verified already; mc-query-disk-verify says how far that is")]

@@ -35,8 +35,8 @@ pub enum CpuUnfit {
     Features,
     /// Its TSC would change its speed.
     #[error(
-        "has a TSC of {host_khz} kHz and cannot scale it, and the guest was started with one of {guest_khz} kHz; use hosts \
-         whose TSC has the same speed, or one whose KVM scales it"
+        "has a TSC of {host_khz} kHz and cannot scale it, and the guest was started with one of {guest_khz} kHz; use \
+         hosts whose TSC has the same speed, or one whose KVM scales it"
     )]
     Tsc {
         /// The guest's, in kHz.

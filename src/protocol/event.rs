@@ -241,7 +241,8 @@ impl fmt::Display for Event {
             Event::DisksVerified { blocks, different } => {
                 write!(
                     f,
-                    "disks verified: {different} of {blocks} blocks DIFFER on the two nodes; see docs/operating/disks.md"
+                    "disks verified: {different} of {blocks} blocks DIFFER on the two nodes; \
+                        see docs/operating/disks.md"
                 )
             }
             Event::DisksNotVerified { why } => write!(f, "disks not verified: {why}"),

@@ -53,14 +53,15 @@ impl HeartbeatTimer {
         due
     }
 
-    /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)).
+    /// Adds the state to a model checker's digest (see
+    /// [`Primary::digest`](super::primary::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
         let HeartbeatTimer { interval, due } = self;
         (interval, due.since(now)).hash(into);
     }
 }
 
-/// Judges the peer's silence. It only suspects; the arbiter decides.
+/// Suspects the peer when it is silent for too long. Suspicion decides nothing; the arbiter does.
 #[derive(Clone, Debug)]
 pub struct FailureDetector {
     timeout: Duration,
@@ -70,19 +71,19 @@ pub struct FailureDetector {
     overtaken: u32,
 }
 
-/// So many time-outs may pass without a heartbeat while the data connection moves.
+/// So many timeouts may pass without a heartbeat while the data connection moves.
 const LATE_TIMEOUTS_MAX: u32 = 10;
 
 /// So many whole epochs without a heartbeat between them say that heartbeats are lost, not late:
-/// bytes then excuse one time-out and no more. On a slow link a heartbeat waits behind the bytes
-/// that were sent before it, never behind an epoch that was captured after it; and each epoch waits
-/// for the ack of the one before, so it takes a round trip at least, while a heartbeat that was
-/// dropped is there again within two or three, or a few more if it is dropped again. (Four broke
-/// pairs on a link of 1 MB/s, whose queue drops what does not fit.)
+/// bytes then extend the timeout once and no more. On a slow link a heartbeat waits behind the
+/// bytes that were sent before it, never behind an epoch that was captured after it; and each epoch
+/// waits for the ack of the one before, so it takes a round trip at least, while a heartbeat that
+/// was dropped is there again within two or three, or a few more if it is dropped again. (Four
+/// broke pairs on a link of 1 MB/s, whose queue drops what does not fit.)
 const OVERTAKEN_MAX: u32 = 16;
 
 impl FailureDetector {
-    /// A judge that counts silence from `now`.
+    /// A detector that counts silence from `now`.
     pub fn new(timeout: Duration, now: Instant) -> FailureDetector {
         FailureDetector { timeout, heard: now, moved: now, overtaken: 0 }
     }
@@ -94,23 +95,23 @@ impl FailureDetector {
     }
 
     /// A whole epoch arrived on the peer's other connection. After many of them without a heartbeat
-    /// bytes excuse little.
+    /// bytes extend the timeout only once.
     pub fn overtaken(&mut self) {
-        if !mutant::is("overtaken-heartbeats-excused") {
+        if !mutant::is("overtaken-heartbeats-not-missed") {
             self.overtaken = (self.overtaken + 1).min(OVERTAKEN_MAX);
         }
     }
 
-    /// Bulk arrived on the peer's other connection: it excuses a heartbeat that is late, though not
-    /// for ever.
+    /// Bulk arrived on the peer's other connection: a heartbeat may be late then, though not for
+    /// ever.
     pub fn moved(&mut self, at: Instant) {
-        if !mutant::is("bytes-excuse-nothing") {
+        if !mutant::is("bytes-extend-nothing") {
             self.moved = self.moved.max(at);
         }
     }
 
-    /// This node was asleep: the silence of that time proves nothing, and after a stall nothing that
-    /// was heard before it does.
+    /// This node was asleep: the silence of that time proves nothing, and after a stall nothing
+    /// that was heard before it does.
     pub fn slept(&mut self, now: Instant, slept: Slept) {
         if mutant::is("own-sleep-counts") {
             return;
@@ -194,7 +195,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn the_judge_waits_for_the_whole_time_out() {
+    fn the_detector_waits_for_the_whole_timeout() {
         let mut detector = FailureDetector::new(30 * MS, Instant::from_us(0));
         detector.heard(Instant::from_us(10_000));
         detector.heard(Instant::from_us(5_000)); // an older look never shortens the silence allowed
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_moves_excuses_late_heartbeats_for_a_while() {
+    fn a_link_that_moves_allows_late_heartbeats_for_a_while() {
         let at = |ms: u64| Instant::from_us(ms * 1000);
         let mut detector = FailureDetector::new(30 * MS, at(0));
         detector.moved(at(20));
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn epochs_that_overtake_heartbeats_end_the_excuse() {
+    fn epochs_that_overtake_heartbeats_end_the_allowance() {
         let at = |ms: u64| Instant::from_us(ms * 1000);
         let mut detector = FailureDetector::new(30 * MS, at(0));
         for _ in 1..OVERTAKEN_MAX {

@@ -169,11 +169,11 @@ pub enum Message {
     },
     /// Primary → secondary: send the hashes of these blocks, as they are with every epoch before
     /// this message and none behind it.
-    SumBlocks {
+    HashBlocks {
         /// The index of the first, in the [image's row](super::layout).
         first: u64,
         /// How many, all of one disk; at most
-        /// [`SUM_BLOCKS_MAX`](super::block_hashes::SUM_BLOCKS_MAX).
+        /// [`HASH_BLOCKS_MAX`](super::block_hashes::HASH_BLOCKS_MAX).
         count: u32,
     },
     /// Primary → newcomer: pages it still lacks, of memory and then of each disk; at most one
@@ -214,7 +214,7 @@ impl Message {
             Message::EpochEnd { .. } => "epoch-end",
             Message::Ack { .. } => "ack",
             Message::Paired { .. } => "paired",
-            Message::SumBlocks { .. } => "sum-blocks",
+            Message::HashBlocks { .. } => "hash-blocks",
             Message::ResyncLeft { .. } => "resync-left",
             Message::Written { .. } => "written",
             Message::Heartbeat(_) => "heartbeat",

@@ -7,14 +7,14 @@
 //! [`Ledger::is_done`].
 //!
 //! A block of a disk is settled too when the newcomer's image is found to hold it already, by its
-//! [sum](super::block_hashes). That needs no trust in what the image is and no common moment: a
+//! [hash](super::block_hashes). That needs no trust in what the image is and no common moment: a
 //! block that was not written since the tracking of dirty pages began is the same on the survivor
 //! before and after, and on the newcomer until it is pushed, which it is not before it was
 //! compared; a block that was written travels, whatever was found of it.
 
 use std::ops::Range;
 
-use super::block_hashes::SUM_BLOCKS_MAX;
+use super::block_hashes::HASH_BLOCKS_MAX;
 use super::layout::ImageLayout;
 use super::mutant;
 use super::pages::PageSet;
@@ -104,7 +104,7 @@ impl Ledger {
         let part = self.parts.iter().find(|part| !part.unsure.is_empty())?;
         let first = part.unsure.start;
         self.comparing = true;
-        Some(first..part.unsure.end.min(first + SUM_BLOCKS_MAX))
+        Some(first..part.unsure.end.min(first + HASH_BLOCKS_MAX))
     }
 
     /// The newcomer has these blocks, but for those that differ (rising): they need no push.

@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn an_heir_has_what_the_storage_may_lack_and_no_more() {
+    fn a_new_primary_has_what_the_storage_may_lack_and_no_more() {
         let mut kept = KeptWrites::default();
         for epoch in 0..4 {
             kept.keep(id(epoch), epoch);

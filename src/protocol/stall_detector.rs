@@ -1,15 +1,15 @@
-//! Judges a connection whose bytes may not arrive any more.
+//! Finds out that a connection is stuck: sent bytes are not acknowledged any more.
 //!
 //! The kernel's own limit (TCP_USER_TIMEOUT) is looked at only when a retransmission is due, which
-//! is 200 ms at the earliest and again as long the next time: far too late for a cut that
+//! is 200 ms at the earliest and again as long the next time: far too late for a partition that
 //! heartbeats on another connection do not show. So the driver asks the kernel when it last heard
-//! of the peer on this connection, and the answer is judged here. A link that is slow but moves
+//! of the peer on this connection, and the answer is checked here. A link that is slow but moves
 //! acknowledges all the time and is never given up, however much waits to be sent and however much
 //! of it is lost on the way.
 //!
 //! When the last bytes of a flight are lost, though, nothing tells the sender's kernel, which waits
 //! for its timer: a blip of some ms would be a silence of 200. So a connection that has waited for
-//! a while gets a *probe*, a frame that says nothing. If it arrives, the peer's kernel shows that
+//! a while gets a *probe*, a frame without content. If it arrives, the peer's kernel shows that
 //! bytes before it are missing, and they are sent again after a round trip.
 
 use std::time::Duration;
@@ -44,17 +44,17 @@ pub struct Look {
     pub received: Option<Duration>,
 }
 
-/// Judges one connection.
+/// Watches one connection.
 #[derive(Clone, Debug)]
 pub struct StallDetector {
     silence_max: Duration,
     looked: Option<Instant>,
-    /// Since when something is on its way without a word from the peer.
+    /// Since when something is on its way and the peer sends nothing.
     waiting_since: Option<Instant>,
 }
 
 impl StallDetector {
-    /// A judge who lets sent bytes be without an echo for so long.
+    /// A detector that lets sent bytes be unacknowledged for at most `silence_max`.
     pub fn new(silence_max: Duration) -> StallDetector {
         StallDetector { silence_max, looked: None, waiting_since: None }
     }
@@ -64,13 +64,13 @@ impl StallDetector {
         self.looked.is_none_or(|looked| now.since(looked) >= self.silence_max / LOOKS)
     }
 
-    /// Judges what the kernel knows at `now`.
+    /// Checks what the kernel knows at `now`.
     pub fn look(&mut self, now: Instant, tcp_info: TcpInfo) -> Look {
         let since_look = self.looked.map_or(Duration::MAX, |looked| now.since(looked));
         self.looked = Some(now);
         if !tcp_info.on_their_way || since_look >= self.silence_max {
-            // In the second case we stood still ourselves (or our whole host did): the silence
-            // proves nothing.
+            // In the second case this node was stalled (or its whole host was): the silence proves
+            // nothing.
             self.waiting_since = None;
         }
         let mut look =

@@ -2,23 +2,23 @@
 //! at one committed epoch.
 //!
 //! ```text
-//!   Idle ── freeze the next run ─▶ Freezing ── an epoch is cut ─▶ Summing ── both nodes' hashes ─▶ Idle … Done
+//!   Idle ── preserve the next run ─▶ Preserving ── an epoch is cut ─▶ Hashing ── both nodes' hashes ─▶ Idle … Done
 //! ```
 //!
-//! The primary reads a frozen run as it was at the cut, whatever the guest writes meanwhile. The
+//! The primary reads a preserved run as it was at the cut, whatever the guest writes meanwhile. The
 //! question to the secondary follows that epoch on the same connection, and is answered in order,
-//! behind that epoch and before the next one. So both sum the same epoch, and a difference is one.
+//! behind that epoch and before the next one. So both hash the same epoch, and a difference is one.
 //! Each run has an epoch of its own; one run is on its way at a time, so a verify takes what an
 //! epoch leaves free.
 
 use std::ops::Range;
 
-use super::block_hashes::SUM_BLOCKS_MAX;
+use super::block_hashes::HASH_BLOCKS_MAX;
 use super::layout::ImageLayout;
 use super::types::EpochId;
 
-/// Most ranges of differing blocks that are told for one disk; of the others only their blocks are
-/// counted.
+/// Most ranges of differing blocks that are reported for one disk; of the others only their blocks
+/// are counted.
 pub const RANGES_MAX: usize = 16;
 
 /// How a verify ended, if it did.
@@ -51,8 +51,8 @@ pub struct DiskFindings {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     Idle,
-    Freezing(Range<u64>),
-    Summing,
+    Preserving(Range<u64>),
+    Hashing,
 }
 
 /// One verify, from its start to its result.
@@ -97,8 +97,8 @@ impl Verify {
         self.outcome == Outcome::Running
     }
 
-    /// The next run of blocks, which is to be frozen with the next epoch that is cut; `None` while
-    /// one is under way, and after the last.
+    /// The next run of blocks, which is to be preserved with the next epoch that is cut; `None`
+    /// while one is under way, and after the last.
     pub fn next_run(&mut self) -> Option<Range<u64>> {
         if !self.is_running() || self.stage != Stage::Idle {
             return None;
@@ -111,18 +111,18 @@ impl Verify {
             return None;
         };
         let first = disk.first_index + disk.compared;
-        let run = first..first + SUM_BLOCKS_MAX.min(disk.blocks - disk.compared);
-        self.stage = Stage::Freezing(run.clone());
+        let run = first..first + HASH_BLOCKS_MAX.min(disk.blocks - disk.compared);
+        self.stage = Stage::Preserving(run.clone());
         Some(run)
     }
 
-    /// Epoch `id` was cut: the run that is frozen as of it, if one is, is to be hashed.
+    /// Epoch `id` was cut: the run that is preserved as of it, if one is, is to be hashed.
     pub fn cut(&mut self, id: EpochId) -> Option<Range<u64>> {
         if !self.is_running() {
             return None;
         }
-        match std::mem::replace(&mut self.stage, Stage::Summing) {
-            Stage::Freezing(run) => {
+        match std::mem::replace(&mut self.stage, Stage::Hashing) {
+            Stage::Preserving(run) => {
                 let first = self.epochs.map_or(id, |(first, _)| first);
                 self.epochs = Some((first, id));
                 Some(run)
@@ -184,7 +184,7 @@ mod tests {
             let Some(run) = verify.next_run() else { break };
             assert_eq!(verify.next_run(), None, "one at a time");
             assert_eq!(verify.cut(id(epoch)), Some(run.clone()));
-            assert_eq!(verify.cut(id(epoch + 1)), None, "frozen once");
+            assert_eq!(verify.cut(id(epoch + 1)), None, "preserved once");
             verify.compared(&run, &[]);
             runs.push(run);
         }

@@ -252,7 +252,8 @@ impl Node {
         Some(answer)
     }
 
-    /// Waits until its status is as `wanted`, for [`WAIT_MAX`] at most. `what` completes "for n1 to".
+    /// Waits until its status is as `wanted`, for [`WAIT_MAX`] at most. `what` completes "for n1
+    /// to".
     ///
     /// # Errors
     /// If it ends instead, or the time is over; with its log.

@@ -25,7 +25,7 @@ const TAG_PAIRED: u8 = 7;
 const TAG_HEARTBEAT: u8 = 8;
 const TAG_BYE: u8 = 9;
 const TAG_WRITTEN: u8 = 10;
-const TAG_SUM_BLOCKS: u8 = 11;
+const TAG_HASH_BLOCKS: u8 = 11;
 const TAG_RESYNC_LEFT: u8 = 12;
 const TAG_HAND_OVER: u8 = 13;
 
@@ -102,8 +102,8 @@ pub fn encode_message(message: &Message, out: &mut Vec<u8>) {
             to.u8(TAG_HAND_OVER);
             to.text(reason);
         }
-        Message::SumBlocks { first, count } => {
-            to.u8(TAG_SUM_BLOCKS);
+        Message::HashBlocks { first, count } => {
+            to.u8(TAG_HASH_BLOCKS);
             to.u64(*first);
             to.u32(*count);
         }
@@ -137,7 +137,7 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, WireError> {
         TAG_HEARTBEAT => Message::Heartbeat(from.heartbeat()?),
         TAG_BYE => Message::Bye { reason: from.text()? },
         TAG_HAND_OVER => Message::HandOver { reason: from.text()? },
-        TAG_SUM_BLOCKS => Message::SumBlocks { first: from.u64()?, count: from.u32()? },
+        TAG_HASH_BLOCKS => Message::HashBlocks { first: from.u64()?, count: from.u32()? },
         TAG_RESYNC_LEFT => Message::ResyncLeft { left: from.resync_left()? },
         _ => return malformed("message: unknown tag"),
     };

@@ -1,4 +1,4 @@
-//! Asks the kernel how a connection is, for [`StallDetector`] to judge.
+//! Reads a connection's `tcp_info` from the kernel, for [`StallDetector`] to check.
 
 use std::time::Duration;
 
@@ -10,23 +10,24 @@ use crate::protocol::types::Instant;
 #[derive(Debug)]
 pub struct LinkWatch {
     closer: LinkCloser,
-    judge: StallDetector,
+    detector: StallDetector,
 }
 
 impl LinkWatch {
-    /// A watch over the connection of `closer`: sent bytes may be without an echo for so long.
+    /// A watch over the connection of `closer`: sent bytes may be unacknowledged for at most
+    /// `silence_max`.
     pub fn new(closer: LinkCloser, silence_max: Duration) -> LinkWatch {
-        LinkWatch { closer, judge: StallDetector::new(silence_max) }
+        LinkWatch { closer, detector: StallDetector::new(silence_max) }
     }
 
     /// Looks, if it is time to.
     pub fn look(&mut self, now: Instant) -> Option<Look> {
-        if !self.judge.is_due(now) {
+        if !self.detector.is_due(now) {
             return None;
         }
-        // A kernel that does not tell is one whose own limits must do.
+        // Without `tcp_info` the kernel's own limits must do.
         let tcp_info = self.closer.tcp_info()?;
-        Some(self.judge.look(now, tcp_info))
+        Some(self.detector.look(now, tcp_info))
     }
 }
 
@@ -37,7 +38,7 @@ mod tests {
     use crate::wire::link::tests::pair;
 
     #[test]
-    fn the_kernel_tells_what_came_and_what_is_on_its_way() {
+    fn tcp_info_has_what_arrived_and_what_is_in_flight() {
         let (near, far) = pair();
         let (near_closer, far_closer) = (near.closer(), far.closer());
         let (_, mut writer) = near.split();

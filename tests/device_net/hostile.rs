@@ -231,7 +231,12 @@ proptest! {
     #[test]
     fn no_descriptors_make_the_device_panic_or_hang(
         descriptors in proptest::collection::vec(
-            (prop_oneof![0u64..MEMORY as u64 + 4096, any::<u64>()], prop_oneof![0u32..5000, any::<u32>()], 0u16..8, 0u16..12),
+            (
+                prop_oneof![0u64..MEMORY as u64 + 4096, any::<u64>()],
+                prop_oneof![0u32..5000, any::<u32>()],
+                0u16..8,
+                0u16..12,
+            ),
             SIZE as usize * 2,
         ),
         heads in proptest::collection::vec(0u16..12, 1..8),
@@ -258,7 +263,9 @@ proptest! {
     }
 
     #[test]
-    fn no_state_bytes_make_the_device_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+    fn no_state_bytes_make_the_device_panic(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)
+    ) {
         let rig = Rig::ready();
         rig.quiesce();
         let mut state = rig.state();
@@ -275,7 +282,9 @@ proptest! {
     }
 
     #[test]
-    fn no_register_accesses_make_the_device_panic(accesses in proptest::collection::vec((0u64..0x110, any::<u32>(), any::<bool>()), 1..200)) {
+    fn no_register_accesses_make_the_device_panic(
+        accesses in proptest::collection::vec((0u64..0x110, any::<u32>(), any::<bool>()), 1..200)
+    ) {
         let rig = Rig::bare();
         for (offset, value, write) in accesses {
             if write {

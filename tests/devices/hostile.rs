@@ -162,7 +162,7 @@ fn states_that_cannot_be_are_refused() {
     other.rig.device.restore(&state).expect("the state itself");
 }
 
-/// A place in the data window, or one that is partly or wholly outside memory.
+/// A place in the data window, or one that is partly or completely outside memory.
 fn place() -> impl Strategy<Value = (u64, u32)> {
     let inside = (DATA..DATA_END, 1u32..0x4_0000).prop_map(|(at, length)| (at, length.min((DATA_END - at) as u32)));
     let outside = (prop_oneof![MEMORY as u64 - 4096..MEMORY as u64 + 4096, any::<u64>()], any::<u32>())
@@ -237,7 +237,8 @@ proptest! {
         if reset_in_flight {
             disk.rig.write(0x70, 0);
         } else {
-            until("every chain to be answered or the device to break", || disk.rig.used() == added || disk.rig.is_broken());
+            let done = || disk.rig.used() == added || disk.rig.is_broken();
+            until("every chain to be answered or the device to break", done);
         }
         disk.rig.quiesce();
         let after = disk.rig.get(0, MEMORY);
@@ -250,7 +251,9 @@ proptest! {
     }
 
     #[test]
-    fn no_state_bytes_make_the_device_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+    fn no_state_bytes_make_the_device_panic(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)
+    ) {
         let mut disk = DiskRig::ready();
         disk.put(0, IN, 0, 512, true);
         disk.put(1, OUT, 0, 512, false);
@@ -272,7 +275,9 @@ proptest! {
     }
 
     #[test]
-    fn no_register_accesses_make_the_device_panic(accesses in proptest::collection::vec((0u64..0x150, any::<u32>(), any::<bool>()), 1..200)) {
+    fn no_register_accesses_make_the_device_panic(
+        accesses in proptest::collection::vec((0u64..0x150, any::<u32>(), any::<bool>()), 1..200)
+    ) {
         let disk = DiskRig::bare(vec![0; 4096], false);
         for (offset, value, write) in accesses {
             if write {

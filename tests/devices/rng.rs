@@ -114,7 +114,12 @@ proptest! {
     #[test]
     fn no_chain_writes_what_was_not_given(
         descriptors in proptest::collection::vec(
-            (prop_oneof![8 => DATA..DATA_END, 1 => any::<u64>()], prop_oneof![8 => 0u32..2000, 1 => any::<u32>()], 0u16..8, 0..SIZE + 1),
+            (
+                prop_oneof![8 => DATA..DATA_END, 1 => any::<u64>()],
+                prop_oneof![8 => 0u32..2000, 1 => any::<u32>()],
+                0u16..8,
+                0..SIZE + 1,
+            ),
             usize::from(SIZE),
         ),
         heads in proptest::collection::vec(0..SIZE + 1, 1..8),

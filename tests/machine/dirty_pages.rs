@@ -58,7 +58,7 @@ fn pages(set: &PageSet) -> Vec<u64> {
 }
 
 #[test]
-fn what_a_vcpu_writes_is_dirt_once() {
+fn what_a_vcpu_writes_is_dirty_once() {
     if !have_kvm() {
         return;
     }
@@ -87,7 +87,7 @@ fn what_a_vcpu_writes_is_dirt_once() {
 }
 
 #[test]
-fn collecting_adds_to_a_failed_epochs_dirt() {
+fn collecting_adds_to_a_failed_epochs_dirty_pages() {
     if !have_kvm() {
         return;
     }
@@ -103,7 +103,7 @@ fn collecting_adds_to_a_failed_epochs_dirt() {
 }
 
 #[test]
-fn what_a_device_writes_is_dirt() {
+fn what_a_device_writes_is_dirty() {
     if !have_kvm() {
         return;
     }

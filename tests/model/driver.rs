@@ -222,7 +222,7 @@ impl World {
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
             // Its disks have no hashes: no node here offers them.
-            Action::Preserve { .. } | Action::Sum { .. } => unreachable!("no node offers hashes"),
+            Action::Preserve { .. } | Action::HashBlocks { .. } => unreachable!("no node offers hashes"),
             // No disk here is on shared storage.
             Action::Committed { .. } | Action::WriteThrough { .. } => {}
             Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
@@ -349,7 +349,7 @@ impl World {
             Action::Heartbeat { conn, beat, until: _ } => self.send(n, conn, Item::Message(Message::Heartbeat(beat))),
             Action::Answer { .. } => {}
             Action::BuildMachine(_) => self.built(n),
-            Action::Sum { .. } | Action::SendHashes { .. } => unreachable!("no node offers hashes"),
+            Action::HashBlocks { .. } | Action::SendHashes { .. } => unreachable!("no node offers hashes"),
             Action::Commit { id } => self.commit(n, id),
             Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask(n, call),

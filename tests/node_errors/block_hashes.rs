@@ -4,9 +4,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mcd::checkpoint::block_hashes::sum_of;
+use mcd::checkpoint::block_hashes::hash_of;
 use mcd::control::status::{NodeStatus, State};
-use mcd::protocol::block_hashes::{BlockHash, SUM_BLOCKS_MAX};
+use mcd::protocol::block_hashes::{BlockHash, HASH_BLOCKS_MAX};
 use mcd::protocol::machine_shape::{DiskShape, MachineShape};
 use mcd::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, Welcome, features};
 use mcd::protocol::types::{Generation, InstanceId};
@@ -43,7 +43,7 @@ fn hashes(first: u64, count: u64) -> Vec<BlockHash> {
         if number == BLOCKS - 1 {
             block[512..].fill(0);
         }
-        sum_of(&block)
+        hash_of(&block)
     };
     (first..first + count).map(|index| sum(index - FIRST)).collect()
 }
@@ -55,7 +55,7 @@ fn welcome_with_disk(features: u64) -> Welcome {
 }
 
 fn ask(first: u64, count: u32) -> Vec<u8> {
-    frame(&Message::SumBlocks { first, count })
+    frame(&Message::HashBlocks { first, count })
 }
 
 #[test]
@@ -76,9 +76,9 @@ fn a_secondary_disconnects_at_malformed_block_hash_requests() {
             assert_eq!((from, hashes.len() as u64), (first, count));
             hashes
         };
-        assert!(answer(FIRST, SUM_BLOCKS_MAX) == hashes(FIRST, SUM_BLOCKS_MAX));
+        assert!(answer(FIRST, HASH_BLOCKS_MAX) == hashes(FIRST, HASH_BLOCKS_MAX));
         assert!(answer(FIRST + 256, BLOCKS - 256) == hashes(FIRST + 256, BLOCKS - 256));
-        let ones = sum_of(&[1; 4096]);
+        let ones = hash_of(&[1; 4096]);
         joined.data.send_bytes(&Epoch { pages: vec![1, FIRST + 7], ..Epoch::new(3) }.frames());
         joined.data.send_bytes(&bulk(FrameKind::Background, &pages(&[FIRST + 8])));
         joined.data.send_bytes(&ask(FIRST + 6, 3));
@@ -101,7 +101,7 @@ fn a_secondary_disconnects_at_malformed_block_hash_requests() {
             node.wait_warning(part);
         };
         let nowhere = "it asked for hashes of blocks that no disk has";
-        let bad = [(0, 1), (FIRST - 1, 2), (FIRST, 0), (FIRST, SUM_BLOCKS_MAX as u32 + 1), (FIRST + BLOCKS, 1)];
+        let bad = [(0, 1), (FIRST - 1, 2), (FIRST, 0), (FIRST, HASH_BLOCKS_MAX as u32 + 1), (FIRST + BLOCKS, 1)];
         for (first, count) in [&bad[..], &[(FIRST + BLOCKS - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX)]].concat() {
             not_stood(&able, &ask(first, count), nowhere);
         }
@@ -162,7 +162,7 @@ impl Newcomer {
         loop {
             let (kind, payload) = self.data.read_frame().ok()?;
             match (kind, decode_message(&payload)) {
-                (FrameKind::Message, Ok(Message::SumBlocks { first, count })) => {
+                (FrameKind::Message, Ok(Message::HashBlocks { first, count })) => {
                     return Some((first, u64::from(count)));
                 }
                 _ => other(&mut self.data, kind, &payload),
@@ -212,7 +212,7 @@ fn a_primary_disconnects_at_malformed_block_hash_answers() {
             instance += 1;
             let mut newcomer = Newcomer::join(instance);
             let (first, count) = newcomer.question(|_, _, _| {}).expect("a question");
-            assert_eq!((first, count), (FIRST, SUM_BLOCKS_MAX));
+            assert_eq!((first, count), (FIRST, HASH_BLOCKS_MAX));
             newcomer.data.send_bytes(&bytes(first, count));
             newcomer.wait_given_up();
             primary.wait_warning(part);
@@ -230,7 +230,7 @@ fn a_primary_disconnects_at_malformed_block_hash_answers() {
         not_stood(|_, _| bulk(FrameKind::Hashes, &[1, 2, 3]), "a malformed run of hashes");
         not_stood(|_, _| bulk(FrameKind::Hashes, &[0; 39]), "a malformed run of hashes");
         not_stood(|_, _| bulk(FrameKind::Background, &[]), "a message was due");
-        not_stood(|first, count| frame(&Message::SumBlocks { first, count: count as u32 }), "does not belong here");
+        not_stood(|first, count| frame(&Message::HashBlocks { first, count: count as u32 }), "does not belong here");
         primary.assert_serves_alone();
     });
 }

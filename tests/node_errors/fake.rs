@@ -171,8 +171,8 @@ impl FakePrimary {
         FakePrimary::accept(&self.heartbeat)
     }
 
-    /// Welcomes the next newcomer on both connections, and waits until its heartbeats say that it has
-    /// built its machine.
+    /// Welcomes the next newcomer on both connections, and waits until its heartbeats say that it
+    /// has built its machine.
     pub fn join(&self) -> Joined {
         self.join_with(&welcome())
     }

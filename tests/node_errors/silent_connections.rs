@@ -1,5 +1,5 @@
-//! Connections of unknown peers that say nothing, as many as a node accepts and more, on both of its
-//! ports.
+//! Connections of unknown peers that say nothing, as many as a node accepts and more, on both of
+//! its ports.
 
 use std::io::ErrorKind;
 use std::net::TcpStream;

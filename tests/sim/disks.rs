@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use mcd::protocol::block_hashes::{BlockHash, SUM_BYTES};
+use mcd::protocol::block_hashes::{BlockHash, HASH_BYTES};
 use mcd::protocol::event::Event as Told;
 use mcd::protocol::mutant;
 use mcd::protocol::primary::{self, Command, DiskChoice};
@@ -19,7 +19,7 @@ use crate::world::{Event, World};
 
 /// The sum of a block of this version: as good as a hash, for no two versions share one.
 fn sum_of(version: u64) -> BlockHash {
-    let mut sum = [0; SUM_BYTES];
+    let mut sum = [0; HASH_BYTES];
     sum[..8].copy_from_slice(&version.to_le_bytes());
     sum
 }
@@ -240,7 +240,7 @@ impl World {
             Told::DisksVerified { blocks, different } => {
                 self.violate(format!("verify: n{slot} finds {different} of {blocks} blocks different, not 0 of {all}"));
             }
-            Told::DisksNotVerified { why } if why.contains("cannot sum") => {
+            Told::DisksNotVerified { why } if why.contains("cannot hash") => {
                 self.violate(format!("verify: n{slot} cannot read what it froze: {why}"));
             }
             _ => {}

@@ -275,7 +275,7 @@ impl World {
             Action::Capture { id, completes_resync, output } => self.capture(proc, id, completes_resync, output),
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
             Action::Preserve { run } => self.procs[proc].frozen = Some(Frozen::at_the_next_cut(run)),
-            Action::Sum { ticket, run, as_of } => self.ask_own_hashes(proc, Question { ticket, run, as_of }),
+            Action::HashBlocks { ticket, run, as_of } => self.ask_own_hashes(proc, Question { ticket, run, as_of }),
             // The model keeps every epoch's dirty pages until the primary forgets the peer.
             Action::Committed { id } => self.procs[proc].disk.committed(id),
             Action::WriteThrough { through } => self.write_through(proc, through),
@@ -503,7 +503,7 @@ impl World {
             Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(proc, conn, beat, until),
             Action::Answer { ticket, result } => self.answered(proc, ticket, result),
             Action::BuildMachine(_) => self.build_image(proc),
-            Action::Sum { run } => self.sum_image(proc, run),
+            Action::HashBlocks { run } => self.sum_image(proc, run),
             Action::SendHashes { conn, first, hashes } => self.send(proc, conn, Item::Hashes { first, hashes }),
             Action::Commit { id } => self.commit(proc, id),
             Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),

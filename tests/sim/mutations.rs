@@ -41,8 +41,8 @@ const MUTANTS: [(&str, &str); 62] = [
     ("dirty-forgotten", "a dirty page does not travel and is not dirty again"),
     ("resync-before-the-first-heartbeat", "epochs may overtake the welcome"),
     ("silence-never-suspected", "a secondary waits for ever for a silent primary"),
-    ("bytes-excuse-nothing", "a heartbeat that is stuck behind pages counts as missing"),
-    ("overtaken-heartbeats-excused", "bytes excuse missing heartbeats, however many epochs come without one"),
+    ("bytes-extend-nothing", "a heartbeat that is stuck behind pages counts as missing"),
+    ("overtaken-heartbeats-not-missed", "bytes excuse missing heartbeats, however many epochs come without one"),
     (
         "newcomer-not-fenced",
         "without a record, a primary goes on alone while a newcomer with a whole image may take over",
@@ -78,7 +78,7 @@ const MUTANTS: [(&str, &str); 62] = [
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
     ("different-block-taken-for-equal", "a newcomer's block that differs is taken for equal, and not pushed"),
     ("made-image-taken-for-equal", "a newcomer's disk that was made just now is taken for the guest's"),
-    ("unreadable-taken-for-equal", "blocks that a primary cannot sum are taken for equal"),
+    ("unreadable-taken-for-equal", "blocks that a primary cannot hash are taken for equal"),
     (
         "own-hashes-of-an-earlier-question",
         "a primary takes its own hashes for an earlier question as those for this one",

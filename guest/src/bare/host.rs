@@ -210,7 +210,7 @@ impl Host for Machine {
 
     fn disk_read(&mut self, block: u64) -> Result<Content, DiskError> {
         let content = self.disk.as_mut().ok_or(DiskError::None)?.read(block)?;
-        Ok(disk::judge(block, content))
+        Ok(disk::content_of(block, content))
     }
 
     fn disk_flush(&mut self) -> Result<(), DiskError> {

@@ -10,7 +10,7 @@ use super::mmio::Registers;
 use super::virtqueue::{DESCRIPTOR_WRITE, Virtqueue};
 
 /// Receive buffers. Few are enough: what finds none waits in the host's tap, and each one in use is
-/// half a page of dirt.
+/// half a dirty page.
 const RECEIVE_BUFFERS: usize = 64;
 /// Frames that can be on their way out at once.
 const TRANSMIT_BUFFERS: usize = 128;

@@ -6,10 +6,10 @@ use crate::disk::{Content, DiskError, PER_SECOND_MAX};
 use crate::reply::ReplyWriter;
 use crate::server::Host;
 
-/// `DISK INFO` says what there is. `DISK WRITE <block> <seed>` writes a block and answers when it
-/// outlives a loss of power; `DISK READ
-/// <block>` answers with the seed, 0 for a block of zeros. `DISK RUN <blocks> <per-second>` lets a writer work in the background on the
-/// first blocks, with seeds of its own; 0 ends it.
+/// `DISK INFO` describes the disk. `DISK WRITE <block> <seed>` writes a block and answers when it
+/// outlives a loss of power; `DISK READ <block>` answers with the seed, 0 for a block of zeros.
+/// `DISK RUN <blocks> <per-second>` starts a background writer of the first blocks, with seeds of
+/// its own; 0 ends it.
 pub(super) fn disk<H: Host>(arguments: Arguments<'_>, host: &mut H, reply: &mut ReplyWriter<'_>) {
     let number = |index| parse_integer(arguments.get(index)).and_then(|n| u64::try_from(n).ok());
     let is = |word, count| arguments.is(1, word) && arguments.count() == count;

@@ -201,7 +201,10 @@ proptest! {
     #[test]
     fn any_arguments_get_one_reply(
         command in 0..TABLE.len(),
-        arguments in prop::collection::vec("[ -~\r\n]{0,8}|EX|NX|XX|GET|AUTH|default|INFO|CHECK|READ|WRITE|RUN|-?[0-9]{1,19}", 0..5),
+        arguments in prop::collection::vec(
+            "[ -~\r\n]{0,8}|EX|NX|XX|GET|AUTH|default|INFO|CHECK|READ|WRITE|RUN|-?[0-9]{1,19}",
+            0..5,
+        ),
     ) {
         let mut client = Client::new();
         let mut input = format!("*{}\r\n", arguments.len() + 1);

@@ -78,7 +78,11 @@ impl CommandArbiter {
             ("MCD_TIMEOUT_MS", self.timeout.as_millis().to_string()),
         ];
         let arguments = [question.word(), self.guest.as_str()];
-        tracing::debug!(script = %self.script.path().display(), question = question.word(), "asking the fencing script");
+        tracing::debug!(
+            script = %self.script.path().display(),
+            question = question.word(),
+            "asking the fencing script"
+        );
         match self.script.run(&arguments, &environment, self.timeout) {
             End::Exit { status: 0, .. } => {
                 self.local_record.note(*new);

@@ -141,7 +141,8 @@ impl EtcdArbiter {
         ArbiterError::Unreachable {
             arbiter: self.describe(),
             why: format!(
-                "no answer within {waited_ms} ms ({reasons}); check that the cluster has a quorum and that this host reaches it"
+                "no answer within {waited_ms} ms ({reasons}); \
+                    check that the cluster has a quorum and that this host reaches it"
             ),
         }
     }

@@ -25,7 +25,8 @@ fn questions_are_as_etcd_wants_them() {
 fn answers_are_understood() {
     // As etcd 3.4.23 sends them.
     let header = r#""header":{"cluster_id":"15","member_id":"13","revision":"2","raft_term":"2"}"#;
-    let kvs = r#""kvs":[{"key":"aw==","create_revision":"2","mod_revision":"2","version":"1","value":"aGVsbG8="}],"count":"1""#;
+    let key_value = r#"{"key":"aw==","create_revision":"2","mod_revision":"2","version":"1","value":"aGVsbG8="}"#;
+    let kvs = format!(r#""kvs":[{key_value}],"count":"1""#);
     assert_eq!(range(&format!("{{{header}}}")), Some(Reply::Value(None)));
     assert_eq!(range(&format!("{{{header},{kvs}}}")), Some(Reply::Value(Some(b"hello".to_vec()))));
     assert_eq!(

@@ -51,9 +51,9 @@ pub struct FileArbiter {
     directory: PathBuf,
     guest: GuestName,
     timeout: Duration,
-    /// The working thread's door; made at the first question.
+    /// The queue of the working thread, which starts at the first request.
     jobs: Option<Sender<Job>>,
-    /// The reply to a question that nobody waits for any more: while it is outstanding the thread
+    /// The reply to a request that timed out: while it is outstanding the thread
     /// is stuck.
     late: Option<Receiver<Outcome>>,
 }

@@ -230,7 +230,7 @@ fn a_frozen_block_is_read_as_it_was_at_the_cut() {
     write(0, 512, 2);
     assert!(matches!(was(first, 0), Err(PreservedError::NotPreserved(_))), "not before the cut");
     journal.cut(id(0));
-    // Blocks 0 and 1 by half and wholly, twice; block 2 stays, block 3 is not frozen; the other
+    // Blocks 0 and 1 by half and completely, twice; block 2 stays, block 3 is not frozen; the other
     // disk is not either.
     write(2048, 4096, 3);
     write(0, 8192, 4);
@@ -294,8 +294,12 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let place = || (0..2usize, 0..44u64, 1..20u64);
     prop_oneof![
-        6 => (place(), 1..255u8).prop_map(|((disk, sector, sectors), value)| Step::Write { disk, sector, sectors, value }),
-        2 => (place(), any::<bool>()).prop_map(|((disk, sector, sectors), discard)| Step::Zeros { disk, sector, sectors, discard }),
+        6 => (place(), 1..255u8).prop_map(|((disk, sector, sectors), value)| {
+            Step::Write { disk, sector, sectors, value }
+        }),
+        2 => (place(), any::<bool>()).prop_map(|((disk, sector, sectors), discard)| {
+            Step::Zeros { disk, sector, sectors, discard }
+        }),
         3 => Just(Step::Cut),
         3 => Just(Step::Commit),
         1 => Just(Step::Lose),
@@ -443,7 +447,7 @@ proptest! {
     /// The primary may die after any step: once the new primary's image is whole, it is the disks
     /// at the newest committed capture, exactly.
     #[test]
-    fn the_heirs_disks_are_those_of_the_committed_epoch(
+    fn the_new_primarys_disks_are_those_of_the_committed_epoch(
         steps in prop::collection::vec(step(), 1..120),
         blocks_max in 1..12u64,
     ) {

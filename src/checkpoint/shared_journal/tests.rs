@@ -218,7 +218,7 @@ fn staged(epoch: u64, blocks: &[(u64, u8)], budget: &StagingBudget) -> Box<Stage
 }
 
 #[test]
-fn a_secondary_keeps_committed_writes_until_they_are_written_and_an_heir_writes_them() {
+fn a_secondary_keeps_committed_writes_until_they_are_written_and_a_new_primary_writes_them() {
     let node = Node::new(0);
     let budget = StagingBudget::new(1 << 20);
     let whole = GuestImage::new(GuestRam::new(4096).expect("memory"), Arc::clone(&node.layout), node.disks());

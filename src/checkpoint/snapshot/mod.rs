@@ -81,7 +81,8 @@ impl fmt::Debug for SnapshotId {
 #[derive(Debug, Error)]
 pub enum SnapshotError {
     /// The system refused while it was written.
-    #[error("cannot {doing} snapshot {} ({reason}): name a file in a directory that is writable and has room", path.display())]
+    #[error("cannot {doing} snapshot {} ({reason}): \
+        name a file in a directory that is writable and has room", path.display())]
     Write {
         /// What was tried.
         doing: &'static str,
@@ -103,7 +104,8 @@ pub enum SnapshotError {
         path: PathBuf,
     },
     /// The machine's state has more bytes than any machine.
-    #[error("snapshot {}: a machine state of {bytes} bytes is more than the {bytes_max} a snapshot holds; please report this", path.display())]
+    #[error("snapshot {}: a machine state of {bytes} bytes is more than the {bytes_max} a snapshot holds; please \
+        report this", path.display())]
     StateTooLarge {
         /// The file.
         path: PathBuf,
@@ -128,7 +130,8 @@ pub enum SnapshotError {
     },
     /// Another version of mcd wrote it.
     #[error(
-        "snapshot {} is of format {}.{}, and this mcd reads {}.{}: restore it with the release of mcd that wrote it", path.display(),
+        "snapshot {} is of format {}.{}, and this mcd reads {}.{}: \
+            restore it with the release of mcd that wrote it", path.display(),
         theirs.0, theirs.1, ours.0, ours.1
     )]
     OtherVersion {

@@ -21,9 +21,9 @@ use super::{exit, values};
     about = "Micro-checkpointing fault tolerance for KVM guests: kill the host, no client notices",
     long_about = "Micro-checkpointing fault tolerance for KVM guests: kill the host, no client notices.\n\n\
         Two nodes share one guest. The primary runs it and sends what changed to the secondary many times a second; no \
-        packet leaves the guest before the secondary could go on from there. When the primary dies, the secondary takes \
-        over within milliseconds, with every connection as it was. An arbiter makes sure that there is never more than \
-        one of them.",
+        packet leaves the guest before the secondary could go on from there. When the primary dies, the secondary \
+        takes over within milliseconds, with every connection as it was. An arbiter makes sure that there is never \
+        more than one of them.",
     after_help = "Start with:  mcd demo",
     after_long_help = TOP_HELP,
     subcommand_required = true,
@@ -57,8 +57,8 @@ pub(in crate::cli) enum Command {
 
     /// Join a primary, hold its guest's image, take over when it dies
     #[command(
-        long_about = "Joins a primary, holds its guest's image and takes over when the primary dies. The guest's memory, \
-            vCPUs and Ethernet address are told by the primary.",
+        long_about = "Joins a primary, holds its guest's image and takes over when the primary dies. The guest's \
+            memory, vCPUs and Ethernet address are told by the primary.",
         after_help = SECONDARY_HELP,
         args_override_self = true
     )]
@@ -75,8 +75,8 @@ pub(in crate::cli) enum Command {
 
     /// Show the promise kept: a protected pair on this machine, killed under load
     #[command(
-        long_about = "Starts two nodes as real processes in network namespaces of their own, puts a checked load on the \
-            guest, kills the primary with SIGKILL at a random moment, lets the secondary take over, starts a new \
+        long_about = "Starts two nodes as real processes in network namespaces of their own, puts a checked load on \
+            the guest, kills the primary with SIGKILL at a random moment, lets the secondary take over, starts a new \
             secondary, and so on. Exit code 0 means: no acknowledged write was lost, no reply was wrong or came twice, \
             no connection was reset. Nothing is left behind.",
         after_help = DEMO_HELP,
@@ -86,15 +86,17 @@ pub(in crate::cli) enum Command {
 
     /// Look after disks: whether two images of one are equal, also while the guest runs
     #[command(
-        long_about = "Looks after the disks of guests: compares the images of a guest that runs, or two that no node uses.",
+        long_about = "Looks after the disks of guests: compares the images of a guest that runs, \
+            or two that no node uses.",
         after_help = super::disk::HELP
     )]
     Disk(DiskArgs),
 
     /// Save a guest to a file, look at such a file, or start a guest from one
     #[command(
-        long_about = "Saves the memory and the machine of a guest to a file, from which it can be started again. Disks are not in it: a guest \
-            that writes to disks is stopped with its snapshot, and its images are kept as they are at that moment.",
+        long_about = "Saves the memory and the machine of a guest to a file, from which it can be started again. \
+            Disks are not in it: a guest that writes to disks is stopped with its snapshot, and its images are kept \
+            as they are at that moment.",
         after_help = SNAPSHOT_HELP
     )]
     Snapshot(SnapshotArgs),
@@ -109,8 +111,8 @@ pub(in crate::cli) enum Command {
 
     /// Join the serial console of a guest that runs here
     #[command(
-        long_about = "Joins the serial console of a guest whose node was started with --console socket: shows what it said last, then what it \
-            says, and hands it every key. Ctrl-] leaves; the guest goes on.",
+        long_about = "Joins the serial console of a guest whose node was started with --console socket: shows what it \
+            said last, then what it says, and hands it every key. Ctrl-] leaves; the guest goes on.",
         after_help = CONSOLE_HELP,
         args_override_self = true
     )]

@@ -83,20 +83,32 @@ pub(in crate::cli) struct NodeArgs {
     pub(in crate::cli) force_disk: bool,
 
     /// Where a newcomer's data connection is accepted
-    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7401", value_parser = values::address, help_heading = "Peer")]
+    #[arg(
+        long,
+        value_name = "IP:PORT",
+        default_value = "0.0.0.0:7401",
+        value_parser = values::address,
+        help_heading = "Peer"
+    )]
     pub(in crate::cli) listen: SocketAddr,
     /// Where a newcomer's heartbeat connection is accepted [default: the port after --listen's]
     #[arg(long, value_name = "IP:PORT", value_parser = values::address, help_heading = "Peer")]
     pub(in crate::cli) heartbeat_listen: Option<SocketAddr>,
     /// Time between two heartbeats
-    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=10_000), help_heading = "Peer")]
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 50,
+        value_parser = clap::value_parser!(u64).range(1..=10_000),
+        help_heading = "Peer"
+    )]
     pub(in crate::cli) heartbeat_interval_ms: u64,
     /// Silence after which the peer is suspected, at least twice the interval [default: three
     /// times]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(2..=600_000), help_heading = "Peer")]
     pub(in crate::cli) heartbeat_timeout_ms: Option<u64>,
-    /// How long a guest that cannot be captured is vouched for before the secondary is asked to take
-    /// over [default: 2000, or four heartbeat timeouts]
+    /// How long a guest that cannot be captured is vouched for before the secondary is asked to
+    /// take over [default: 2000, or four heartbeat timeouts]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=600_000), help_heading = "Peer")]
     pub(in crate::cli) stall_max_ms: Option<u64>,
 
@@ -104,10 +116,22 @@ pub(in crate::cli) struct NodeArgs {
     pub(in crate::cli) who: ArbiterArgs,
 
     /// The longest an epoch may last
-    #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), help_heading = "Epochs")]
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 20,
+        value_parser = clap::value_parser!(u64).range(1..=1000),
+        help_heading = "Epochs"
+    )]
     pub(in crate::cli) interval_ms: u64,
     /// The least time from one capture to the next
-    #[arg(long, value_name = "US", default_value_t = 200, value_parser = clap::value_parser!(u64).range(0..=1_000_000), help_heading = "Epochs")]
+    #[arg(
+        long,
+        value_name = "US",
+        default_value_t = 200,
+        value_parser = clap::value_parser!(u64).range(0..=1_000_000),
+        help_heading = "Epochs"
+    )]
     pub(in crate::cli) interval_min_us: u64,
     /// Cut an epoch as soon as output waits: low latency for little cost
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set, help_heading = "Epochs")]
@@ -122,7 +146,13 @@ pub(in crate::cli) struct NodeArgs {
     #[arg(long, value_name = "SIZE", default_value = "64M", help_heading = "Epochs")]
     pub(in crate::cli) output_max_bytes: Size,
     /// Most output held back, in packets
-    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u64).range(16..=16_777_216), help_heading = "Epochs")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 65_536,
+        value_parser = clap::value_parser!(u64).range(16..=16_777_216),
+        help_heading = "Epochs"
+    )]
     pub(in crate::cli) output_max_packets: u64,
 
     /// The control socket (QMP) [default: /run/mcd/GUEST.sock for root, else

@@ -27,16 +27,18 @@ pub(in crate::cli) struct SnapshotArgs {
 pub(in crate::cli) enum SnapshotCommand {
     /// Have the node that runs a guest write its snapshot
     #[command(
-        long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is written, and then goes on \
-            (with --stop it is shut down); its node, its secondary and its output go on meanwhile. The file appears when it is whole and durable."
+        long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is \
+            written, and then goes on (with --stop it is shut down); its node, its secondary and its output go on \
+            meanwhile. The file appears when it is whole and durable."
     )]
     Save(SnapshotSaveArgs),
     /// Say what a snapshot file holds, and whether it is whole
     Info(SnapshotInfoArgs),
     /// Start a guest from a snapshot: the same as `mcd primary FLAGS --restore FILE`
     #[command(
-        long_about = "Starts a guest from a snapshot; the same as `mcd primary FLAGS --restore FILE`, whose flags it takes but for those that \
-            describe the machine. It is a new life: the arbiter must not know the guest as running."
+        long_about = "Starts a guest from a snapshot; the same as `mcd primary FLAGS --restore FILE`, whose flags it \
+            takes but for those that describe the machine. It is a new life: the arbiter must not know the guest as \
+            running."
     )]
     Restore {
         /// The snapshot
@@ -67,7 +69,12 @@ pub(in crate::cli) struct SnapshotSaveArgs {
     #[arg(long)]
     pub(in crate::cli) json: bool,
     /// How long to wait until it is written
-    #[arg(long, value_name = "MS", default_value_t = 600_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    #[arg(
+        long,
+        value_name = "MS",
+        default_value_t = 600_000,
+        value_parser = clap::value_parser!(u64).range(1..=3_600_000)
+    )]
     pub(in crate::cli) timeout_ms: u64,
 }
 

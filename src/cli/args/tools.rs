@@ -61,9 +61,9 @@ pub(in crate::cli) struct DiskArgs {
 pub(in crate::cli) enum DiskCommand {
     /// Compare a guest's disks on its two nodes while it runs, or two images that no node uses
     #[command(
-        long_about = "With --guest or --control: has the primary and its secondary compare their images of the guest's disks while it \
-            runs, each block as of one committed epoch, and tells the blocks that differ. With two images: compares them byte for byte, and \
-            says what their stamps and checksums (CRC32C) are.",
+        long_about = "With --guest or --control: has the primary and its secondary compare their images of the \
+            guest's disks while it runs, each block as of one committed epoch, and tells the blocks that differ. With \
+            two images: compares them byte for byte, and says what their stamps and checksums (CRC32C) are.",
         after_help = crate::cli::disk::HELP
     )]
     Verify(VerifyArgs),
@@ -73,7 +73,12 @@ pub(in crate::cli) enum DiskCommand {
 #[derive(Debug, Args)]
 pub(in crate::cli) struct VerifyArgs {
     /// Two images, which no node uses
-    #[arg(value_name = "IMAGE", num_args = 2, required_unless_present_any = ["guest", "control"], conflicts_with_all = ["guest", "control"])]
+    #[arg(
+        value_name = "IMAGE",
+        num_args = 2,
+        required_unless_present_any = ["guest", "control"],
+        conflicts_with_all = ["guest", "control"]
+    )]
     pub(in crate::cli) images: Vec<PathBuf>,
     /// The guest whose primary on this host is asked, if its control socket is where it is by
     /// default

@@ -20,7 +20,8 @@ const LINES_MAX: usize = 8192;
 const BYTES_MAX: usize = 1 << 20;
 
 thread_local! {
-    /// True in the thread that writes: its own report finds room always, or its count would be lost.
+    /// True in the thread that writes: its own report finds room always, or its count would be
+    /// lost.
     static IS_WRITER: Cell<bool> = const { Cell::new(false) };
 }
 

@@ -1,5 +1,5 @@
-//! The newest output of the guest, for whoever wants to read it: bounded, and the guest never waits for a
-//! reader.
+//! The newest output of the guest, for whoever wants to read it: bounded, and the guest never waits
+//! for a reader.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

@@ -1,10 +1,10 @@
 //! The thread of a device: how it is woken, kept out of guest memory, and ended.
 //!
-//! **Quiesced.** What a pause must wait for happens inside [`Work`]: the thread touches guest memory
-//! or changes a disk only while it holds one. A pause sets *paused*, after which no work begins,
-//! and waits until the thread is not *working*; the thread tells the machine of the end of a piece
-//! of work ([`Signals::quiesced`]). Both flags are sequentially consistent and each side writes its
-//! own before it reads the other's, so that one of the two always sees the other.
+//! **Quiesced.** What a pause must wait for happens inside [`Work`]: the thread touches guest
+//! memory or changes a disk only while it holds one. A pause sets *paused*, after which no work
+//! begins, and waits until the thread is not *working*; the thread tells the machine of the end of
+//! a piece of work ([`Signals::quiesced`]). Both flags are sequentially consistent and each side
+//! writes its own before it reads the other's, so that one of the two always sees the other.
 //!
 //! No lock is needed to quiesce: neither a device's thread nor a vCPU that holds a device's lock
 //! can keep the controller from asking, and the controller can stop waiting at any time.

@@ -70,7 +70,7 @@ impl Tsc {
     /// and asks for it only if not: every call costs the guest 5 µs in each pause.
     pub(super) fn observe(&mut self, vcpu: &VcpuFd, tsc: u64, adjust: u64, khz: u32) {
         let off = |offset: u64| host_tsc().wrapping_add(offset).wrapping_sub(tsc).cast_signed().unsigned_abs();
-        // A millisecond: more than reading it can take, unless this thread stood still.
+        // A millisecond: more than reading it can take, unless this thread was preempted.
         let known = self.offset.is_some_and(|offset| off(offset) < u64::from(khz));
         if !known || adjust != self.adjust {
             (self.offset, self.adjust) = (get_offset(vcpu), adjust);

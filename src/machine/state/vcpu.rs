@@ -178,7 +178,7 @@ impl VcpuState {
     /// its watchdogs do not bark.
     pub(in crate::machine) fn kvmclock_ctrl(vcpu: &VcpuFd) {
         if let Err(error) = vcpu.kvmclock_ctrl() {
-            tracing::debug!(%error, "this vCPU's guest has no kvmclock to be told by that it stood still");
+            tracing::debug!(%error, "this vCPU's guest has no kvmclock, which would report the pause");
         }
     }
 

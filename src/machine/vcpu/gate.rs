@@ -32,7 +32,7 @@ use crate::machine::pause::PauseSignal;
 pub(in crate::machine) enum Order {
     /// Run the guest.
     Run = 0,
-    /// Finish pending I/O and stand still. What only this vCPU can change of its state goes into
+    /// Finish pending I/O and stop. What only this vCPU can change of its state goes into
     /// the slot.
     Park = 1,
     /// Stand still and complete the slot: no other vCPU and no device runs any more, so every

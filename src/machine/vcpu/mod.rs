@@ -28,8 +28,8 @@ use super::state::vcpu::VcpuState;
 use super::wait::Doorbell;
 use crate::device::Bus;
 
-/// How long a vCPU that is out of the guest may take to carry out an order. That takes microseconds;
-/// only a stalled host makes it seconds.
+/// How long a vCPU that is out of the guest may take to carry out an order. That takes
+/// microseconds; only a stalled host makes it seconds.
 const VCPU_ORDER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a vCPU thread does with its slot when it is told to apply.
@@ -42,7 +42,7 @@ pub(super) enum Task {
     Align {
         /// The instant, and what kvmclock showed then.
         instant: ClockInstant,
-        /// Tell the guest that it stood still for a while.
+        /// Report to the guest that it was paused (`KVM_KVMCLOCK_CTRL`).
         kvmclock_ctrl: bool,
     },
     /// Put a guest's first state into the vCPU.

@@ -145,7 +145,7 @@ impl VcpuThread {
         self.leave(ticket);
     }
 
-    /// The machine stands still: completes the slot, then waits for the next order.
+    /// The machine is stopped: completes the slot, then waits for the next order.
     fn harvest(&mut self, ticket: Ticket, progress: &Progress) {
         {
             let mut slot = self.slot.lock();

@@ -15,7 +15,7 @@ fn background(conn: u64, bytes: usize) -> NodeEvent {
 }
 
 fn message(conn: u64) -> NodeEvent {
-    NodeEvent::Message { conn, message: Message::SumBlocks { first: 0, count: 1 } }
+    NodeEvent::Message { conn, message: Message::HashBlocks { first: 0, count: 1 } }
 }
 
 fn checkpoint() -> NodeEvent {

@@ -29,8 +29,8 @@ impl PrimaryNode {
                 Action::Capture { id, completes_resync, output } => self.capture(id, completes_resync, output),
                 Action::Push { pages } => self.job(SenderJob::Push(pages)),
                 Action::Preserve { run } => self.disks.journal().copy_before_write().preserve(run),
-                Action::Sum { ticket, run, as_of } => {
-                    self.block_hasher.iter().for_each(|hasher| hasher.sum(ticket, run.clone(), as_of));
+                Action::HashBlocks { ticket, run, as_of } => {
+                    self.block_hasher.iter().for_each(|hasher| hasher.hash_blocks(ticket, run.clone(), as_of));
                 }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),

@@ -1,4 +1,4 @@
-//! Saving the guest to a file while it stands still: when it may, the protocol says. The driver
+//! Saving the guest to a file while it is paused: the protocol decides when. The driver
 //! goes on meanwhile: epochs, acks, heartbeats and the control socket do not wait for the file.
 
 use std::path::PathBuf;
@@ -32,7 +32,7 @@ struct Saving {
     reply: Option<Reply>,
     began_us: u64,
     cancelled: Arc<AtomicBool>,
-    /// The writing thread, once the guest stands still.
+    /// The writing thread, once the guest is paused.
     thread: Option<JoinHandle<()>>,
     /// What is being written.
     head: Option<SnapshotHead>,
@@ -93,7 +93,7 @@ impl PrimaryNode {
         }
     }
 
-    /// The guest is to stand still for it, and its state to be saved.
+    /// The guest is to be paused for it, and its state to be saved.
     pub(super) fn begin_snapshot(&mut self) {
         match (self.snapshots.asked.take(), &self.machine) {
             (Some((request, reply)), Some(machine)) => {
@@ -104,7 +104,7 @@ impl PrimaryNode {
         }
     }
 
-    /// The guest stands still, and this is its state; or it could not be had.
+    /// The guest is paused, and this is its state; or it could not be had.
     pub(super) fn state_saved(&mut self, state: Result<Vec<u8>, Box<MachineError>>) -> Option<Input> {
         // Cancelled meanwhile.
         let mut saving = self.snapshots.saving.take()?;
@@ -137,7 +137,7 @@ impl PrimaryNode {
             },
             build: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        tracing::info!(at = %head.at, path = %saving.request.path.display(), "the guest stands still for its snapshot");
+        tracing::info!(at = %head.at, path = %saving.request.path.display(), "the guest is paused for its snapshot");
         saving.head = Some(head.clone());
         let (path, memory, cancelled) =
             (saving.request.path.clone(), self.memory.clone(), Arc::clone(&saving.cancelled));
@@ -199,7 +199,7 @@ impl PrimaryNode {
     }
 }
 
-/// What a client is told.
+/// The reply to the client.
 fn saved(path: &PathBuf, head: &SnapshotHead, written: Written, stood_us: u64) -> Value {
     json!({
         "path": path,

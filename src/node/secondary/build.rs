@@ -69,8 +69,8 @@ struct Build {
     budget: Arc<StagingBudget>,
 }
 
-/// Begins to build the machine that `welcome` describes, for the newcomer `instance`; it reports its
-/// progress and its end.
+/// Begins to build the machine that `welcome` describes, for the newcomer `instance`; it reports
+/// its progress and its end.
 ///
 /// # Errors
 /// If the host gives no thread.

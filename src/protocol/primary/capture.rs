@@ -3,7 +3,7 @@
 //! ```text
 //!  Capture ──▶ the driver pauses, saves, copies, resumes ──▶ Captured, or CaptureFailed
 //!     │  heartbeats, commands, timers go on: a heartbeat says that this node is capturing
-//!     ├─ heartbeat time-out ──▶ people are told that the guest is stuck
+//!     ├─ heartbeat time-out ──▶ an event reports that the guest is stuck
 //!     └─ stall_max ──▶ protected: HandOver to the secondary, look at the record
 //!                      │   the secondary's ──▶ Fenced
 //!                      │   still ours after handover_timeout ──▶ ask for the guest again (Deciding)

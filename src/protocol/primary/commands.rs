@@ -8,7 +8,7 @@ use crate::protocol::messages::Message;
 use crate::protocol::mutant;
 use crate::protocol::types::EpochId;
 
-/// A snapshot of the guest, for which it stands still.
+/// A snapshot of the guest, for which it is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Snapshot {
     /// It is being written.
@@ -116,8 +116,8 @@ impl Primary {
     }
 
     /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if
-    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is waited
-    /// for, unless the operator asks twice.
+    /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is
+    /// waited for, unless the operator asks twice.
     pub(super) fn quit(&mut self) {
         let twice = std::mem::replace(&mut self.quitting, true);
         match self.phase {
@@ -143,8 +143,8 @@ impl Primary {
                 Err("a snapshot of this guest is being written already")
             }
             _ if writes && !stop && !mutant::is("snapshot-without-its-disks") => Err(
-                "this guest writes to disks, which would go on without its snapshot: take it with --stop, which ends the guest and \
-                 leaves its images as they are at that moment",
+                "this guest writes to disks, which would go on without its snapshot: take it with --stop, which ends \
+                 the guest and leaves its images as they are at that moment",
             ),
             Phase::Deciding => Err("the peer is suspected and the arbiter has not answered yet; ask again when it has"),
             _ if !self.proven => {

@@ -64,7 +64,7 @@ impl Primary {
         Ok(())
     }
 
-    /// Freezes the next blocks with the next epoch. Not while one is being captured: that one may
+    /// Preserves the next blocks with the next epoch. Not while one is being captured: that one may
     /// have been cut already.
     pub(super) fn verify_step(&mut self, now: Instant) {
         let capturing = self.epochs.is_capturing() && !mutant::is("frozen-after-the-cut");
@@ -137,10 +137,10 @@ impl Primary {
         let Some(peer) = &self.peer else { return };
         self.tickets += 1;
         let (ticket, conn, first) = (self.tickets, peer.data, run.start);
-        // A run has at most SUM_BLOCKS_MAX blocks.
+        // A run has at most HASH_BLOCKS_MAX blocks.
         let count = u32::try_from(run.end - run.start).unwrap_or(u32::MAX);
-        self.actions.push_back(Action::Send { conn, message: Message::SumBlocks { first, count } });
-        self.actions.push_back(Action::Sum { ticket, run: run.clone(), as_of });
+        self.actions.push_back(Action::Send { conn, message: Message::HashBlocks { first, count } });
+        self.actions.push_back(Action::HashBlocks { ticket, run: run.clone(), as_of });
         self.comparison = Some(Box::new(Comparison::new(ticket, run)));
     }
 
@@ -198,7 +198,7 @@ impl Primary {
                 self.tell_comparisons();
             }
             (None, Some(verify), Ok(differing)) => verify.compared(&run, &differing),
-            (None, _, Err(why)) => self.verify_failed(&format!("the primary cannot sum its own image: {why}")),
+            (None, _, Err(why)) => self.verify_failed(&format!("the primary cannot hash its own image: {why}")),
             (None, None, Ok(_)) => {}
         }
     }

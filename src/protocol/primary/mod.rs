@@ -93,12 +93,12 @@ pub struct Primary {
     /// Until when the secondary may take over the guest that was handed over.
     handed_over_until: Option<Instant>,
     ledger: Option<Ledger>,
-    /// Blocks that both nodes are summing, in a resync or for `verify`.
+    /// Blocks that both nodes are hashing, in a resync or for `verify`.
     comparison: Option<Box<Comparison>>,
     tickets: u64,
     /// The verify under way, or the last one.
     verify: Option<Box<Verify>>,
-    /// When the newcomer is told again how far it is.
+    /// When the resync's progress is sent to the newcomer again.
     progress_at: Instant,
     /// When the verify may go on.
     verify_at: Instant,
@@ -112,7 +112,7 @@ pub struct Primary {
     storage_behind: bool,
     stopped_by_operator: bool,
     stopped_by_full_output: bool,
-    /// A snapshot, for which the guest stands still.
+    /// A snapshot, for which the guest is paused.
     snapshot: Option<commands::Snapshot>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,

@@ -118,9 +118,9 @@ impl Primary {
         (self.phase == Phase::Joining).then_some(self.config.build_silence_max)
     }
 
-    /// Takes a heartbeat. The newcomer's first one that says it is ready shows that it has a machine
-    /// and has heard our welcome on both connections: an epoch that arrived before would find it
-    /// unprepared.
+    /// Takes a heartbeat. The newcomer's first one that says it is ready shows that it has a
+    /// machine and has heard our welcome on both connections: an epoch that arrived before would
+    /// find it unprepared.
     pub(super) fn heartbeat(&mut self, now: Instant, activity: Activity) {
         let Some(peer) = &mut self.peer else { return };
         peer.detector.heard(now);
@@ -233,7 +233,8 @@ impl Primary {
         let no = |reason, detail: String| Err((reason, detail));
         if hello.version != PROTOCOL_VERSION {
             let detail = format!(
-                "the newcomer speaks protocol version {}, this primary {PROTOCOL_VERSION}; run the same mcd on both hosts",
+                "the newcomer speaks protocol version {}, this primary {PROTOCOL_VERSION}; \
+                    run the same mcd on both hosts",
                 hello.version
             );
             return no(RefuseReason::Version, detail);
@@ -250,7 +251,8 @@ impl Primary {
         }
         if hello.staging_bytes_max < config.shape.epoch_bytes_max() {
             let detail = format!(
-                "the newcomer stages at most {} MiB, but an epoch of this guest may hold {} MiB; raise its --staging-max",
+                "the newcomer stages at most {} MiB, but an epoch of this guest may hold {} MiB; \
+                    raise its --staging-max",
                 hello.staging_bytes_max >> 20,
                 config.shape.epoch_bytes_max().div_ceil(1 << 20)
             );

@@ -76,7 +76,8 @@ pub enum End {
 }
 
 impl End {
-    /// True if the images of this node's disks are as the guest left them, and are to be stamped so.
+    /// True if the images of this node's disks are as the guest left them, and are to be stamped
+    /// so.
     pub fn stamps_disks(&self) -> bool {
         matches!(self, End::GuestOver { .. } | End::Quit)
     }
@@ -230,9 +231,9 @@ pub enum Action {
         /// The connection.
         conn: ConnId,
     },
-    /// Begin to track every page the guest or a device writes, and to hold writes to shared storage;
-    /// say `Tracking` when it is done, and `StorageSynced` once such storage has all that was written
-    /// before.
+    /// Begin to track every page the guest or a device writes, and to hold writes to shared
+    /// storage; say `Tracking` when it is done, and `StorageSynced` once such storage has all that
+    /// was written before.
     StartTracking {
         /// Where epochs and pushes go from now on.
         conn: ConnId,
@@ -255,22 +256,22 @@ pub enum Action {
         /// Page indexes, rising.
         pages: Vec<u64>,
     },
-    /// The next epoch that is cut freezes these blocks of a disk: they can be read as they were
-    /// then. Those frozen before are let go.
+    /// The next epoch that is cut preserves these blocks of a disk: they can be read as they were
+    /// then. Blocks preserved before are released.
     Preserve {
         /// Their indexes.
         run: Range<u64>,
     },
-    /// Sum these blocks of a disk, then say `OwnHashes`.
-    Sum {
+    /// Hash these blocks of a disk, then say `OwnHashes`.
+    HashBlocks {
         /// Names the question.
         ticket: u64,
         /// Their indexes.
         run: Range<u64>,
-        /// The epoch they were frozen with; as they are, without one.
+        /// The epoch they were preserved with; as they are, without one.
         as_of: Option<EpochId>,
     },
-    /// The epoch is committed on the peer: its dirty pages is safe there.
+    /// The epoch is committed on the peer: its dirty pages are safe there.
     Committed {
         /// The epoch.
         id: EpochId,
@@ -294,7 +295,7 @@ pub enum Action {
     ReleaseAll,
     /// Let the guest run (or not), then say `RunDone`.
     Run(bool),
-    /// The guest stands still: save it to the snapshot's file while it does, then say
+    /// The guest is paused: save it to the snapshot's file while it does, then say
     /// `SnapshotEnded`.
     Snapshot,
     /// There is no snapshot to be taken now.

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{Action, Phase, Secondary};
-use crate::protocol::block_hashes::{BlockHash, SUM_BLOCKS_MAX};
+use crate::protocol::block_hashes::{BlockHash, HASH_BLOCKS_MAX};
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::features;
 use crate::protocol::mutant;
@@ -14,15 +14,15 @@ use crate::protocol::types::Instant;
 impl Secondary {
     /// The primary asks for hashes. It asks for one run of blocks at a time, so no peer can make
     /// this node do more than that.
-    pub(super) fn sum_blocks(&mut self, now: Instant, first: u64, count: u32) {
-        match self.summable(first, u64::from(count)) {
+    pub(super) fn hash_blocks(&mut self, now: Instant, first: u64, count: u32) {
+        match self.hashable(first, u64::from(count)) {
             Ok((disk, _)) if self.is_all_to_come(disk) => {
                 let conn = self.data;
                 self.actions.extend(conn.map(|conn| Action::SendHashes { conn, first, hashes: Vec::new() }));
             }
             Ok((_, run)) => {
-                self.summing = Some(first);
-                self.actions.push_back(Action::Sum { run });
+                self.hashing = Some(first);
+                self.actions.push_back(Action::HashBlocks { run });
             }
             Err(fault) => self.lose_primary(now, fault.into()),
         }
@@ -34,18 +34,18 @@ impl Secondary {
     }
 
     /// The blocks asked for, and the disk they are on.
-    fn summable(&self, first: u64, count: u64) -> Result<(usize, Range<u64>), PeerFault> {
+    fn hashable(&self, first: u64, count: u64) -> Result<(usize, Range<u64>), PeerFault> {
         if !self.has_hashes() || !matches!(self.phase, Phase::Syncing | Phase::Paired) {
             return Err(PeerFault::HashesOutOfTurn);
         }
-        if self.summing.is_some() {
+        if self.hashing.is_some() {
             return Err(PeerFault::HashesAgain);
         }
         let run = first..first.saturating_add(count);
         let layout = self.welcome.as_ref().map(|welcome| ImageLayout::of(&welcome.shape));
         let disk = layout.and_then(|layout| layout.disk_of(&run).filter(|_| !layout.is_shared(first)));
         match disk {
-            Some(disk) if count <= SUM_BLOCKS_MAX => Ok((disk, run)),
+            Some(disk) if count <= HASH_BLOCKS_MAX => Ok((disk, run)),
             _ => Err(PeerFault::NoSuchBlocks),
         }
     }
@@ -57,7 +57,7 @@ impl Secondary {
     }
 
     pub(super) fn hashed(&mut self, first: u64, hashes: Vec<BlockHash>) {
-        if let (Some(_), Some(conn)) = (self.summing.take_if(|summing| *summing == first), self.data) {
+        if let (Some(_), Some(conn)) = (self.hashing.take_if(|hashing| *hashing == first), self.data) {
             self.actions.push_back(Action::SendHashes { conn, first, hashes });
         }
     }
@@ -110,7 +110,7 @@ mod tests {
     }
 
     fn ask(node: &mut Secondary, first: u64) -> Vec<Action> {
-        message(node, DATA, Message::SumBlocks { first, count: 3 })
+        message(node, DATA, Message::HashBlocks { first, count: 3 })
     }
 
     fn commit(node: &mut Secondary, generation: u64, completes_resync: bool) {
@@ -161,7 +161,7 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(ask(&mut node, 7), std::slice::from_ref(&nothing), "and nothing is being hashed");
         }
-        assert_eq!(ask(&mut node, 4), [Action::Sum { run: 4..7 }], "the other disk was there");
+        assert_eq!(ask(&mut node, 4), [Action::HashBlocks { run: 4..7 }], "the other disk was there");
         let hashes = vec![[9; 32]; 3];
         let answer = take(&mut node, Input::BlocksHashed { first: 4, hashes: hashes.clone() });
         assert_eq!(answer, [Action::SendHashes { conn: DATA, first: 4, hashes }]);
@@ -174,14 +174,14 @@ mod tests {
         let record = Record::first(OLD).next_paired(OLD, NEW);
         message(&mut node, DATA, Message::Paired { record });
         commit(&mut node, 2, false);
-        assert_eq!((node.phase(), ask(&mut node, 7)), (Phase::Paired, vec![Action::Sum { run: 7..10 }]));
+        assert_eq!((node.phase(), ask(&mut node, 7)), (Phase::Paired, vec![Action::HashBlocks { run: 7..10 }]));
     }
 
     #[test]
     fn blocks_that_no_disk_has_are_not_asked_for() {
         for (first, count) in [(3, 3), (5, 3), (4, 0), (8, 3), (10, 1), (u64::MAX, 3)] {
             let mut node = syncing([true, false]);
-            let actions = message(&mut node, DATA, Message::SumBlocks { first, count });
+            let actions = message(&mut node, DATA, Message::HashBlocks { first, count });
             assert!(actions.contains(&Action::Close { conn: DATA }), "{first} {count}: {actions:?}");
         }
         let mut node = syncing([false, false]);

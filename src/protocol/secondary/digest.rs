@@ -13,13 +13,14 @@ impl Secondary {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
         let Secondary {
-            config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation, expected, committed, began: _,
-            record, inheritance, summing, resync_left, arbitration, done_bytes, cause: _, no_primary: _, quitting, actions,
+            config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation,
+            expected, committed, began: _, record, inheritance, hashing, resync_left, arbitration, done_bytes,
+            cause: _, no_primary: _, quitting, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
         welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
         (generation, expected, committed, record, done_bytes, quitting).hash(into);
-        (made, summing, resync_left).hash(into);
+        (made, hashing, resync_left).hash(into);
         (life.is_some(), guard.is_some(), inheritance.as_ref().map(|inheritance| inheritance.digest())).hash(into);
         if let Some((timer, detector)) = life {
             timer.digest(now, into);

@@ -85,8 +85,8 @@ impl Secondary {
         let Welcome { heartbeat_interval_us: interval_us, heartbeat_timeout_us: timeout_us, .. } = *welcome;
         if interval_us == 0 || timeout_us / 2 < interval_us {
             let detail = format!(
-                "it announced heartbeats every {interval_us} µs and a time-out of {timeout_us} µs, which no primary does; \
-                 check --peer"
+                "it announced heartbeats every {interval_us} µs and a time-out of {timeout_us} µs, which no primary \
+                 does; check --peer"
             );
             return Err((RefuseReason::Malformed, detail));
         }

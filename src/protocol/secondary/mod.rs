@@ -81,7 +81,7 @@ pub struct Secondary {
     began: Instant,
     record: Option<Record>,
     /// The first of the blocks that are being hashed for the primary.
-    summing: Option<u64>,
+    hashing: Option<u64>,
     /// What this newcomer still lacks, as the primary said: pages of memory, then of each disk.
     resync_left: Vec<u64>,
     inheritance: Option<Inheritance>,
@@ -116,7 +116,7 @@ impl Secondary {
             committed: None,
             began: start,
             record: None,
-            summing: None,
+            hashing: None,
             resync_left: Vec::new(),
             inheritance: None,
             arbitration: Arbitration::new(config.retry),
@@ -276,7 +276,7 @@ impl Secondary {
                 }
             }
             Message::Paired { record } if on_data => self.paired(now, record),
-            Message::SumBlocks { first, count } if on_data => self.sum_blocks(now, first, count),
+            Message::HashBlocks { first, count } if on_data => self.hash_blocks(now, first, count),
             Message::ResyncLeft { left } if on_data => self.resync_left(now, left),
             Message::Written { through } if on_data && self.holds_epochs() => {
                 self.actions.push_back(Action::Forget { through });
@@ -287,8 +287,8 @@ impl Secondary {
         }
     }
 
-    /// Whether `conn` is the data connection. Heartbeats are judged here; of the data connection
-    /// its driver tells what the kernel knows.
+    /// Whether `conn` is the data connection. Heartbeats are checked here; the driver
+    /// checks the data connection by the kernel's `tcp_info`.
     pub fn is_data(&self, conn: ConnId) -> bool {
         self.data == Some(conn)
     }

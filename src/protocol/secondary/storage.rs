@@ -6,9 +6,9 @@
 //!                        └─────┴──── wait, say so ◀────────────────────────────────────────┘
 //! ```
 //!
-//! Whoever may still write the storage holds its lock: an old primary that stands still, or one
-//! that is cut off. Nothing is lost meanwhile: what was committed is kept here, and nobody was told
-//! of more.
+//! Whoever may still write the storage holds its lock: an old primary that is stalled, or one
+//! that is cut off. Nothing is lost meanwhile: what was committed is kept here, and no more than
+//! that was acknowledged.
 
 use super::{Action, Phase, Secondary};
 use crate::protocol::arbitration::ArbiterRequest;

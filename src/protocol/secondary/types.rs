@@ -195,9 +195,9 @@ pub enum Action {
         /// The epoch.
         id: EpochId,
     },
-    /// Sum these blocks of a disk once every committed epoch is in the image and before the next
+    /// Hash these blocks of a disk once every committed epoch is in the image and before the next
     /// one is, then say `BlocksHashed`.
-    Sum {
+    HashBlocks {
         /// Their indexes.
         run: Range<u64>,
     },

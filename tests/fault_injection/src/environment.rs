@@ -130,7 +130,8 @@ impl CommandEnvironment {
             let other = host.other();
             let script = format!(
                 "#!/bin/sh\n\
-                 # The power switch of host {other}: whoever comes first ends the other, and who was ended hears nothing any more.\n\
+                 # The power switch of host {other}: whoever comes first ends the other, and who was ended hears \
+                 nothing any more.\n\
                  cd '{here}' || exit 2\n\
                  [ ! -e away ] || exit 2\n\
                  [ \"$MCD_QUESTION\" != start ] || exit 0\n\
@@ -139,7 +140,8 @@ impl CommandEnvironment {
                  pid=$(cat pid-{other}) || exit 2\n\
                  : >off-{other} || exit 2\n\
                  kill -KILL \"$pid\" 2>/dev/null\n\
-                 while [ -e \"/proc/$pid\" ] && ! grep -q '^State:.[ZX]' \"/proc/$pid/status\" 2>/dev/null; do sleep 0.001; done\n\
+                 while [ -e \"/proc/$pid\" ] && ! grep -q '^State:.[ZX]' \"/proc/$pid/status\" 2>/dev/null; \
+                 do sleep 0.001; done\n\
                  exit 0\n"
             );
             fs::write(&path, script)?;

@@ -1,5 +1,5 @@
-//! The fault matrix: every fault, and what must come of it. `docs/operating/failover.md` shows it, the trials assert
-//! it.
+//! The fault matrix: every fault, and what must come of it. `docs/operating/failover.md` shows it,
+//! the trials assert it.
 
 use std::fmt::Write;
 
@@ -164,7 +164,8 @@ const NOTHING: &str = "nothing";
 const GONE: &str = "their connections end; the guest starts anew";
 const BY_ITSELF: &str = "by itself: the loser joins again as a newcomer";
 const RESTART: &str = "an operator starts a secondary on the dead host";
-const EITHER: &str = "a loser that was primary fences itself and is started again as a secondary; one that was secondary joins again by itself";
+const EITHER: &str = "a loser that was primary fences itself and is started again as a secondary; one that was \
+    secondary joins again by itself";
 
 const fn row(name: &'static str, fault: Fault, what: &'static str, runs: Runs, silence: Silence) -> Row {
     let clients = match runs {
@@ -197,8 +198,12 @@ impl Row {
 
 /// Every fault.
 pub const ROWS: &[Row] = &[
-    row("kill-primary", Fault::KillPrimary, "SIGKILL to the primary", Runs::Secondary, Silence::Ms(100)).weight(24).short(),
-    row("kill-secondary", Fault::KillSecondary, "SIGKILL to the secondary", Runs::Primary, Silence::Ms(100)).weight(8).short(),
+    row("kill-primary", Fault::KillPrimary, "SIGKILL to the primary", Runs::Secondary, Silence::Ms(100))
+        .weight(24)
+        .short(),
+    row("kill-secondary", Fault::KillSecondary, "SIGKILL to the secondary", Runs::Primary, Silence::Ms(100))
+        .weight(8)
+        .short(),
     row(
         "freeze-primary-short",
         Fault::FreezePrimary(30),
@@ -222,7 +227,10 @@ pub const ROWS: &[Row] = &[
         Runs::Secondary,
         Silence::AfterTimeout(100),
     )
-    .then("the old primary finds itself fenced when it wakes and releases nothing; an operator starts it again as a secondary")
+    .then(
+        "the old primary finds itself fenced when it wakes and releases nothing; \
+        an operator starts it again as a secondary",
+    )
     .weight(6)
     .short(),
     row(
@@ -317,8 +325,10 @@ pub const ROWS: &[Row] = &[
         Silence::AfterTimeout(100),
     ),
     row("link-down", Fault::LinkDown, "the link between the hosts is down", Runs::Either, Silence::AfterTimeout(100)),
-    row("slow-link", Fault::SlowLink, "the link between the hosts carries 1 MB/s", Runs::Pair, Silence::Unbounded).weight(2),
-    row("arbiter-cut", Fault::ArbiterUnreachable, "the arbiter is out of reach", Runs::Pair, Silence::Ms(100)).weight(2),
+    row("slow-link", Fault::SlowLink, "the link between the hosts carries 1 MB/s", Runs::Pair, Silence::Unbounded)
+        .weight(2),
+    row("arbiter-cut", Fault::ArbiterUnreachable, "the arbiter is out of reach", Runs::Pair, Silence::Ms(100))
+        .weight(2),
     row("arbiter-restart", Fault::ArbiterRestart, "the arbiter restarts", Runs::Pair, Silence::Ms(100)).weight(2),
     row(
         "arbiter-cut-kill-primary",
@@ -385,7 +395,8 @@ pub fn find(name: &str) -> Option<&'static Row> {
 /// The table as `docs/operating/failover.md` has it.
 pub fn table() -> String {
     let mut text = String::from(
-        "| fault | name | who runs the guest | clients see | silence at most (p99) | protection comes back |\n|---|---|---|---|---|---|\n",
+        "| fault | name | who runs the guest | clients see | silence at most (p99) | protection comes back |\n\
+            |---|---|---|---|---|---|\n",
     );
     for row in ROWS {
         let Row { name, what, runs, clients, silence, then, .. } = row;
@@ -405,7 +416,8 @@ mod tests {
         let document = std::fs::read_to_string(path).unwrap();
         assert!(
             document.contains(&table()),
-            "docs/operating/failover.md does not show the table of tests/fault_injection/src/fault_matrix.rs; `mcd-harness --table` prints it"
+            "docs/operating/failover.md does not show the table of tests/fault_injection/src/fault_matrix.rs; \
+                `mcd-harness --table` prints it"
         );
     }
 

@@ -26,7 +26,8 @@ pub fn page(report: &Report) -> String {
     // Writing to a string cannot fail: so here and below.
     let _ = write!(
         out,
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>mcd soak</title><style>{STYLE}</style><h1>mcd soak</h1>"
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>mcd soak</title>\
+            <style>{STYLE}</style><h1>mcd soak</h1>"
     );
     head(&mut out, report);
     table(&mut out, report);
@@ -36,7 +37,8 @@ pub fn page(report: &Report) -> String {
     }
     let _ = write!(
         out,
-        "</p><p><small>Each dot is one trial: the time from the fault to the first packet of the new_primary. The bar is the median of each stage, counted from the last sign of life.</small></p>"
+        "</p><p><small>Each dot is one trial: the time from the fault to the first packet of the new primary. The bar \
+            is the median of each stage, counted from the last sign of life.</small></p>"
     );
     for fault in report.faults.iter().filter(|fault| fault.takeover_ms.count > 0) {
         diagram(&mut out, fault, &report.trials);
@@ -81,7 +83,8 @@ Traffic checker: {} frames checked, {} payload bytes compared with what was sent
 
 fn table(out: &mut String, report: &Report) {
     out.push_str(
-        "<h2>Faults</h2><table><tr><th>fault<th>trials<th class=l>ran the guest<th>takeover p50 / p99 ms<th>silence p50 / p99 ms<th>limit ms<th>client gap p50 / p99 ms<th>violations",
+        "<h2>Faults</h2><table><tr><th>fault<th>trials<th class=l>ran the guest<th>takeover p50 / p99 ms<th>silence \
+            p50 / p99 ms<th>limit ms<th>client gap p50 / p99 ms<th>violations",
     );
     for fault in &report.faults {
         let runs: Vec<String> = fault.runs.iter().map(|(who, count)| format!("{} × {count}", escape(who))).collect();
@@ -115,7 +118,8 @@ fn diagram(out: &mut String, fault: &FaultReport, trials: &[Trial]) {
     let x = |ms: f64| ms / most * WIDTH;
     let _ = write!(
         out,
-        "<h3>{} <small>{} × , p50 {:.1}, p99 {:.1}, max {:.1} ms</small></h3><svg width=\"{}\" height=\"64\" role=\"img\" font-size=\"10\">",
+        "<h3>{} <small>{} × , p50 {:.1}, p99 {:.1}, max {:.1} ms</small></h3><svg width=\"{}\" height=\"64\" \
+            role=\"img\" font-size=\"10\">",
         fault.name,
         times.len(),
         fault.takeover_ms.p50,
@@ -128,7 +132,8 @@ fn diagram(out: &mut String, fault: &FaultReport, trials: &[Trial]) {
         let (left, width) = (x(from), x(*ms).max(0.5));
         let _ = write!(
             out,
-            "<rect x=\"{left:.1}\" y=\"28\" width=\"{width:.1}\" height=\"12\" fill=\"{colour}\"><title>{name} {ms:.1} ms</title></rect>"
+            "<rect x=\"{left:.1}\" y=\"28\" width=\"{width:.1}\" height=\"12\" fill=\"{colour}\">\
+                <title>{name} {ms:.1} ms</title></rect>"
         );
         from += ms;
     }
@@ -137,7 +142,8 @@ fn diagram(out: &mut String, fault: &FaultReport, trials: &[Trial]) {
         let y = 5 + (number * 7) % 19;
         let _ = write!(
             out,
-            "<circle cx=\"{:.1}\" cy=\"{y}\" r=\"2.5\" fill=\"#333\" fill-opacity=\"0.55\"><title>{ms:.1} ms</title></circle>",
+            "<circle cx=\"{:.1}\" cy=\"{y}\" r=\"2.5\" fill=\"#333\" fill-opacity=\"0.55\">\
+                <title>{ms:.1} ms</title></circle>",
             x(*ms)
         );
     }

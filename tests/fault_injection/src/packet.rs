@@ -1,5 +1,5 @@
-//! The little of Ethernet, IPv4 and TCP that a traffic checker must read. Nothing here believes a length
-//! that it has not checked.
+//! The little of Ethernet, IPv4 and TCP that a traffic checker must read. Nothing here believes a
+//! length that it has not checked.
 
 use std::net::Ipv4Addr;
 

@@ -89,8 +89,8 @@ pub fn restore(net: &Namespace, rules: &str) -> io::Result<()> {
     feed(net, "iptables-restore", &["--noflush"], rules).map(drop)
 }
 
-/// Ends [`Partitions::slow_down`]. A queue that is taken away takes along what waits in it, which would
-/// be another fault: the loss of a whole flight, for which TCP waits longer than a heartbeat
+/// Ends [`Partitions::slow_down`]. A queue that is taken away takes along what waits in it, which
+/// would be another fault: the loss of a whole flight, for which TCP waits longer than a heartbeat
 /// time-out. So it is emptied first.
 fn speed_up(namespaces: &Namespaces, host: HostName) -> io::Result<()> {
     const LOOKS_MAX: u32 = 2_000;

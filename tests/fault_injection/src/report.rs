@@ -209,11 +209,13 @@ impl fmt::Display for Report {
         let Counts { requests, acknowledged_writes, lost_writes, wrong_replies, resets, silent, .. } = self.client;
         writeln!(
             f,
-            "clients: {requests} requests, {acknowledged_writes} writes acknowledged; {lost_writes} lost, {wrong_replies} wrong replies, {resets} resets, {silent} silent"
+            "clients: {requests} requests, {acknowledged_writes} writes acknowledged; {lost_writes} lost, \
+                {wrong_replies} wrong replies, {resets} resets, {silent} silent"
         )?;
         writeln!(
             f,
-            "traffic checker: {} frames, {} bytes compared with what was sent before; {} late frames; {} unplanned takeovers",
+            "traffic checker: {} frames, {} bytes compared with what was sent before; {} late frames; \
+                {} unplanned takeovers",
             self.frames,
             self.bytes_compared,
             self.faults.iter().map(|fault| fault.late_frames).sum::<u64>(),

@@ -2,8 +2,8 @@
 //! nothing of mcd.
 //!
 //! - **I3, one releaser.** Every frame is known by the port it came through. The stream of frames
-//!   is cut into *releaser intervals*, in which all come from one host. A takeover is one change; any
-//!   other change is two releasers at one time.
+//!   is cut into *releaser intervals*, in which all come from one host. A takeover is one change;
+//!   any other change is two releasers at one time.
 //! - **I1, output commit.** What the guest said and acknowledged may never be taken back. The
 //!   payload at one TCP sequence number is the same in every transmission, whoever sends it, and an
 //!   acknowledgement never goes back. A guest that went on from an older state than one that was

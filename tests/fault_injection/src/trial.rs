@@ -50,7 +50,8 @@ pub struct Trial {
     pub arbiter_away_ms: u64,
     /// Frames of a frozen primary that were checked before it froze and left after it woke.
     pub late_frames: u64,
-    /// Lost writes, wrong replies, resets, silent connections, and whatever the traffic checker found.
+    /// Lost writes, wrong replies, resets, silent connections, and whatever the traffic checker
+    /// found.
     pub violations: u64,
     /// What of the row did not come true, and the violations, in words.
     pub wrongs: Vec<String>,

@@ -233,7 +233,8 @@ impl Lab {
         let node =
             format!("({node}; printf '\\n{NODE_ENDED} %s\\n' $?) </dev/null 2>&1 | cat >/dev/ttyS0 2>/dev/null &");
         // What the guest says is of use to whoever reads the log.
-        let guest = "(for look in $(seq 100); do sleep 0.1; mcd console --guest lab && break; done) </dev/null >/dev/ttyS0 2>/dev/null &";
+        let guest = "(for look in $(seq 100); do sleep 0.1; mcd console --guest lab && break; done) \
+            </dev/null >/dev/ttyS0 2>/dev/null &";
         let command = format!("{node} {guest}");
         let mark = self.marks()[index(name)];
         self.host(name)?.run(&command, COMMAND_LIMIT)?;

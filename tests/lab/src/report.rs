@@ -96,7 +96,8 @@ impl fmt::Display for Figures {
             let jump_ns = last.clocks.cpus.iter().map(|cpu| cpu.monotonic.forward_ns_max).max().unwrap_or(0);
             write!(
                 f,
-                "\n        clocks ({}): {} steps back in {} reads on {} vCPUs; largest jump {} ms; wall clock {:.0} to {:.0} ms off",
+                "\n        clocks ({}): {} steps back in {} reads on {} vCPUs; largest jump {} ms; \
+                    wall clock {:.0} to {:.0} ms off",
                 last.clocks.clocksource,
                 sum(back),
                 sum(|cpu| cpu.reads),
@@ -110,8 +111,8 @@ impl fmt::Display for Figures {
             let DiskSpeed { write_mib_s, read_mib_s, sync_write, random_read } = speed;
             write!(
                 f,
-                "\n        disk, {}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 {:.1} ms, p99 {:.1} ms; \
-                 4 KiB read p50 {:.1} ms, p99 {:.1} ms",
+                "\n        disk, {}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 \
+                 {:.1} ms, p99 {:.1} ms; 4 KiB read p50 {:.1} ms, p99 {:.1} ms",
                 if *protected { "protected" } else { "solo" },
                 sync_write.p50_us as f64 / 1e3,
                 sync_write.p99_us as f64 / 1e3,
@@ -122,7 +123,8 @@ impl fmt::Display for Figures {
         for NodeFigures { when, pause_us, commit_us, hold_us, dirty_pages, committed } in &self.nodes {
             write!(
                 f,
-                "\n        {when}: {committed} epochs of {} pages, pause {:.1} ms, commit {:.1} ms, hold {:.1} ms (p50)",
+                "\n        {when}: {committed} epochs of {} pages, pause {:.1} ms, commit {:.1} ms, \
+                    hold {:.1} ms (p50)",
                 dirty_pages.p50,
                 pause_us.p50 as f64 / 1e3,
                 commit_us.p50 as f64 / 1e3,
@@ -182,8 +184,8 @@ impl fmt::Display for Outcome {
         if let Some(Clients { replies, acknowledged_writes, lost_writes, wrong_replies, resets, .. }) = &self.clients {
             write!(
                 f,
-                "; {replies} replies, {acknowledged_writes} acknowledged writes, {lost_writes} lost, {wrong_replies} wrong, \
-                 {resets} resets"
+                "; {replies} replies, {acknowledged_writes} acknowledged writes, {lost_writes} lost, {wrong_replies} \
+                 wrong, {resets} resets"
             )?;
         }
         if let Some(wrong) = self.wrong.as_ref().and_then(|wrong| wrong.lines().next()) {

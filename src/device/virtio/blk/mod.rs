@@ -7,11 +7,11 @@
 //!
 //! **Paused.** The device is quiet ([`BlkDevice::is_quiet`]) when its thread is neither in guest
 //! memory nor inside a call that changes the disk, and will not be until `unquiesce`. So a write
-//! belongs wholly to the epoch before the pause or to the one after it, and it is in the backend
-//! before the guest can see its completion. How long a write may keep a pause waiting is the
-//! machine's decision, which asks its disks before it stops a vCPU. Reads and flushes may be slow:
-//! they run without the lock, also through a pause, and what they bring appears in guest memory
-//! after it.
+//! belongs completely to the epoch before the pause or to the one after it, and it is in the
+//! backend before the guest can see its completion. How long a write may keep a pause waiting is
+//! the machine's decision, which asks its disks before it stops a vCPU. Reads and flushes may be
+//! slow: they run without the lock, also through a pause, and what they bring appears in guest
+//! memory after it.
 //!
 //! ```text
 //! IN     backend.read  → [ copy to the guest ]                  … next piece … → [ status, used ring, interrupt ]
@@ -450,7 +450,12 @@ impl<M: GuestMemory> Shared<M> {
             }
             Err(error) => {
                 if !self.failing.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(disk = self.number, what, %error, "disk error: the guest got an I/O error; check its image");
+                    tracing::warn!(
+                        disk = self.number,
+                        what,
+                        %error,
+                        "disk error: the guest got an I/O error; check its image"
+                    );
                 }
                 Status::IoError
             }

@@ -46,7 +46,8 @@ impl BlkState {
         let saved = DiskShape { bytes, read_only, shared: shape.shared, serial };
         if saved != *shape {
             return Err(DeviceStateError::new(format!(
-                "the state is of a disk of {} bytes (this one has {}), or its serial number or its being read-only differs",
+                "the state is of a disk of {} bytes (this one has {}), \
+                    or its serial number or its being read-only differs",
                 saved.bytes, shape.bytes
             )));
         }

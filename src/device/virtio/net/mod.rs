@@ -16,11 +16,11 @@
 //!
 //! **Paused.** The device is quiet ([`NetDevice::is_quiet`]) when its thread is not in guest memory
 //! and will not be until `unquiesce`. A frame that arrives meanwhile wakes the thread once; then it
-//! stops looking, so a pause stays quiet. A pause waits for at most one frame: once it is asked for,
-//! the thread takes no other, and a vCPU that transmits leaves the rest of its queue to the thread,
-//! which goes on after the pause. (Both also when the machine is another one by then: a restored
-//! device looks at its queues.) So each frame belongs wholly to the epoch before the pause or to
-//! the one after it.
+//! stops looking, so a pause stays quiet. A pause waits for at most one frame: once it is asked
+//! for, the thread takes no other, and a vCPU that transmits leaves the rest of its queue to the
+//! thread, which goes on after the pause. (Both also when the machine is another one by then: a
+//! restored device looks at its queues.) So each frame belongs completely to the epoch before the
+//! pause or to the one after it.
 //!
 //! **A guest that breaks the rules** gets DEVICE_NEEDS_RESET and a dead device until it resets it;
 //! the machine is told.

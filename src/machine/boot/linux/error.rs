@@ -80,7 +80,8 @@ pub enum LinuxError {
     },
     /// The initrd does not fit.
     #[error(
-        "--initrd has {bytes} bytes and there is room for {room} behind the kernel: give more --memory or a smaller initrd"
+        "--initrd has {bytes} bytes and there is room for {room} behind the kernel: \
+            give more --memory or a smaller initrd"
     )]
     InitrdTooLarge {
         /// Its size.
@@ -107,7 +108,8 @@ pub enum LinuxError {
     AppendText,
     /// More than the ACPI tables have room for.
     #[error(
-        "the ACPI tables of {cpus} vCPUs and {devices} devices take {bytes} bytes, more than their {room}: fewer devices are needed"
+        "the ACPI tables of {cpus} vCPUs and {devices} devices take {bytes} bytes, more than their {room}: \
+            fewer devices are needed"
     )]
     Tables {
         /// The machine's vCPUs.

@@ -143,12 +143,12 @@ impl Rig {
                 self.froze_ms.push(self.now_ms);
                 Vec::new()
             }
-            Action::Sum { ticket, run, as_of } => {
+            Action::HashBlocks { ticket, run, as_of } => {
                 assert!(as_of.is_none() || self.preserved.as_ref() == Some(&run), "{run:?} is not frozen");
                 self.hashed.push((run.clone(), as_of));
                 vec![Input::OwnHashes { ticket, hashes: Ok(hashes(run, &BTreeSet::new())) }]
             }
-            Action::Send { message: Message::SumBlocks { first, count }, .. } if self.answers => {
+            Action::Send { message: Message::HashBlocks { first, count }, .. } if self.answers => {
                 let hashes = hashes(first..first + u64::from(count), &self.differ);
                 vec![Input::PeerHashes { conn: DATA, first, hashes }]
             }
@@ -177,7 +177,10 @@ impl Rig {
         self.take(Input::Command { ticket: 1, command: Command::VerifyDisks(choice) });
         match self.answer.take() {
             Some(Err(CommandRefused::Verify(refused))) => Err(refused),
-            answer => Ok(answer.expect("an answer").expect("no other refusal")),
+            answer => {
+                answer.expect("an answer").expect("no other refusal");
+                Ok(())
+            }
         }
     }
 

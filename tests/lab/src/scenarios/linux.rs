@@ -49,7 +49,8 @@ impl Play {
         let what = if protected { "protected" } else { "solo" };
         self.note(
             format!(
-                "its disk, {what}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; 4 KiB sync write p50 {} us, read p50 {} us",
+                "its disk, {what}: write {write_mib_s:.1} MiB/s, read {read_mib_s:.1} MiB/s; \
+                    4 KiB sync write p50 {} us, read p50 {} us",
                 sync_write.p50_us, random_read.p50_us
             ),
             since,
@@ -111,7 +112,8 @@ impl Play {
         let since = Instant::now();
         expect_no_complaint(lab, before)?;
         let marks = lab.let_nodes_end();
-        let end = "kill $(pidof redis-server); until umount /data; do sleep 0.1; done 2>/dev/null; (sleep 2; poweroff -f) >/dev/null 2>&1 </dev/null &";
+        let end = "kill $(pidof redis-server); until umount /data; do sleep 0.1; done 2>/dev/null; \
+            (sleep 2; poweroff -f) >/dev/null 2>&1 </dev/null &";
         lab.guest_run(end, REST_LIMIT)?;
         let mut hashes = Vec::new();
         for name in [lab.runner, lab.runner.other()] {
