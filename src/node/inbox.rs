@@ -207,7 +207,7 @@ impl InboxSender {
     }
 
     /// The peer's newest heartbeat on a connection. It comes before any timer, so that nobody is
-    /// judged by what was not read yet; an older one that was not taken is forgotten.
+    /// suspected for what was not read yet; an older one that was not taken is forgotten.
     pub(super) fn heartbeat(&self, conn: ConnId, message: Message) {
         self.shared.latches.heartbeat(conn, message);
         self.shared.wake.unpark();

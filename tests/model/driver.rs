@@ -10,7 +10,7 @@ use mcd::protocol::types::{EpochId, Instant};
 
 use crate::guest::{Guest, Output};
 use crate::net::{Conn, Item};
-use crate::truth::{Broken, FENCED, Holding, I6, STALLED};
+use crate::oracle::{Broken, FENCED, Holding, I6, STALLED};
 use crate::world::{Call, Role, Staged, TIMEOUT_UNITS, UNIT, World, primary_config};
 
 /// What happens to a node, whatever its role.
@@ -257,7 +257,7 @@ impl World {
     fn exit(&mut self, n: usize) {
         let node = &self.nodes[n];
         let protected = node.primary().is_some_and(|machine| machine.phase() == primary::Phase::Protected);
-        let record = self.truth.record;
+        let record = self.oracle.record;
         if node.has_guest() && !protected && record.owner == node.me && record.state != RecordState::Stopped {
             let how = format!("{:?} ends, and leaves a guest that is not over: {record:?}", node.me);
             self.check(Err(Broken { property: I6, how }));
@@ -279,14 +279,14 @@ impl World {
             let why = "no memory".into();
             return self.feed(n, Event::Primary(primary::Input::CaptureFailed { id, why }));
         }
-        let (counter, truth) = (guest.counter, guest.pages);
+        let (counter, oracle) = (guest.counter, guest.pages);
         let mut set = mcd::protocol::pages::PageSet::empty(guest.pages.len() as u64);
         dirty.iter().for_each(|(page, _)| set.insert(*page));
         if let Role::Primary(machine) = &mut node.role {
             machine.note_dirty_pages(&set);
         }
         if let Some(conn) = node.sender {
-            self.send(n, conn, Item::Epoch { id, completes, dirty, counter, truth });
+            self.send(n, conn, Item::Epoch { id, completes, dirty, counter, oracle });
         }
         self.feed(n, Event::Primary(primary::Input::Captured { id }));
     }
@@ -313,12 +313,12 @@ impl World {
         let node = &self.nodes[n];
         let Some(generation) = node.primary().map(Primary::generation) else { return };
         let (me, unproven) = (node.me, node.unproven || node.now.since(node.looked) >= UNIT * TIMEOUT_UNITS);
-        if unproven && !packets.is_empty() && self.truth.record.owner != me {
+        if unproven && !packets.is_empty() && self.oracle.record.owner != me {
             let how = format!("{me:?} stood still, and releases packets {packets:?} of a guest that runs elsewhere");
             self.check(Err(Broken { property: STALLED, how }));
         }
         for packet in packets {
-            let check = self.truth().released(n, me, generation, *packet);
+            let check = self.oracle().released(n, me, generation, *packet);
             self.check(check);
         }
     }
@@ -397,8 +397,8 @@ impl World {
                 self.apply(n, &pages);
                 return None;
             }
-            Item::Epoch { id, completes, dirty, counter, truth } => {
-                self.node(n).staged = Some(Staged { id, completes, dirty, counter, truth });
+            Item::Epoch { id, completes, dirty, counter, oracle } => {
+                self.node(n).staged = Some(Staged { id, completes, dirty, counter, oracle });
                 Event::Staged(local, id, completes)
             }
         };
@@ -414,7 +414,7 @@ impl World {
     }
 
     fn commit(&mut self, n: usize, id: EpochId) {
-        let Some(Staged { id: staged, completes: whole, dirty, counter, truth }) = self.node(n).staged.take() else {
+        let Some(Staged { id: staged, completes: whole, dirty, counter, oracle }) = self.node(n).staged.take() else {
             return;
         };
         debug_assert_eq!(staged, id);
@@ -422,7 +422,7 @@ impl World {
         let node = self.node(n);
         node.image_counter = counter;
         let who = node.me;
-        self.truth().committed(n, Holding { who, epoch: id, counter, truth, whole });
+        self.oracle().committed(n, Holding { who, epoch: id, counter, oracle, whole });
     }
 
     fn promote(&mut self, n: usize, record: Record, epoch: EpochId) {
@@ -432,7 +432,7 @@ impl World {
         node.guest = Some(Guest::new(image, counter, record.generation.0 as u8));
         node.output = Output::default();
         (node.image, node.image_counter, node.staged) = (crate::guest::HOLES, 0, None);
-        let check = self.truth().activated(n, me, (record, epoch), (image, counter));
+        let check = self.oracle().activated(n, me, (record, epoch), (image, counter));
         self.check(check);
     }
 

@@ -3,14 +3,14 @@
 //! with them. See "Exhaustive check" in `docs/internals/testing.md`.
 
 mod bounds;
-mod calm;
 mod driver;
 mod guest;
-mod moves;
+mod liveness;
 #[cfg(feature = "mutants")]
 mod mutants;
 mod net;
-mod truth;
+mod oracle;
+mod transitions;
 mod world;
 
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use mcd::protocol::primary;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use crate::bounds::Bounds;
-use crate::moves::Move;
+use crate::transitions::Transition;
 use crate::world::World;
 
 /// A world to begin with, and all that may follow.
@@ -45,17 +45,17 @@ impl Space {
 
 impl Model for Space {
     type State = World;
-    type Action = Move;
+    type Action = Transition;
 
     fn init_states(&self) -> Vec<World> {
         vec![self.begin.clone()]
     }
 
-    fn actions(&self, world: &World, moves: &mut Vec<Move>) {
-        world.moves(moves);
+    fn actions(&self, world: &World, transitions: &mut Vec<Transition>) {
+        world.transitions(transitions);
     }
 
-    fn next_state(&self, world: &World, step: Move) -> Option<World> {
+    fn next_state(&self, world: &World, step: Transition) -> Option<World> {
         self.choose_mutant();
         world.after(step)
     }
@@ -63,7 +63,7 @@ impl Model for Space {
     fn properties(&self) -> Vec<Property<Space>> {
         vec![
             Property::always("invariants", |_, world: &World| world.broken.is_none()),
-            Property::always(truth::I6, |space: &Space, world: &World| {
+            Property::always(oracle::I6, |space: &Space, world: &World| {
                 space.choose_mutant();
                 world.comes_to_rest()
             }),
@@ -89,7 +89,7 @@ fn describe(world: &World) -> String {
             format!("{:?} {:?} {}", machine.me(), machine.phase(), machine.generation())
         }
     };
-    let record = world.truth.record;
+    let record = world.oracle.record;
     format!("{:<24} {:<24} {} {:?} {:?}", node(0), node(1), record.generation, record.state, record.owner)
 }
 

@@ -14,14 +14,14 @@ pub enum Item {
     Message(Message),
     /// Pages pushed behind the epochs.
     Background(Vec<Page>),
-    /// An epoch's frames. `truth` is what memory held at the capture, dirty or not: only the
+    /// An epoch's frames. `oracle` is what memory held at the capture, dirty or not: only the
     /// properties look at it.
     Epoch {
         id: EpochId,
         completes: bool,
         dirty: Vec<Page>,
         counter: u8,
-        truth: Pages,
+        oracle: Pages,
     },
     /// The other side is gone.
     Fin,

@@ -20,7 +20,7 @@ use mcd::protocol::types::{EpochId, GuestName, InstanceId, Instant};
 use crate::bounds::Bounds;
 use crate::guest::{Guest, HOLES, Output, PAGES, Page, Pages};
 use crate::net::Conn;
-use crate::truth::{Broken, Check, Truth};
+use crate::oracle::{Broken, Check, Oracle};
 
 /// One unit of time: the heartbeat interval.
 pub const UNIT: Duration = Duration::from_millis(10);
@@ -30,7 +30,7 @@ pub const TIMEOUT_UNITS: u32 = 2;
 /// What a process is.
 #[derive(Clone, Debug)]
 pub enum Role {
-    /// It crashed, excused, or is between two lives as a newcomer.
+    /// It crashed, accepted_loss, or is between two lives as a newcomer.
     Absent,
     Secondary(Secondary),
     Primary(Primary),
@@ -52,7 +52,7 @@ pub struct Staged {
     pub completes: bool,
     pub dirty: Vec<Page>,
     pub counter: u8,
-    pub truth: Pages,
+    pub oracle: Pages,
 }
 
 /// A node: the real state machine, and what its driver has.
@@ -153,7 +153,7 @@ impl Hash for Node {
 pub struct World {
     pub nodes: [Arc<Node>; 2],
     pub conns: Arc<Vec<Conn>>,
-    pub truth: Arc<Truth>,
+    pub oracle: Arc<Oracle>,
     /// Swaps that their nodes gave up and that may still be carried out.
     pub late: Vec<ArbiterRequest>,
     pub bounds: Bounds,
@@ -161,14 +161,14 @@ pub struct World {
     pub instances: u8,
     /// An operator shut the guest down, or its only holder on record died: nobody could have
     /// helped.
-    pub excused: bool,
+    pub accepted_loss: bool,
     pub broken: Option<Broken>,
 }
 
 impl Hash for World {
     fn hash<H: Hasher>(&self, into: &mut H) {
-        let World { nodes, conns, truth, late, bounds, instances, excused, broken } = self;
-        (nodes, conns, truth, late, bounds, instances, excused, broken).hash(into);
+        let World { nodes, conns, oracle, late, bounds, instances, accepted_loss, broken } = self;
+        (nodes, conns, oracle, late, bounds, instances, accepted_loss, broken).hash(into);
     }
 }
 
@@ -240,11 +240,11 @@ impl World {
         World {
             nodes: [Arc::new(first), Arc::new(second)],
             conns: Arc::new(Vec::new()),
-            truth: Arc::new(Truth::new(record)),
+            oracle: Arc::new(Oracle::new(record)),
             late: Vec::new(),
             bounds,
             instances: 2,
-            excused: false,
+            accepted_loss: false,
             broken: None,
         }
     }
@@ -257,8 +257,8 @@ impl World {
         Arc::make_mut(&mut self.conns)
     }
 
-    pub fn truth(&mut self) -> &mut Truth {
-        Arc::make_mut(&mut self.truth)
+    pub fn oracle(&mut self) -> &mut Oracle {
+        Arc::make_mut(&mut self.oracle)
     }
 
     pub fn check(&mut self, check: Check) {
@@ -274,7 +274,7 @@ impl World {
         let start = Instant::from_us(0);
         let fresh = Node::new(me, Role::Secondary(Secondary::new(secondary_config(), me, 0, start)));
         self.nodes[node] = Arc::new(fresh);
-        self.truth().forget(node);
+        self.oracle().forget(node);
     }
 
     pub fn conn_of(&self, node: usize, local: ConnId) -> Option<(usize, usize)> {

@@ -154,7 +154,7 @@ impl World {
         let Question { ticket, run, as_of } = question;
         let hashes = match as_of {
             // A resync goes on without what cannot be read just then.
-            None if self.calm_since.is_none() && self.rng.chance(20) => Err("the storage is slow".into()),
+            None if self.faults_over_since.is_none() && self.rng.chance(20) => Err("the storage is slow".into()),
             None => Ok(run.map(|block| sum_of(self.read_page(proc, block))).collect()),
             Some(epoch) => {
                 let then =

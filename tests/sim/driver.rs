@@ -41,7 +41,7 @@ impl World {
                     self.procs[proc].pending = Some(act);
                 }
             } else if let Some(input) = self.procs[proc].take_heartbeat() {
-                // Before any timer: nobody is judged by what was not read yet.
+                // Before any timer: nobody is suspected for what was not read yet.
                 self.feed(proc, input);
             } else if let Some(input) = self.look_at_links(proc) {
                 self.feed(proc, input);
@@ -174,7 +174,7 @@ impl World {
         if let Role::Secondary(machine) = &mut self.procs[proc].role {
             let quit = matches!(input, secondary::Input::Command { command: Command::Quit, .. });
             let asks = matches!(machine.phase(), secondary::Phase::Deciding | secondary::Phase::Locking);
-            self.excused |= quit && (quits >= 2 || !asks);
+            self.accepted_loss |= quit && (quits >= 2 || !asks);
             let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
             let began = matches!(machine.phase(), secondary::Phase::Joining);
             machine.handle(now, input);
@@ -182,7 +182,7 @@ impl World {
         }
     }
 
-    /// Epochs that arrive excuse late heartbeats for a while only: when they are lost, a secondary
+    /// Epochs that arrive outweigh late heartbeats for a while only: when they are lost, a secondary
     /// must notice in time.
     fn mind_silence(&mut self, proc: ProcId, heartbeat: bool, epoch: bool) {
         let (now, timeout, heartbeat_us) = (self.now, self.plan.timeout_us, self.plan.heartbeat_us);
@@ -305,7 +305,7 @@ impl World {
             Action::Fence => self.fence(proc),
             Action::Exit(end) => {
                 let protected = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Protected);
-                self.excused |= protected || self.procs[proc].may_exit;
+                self.accepted_loss |= protected || self.procs[proc].may_exit;
                 self.note(proc, || format!("exits: {end:?}"));
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);
@@ -434,7 +434,7 @@ impl World {
     fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
         // Now and then the driver stands still in the middle of a release.
         let stalls = self.plan.kinds.contains(&FaultKind::Stall) && !self.plan.only_naps;
-        let breaks = self.calm_since.is_none() && stalls && self.rng.chance(20);
+        let breaks = self.faults_over_since.is_none() && stalls && self.rng.chance(20);
         let mut left = if breaks { self.rng.below(3) } else { u64::MAX };
         let in_time = self.procs[proc].clock.local(self.now) < before;
         let Some(output) = &self.procs[proc].output else { return };

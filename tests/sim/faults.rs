@@ -12,7 +12,7 @@ use crate::world::{Event, World};
 impl World {
     /// The random schedule: one fault, now and then a burst.
     pub fn fault(&mut self) {
-        if self.calm_since.is_some() || self.plan.kinds.is_empty() {
+        if self.faults_over_since.is_some() || self.plan.kinds.is_empty() {
             return;
         }
         let kind = *self.rng.pick(&self.plan.kinds.clone());
@@ -52,7 +52,7 @@ impl World {
     }
 
     pub fn inject(&mut self, kind: FaultKind, slot: usize) {
-        if self.calm_since.is_some() {
+        if self.faults_over_since.is_some() {
             return;
         }
         self.stats.faults += 1;
@@ -272,7 +272,7 @@ impl World {
         };
         if changed {
             // The arbiter may give the guest to a node that died after it asked.
-            self.excused |= !self.procs[proc].alive;
+            self.accepted_loss |= !self.procs[proc].alive;
             let text = format!("arbiter: {:?}", self.arbiter.record);
             self.trace.across(self.now, &text);
             if let (Some(old), Some(new)) = (before, self.arbiter.record) {

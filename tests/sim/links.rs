@@ -127,16 +127,16 @@ impl World {
 
     fn unacked(&mut self, conn: usize, end: usize, since: u64) {
         self.conns[conn].ends[end].unacked_since = Some(since);
-        // The kernel is patient. Data connections are judged by their drivers before it gives up;
+        // The kernel is patient. Data connections are suspected for their drivers before it gives up;
         // heartbeats may wait behind pages.
         let timeout = self.plan.user_timeout_us.max(self.plan.timeout_us * 12);
         self.at(self.now.max(since + timeout), Event::UserTimeout { conn, end, since });
     }
 
     /// From now on a driver looks whether what it sends over a data connection arrives.
-    fn judge(&mut self, conn: usize, end: usize) {
+    fn detector(&mut self, conn: usize, end: usize) {
         if self.conns[conn].channel == Channel::Data {
-            self.conns[conn].ends[end].judge = Some(StallDetector::new(Duration::from_micros(self.plan.timeout_us)));
+            self.conns[conn].ends[end].detector = Some(StallDetector::new(Duration::from_micros(self.plan.timeout_us)));
         }
     }
 
@@ -205,7 +205,7 @@ impl World {
         let input = match (&self.procs[proc].role, item) {
             (Role::Primary(_), Item::Message(Message::Hello(hello))) if !greeted => {
                 self.conns[conn].ends[to].greeted = true;
-                self.judge(conn, to);
+                self.detector(conn, to);
                 In::Primary(primary::Input::Hello { conn: local, hello })
             }
             (Role::Primary(_), Item::Message(message)) if greeted => {
@@ -216,7 +216,7 @@ impl World {
             }
             (Role::Secondary(_), Item::Message(message)) => {
                 if matches!(message, Message::Welcome(_)) {
-                    self.judge(conn, to);
+                    self.detector(conn, to);
                 }
                 In::Secondary(secondary::Input::Message { conn: local, message })
             }
@@ -253,13 +253,13 @@ impl World {
         let now = self.procs[proc].clock.local(self.now);
         let is_due = |conn: usize| {
             self.end_of(conn, proc)
-                .and_then(|end| self.conns[conn].ends[end].judge.as_ref())
-                .is_some_and(|judge| judge.is_due(now))
+                .and_then(|end| self.conns[conn].ends[end].detector.as_ref())
+                .is_some_and(|detector| detector.is_due(now))
         };
         let (local, conn) = self.procs[proc].conns.iter().copied().find(|(_, conn)| is_due(*conn))?;
         let end = self.end_of(conn, proc)?;
         let tcp_info = self.tcp_info(conn, end);
-        let look = self.conns[conn].ends[end].judge.as_mut()?.look(now, tcp_info);
+        let look = self.conns[conn].ends[end].detector.as_mut()?.look(now, tcp_info);
         if let Some(silence) = look.stuck {
             self.note(proc, || format!("connection {local} is stuck for {} ms", silence.as_millis()));
             // What is written and not sent yet still leaves, if the way opens.

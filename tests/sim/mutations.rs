@@ -42,7 +42,7 @@ const MUTANTS: [(&str, &str); 62] = [
     ("resync-before-the-first-heartbeat", "epochs may overtake the welcome"),
     ("silence-never-suspected", "a secondary waits for ever for a silent primary"),
     ("bytes-extend-nothing", "a heartbeat that is stuck behind pages counts as missing"),
-    ("overtaken-heartbeats-not-missed", "bytes excuse missing heartbeats, however many epochs come without one"),
+    ("overtaken-heartbeats-not-missed", "bytes outweigh missing heartbeats, however many epochs come without one"),
     (
         "newcomer-not-fenced",
         "without a record, a primary goes on alone while a newcomer with a whole image may take over",

@@ -88,7 +88,7 @@ pub struct End {
     /// When the other end's kernel last acknowledged anything.
     pub echoed_at: u64,
     /// Judges whether bytes still arrive, once the driver has it do so.
-    pub judge: Option<StallDetector>,
+    pub detector: Option<StallDetector>,
 }
 
 impl End {
@@ -106,7 +106,7 @@ impl End {
             receiver: None,
             received_at: 0,
             echoed_at: 0,
-            judge: None,
+            detector: None,
         }
     }
 }

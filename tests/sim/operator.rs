@@ -18,7 +18,7 @@ impl World {
         let stopped = self.arbiter.record.is_some_and(|record| record.state == RecordState::Stopped);
         let owner = self.arbiter.record.map(|record| record.owner);
         let owner_lives = self.procs.iter().any(|proc| proc.alive && Some(proc.me) == owner);
-        if (self.lost || (stopped && !owner_lives)) && (self.calm_since.is_some() || self.rng.chance(100)) {
+        if (self.lost || (stopped && !owner_lives)) && (self.faults_over_since.is_some() || self.rng.chance(100)) {
             let slot = self.rng.below(self.slots.len() as u64) as usize;
             self.boot(slot, self.lost);
         }
@@ -30,7 +30,7 @@ impl World {
         }
         self.verify_now_and_then();
         self.check_solo_output();
-        self.calm_since.is_some_and(|since| self.is_well(since))
+        self.faults_over_since.is_some_and(|since| self.is_well(since))
     }
 
     /// Nobody is there whom the output of a guest that runs alone would wait for.
@@ -57,7 +57,7 @@ impl World {
                 }
             }
         }
-        if self.now > since + self.plan.calm_us_max {
+        if self.now > since + self.plan.recovery_us_max {
             let phases: Vec<_> =
                 self.procs.iter().filter(|proc| proc.alive).map(|proc| (proc.slot, proc.phase_now())).collect();
             let record = self.arbiter.record;
@@ -79,9 +79,9 @@ impl World {
             && phase_of(peer) == Some(AnyPhase::Secondary(secondary::Phase::Paired))
     }
 
-    pub fn calm(&mut self) {
+    pub fn end_faults(&mut self) {
         self.trace.across(self.now, "faults are over");
-        self.calm_since = Some(self.now);
+        self.faults_over_since = Some(self.now);
         self.weather.clear();
         self.plan.triggers.clear();
         self.plan.tail_per_mille = 0;
@@ -183,7 +183,7 @@ impl World {
 
     /// I6: somebody has the guest, or it was lost in a way that nobody could have helped.
     pub fn check_holders(&mut self) {
-        let excused = std::mem::take(&mut self.excused);
+        let accepted_loss = std::mem::take(&mut self.accepted_loss);
         let Some(record) = self.arbiter.record else { return };
         if record.state == RecordState::Stopped || self.violation.is_some() {
             return;
@@ -192,7 +192,7 @@ impl World {
             self.lost = false;
         } else if self.lost {
             // Until somebody starts it anew.
-        } else if excused {
+        } else if accepted_loss {
             self.lost = true;
             self.stats.lost_guests += 1;
             self.trace.across(self.now, "the guest is lost: nobody else had it");

@@ -147,7 +147,7 @@ pub struct Plan {
     /// The longest the sender thread takes to get to a job.
     pub sender_us: u64,
     pub triggers: Vec<Trigger>,
-    pub calm_us_max: u64,
+    pub recovery_us_max: u64,
 }
 
 impl Plan {
@@ -230,7 +230,7 @@ impl Plan {
             recordless,
             sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,
-            calm_us_max: 6_000_000,
+            recovery_us_max: 6_000_000,
         }
     }
 

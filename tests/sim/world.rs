@@ -104,7 +104,7 @@ pub enum Event {
     Fault,
     FaultAt(FaultKind, usize),
     Operator,
-    Calm,
+    FaultsEnd,
 }
 
 struct Entry {
@@ -165,11 +165,11 @@ pub struct World {
     pub trace: Trace,
     pub violation: Option<String>,
     pub stats: Stats,
-    pub calm_since: Option<u64>,
+    pub faults_over_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
     pub lost: bool,
-    /// A crash just happened: what is lost by it is excused.
-    pub excused: bool,
+    /// A crash just happened: what is lost by it is accepted_loss.
+    pub accepted_loss: bool,
     instances: u64,
     pub scratch: Vec<u8>,
     pub encoder: Encoder,
@@ -203,9 +203,9 @@ impl World {
             trace: Trace::new(traced),
             violation: None,
             stats: Stats::default(),
-            calm_since: None,
+            faults_over_since: None,
             lost: false,
-            excused: false,
+            accepted_loss: false,
             instances: 0,
             scratch: Vec::new(),
             encoder: Encoder::new(),
@@ -233,7 +233,7 @@ impl World {
         }
         let first = self.rng.range(0, self.plan.fault_gap_us * 2);
         self.after(first, Event::Fault);
-        self.after(self.plan.faults_until_us, Event::Calm);
+        self.after(self.plan.faults_until_us, Event::FaultsEnd);
         self.after(10_000, Event::Operator);
     }
 
@@ -291,7 +291,7 @@ impl World {
 
     /// A true time that passes while something takes about `us`, now and then much longer.
     pub fn takes(&mut self, us: u64) -> u64 {
-        if self.calm_since.is_none() && self.rng.chance(self.plan.slow_per_mille) {
+        if self.faults_over_since.is_none() && self.rng.chance(self.plan.slow_per_mille) {
             self.rng.range(us, us + self.plan.slow_us)
         } else {
             self.rng.range(us / 4, us)
@@ -334,7 +334,7 @@ impl World {
             Event::Fault => self.fault(),
             Event::FaultAt(kind, slot) => self.inject(kind, slot),
             Event::Operator => return self.operator(),
-            Event::Calm => self.calm(),
+            Event::FaultsEnd => self.end_faults(),
         }
         false
     }
@@ -504,7 +504,7 @@ impl World {
         }
         self.stats.faults += 1;
         self.note(proc, || (if host { "HOST CRASHES" } else { "CRASHES" }).into());
-        self.excused = true;
+        self.accepted_loss = true;
         self.procs[proc].sender = None;
         self.drop_disk(proc, !host);
         let conns = std::mem::take(&mut self.procs[proc].conns);

@@ -4,13 +4,13 @@ use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use mcd::protocol::primary::{self, Command};
 
 use crate::driver::Event;
-use crate::truth::Truth;
+use crate::oracle::Oracle;
 use crate::world::{TIMEOUT_UNITS, UNIT, World};
 
 /// One thing that happens. `split`: the actions that follow are not carried out at once, but one by
 /// one, as `Step`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Move {
+pub enum Transition {
     /// The first thing in an inbox arrives.
     Deliver { conn: usize, end: usize, split: bool },
     /// A node's clock reaches its next deadline.
@@ -46,16 +46,18 @@ pub enum Move {
 }
 
 /// Carries out a question.
-fn serve(truth: &mut Truth, request: ArbiterRequest) -> (ArbiterAnswer, crate::truth::Check) {
+fn serve(oracle: &mut Oracle, request: ArbiterRequest) -> (ArbiterAnswer, crate::oracle::Check) {
     match request {
-        ArbiterRequest::Swap { expected, new } if truth.record == expected => (ArbiterAnswer::Won, truth.swapped(new)),
-        _ => (ArbiterAnswer::Record(Some(truth.record)), Ok(())),
+        ArbiterRequest::Swap { expected, new } if oracle.record == expected => {
+            (ArbiterAnswer::Won, oracle.swapped(new))
+        }
+        _ => (ArbiterAnswer::Record(Some(oracle.record)), Ok(())),
     }
 }
 
 impl World {
     /// All that may happen next.
-    pub fn moves(&self, moves: &mut Vec<Move>) {
+    pub fn transitions(&self, transitions: &mut Vec<Transition>) {
         if self.broken.is_some() {
             return;
         }
@@ -64,66 +66,70 @@ impl World {
             for (end, side) in conn.ends.iter().enumerate().filter(|(_, side)| side.open) {
                 if !self.nodes[side.node].stepping {
                     if !side.inbox.is_empty() {
-                        moves.extend(splits.iter().map(|split| Move::Deliver { conn: at, end, split: *split }));
+                        transitions.extend(splits.iter().map(|split| Transition::Deliver {
+                            conn: at,
+                            end,
+                            split: *split,
+                        }));
                     }
                     if self.bounds.may(self.bounds.losses) {
-                        moves.push(Move::Lose { conn: at, end });
+                        transitions.push(Transition::Lose { conn: at, end });
                     }
                 }
             }
         }
-        (0..self.late.len()).for_each(|at| moves.push(Move::Late { at }));
+        (0..self.late.len()).for_each(|at| transitions.push(Transition::Late { at }));
         for node in 0..2 {
-            self.moves_of(node, splits, moves);
+            self.transitions_of(node, splits, transitions);
         }
     }
 
-    fn moves_of(&self, n: usize, splits: &[bool], moves: &mut Vec<Move>) {
+    fn transitions_of(&self, n: usize, splits: &[bool], transitions: &mut Vec<Transition>) {
         let node = &self.nodes[n];
         let bounds = &self.bounds;
         if (node.is_absent() || node.fenced) && bounds.newcomers > 0 && self.listens(1 - n) && bounds.connects > 1 {
-            moves.push(Move::Newcomer { node: n });
+            transitions.push(Transition::Newcomer { node: n });
         }
         if node.is_absent() {
             return;
         }
         if node.stepping {
-            moves.push(Move::Step { node: n });
+            transitions.push(Transition::Step { node: n });
         } else {
             if self.may_time_out(n) {
-                moves.extend(splits.iter().map(|split| Move::Timeout { node: n, split: *split }));
+                transitions.extend(splits.iter().map(|split| Transition::Timeout { node: n, split: *split }));
             }
             if node.calls.front().is_some_and(|call| call.answer.is_some()) {
-                moves.extend(splits.iter().map(|split| Move::Answer { node: n, split: *split }));
+                transitions.extend(splits.iter().map(|split| Transition::Answer { node: n, split: *split }));
             }
             if node.push.is_some() {
-                moves.push(Move::Push { node: n });
+                transitions.push(Transition::Push { node: n });
             }
             if !node.calls.is_empty() && bounds.may(bounds.silences) {
-                moves.push(Move::GiveUp { node: n });
+                transitions.push(Transition::GiveUp { node: n });
             }
         }
         if node.calls.front().is_some_and(|call| call.answer.is_none()) {
-            moves.push(Move::Serve { node: n });
+            transitions.push(Transition::Serve { node: n });
         }
         if node.guest.as_ref().is_some_and(|guest| guest.runs) && bounds.packets > 0 {
-            moves.push(Move::Guest { node: n });
+            transitions.push(Transition::Guest { node: n });
         }
         if bounds.may(bounds.crashes) && !node.fenced {
-            moves.extend([false, true].map(|silent| Move::Crash { node: n, silent }));
+            transitions.extend([false, true].map(|silent| Transition::Crash { node: n, silent }));
         }
         if bounds.may(bounds.stalls) && !node.fenced {
-            moves.push(Move::Stall { node: n });
+            transitions.push(Transition::Stall { node: n });
         }
         if let Some(machine) = node.primary().filter(|_| !node.fenced && !node.stepping) {
             if bounds.checkpoints > 0 && matches!(machine.phase(), primary::Phase::Resync | primary::Phase::Protected) {
-                moves.push(Move::Checkpoint { node: n });
+                transitions.push(Transition::Checkpoint { node: n });
             }
             if bounds.may(bounds.quits) {
-                moves.push(Move::Quit { node: n });
+                transitions.push(Transition::Quit { node: n });
             }
             if bounds.may(bounds.failed_captures) && !node.capture_fails && node.sender.is_some() {
-                moves.push(Move::FailCapture { node: n });
+                transitions.push(Transition::FailCapture { node: n });
             }
         }
     }
@@ -140,57 +146,57 @@ impl World {
     }
 
     /// The world after a move; `None` where it changes nothing.
-    pub fn after(&self, step: Move) -> Option<World> {
+    pub fn after(&self, step: Transition) -> Option<World> {
         let mut world = self.clone();
         match step {
-            Move::Deliver { conn, end, split } => {
+            Transition::Deliver { conn, end, split } => {
                 if let Some((n, event)) = world.arrive(conn, end) {
                     world.act(n, event, split)?;
                 } else if split {
                     return None;
                 }
             }
-            Move::Timeout { node, split } => {
+            Transition::Timeout { node, split } => {
                 let at = self.nodes[node].poll_timeout()?;
                 let clock = &mut world.node(node).now;
                 *clock = (*clock).max(at);
                 world.act(node, Event::Tick, split)?;
             }
-            Move::Step { node } => {
+            Transition::Step { node } => {
                 world.step(node);
                 world.settle_step(node);
             }
-            Move::Stall { node } => world.stall(node),
-            Move::Guest { node } => {
+            Transition::Stall { node } => world.stall(node),
+            Transition::Guest { node } => {
                 world.bounds.packets -= 1;
                 world.guest_step(node);
             }
-            Move::Push { node } => world.push(node),
-            Move::Serve { node } => world.serve_call(node),
-            Move::Answer { node, split } => {
+            Transition::Push { node } => world.push(node),
+            Transition::Serve { node } => world.serve_call(node),
+            Transition::Answer { node, split } => {
                 let event = world.answer(node)?;
                 world.act(node, event, split)?;
             }
-            Move::GiveUp { node } => world.give_up(node),
-            Move::Late { at } => {
+            Transition::GiveUp { node } => world.give_up(node),
+            Transition::Late { at } => {
                 let request = world.late.remove(at);
-                let (_, check) = serve(world.truth(), request);
+                let (_, check) = serve(world.oracle(), request);
                 world.check(check);
             }
-            Move::Crash { node, silent } => {
+            Transition::Crash { node, silent } => {
                 world.fault(|bounds| &mut bounds.crashes);
-                world.excused |= self.is_only_holder(node);
+                world.accepted_loss |= self.is_only_holder(node);
                 if silent {
                     world.fall_silent(node);
                 }
                 world.end(node);
             }
-            Move::Lose { conn, end } => world.lose(conn, end),
-            Move::FailCapture { node } => {
+            Transition::Lose { conn, end } => world.lose(conn, end),
+            Transition::FailCapture { node } => {
                 world.fault(|bounds| &mut bounds.failed_captures);
                 world.node(node).capture_fails = true;
             }
-            Move::Newcomer { node } => {
+            Transition::Newcomer { node } => {
                 world.bounds.newcomers -= 1;
                 if !world.nodes[node].is_absent() {
                     world.end(node);
@@ -198,13 +204,13 @@ impl World {
                 world.newcomer(node);
                 world.happen(node, Event::Tick);
             }
-            Move::Checkpoint { node } => {
+            Transition::Checkpoint { node } => {
                 world.bounds.checkpoints -= 1;
                 world.happen(node, Event::Primary(primary::Input::Command { ticket: 0, command: Command::Checkpoint }));
             }
-            Move::Quit { node } => {
+            Transition::Quit { node } => {
                 world.fault(|bounds| &mut bounds.quits);
-                world.excused = true;
+                world.accepted_loss = true;
                 world.happen(node, Event::Primary(primary::Input::Command { ticket: 0, command: Command::Quit }));
             }
         }
@@ -213,7 +219,7 @@ impl World {
 
     /// True if nobody but `n` could go on with the guest.
     fn is_only_holder(&self, n: usize) -> bool {
-        self.truth.record.owner == self.nodes[n].me && !self.is_new_primary(self.nodes[1 - n].me)
+        self.oracle.record.owner == self.nodes[n].me && !self.is_new_primary(self.nodes[1 - n].me)
     }
 
     fn fault(&mut self, kind: impl Fn(&mut crate::bounds::Bounds) -> &mut u8) {
@@ -255,7 +261,7 @@ impl World {
 
     fn serve_call(&mut self, n: usize) {
         let Some(request) = self.nodes[n].calls.front().map(|call| call.call.request) else { return };
-        let (answer, check) = serve(self.truth(), request);
+        let (answer, check) = serve(self.oracle(), request);
         self.check(check);
         if let Some(call) = self.node(n).calls.front_mut() {
             call.answer = Some(answer);

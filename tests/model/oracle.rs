@@ -14,7 +14,7 @@ pub struct Holding {
     /// Packets below this number were sent before the epoch ended.
     pub counter: u8,
     /// Memory as it was at the capture.
-    pub truth: Pages,
+    pub oracle: Pages,
     /// With this epoch or one before it the image became whole.
     pub whole: bool,
 }
@@ -34,7 +34,7 @@ pub const I3: &str = "I3 one releaser per generation";
 pub const I4: &str = "I4 in order, once";
 pub const I5: &str = "I5 no lost dirty";
 pub const I6: &str = "I6 the guest is not lost";
-pub const RECORD: &str = "the record moves by its rules";
+pub const RECORD: &str = "the record transitions by its rules";
 pub const FENCED: &str = "a fenced node does nothing";
 pub const STALLED: &str = "after a stall nothing leaves unproven";
 pub const ONCE: &str = "one takeover per generation";
@@ -45,7 +45,7 @@ fn broken(property: &'static str, how: String) -> Check {
 
 /// The arbiter's record and all that followed from it.
 #[derive(Clone, Debug, Hash)]
-pub struct Truth {
+pub struct Oracle {
     pub record: Record,
     /// Who owned each generation, from the first on.
     owners: Vec<InstanceId>,
@@ -61,9 +61,9 @@ pub struct Truth {
     released: u8,
 }
 
-impl Truth {
-    pub fn new(record: Record) -> Truth {
-        Truth {
+impl Oracle {
+    pub fn new(record: Record) -> Oracle {
+        Oracle {
             record,
             owners: vec![record.owner],
             releasers: vec![None],
@@ -171,8 +171,8 @@ impl Truth {
         if held.epoch != epoch || !held.whole || counter != held.counter {
             return broken(I2, format!("{who:?} activates {epoch}, what it has is {held:?}"));
         }
-        if image != held.truth {
-            return broken(I5, format!("{who:?} activates {image:?}, memory at the capture was {:?}", held.truth));
+        if image != held.oracle {
+            return broken(I5, format!("{who:?} activates {image:?}, memory at the capture was {:?}", held.oracle));
         }
         if self.owner(record.generation) != Some(who) || record.state != RecordState::Solo {
             return broken(I3, format!("{who:?} takes over under {record:?}, which was never on record"));

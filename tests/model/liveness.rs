@@ -4,7 +4,7 @@
 use mcd::protocol::secondary::Phase;
 use mcd::protocol::types::InstanceId;
 
-use crate::moves::Move;
+use crate::transitions::Transition;
 use crate::world::{Role, World};
 
 /// Rounds after which a world that is not at rest counts as stuck. Each lets every timer fire once.
@@ -13,7 +13,7 @@ const ROUNDS_MAX: usize = 40;
 impl World {
     /// True if somebody has the guest who may run it, or may ask to.
     fn is_alive(&self) -> bool {
-        let record = self.truth.record;
+        let record = self.oracle.record;
         self.nodes.iter().any(|node| match &node.role {
             Role::Primary(_) => node.has_guest() && record.owner == node.me,
             Role::Secondary(machine) => machine.phase() != Phase::Done && self.is_new_primary(node.me),
@@ -23,15 +23,15 @@ impl World {
 
     /// True if `who` has a whole image that it may take over with.
     pub fn is_new_primary(&self, who: InstanceId) -> bool {
-        let record = self.truth.record;
-        record.owner != who && self.truth.holds(who) && self.truth.may_take_over(who, record)
+        let record = self.oracle.record;
+        record.owner != who && self.oracle.holds(who) && self.oracle.may_take_over(who, record)
     }
 
     /// True if exactly one node runs the guest, and what it sent has left.
     fn is_well(&self) -> bool {
         let mut running = self.nodes.iter().filter(|node| node.guest.as_ref().is_some_and(|guest| guest.runs));
         match (running.next(), running.next()) {
-            (Some(node), None) => node.output.is_empty() && self.truth.record.owner == node.me,
+            (Some(node), None) => node.output.is_empty() && self.oracle.record.owner == node.me,
             _ => false,
         }
     }
@@ -39,7 +39,7 @@ impl World {
     /// I6: if somebody has the guest, it runs and is heard, as soon as nothing more goes wrong;
     /// what was given up is lost.
     pub fn comes_to_rest(&self) -> bool {
-        if self.broken.is_some() || self.excused || !self.is_alive() || self.is_well() {
+        if self.broken.is_some() || self.accepted_loss || !self.is_alive() || self.is_well() {
             return true;
         }
         let mut world = self.clone();
@@ -51,16 +51,16 @@ impl World {
                 return true;
             }
             for node in 0..2 {
-                world.advance(Move::Timeout { node, split: false });
+                world.advance(Transition::Timeout { node, split: false });
             }
         }
         false
     }
 
-    fn advance(&mut self, step: Move) {
-        let mut moves = Vec::new();
-        self.moves(&mut moves);
-        if moves.contains(&step)
+    fn advance(&mut self, step: Transition) {
+        let mut transitions = Vec::new();
+        self.transitions(&mut transitions);
+        if transitions.contains(&step)
             && let Some(next) = self.after(step)
         {
             *self = next;
@@ -69,11 +69,12 @@ impl World {
 
     /// Everything arrives that is on its way, and what follows from it, but no time passes.
     pub fn deliver_all(&mut self) {
-        let mut moves = Vec::new();
+        let mut transitions = Vec::new();
         loop {
-            moves.clear();
-            self.moves(&mut moves);
-            let now = moves.iter().find(|step| !matches!(step, Move::Timeout { .. } | Move::Late { .. }));
+            transitions.clear();
+            self.transitions(&mut transitions);
+            let now =
+                transitions.iter().find(|step| !matches!(step, Transition::Timeout { .. } | Transition::Late { .. }));
             let Some(next) = now.and_then(|step| self.after(*step)) else { return };
             *self = next;
         }
@@ -87,7 +88,7 @@ impl World {
                 return self;
             }
             for node in 0..2 {
-                self.advance(Move::Timeout { node, split: false });
+                self.advance(Transition::Timeout { node, split: false });
             }
         }
         panic!("nothing went wrong, and still: {self:#?}");
