@@ -19,10 +19,10 @@
 //! | reports of worker threads | the jobs that the driver gave out | none is lost: past [`REPORTS_MAX`] the node ends |
 //! | events of a connection | [`LINK_EVENTS_MAX`], [`LINK_BYTES_MAX`] | its reader waits, and so does its peer |
 //!
-//! The newest heartbeat of a connection comes before a timer that is due, that before latches, latches before the internal lane, that before the link
-//! lane. None of them starves another: an event comes between two timers, every latch comes at most
-//! once between two queued events, and a link event after at most [`INTERNAL_RUN_MAX`] internal
-//! ones.
+//! The newest heartbeat of a connection comes before a timer that is due, that before latches,
+//! latches before the internal lane, that before the link lane. None of them starves another: an
+//! event comes between two timers, every latch comes at most once between two queued events, and a
+//! link event after at most [`INTERNAL_RUN_MAX`] internal ones.
 
 mod lanes;
 mod latches;

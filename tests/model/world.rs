@@ -134,7 +134,8 @@ impl Hash for Node {
     fn hash<H: Hasher>(&self, into: &mut H) {
         #[rustfmt::skip]
         let Node {
-            me, role, now, looked, stepping, fenced, unproven, calls, made, guest, output, sender, push, capture_fails, image,
+            me, role, now, looked, stepping, fenced, unproven, calls, made, guest, output, sender, push,
+            capture_fails, image,
             image_counter, staged,
         } = self;
         (me, stepping, fenced, unproven, calls, made, sender, push).hash(into);

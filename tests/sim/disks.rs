@@ -223,7 +223,10 @@ impl World {
 
     /// A verify is under way somewhere.
     pub fn is_verifying(&self) -> bool {
-        let running = |role: &Role| matches!(role, Role::Primary(machine) if machine.verify().is_some_and(|verify| verify.is_running()));
+        let running = |role: &Role| match role {
+            Role::Primary(machine) => machine.verify().is_some_and(|verify| verify.is_running()),
+            _ => false,
+        };
         self.procs.iter().any(|proc| proc.alive && running(&proc.role))
     }
 

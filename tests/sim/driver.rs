@@ -182,8 +182,8 @@ impl World {
         }
     }
 
-    /// Epochs that arrive outweigh late heartbeats for a while only: when they are lost, a secondary
-    /// must notice in time.
+    /// Epochs that arrive outweigh late heartbeats for a while only: when they are lost, a
+    /// secondary must notice in time.
     fn mind_silence(&mut self, proc: ProcId, heartbeat: bool, epoch: bool) {
         let (now, timeout, heartbeat_us) = (self.now, self.plan.timeout_us, self.plan.heartbeat_us);
         let node = &mut self.procs[proc];
@@ -206,7 +206,7 @@ impl World {
     }
 
     /// Where nothing ever goes wrong but that the wire carries little, nobody may be suspected.
-    fn mind_suspicion(&mut self, proc: ProcId, event: &mcd::protocol::event::Event) {
+    pub fn mind_suspicion(&mut self, proc: ProcId, event: &mcd::protocol::event::Event) {
         use mcd::protocol::event::Event as Told;
         let loss = match event {
             Told::Suspected { why } | Told::NewcomerLost { why } => Some(why),
@@ -358,8 +358,8 @@ impl World {
         self.after(us, Event::Cut(Capture { proc, id, completes, output, token, begun_at, stalled_us }));
     }
 
-    /// The cut of a capture that was begun before. One that was begun for a newcomer who is given up
-    /// since changes nothing.
+    /// The cut of a capture that was begun before. One that was begun for a newcomer who is given
+    /// up since changes nothing.
     pub fn cut(&mut self, capture: Capture) {
         let Capture { proc, id, token, begun_at, stalled_us, .. } = capture;
         if !self.procs[proc].alive || !self.procs[proc].is_primary() {
@@ -490,60 +490,6 @@ impl World {
         self.note(proc, || "FENCED".into());
         let us = self.rng.range(1_000, 50_000);
         self.after(us, Event::Command(proc, Command::Quit));
-    }
-
-    // ---- the secondary's effects ----
-
-    fn execute_secondary(&mut self, proc: ProcId, action: secondary::Action) {
-        use secondary::Action;
-        match action {
-            Action::Connect { conn, channel } => self.connect(proc, conn, channel),
-            Action::Send { conn, message } => self.send(proc, conn, Item::Message(message)),
-            Action::Close { conn } => self.close(proc, conn),
-            Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(proc, conn, beat, until),
-            Action::Answer { ticket, result } => self.answered(proc, ticket, result),
-            Action::BuildMachine(_) => self.build_image(proc),
-            Action::HashBlocks { run } => self.sum_image(proc, run),
-            Action::SendHashes { conn, first, hashes } => self.send(proc, conn, Item::Hashes { first, hashes }),
-            Action::Commit { id } => self.commit(proc, id),
-            Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),
-            Action::TakeStorage => self.take_storage(proc),
-            Action::WriteKept => self.write_kept(proc),
-            Action::Ask(call) => self.ask_arbiter(proc, call),
-            Action::Promote { record, epoch, began: _, cause } => {
-                self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
-                let node = &mut self.procs[proc];
-                let (counter, _) = node.image_state;
-                let check = self.model.activated(node.me, epoch, (&node.image, &self.storage.blocks), counter);
-                node.role = Role::Restoring(record);
-                node.phase = AnyPhase::None;
-                self.check(check);
-                let us = self.takes(self.plan.restore_us);
-                self.after(us, Event::Restored(proc));
-            }
-            Action::Rejoin { after } => {
-                let node = &mut self.procs[proc];
-                if let Role::Secondary(machine) = &node.role {
-                    node.last_conn = machine.last_conn();
-                }
-                node.role = Role::Waiting;
-                node.forget();
-                for (conn, _) in node.conns.clone() {
-                    self.close(proc, conn);
-                }
-                self.after(after.as_micros() as u64, Event::Rejoin(proc));
-            }
-            Action::Exit(ending) => {
-                self.note(proc, || format!("exits: {ending:?}"));
-                let us = self.rng.range(1_000, 100_000);
-                self.start_later(self.procs[proc].slot, us);
-                self.end(proc);
-            }
-            Action::Tell(event) => {
-                self.mind_suspicion(proc, &event);
-                self.note(proc, || format!("* {event}"));
-            }
-        }
     }
 }
 

@@ -9,7 +9,8 @@ use crate::node::{Heartbeats, In};
 use crate::world::{Event, World};
 
 impl World {
-    /// The protocol feeds the heartbeat thread: it sends this one at once, and again every interval.
+    /// The protocol feeds the heartbeat thread: it sends this one at once, and again every
+    /// interval.
     pub fn feed_heartbeats(&mut self, proc: ProcId, conn: ConnId, beat: Heartbeat, until: Instant) {
         self.tokens += 1;
         let token = self.tokens;
@@ -17,8 +18,8 @@ impl World {
         self.beat(proc, token);
     }
 
-    /// The heartbeat thread's timer: it works while the engine is busy, and not while the process is
-    /// frozen.
+    /// The heartbeat thread's timer: it works while the engine is busy, and not while the process
+    /// is frozen.
     pub fn beat(&mut self, proc: ProcId, token: u64) {
         let node = &self.procs[proc];
         let Some(beats) = node.heartbeats.filter(|beats| node.alive && beats.token == token) else { return };

@@ -127,8 +127,8 @@ impl World {
 
     fn unacked(&mut self, conn: usize, end: usize, since: u64) {
         self.conns[conn].ends[end].unacked_since = Some(since);
-        // The kernel is patient. Data connections are suspected for their drivers before it gives up;
-        // heartbeats may wait behind pages.
+        // The kernel is patient. Data connections are suspected for their drivers before it gives
+        // up; heartbeats may wait behind pages.
         let timeout = self.plan.user_timeout_us.max(self.plan.timeout_us * 12);
         self.at(self.now.max(since + timeout), Event::UserTimeout { conn, end, since });
     }

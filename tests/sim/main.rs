@@ -20,7 +20,9 @@ mod net;
 mod node;
 mod operator;
 mod plan;
+mod processes;
 mod rng;
+mod secondary;
 mod storage;
 mod stream;
 mod trace;
@@ -105,9 +107,11 @@ impl Sum {
             self.stats;
         let Stats { blocks_compared, blocks_same, verifies, .. } = self.stats;
         println!(
-            "{} seeds in {seconds:.1} s ({:.0} per minute); {:.0} simulated seconds per second; {events} events, {epochs} epochs, \
-             {packets} packets, {faults} faults, {takeovers} takeovers, {lost_guests} guests lost to double faults, \
-             {late_releases} packets released late; {blocks_compared} blocks of newcomers' disks compared, {blocks_same} of them there \
+            "{} seeds in {seconds:.1} s ({:.0} per minute); {:.0} simulated seconds per second; {events} events, \
+             {epochs} epochs, {packets} packets, {faults} faults, \
+             {takeovers} takeovers, {lost_guests} guests lost to double faults, \
+             {late_releases} packets released late; {blocks_compared} blocks of newcomers' disks compared, \
+             {blocks_same} of them there \
              already; {verifies} verifies",
             self.seeds,
             self.seeds as f64 * 60.0 / seconds,

@@ -87,7 +87,7 @@ pub struct End {
     pub received_at: u64,
     /// When the other end's kernel last acknowledged anything.
     pub echoed_at: u64,
-    /// Judges whether bytes still arrive, once the driver has it do so.
+    /// Detects that bytes do not arrive any more, once the driver has it do so.
     pub detector: Option<StallDetector>,
 }
 

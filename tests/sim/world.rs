@@ -5,19 +5,14 @@ use std::collections::BinaryHeap;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
-use mcd::protocol::claim::claim;
-use mcd::protocol::mutant;
-use mcd::protocol::primary::{Command, Primary};
-use mcd::protocol::record::Record;
-use mcd::protocol::secondary::Secondary;
+use mcd::protocol::primary::Command;
 use mcd::protocol::types::{ConnId, InstanceId};
 
 use crate::arbiter::Arbiter;
 use crate::disks::{HostDisks, Question};
-use crate::guest::{Guest, Output};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
-use crate::node::{Capture, Clock, Proc, Role};
+use crate::node::{Capture, Proc};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
 use crate::storage::Storage;
@@ -170,7 +165,7 @@ pub struct World {
     pub lost: bool,
     /// A crash just happened: what is lost by it is accepted_loss.
     pub accepted_loss: bool,
-    instances: u64,
+    pub instances: u64,
     pub scratch: Vec<u8>,
     pub encoder: Encoder,
     pub versions: u64,
@@ -337,193 +332,5 @@ impl World {
             Event::FaultsEnd => self.end_faults(),
         }
         false
-    }
-
-    // ---- processes ----
-
-    fn instance(&mut self, slot: usize) -> InstanceId {
-        if mutant::is("old-id-kept")
-            && let Some(old) = self.procs.iter().rev().find(|proc| proc.slot == slot)
-        {
-            return old.me;
-        }
-        self.instances += 1;
-        InstanceId(((0xa + slot as u128) << 12 | u128::from(self.instances)) << 96)
-    }
-
-    fn new_proc(&mut self, slot: usize, role: impl FnOnce(&Plan, InstanceId, Clock) -> Role) -> ProcId {
-        let me = self.instance(slot);
-        let span = self.plan.clock_ppm;
-        let clock = Clock { origin_us: self.rng.below(1 << 40), rate: 1_000_000 - span + self.rng.below(2 * span + 1) };
-        let role = role(&self.plan, me, clock);
-        let proc = self.procs.len();
-        self.procs.push(Proc::new(slot, me, clock, role));
-        let check = self.model.lives(me);
-        self.check(check);
-        self.slots[slot] = Some(proc);
-        self.host_is_back(slot);
-        proc
-    }
-
-    /// Starts the guest on `slot`, as the first node or after everything ended.
-    pub fn boot(&mut self, slot: usize, cold: bool) {
-        self.model.owner_since_us = self.now;
-        for other in 0..self.slots.len() {
-            // Who starts a guest cold, where nothing keeps a record, has looked himself that no
-            // node of it runs.
-            if let Some(old) = self.slots[other].filter(|_| other == slot || self.plan.recordless) {
-                self.end(old);
-            }
-        }
-        self.model.life += 1;
-        let (now, life) = (self.now, self.model.life);
-        let stands = self.arbiter.record;
-        let mut record = None;
-        let proc = self.new_proc(slot, |plan, me, clock| {
-            let claimed = claim(stands, me, cold).unwrap_or_else(|_| Record::first(me));
-            record = Some(claimed);
-            Role::Primary(Box::new(Primary::new(plan.primary(slot), me, claimed, clock.local(now))))
-        });
-        if let Some(record) = record {
-            self.arbiter.set(record);
-            self.procs[proc].local_record.note(record);
-        }
-        self.lost = false;
-        self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
-        self.open_own_disks(proc);
-        self.take_disk(proc);
-        let output = Output::new(self.plan.output_cap);
-        output.pass();
-        self.procs[proc].output = Some(output);
-        self.model.runs(self.procs[proc].me, life, 0);
-        self.note(proc, || format!("starts the guest (life {life})"));
-        self.after(0, Event::GuestStep(proc));
-        self.drive(proc);
-    }
-
-    /// A process starts as a newcomer.
-    fn start(&mut self, slot: usize) {
-        self.starting[slot] = false;
-        if self.slots[slot].is_some_and(|proc| self.procs[proc].alive) {
-            return;
-        }
-        let proc = self.new_proc(slot, |plan, me, _| {
-            Role::Secondary(Box::new(Secondary::new(
-                plan.secondary(slot),
-                me,
-                0,
-                mcd::protocol::types::Instant::default(),
-            )))
-        });
-        let me = self.procs[proc].me;
-        self.note(proc, || format!("starts as newcomer {me:?}"));
-        self.drive(proc);
-    }
-
-    pub fn start_later(&mut self, slot: usize, us: u64) {
-        if !self.starting[slot] {
-            self.starting[slot] = true;
-            self.after(us, Event::Start(slot));
-        }
-    }
-
-    fn rejoin(&mut self, proc: ProcId) {
-        if !self.procs[proc].alive || !matches!(self.procs[proc].role, Role::Waiting) {
-            return;
-        }
-        let slot = self.procs[proc].slot;
-        let me = self.instance(slot);
-        let secondary = Secondary::new(self.plan.secondary(slot), me, 0, mcd::protocol::types::Instant::default());
-        self.drop_disk(proc, true);
-        let node = &mut self.procs[proc];
-        node.forget();
-        node.me = me;
-        let check = self.model.lives(me);
-        let node = &mut self.procs[proc];
-        node.role = Role::Secondary(Box::new(secondary));
-        self.check(check);
-        self.note(proc, || format!("joins again as {me:?}"));
-        self.drive(proc);
-    }
-
-    fn restored(&mut self, proc: ProcId) {
-        let node = &mut self.procs[proc];
-        let Role::Restoring(record) = node.role else { return };
-        if !node.alive {
-            return;
-        }
-        if self.now < node.idle_until {
-            let at = node.idle_until;
-            self.at(at, Event::Restored(proc));
-            return;
-        }
-        let pages = std::mem::take(&mut node.image);
-        let (mut counter, life) = node.image_state;
-        if mutant::is("output-again-after-takeover") {
-            counter = counter.saturating_sub(1);
-        }
-        node.forget();
-        node.guest = Some(Guest::restored(pages, counter, life));
-        let output = Output::new(self.plan.output_cap);
-        output.pass();
-        node.output = Some(output);
-        let now = node.clock.local(self.now);
-        node.role = Role::Primary(Box::new(Primary::new(self.plan.primary(node.slot), node.me, record, now)));
-        self.mount_disk(proc);
-        self.note(proc, || format!("runs the guest from packet {counter}"));
-        self.after(0, Event::GuestStep(proc));
-        self.drive(proc);
-    }
-
-    /// The process is over, in whatever way; its sockets are dealt with by the caller.
-    pub fn end(&mut self, proc: ProcId) {
-        if !self.procs[proc].alive {
-            return;
-        }
-        self.drop_sender(proc);
-        self.drop_disk(proc, true);
-        let conns = std::mem::take(&mut self.procs[proc].conns);
-        for (_, conn) in conns {
-            self.close_end_of(conn, proc);
-        }
-        self.bury(proc);
-    }
-
-    fn bury(&mut self, proc: ProcId) {
-        let node = &mut self.procs[proc];
-        node.alive = false;
-        node.guest = None;
-        node.forget();
-        let slot = node.slot;
-        self.slots[slot] = None;
-    }
-
-    pub fn crash(&mut self, proc: ProcId, host: bool) {
-        if !self.procs[proc].alive {
-            return;
-        }
-        self.stats.faults += 1;
-        self.note(proc, || (if host { "HOST CRASHES" } else { "CRASHES" }).into());
-        self.accepted_loss = true;
-        self.procs[proc].sender = None;
-        self.drop_disk(proc, !host);
-        let conns = std::mem::take(&mut self.procs[proc].conns);
-        for (_, conn) in conns {
-            if host {
-                self.silence_end_of(conn, proc);
-            } else {
-                if self.rng.chance(500) {
-                    self.abort_end_of(conn, proc);
-                }
-                self.close_end_of(conn, proc);
-            }
-        }
-        let slot = self.procs[proc].slot;
-        if host {
-            self.spoil_disks(slot);
-        }
-        self.bury(proc);
-        let us = self.rng.range(1_000, 300_000);
-        self.start_later(slot, us);
     }
 }

@@ -178,8 +178,8 @@ impl PrimaryNode {
         Some(ended)
     }
 
-    /// The guest is not ours any more: so is a snapshot in the making. Its file may be on storage that
-    /// does not answer, so a thread of its own waits for the writing one.
+    /// The guest is not ours any more: so is a snapshot in the making. Its file may be on storage
+    /// that does not answer, so a thread of its own waits for the writing one.
     pub(super) fn cancel_snapshot(&mut self) {
         let Some(saving) = self.snapshots.saving.take() else { return };
         let waiting = std::thread::Builder::new().name("mcd-snapshot-end".into()).spawn(move || drop(saving));
