@@ -145,8 +145,13 @@ impl Drop for Applier {
     }
 }
 
-/// Whether all pages of a chunk are in their places; if not, the others are of shared storage.
-struct WrittenWhere(bool);
+/// Which pages of a chunk are in their places.
+enum Placed {
+    /// All of them.
+    All,
+    /// Those of shared storage are not: they wait for a takeover, or to be forgotten.
+    AllButShared,
+}
 
 struct Image {
     image: GuestImage,
@@ -191,7 +196,7 @@ impl Image {
         let (mut kept, mut kept_bytes) = (Vec::new(), 0);
         for chunk in epoch.chunks {
             match self.write(&chunk) {
-                Ok(WrittenWhere(false)) => {
+                Ok(Placed::AllButShared) => {
                     kept_bytes += chunk.len() as u64;
                     kept.push(chunk);
                 }
@@ -238,14 +243,14 @@ impl Image {
     }
 
     /// Writes pages to their places, but for those of shared storage.
-    fn write(&self, payload: &[u8]) -> Result<WrittenWhere, ApplyError> {
+    fn write(&self, payload: &[u8]) -> Result<Placed, ApplyError> {
         let mut image_only = true;
         self.put(payload, |index| {
             let shared = self.image.is_shared(index);
             image_only &= !shared;
             !shared
         })?;
-        Ok(WrittenWhere(image_only))
+        Ok(if image_only { Placed::All } else { Placed::AllButShared })
     }
 
     /// Newest first, and of each block only the newest: see [`KeptWrites::newest_first`].

@@ -227,6 +227,9 @@ impl<'a> SecondaryNode<'a> {
             }
             NodeEvent::Built { instance, result } if instance == self.protocol.me() => Some(self.built(result)),
             NodeEvent::Restored(restored) => {
+                if self.protocol.quit_in_takeover() {
+                    self.context.events.quit();
+                }
                 self.end = Some(SecondaryEnd::Promoted(restored.map_err(|error| *error)?));
                 None
             }

@@ -34,6 +34,9 @@ pub enum CommandRefused {
     /// This node does not run the guest.
     #[error("this node is a secondary: it does not run the guest; ask the primary")]
     Secondary,
+    /// The guest is being restored.
+    #[error("this node is taking the guest over; ask again when it runs")]
+    TakingOver,
     /// The guest runs elsewhere.
     #[error("this node is fenced: another node runs the guest; ask that one")]
     Fenced,

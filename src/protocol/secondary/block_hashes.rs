@@ -87,6 +87,8 @@ impl Secondary {
 mod tests {
     use std::time::Duration;
 
+    use crate::protocol::arbitration::ArbiterAnswer;
+    use crate::protocol::command::{Command, CommandRefused};
     use crate::protocol::cpu::HostCpu;
     use crate::protocol::machine_shape::{DiskShape, MachineShape};
     use crate::protocol::messages::{Message, Welcome, features};
@@ -175,6 +177,25 @@ mod tests {
         message(&mut node, DATA, Message::Paired { record });
         commit(&mut node, 2, false);
         assert_eq!((node.phase(), ask(&mut node, 7)), (Phase::Paired, vec![Action::HashBlocks { run: 7..10 }]));
+    }
+
+    #[test]
+    fn a_quit_while_the_guest_is_restored_is_kept_for_the_primary_it_becomes() {
+        let mut node = syncing([true, true]);
+        commit(&mut node, 1, true);
+        let record = Record::first(OLD).next_paired(OLD, NEW);
+        message(&mut node, DATA, Message::Paired { record });
+        let asked = take(&mut node, Input::Closed { conn: DATA, why: "cut".into() });
+        let ticket = asked.iter().find_map(|action| match action {
+            Action::Ask(call) => Some(call.ticket),
+            _ => None,
+        });
+        take(&mut node, Input::Answer { ticket: ticket.expect("a question"), answer: ArbiterAnswer::Won });
+        assert_eq!((node.phase(), node.quit_in_takeover()), (Phase::Promoted, false));
+        let stop = take(&mut node, Input::Command { ticket: 1, command: Command::Stop });
+        assert_eq!(stop, [Action::Answer { ticket: 1, result: Err(CommandRefused::TakingOver) }]);
+        let quit = take(&mut node, Input::Command { ticket: 2, command: Command::Quit });
+        assert_eq!((quit, node.quit_in_takeover()), (vec![Action::Answer { ticket: 2, result: Ok(()) }], true));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! How a newcomer gets to a primary, and begins again when that fails.
 
-use super::{Action, Ending, Phase, Secondary};
+use super::{Action, Ending, Input, Phase, Secondary};
 use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::event::{Event, RejoinReason};
 use crate::protocol::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
@@ -145,6 +145,17 @@ impl Secondary {
         if command == Command::Quit {
             self.quit();
         }
+    }
+
+    /// A command that comes when the guest is being restored, or when this life is over.
+    pub(super) fn command_at_the_end(&mut self, input: Input) {
+        let Input::Command { ticket, command } = input else { return };
+        let result = match command {
+            Command::Quit => Ok(()),
+            _ => Err(CommandRefused::TakingOver),
+        };
+        self.quit_in_takeover |= result.is_ok();
+        self.actions.push_back(Action::Answer { ticket, result });
     }
 
     /// Ends this node. While it asks for the guest it may be the only one that has it, so the

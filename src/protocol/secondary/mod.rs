@@ -92,6 +92,9 @@ pub struct Secondary {
     no_primary: Option<String>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
+    /// An operator ended this node while it restored the guest: the primary it becomes has to hear
+    /// of it.
+    quit_in_takeover: bool,
     actions: VecDeque<Action>,
 }
 
@@ -124,6 +127,7 @@ impl Secondary {
             cause: String::new(),
             no_primary: None,
             quitting: false,
+            quit_in_takeover: false,
             actions: VecDeque::new(),
             config,
         }
@@ -177,7 +181,7 @@ impl Secondary {
     /// Takes what happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
         if matches!(self.phase, Phase::Promoted | Phase::Done) {
-            return;
+            return self.command_at_the_end(input);
         }
         self.notice_stall(now);
         match input {
@@ -369,6 +373,11 @@ impl Secondary {
     /// True if epochs have their place in this phase.
     fn holds_epochs(&self) -> bool {
         matches!(self.phase, Phase::Syncing | Phase::Standby | Phase::Paired)
+    }
+
+    /// True if an operator ended this node while it restored the guest.
+    pub fn quit_in_takeover(&self) -> bool {
+        self.quit_in_takeover
     }
 
     /// True if the image is whole: this node may take over with it.
