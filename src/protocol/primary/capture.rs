@@ -202,6 +202,8 @@ impl Primary {
             return;
         }
         let Some(committed) = self.epochs.committed() else { return };
+        assert_eq!(committed.generation, self.record.generation, "I1: a commit of another generation releases output");
+        assert_eq!(self.record.owner, self.me, "I3: a node releases output that the record gives to another");
         // The peer waits for the whole time-out after our last heartbeat, which left at most one
         // interval ago.
         let mut slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);

@@ -439,6 +439,10 @@ impl Primary {
         if mutant::is("lost-newcomer-keeps-holding") {
             return;
         }
+        assert_eq!(
+            self.record.owner, self.me,
+            "I3: a node goes on alone with a guest that the record gives to another"
+        );
         self.actions.push_back(Action::ReleaseAll);
     }
 

@@ -169,6 +169,10 @@ impl Secondary {
     }
 
     pub(super) fn rejoin(&mut self, why: RejoinReason) {
+        assert!(
+            !matches!(self.phase, Phase::Standby | Phase::Paired),
+            "I6: a whole image is dropped without the arbiter's word"
+        );
         if self.quitting {
             return self.exit(Ending::Quit);
         }

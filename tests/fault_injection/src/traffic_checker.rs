@@ -249,7 +249,7 @@ mod tests {
         let seen = check(&[
             (a, tcp(PORT, start, 1, flags::SYN | flags::ACK, b"")),
             (a, data(start.wrapping_add(1), 10, b"hello")),
-            (a, data(start.wrapping_add(6), 20, b"pair")),
+            (a, data(start.wrapping_add(6), 20, b"world")),
             // The new primary repeats what was not acknowledged, cut in another way, and goes on.
             (b, data(start.wrapping_add(4), 20, b"loworld!")),
             (b, data(start.wrapping_add(12), 25, b"")),
