@@ -167,11 +167,12 @@ impl World {
     }
 
     /// All pages that may be on their way together take longer than a time-out: a heartbeat is late
-    /// behind them, but not for ever. One delivery takes less than a time-out, for its bytes arrive
-    /// here all at once, and a kernel would have shown the first of them long before.
+    /// behind them, but not for ever. One delivery and the heartbeat interval before it take less
+    /// than a time-out, for its bytes arrive here all at once, and a kernel would have shown the
+    /// first of them long before.
     fn narrow(&mut self, slot: usize, until: u64) {
         let other = self.another(slot);
-        let page_us = self.rng.below(self.plan.timeout_us * 3 / (4 * self.plan.pages.max(8)));
+        let page_us = self.rng.below(self.plan.timeout_us / (2 * self.plan.pages.max(8)));
         self.weather.narrow[slot][other] = (until, page_us);
         self.trace.across(self.now, &format!("the wire from n{slot} to n{other} takes {page_us} us for a page"));
     }
