@@ -174,7 +174,7 @@ impl World {
     pub fn own_hashes(&mut self, proc: ProcId, ticket: u64, hashes: Result<Vec<BlockHash>, String>) {
         let node = &mut self.procs[proc];
         if node.alive && node.is_primary() {
-            node.inbox.push_back(In::Primary(primary::Input::OwnHashes { ticket, hashes }));
+            self.arrive(proc, In::Primary(primary::Input::OwnHashes { ticket, hashes }));
             self.drive(proc);
         }
     }
@@ -200,7 +200,7 @@ impl World {
         }
         let node = &mut self.procs[proc];
         if node.alive {
-            node.inbox.push_back(In::BlocksHashed { instance, first: run.start, hashes });
+            self.arrive(proc, In::BlocksHashed { instance, first: run.start, hashes });
             self.drive(proc);
         }
     }

@@ -3,17 +3,16 @@
 use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
-use mcd::protocol::pages::PageSet;
 use mcd::protocol::peer_loss::{PeerFault, PeerLoss};
-use mcd::protocol::primary::{self, Command, OutputCut};
+use mcd::protocol::primary::{self, Command};
 use mcd::protocol::secondary;
 use mcd::protocol::types::ConnId;
-use mcd::protocol::types::{EpochId, Instant};
+use mcd::protocol::types::Instant;
 
 use crate::disks::{Frozen, Question};
 use crate::guest::Output;
 use crate::net::{Item, ProcId};
-use crate::node::{Act, AnyPhase, Capture, In, Job, Role, Sender};
+use crate::node::{Act, AnyPhase, In, Job, Role};
 use crate::plan::FaultKind;
 use crate::world::{Event, World};
 
@@ -162,6 +161,7 @@ impl World {
 
     fn feed_primary(&mut self, proc: ProcId, now: Instant, input: primary::Input) {
         let node = &mut self.procs[proc];
+        node.fed_at = self.now;
         if let Role::Primary(machine) = &mut node.role {
             let quit = matches!(input, primary::Input::Command { command: Command::Quit, .. });
             node.may_exit |= quit && (node.quits >= 2 || machine.phase() == primary::Phase::Protected);
@@ -217,10 +217,15 @@ impl World {
             self.violate(format!("n{}: {fault}; but every node keeps to the protocol", self.procs[proc].slot));
         }
         let gone = loss.is_some() || matches!(event, Told::Rejoining { .. });
+        self.mind_handover(proc, event);
         // Before the first heartbeat there is nobody to send one for an engine that sleeps.
         if matches!(event, Told::Suspected { .. }) && self.plan.only_naps {
             let slot = self.procs[proc].slot;
             self.violate(format!("n{slot}: {event}; but engines slept for less than the time-out, and that is all"));
+        }
+        if matches!(event, Told::Suspected { .. }) && self.plan.only_freezes {
+            let slot = self.procs[proc].slot;
+            self.violate(format!("n{slot}: {event}; but processes froze for less than the time-out, and that is all"));
         }
         if gone && self.plan.only_narrow {
             self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
@@ -287,16 +292,7 @@ impl World {
                 }
                 self.look_at_output(proc);
             }
-            Action::Run(run) => {
-                self.note(proc, || format!("run {run}"));
-                if run && self.procs[proc].saving {
-                    self.violate(format!("n{} lets a guest run whose snapshot is written", self.procs[proc].slot));
-                }
-                if let Some(guest) = &mut self.procs[proc].guest {
-                    guest.runs = run;
-                }
-                self.procs[proc].urgent.push_back(In::Primary(primary::Input::RunDone { run, result: Ok(()) }));
-            }
+            Action::Run(run) => self.run_guest(proc, run),
             Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(proc, conn, beat, until),
             Action::Answer { ticket, result } => self.answered(proc, ticket, result),
             Action::Snapshot => self.write_snapshot(proc),
@@ -331,109 +327,9 @@ impl World {
         }
     }
 
-    fn start_tracking(&mut self, proc: ProcId, conn: ConnId) {
-        let us = self.takes(self.plan.capture_us);
-        self.after(us, Event::Tracking { proc, conn });
-        if self.procs[proc].conn(conn).is_none() {
-            return;
-        }
-        self.tokens += 1;
-        let token = self.tokens;
-        let node = &mut self.procs[proc];
-        node.sender = Some(Sender { conn, token, jobs: Default::default() });
-        node.tracking_token = token;
-        node.frozen = None;
-        if let Some(guest) = &mut node.guest {
-            guest.take_dirty();
-            guest.tracking = true;
-        }
-        self.hold_writes(proc, conn);
-    }
-
-    /// Begins a capture: the cut comes after a while, and everything else goes on meanwhile.
-    fn capture(&mut self, proc: ProcId, id: EpochId, completes: bool, output: OutputCut) {
-        let us = self.takes(self.plan.capture_us);
-        let (token, stalled_us) = (self.procs[proc].tracking_token, self.procs[proc].stalled_us);
-        let begun_at = self.now;
-        self.after(us, Event::Cut(Capture { proc, id, completes, output, token, begun_at, stalled_us }));
-    }
-
-    /// The cut of a capture that was begun before. One that was begun for a newcomer who is given
-    /// up since changes nothing.
-    pub fn cut(&mut self, capture: Capture) {
-        let Capture { proc, id, token, begun_at, stalled_us, .. } = capture;
-        if !self.procs[proc].alive || !self.procs[proc].is_primary() {
-            return;
-        }
-        if self.now < self.procs[proc].frozen_until {
-            return self.at(self.procs[proc].frozen_until, Event::Cut(capture));
-        }
-        let node = &self.procs[proc];
-        if self.now < node.capture_hangs_until && node.tracking_token == token {
-            let awake_us = self.now - begun_at - (node.stalled_us - stalled_us).min(self.now - begun_at);
-            let vouches = node.phase_now() == AnyPhase::Primary(primary::Phase::Protected);
-            if vouches && awake_us > self.plan.stall_max_us + self.plan.timeout_us * 2 {
-                let ms = awake_us / 1000;
-                return self.violate(format!("n{} vouches for a guest it cannot capture for {ms} ms", node.slot));
-            }
-            // As the machine's pause does: it is asked again and again.
-            return self.after(1_000, Event::Cut(capture));
-        }
-        if self.procs[proc].tracking_token != token && !mutant::is("late-cut-carried-out") {
-            let why = "the newcomer was given up meanwhile".into();
-            self.procs[proc].inbox.push_back(In::Primary(primary::Input::CaptureFailed { id, why }));
-            return self.drive(proc);
-        }
-        self.cut_now(capture);
-        self.drive(proc);
-    }
-
-    fn cut_now(&mut self, capture: Capture) {
-        let Capture { proc, id, completes, output, .. } = capture;
-        let node = &mut self.procs[proc];
-        let fails = std::mem::take(&mut node.capture_fails);
-        let Some(guest) = &mut node.guest else { return };
-        let dirty = guest.take_dirty();
-        if let Some(frozen) = &mut node.frozen {
-            frozen.cut(id, &guest.pages);
-        }
-        if let Some(gate) = &node.output {
-            gate.cut(output, id.epoch);
-        }
-        if fails {
-            guest.dirty.union_with(&dirty);
-            node.disk.put_back();
-            node.inbox.push_back(In::Primary(primary::Input::CaptureFailed { id, why: "no memory".into() }));
-            self.note(proc, || format!("capture {id} FAILS"));
-            return;
-        }
-        let snapshot = guest.snapshot();
-        let (counter, life) = (snapshot.counter, snapshot.life);
-        // A page that the capture overlooks is clean from now on.
-        let overlooked = if mutant::is("dirty-forgotten") && dirty.count() > 3 { dirty.iter().next() } else { None };
-        let mut pages: Vec<(u64, u64)> = dirty
-            .iter()
-            .filter(|page| Some(*page) != overlooked)
-            .map(|page| (page, snapshot.pages[page as usize]))
-            .collect();
-        pages.extend(node.disk.cut(id).into_iter().map(|(block, version)| (self.plan.pages + block, version)));
-        if let Role::Primary(machine) = &mut node.role {
-            let mut memory = PageSet::empty(self.plan.memory);
-            dirty.iter().for_each(|page| memory.insert(page));
-            machine.note_dirty_pages(&memory);
-            machine.note_blocks(dirty.iter().filter(|page| *page >= self.plan.memory));
-        }
-        node.inbox.push_back(In::Primary(primary::Input::Captured { id }));
-        self.stats.epochs += 1;
-        let check = self.model.captured(id, snapshot);
-        self.check(check);
-        self.note(proc, || format!("capture {id}: {} pages, packets below {counter}", pages.len()));
-        self.submit(proc, Job::Epoch { id, completes, pages, counter, life });
-    }
-
     fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
         // Now and then the driver stands still in the middle of a release.
-        let stalls = self.plan.kinds.contains(&FaultKind::Stall) && !self.plan.only_naps;
+        let stalls = self.plan.kinds.contains(&FaultKind::Stall) && !self.plan.is_quiet();
         let breaks = self.faults_over_since.is_none() && stalls && self.rng.chance(20);
         let mut left = if breaks { self.rng.below(3) } else { u64::MAX };
         let in_time = self.procs[proc].clock.local(self.now) < before;

@@ -83,6 +83,7 @@ impl World {
                     self.procs[proc].crash_in = Some((steps - 1, host));
                 }
             }
+            FaultKind::Stall if self.plan.only_freezes => self.freeze_for_a_moment(proc),
             FaultKind::Stall if self.plan.only_naps => {
                 let us = self.rng.below(self.plan.timeout_us * 19 / 20);
                 self.stall(proc, us, false);
@@ -104,13 +105,43 @@ impl World {
             FaultKind::CaptureFails => self.procs[proc].capture_fails = true,
             FaultKind::CaptureHangs => {
                 let us = self.rng.below(self.plan.stall_max_us * 3);
-                self.procs[proc].capture_hangs_until = self.now + us;
-                self.note(proc, || format!("captures HANG for {} ms", us / 1000));
+                // Some never end, and some end with a failure.
+                let until = if self.rng.chance(150) { u64::MAX } else { self.now + us };
+                let (late, fails) = (self.rng.chance(500), self.rng.chance(250));
+                let began = self.now;
+                let node = &mut self.procs[proc];
+                (node.capture_hangs_until, node.hangs_late) = (until, late);
+                node.capture_fails |= fails;
+                self.note(proc, || format!("captures HANG for {} ms", until.saturating_sub(began) / 1000));
             }
+            FaultKind::TrackingFails => {
+                let us = self.rng.below(self.plan.stall_max_us * 3);
+                let (hangs, fails) = (self.rng.chance(600), self.rng.chance(600));
+                let node = &mut self.procs[proc];
+                node.tracking_hangs_until = if hangs { self.now + us } else { 0 };
+                node.tracking_fails |= fails;
+            }
+            FaultKind::StopFails => self.procs[proc].stop_fails = true,
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
             FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
             FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf => {}
+        }
+    }
+
+    /// Freezes a process for less than the time-out, and now and then the next one just before it
+    /// goes on: that one has heard nothing for long, and then sleeps itself.
+    fn freeze_for_a_moment(&mut self, proc: ProcId) {
+        // Not at once again: the other one has to hear of it in between.
+        if self.now <= self.procs[proc].frozen_until + 1_000 {
+            return;
+        }
+        let us_max = self.plan.freeze_us_max();
+        let us = self.rng.range(us_max / 2, us_max);
+        self.stall(proc, us, true);
+        if self.rng.chance(500) {
+            let (early_us, other) = (self.rng.below(2_000), self.another(self.procs[proc].slot));
+            self.after(us.saturating_sub(early_us), Event::FaultAt(FaultKind::Stall, other));
         }
     }
 
@@ -172,7 +203,9 @@ impl World {
     /// first of them long before.
     fn narrow(&mut self, slot: usize, until: u64) {
         let other = self.another(slot);
-        let page_us = self.rng.below(self.plan.timeout_us / (2 * self.plan.pages.max(8)));
+        let page_us_max = self.plan.timeout_us / (2 * self.plan.pages.max(8));
+        let page_us_min = if self.plan.only_narrow { page_us_max * 3 / 4 } else { 0 };
+        let page_us = self.rng.range(page_us_min, page_us_max);
         self.weather.narrow[slot][other] = (until, page_us);
         self.trace.across(self.now, &format!("the wire from n{slot} to n{other} takes {page_us} us for a page"));
     }
@@ -303,9 +336,13 @@ impl World {
         if !node.alive || node.calling.is_none_or(|call| call.ticket != ticket) {
             return;
         }
+        if self.now < node.frozen_until {
+            let at = node.frozen_until + self.rng.range(20, 500);
+            return self.at(at, Event::ArbiterAnswers { proc, ticket, answer });
+        }
         node.calling = None;
         if matches!(node.role, Role::Primary(_) | Role::Secondary(_)) {
-            node.inbox.push_back(In::Answer { ticket, answer: answer.clone() });
+            self.arrive(proc, In::Answer { ticket, answer: answer.clone() });
         }
         self.note(proc, || format!("◀══ arbiter #{ticket}: {answer:?}"));
         self.next_call(proc);

@@ -1,11 +1,10 @@
-//! The heartbeat thread of a simulated process, and what its machine thread reports.
+//! The heartbeat thread of a simulated process.
 
 use mcd::protocol::messages::{Heartbeat, Message};
-use mcd::protocol::primary;
 use mcd::protocol::types::{ConnId, Instant};
 
 use crate::net::{Item, ProcId};
-use crate::node::{Heartbeats, In};
+use crate::node::Heartbeats;
 use crate::world::{Event, World};
 
 impl World {
@@ -29,15 +28,13 @@ impl World {
         if node.clock.local(self.now) >= beats.until {
             return;
         }
+        // By a clock that may be slow, and fed anew as soon as the engine wakes.
+        let hung_us = self.now - node.fed_at;
+        if hung_us > self.plan.stall_max_us * 11 / 10 + self.plan.heartbeat_us * 2 {
+            let (slot, ms) = (node.slot, hung_us / 1000);
+            return self.violate(format!("n{slot} is vouched for, but its engine has hung for {ms} ms"));
+        }
         self.send(proc, beats.conn, Item::Message(Message::Heartbeat(beats.beat)));
         self.after(self.plan.heartbeat_us, Event::Beat { proc, token });
-    }
-
-    /// Dirty pages are tracked.
-    pub fn tracking(&mut self, proc: ProcId, conn: ConnId) {
-        if self.procs[proc].alive && self.procs[proc].is_primary() {
-            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Tracking { conn, result: Ok(()) }));
-            self.drive(proc);
-        }
     }
 }

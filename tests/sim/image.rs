@@ -23,7 +23,7 @@ impl World {
     pub fn built(&mut self, proc: ProcId, instance: InstanceId, made: Vec<bool>) {
         let node = &mut self.procs[proc];
         if node.alive && node.me == instance && matches!(node.role, Role::Secondary(_)) {
-            node.inbox.push_back(In::Secondary(secondary::Input::MachineReady { made }));
+            self.arrive(proc, In::Secondary(secondary::Input::MachineReady { made }));
             self.drive(proc);
         }
     }

@@ -63,7 +63,7 @@ impl World {
         self.conns[conn].ends[1] = End::new(listener, target, local);
         self.conns[conn].established = true;
         let End { proc, local, .. } = self.conns[conn].ends[0];
-        self.procs[proc].inbox.push_back(In::Secondary(secondary::Input::Connected { conn: local }));
+        self.arrive(proc, In::Secondary(secondary::Input::Connected { conn: local }));
         self.drive(proc);
     }
 
@@ -223,7 +223,7 @@ impl World {
             (Role::Secondary(_), Item::Bulk { bytes, .. }) => return self.receive_bulk(conn, to, &bytes),
             _ => return,
         };
-        self.procs[proc].inbox.push_back(input);
+        self.arrive(proc, input);
         self.drive(proc);
     }
 
@@ -237,10 +237,13 @@ impl World {
         let now = self.procs[proc].clock.local(self.now);
         match receiver.take(now, bytes) {
             Ok(arrived) => {
-                self.procs[proc].inbox.extend(arrived.into_iter().map(|arrived| match arrived {
-                    Arrived::Epoch { staged, began } => In::Epoch { conn: local, staged, began },
-                    Arrived::Background(pages) => In::Background { conn: local, pages },
-                }));
+                for arrived in arrived {
+                    let input = match arrived {
+                        Arrived::Epoch { staged, began } => In::Epoch { conn: local, staged, began },
+                        Arrived::Background(pages) => In::Background { conn: local, pages },
+                    };
+                    self.arrive(proc, input);
+                }
                 self.drive(proc);
             }
             Err(why) => self.violate(format!("the wire spoils an epoch: {why}")),
@@ -330,10 +333,10 @@ impl World {
         let why_text = why.to_string();
         match node.role {
             Role::Primary(_) => {
-                node.inbox.push_back(In::Primary(primary::Input::Closed { conn: local, why: why_text }));
+                self.arrive(proc, In::Primary(primary::Input::Closed { conn: local, why: why_text }));
             }
             Role::Secondary(_) => {
-                node.inbox.push_back(In::Secondary(secondary::Input::Closed { conn: local, why: why_text }));
+                self.arrive(proc, In::Secondary(secondary::Input::Closed { conn: local, why: why_text }));
             }
             Role::Waiting | Role::Restoring(_) => {}
         }

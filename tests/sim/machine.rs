@@ -28,6 +28,10 @@ impl World {
         if sender.token != token {
             return;
         }
+        if self.now < self.procs[proc].frozen_until {
+            return self.at(self.procs[proc].frozen_until, Event::SenderStep { proc, token });
+        }
+        let Some(sender) = &mut self.procs[proc].sender else { return };
         let conn = sender.conn;
         let Some(job) = sender.jobs.pop_front() else { return };
         let more = !sender.jobs.is_empty();
@@ -37,7 +41,7 @@ impl World {
             self.after(us, Event::SenderStep { proc, token });
         }
         if pushed {
-            self.procs[proc].inbox.push_back(In::Primary(primary::Input::Pushed));
+            self.arrive(proc, In::Primary(primary::Input::Pushed));
             self.drive(proc);
         }
     }

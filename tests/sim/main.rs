@@ -5,6 +5,7 @@
 //! of all of them.
 
 mod arbiter;
+mod captures;
 mod disks;
 mod driver;
 mod faults;
@@ -94,6 +95,7 @@ impl Sum {
         all.packets += stats.packets;
         all.takeovers += stats.takeovers;
         all.late_releases += stats.late_releases;
+        all.handovers += stats.handovers;
         all.lost_guests += stats.lost_guests;
         all.epochs += stats.epochs;
         all.blocks_compared += stats.blocks_compared;
@@ -105,14 +107,14 @@ impl Sum {
     fn print(&self, seconds: f64) {
         let Stats { simulated_us, events, faults, packets, takeovers, late_releases, lost_guests, epochs, .. } =
             self.stats;
-        let Stats { blocks_compared, blocks_same, verifies, .. } = self.stats;
+        let Stats { blocks_compared, blocks_same, verifies, handovers, .. } = self.stats;
         println!(
             "{} seeds in {seconds:.1} s ({:.0} per minute); {:.0} simulated seconds per second; {events} events, \
              {epochs} epochs, {packets} packets, {faults} faults, \
              {takeovers} takeovers, {lost_guests} guests lost to double faults, \
              {late_releases} packets released late; {blocks_compared} blocks of newcomers' disks compared, \
              {blocks_same} of them there \
-             already; {verifies} verifies",
+             already; {verifies} verifies; {handovers} guests handed over",
             self.seeds,
             self.seeds as f64 * 60.0 / seconds,
             simulated_us as f64 / 1e6 / seconds,

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 62] = [
+const MUTANTS: [(&str, &str); 68] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -96,6 +96,12 @@ const MUTANTS: [(&str, &str); 62] = [
     ("late-cut-carried-out", "a capture that was begun for a newcomer who is given up since holds the output"),
     ("stuck-guest-vouched-for-ever", "a primary whose guest cannot be captured never hands it over"),
     ("own-sleep-counts", "a node that was asleep itself takes that time for its peer's silence"),
+    ("handed-over-and-released", "a primary that hands its guest over lets the held output go"),
+    ("handed-over-without-looking", "a primary that hands its guest over asks for it again at once"),
+    ("begun-forgotten-with-the-peer", "a second capture is begun while one for a lost newcomer still runs"),
+    ("tracking-failure-ignored", "epochs are captured although no dirty pages are tracked"),
+    ("failed-stop-believed", "a guest that could not be stopped counts as stopped"),
+    ("lease-without-end", "heartbeats go on for ever while the engine hangs"),
     ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 

@@ -150,6 +150,8 @@ pub struct Proc {
     pub role: Role,
     pub phase: AnyPhase,
     pub inbox: VecDeque<In>,
+    /// What came while no thread of the process ran: it lies in sockets until they do.
+    pub unread: VecDeque<In>,
     /// Results of an action in hand: handled before the next action.
     pub urgent: VecDeque<In>,
     pub pending: Option<Act>,
@@ -178,6 +180,18 @@ pub struct Proc {
     pub capture_fails: bool,
     /// No capture gets to its cut before.
     pub capture_hangs_until: u64,
+    /// A capture that hangs does so although its newcomer is given up.
+    pub hangs_late: bool,
+    /// The capture that was begun and is not done.
+    pub capturing: Option<EpochId>,
+    /// No dirty log can be had, or not before then.
+    pub tracking_fails: bool,
+    pub tracking_hangs_until: u64,
+    /// The next order to stop the vCPUs fails; one has failed.
+    pub stop_fails: bool,
+    pub stop_failed: bool,
+    /// Its guest was handed over.
+    pub handed_over: bool,
     /// For how long its engine stood still, all in all.
     pub stalled_us: u64,
     /// The engine's timer had the last turn.
@@ -220,6 +234,7 @@ impl Proc {
             role,
             phase: AnyPhase::None,
             inbox: VecDeque::new(),
+            unread: VecDeque::new(),
             urgent: VecDeque::new(),
             pending: None,
             idle_until: 0,
@@ -236,6 +251,13 @@ impl Proc {
             stall_in: None,
             capture_fails: false,
             capture_hangs_until: 0,
+            hangs_late: false,
+            capturing: None,
+            tracking_fails: false,
+            tracking_hangs_until: 0,
+            stop_fails: false,
+            stop_failed: false,
+            handed_over: false,
             stalled_us: 0,
             ticked: false,
             quits: 0,

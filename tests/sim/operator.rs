@@ -30,6 +30,7 @@ impl World {
         }
         self.verify_now_and_then();
         self.check_solo_output();
+        self.check_stopped();
         self.faults_over_since.is_some_and(|since| self.is_well(since))
     }
 
@@ -42,6 +43,20 @@ impl World {
         };
         if let Some(proc) = self.procs.iter().find(|proc| holds(proc)) {
             self.violate(format!("n{} runs the guest alone and holds its output", proc.slot));
+        }
+    }
+
+    /// A guest that could not be stopped is not reported as stopped.
+    fn check_stopped(&mut self) {
+        let wrong = |proc: &Proc| {
+            let settled = proc.alive && proc.pending.is_none() && self.now >= proc.idle_until && proc.inbox.is_empty();
+            let runs = proc.guest.as_ref().is_some_and(|guest| guest.runs);
+            let Role::Primary(machine) = &proc.role else { return false };
+            let steady = matches!(machine.phase(), primary::Phase::Solo | primary::Phase::Protected);
+            settled && steady && runs && !machine.guest_runs() && proc.unread.is_empty()
+        };
+        if let Some(proc) = self.procs.iter().find(|proc| wrong(proc)) {
+            self.violate(format!("n{} believes that its guest is stopped, and it runs", proc.slot));
         }
     }
 
@@ -91,6 +106,8 @@ impl World {
             node.stall_in = None;
             node.capture_fails = false;
             node.capture_hangs_until = 0;
+            node.tracking_hangs_until = 0;
+            (node.tracking_fails, node.stop_fails) = (false, false);
             if node.alive && node.is_primary() {
                 self.command(proc, Command::Cont);
             }
@@ -106,11 +123,11 @@ impl World {
         self.tickets += 1;
         let ticket = self.tickets;
         match node.role {
-            Role::Primary(_) => node.inbox.push_back(In::Primary(primary::Input::Command { ticket, command })),
-            Role::Secondary(_) => node.inbox.push_back(In::Secondary(secondary::Input::Command { ticket, command })),
+            Role::Primary(_) => self.arrive(proc, In::Primary(primary::Input::Command { ticket, command })),
+            Role::Secondary(_) => self.arrive(proc, In::Secondary(secondary::Input::Command { ticket, command })),
             _ => return,
         }
-        node.unanswered.push(ticket);
+        self.procs[proc].unanswered.push(ticket);
         self.note(proc, || format!("operator: {command:?}"));
         self.drive(proc);
     }
@@ -130,8 +147,8 @@ impl World {
         let stop = self.rng.chance(500);
         let node = &mut self.procs[proc];
         if node.alive && node.is_primary() {
-            node.inbox.push_back(In::Primary(primary::Input::Snapshot { stop }));
             node.stop_wishes.push_back(stop);
+            self.arrive(proc, In::Primary(primary::Input::Snapshot { stop }));
             self.note(proc, || format!("operator: snapshot, stop {stop}"));
             if self.rng.chance(600) {
                 // And that is all that was wanted of this node.
@@ -151,6 +168,12 @@ impl World {
     /// The guest stands still: it is written for a while, or cannot be.
     pub fn write_snapshot(&mut self, proc: ProcId) {
         let runs = self.procs[proc].guest.as_ref().is_some_and(|guest| guest.runs);
+        if runs && self.procs[proc].stop_failed {
+            // As the machine thread does, which finds the guest running.
+            self.procs[proc].stop_wishes.pop_front();
+            self.procs[proc].urgent.push_back(In::Primary(primary::Input::SnapshotEnded { written: false }));
+            return;
+        }
         if runs {
             self.violate(format!("n{} writes a snapshot of a guest that runs", self.procs[proc].slot));
         }
@@ -175,7 +198,7 @@ impl World {
         if node.alive && node.is_primary() {
             // What is stopped with its snapshot never runs again.
             node.saving = stop && written;
-            node.inbox.push_back(In::Primary(primary::Input::SnapshotEnded { written }));
+            self.arrive(proc, In::Primary(primary::Input::SnapshotEnded { written }));
             self.note(proc, || format!("snapshot over, written {written}, stop {stop}"));
             self.drive(proc);
         }

@@ -43,13 +43,17 @@ pub enum FaultKind {
     CaptureFails,
     /// Captures do not get to their cut for a while: a vCPU or a device does not stop.
     CaptureHangs,
+    /// Dirty pages cannot be tracked, or not for a while.
+    TrackingFails,
+    /// The guest cannot be stopped when that is next asked for.
+    StopFails,
     /// An operator's command.
     Command,
     /// The guest shuts itself down.
     Shutdown,
 }
 
-const KINDS: [FaultKind; 13] = [
+const KINDS: [FaultKind; 15] = [
     FaultKind::ProcessCrash,
     FaultKind::HostCrash,
     FaultKind::Stall,
@@ -61,6 +65,8 @@ const KINDS: [FaultKind; 13] = [
     FaultKind::Deaf,
     FaultKind::CaptureFails,
     FaultKind::CaptureHangs,
+    FaultKind::TrackingFails,
+    FaultKind::StopFails,
     FaultKind::Command,
     FaultKind::Shutdown,
 ];
@@ -142,6 +148,10 @@ pub struct Plan {
     /// The only thing that goes wrong is that engines sleep now and then, for less than the
     /// heartbeat time-out.
     pub only_naps: bool,
+    /// The same, but no thread of the process runs: what arrives is not read either.
+    pub only_freezes: bool,
+    /// The only thing that goes wrong is that captures hang.
+    pub only_hangs: bool,
     /// The arbiter keeps no record: a script switches the other host off (`command:`).
     pub recordless: bool,
     /// The longest the sender thread takes to get to a job.
@@ -153,14 +163,14 @@ pub struct Plan {
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
         let heartbeat_us = rng.range(4_000, 20_000);
-        let timeout_us = heartbeat_us * rng.range(3, 6);
+        let mut timeout_us = heartbeat_us * rng.range(3, 6);
         let epoch_us = rng.range(2_000, 40_000);
         let faulty = !rng.chance(20);
         let mut kinds: Vec<FaultKind> = KINDS.iter().copied().filter(|_| faulty && rng.chance(500)).collect();
         if faulty && kinds.is_empty() {
             kinds.push(*rng.pick(&KINDS));
         }
-        let only_narrow = faulty && rng.chance(30);
+        let only_narrow = faulty && rng.chance(80);
         if only_narrow {
             kinds = vec![FaultKind::Narrow];
         }
@@ -168,7 +178,15 @@ impl Plan {
         if only_naps {
             kinds = vec![FaultKind::Stall];
         }
-        let quiet = only_narrow || only_naps;
+        let only_freezes = faulty && !only_narrow && !only_naps && rng.chance(30);
+        if only_freezes {
+            (kinds, timeout_us) = (vec![FaultKind::Stall], heartbeat_us * rng.range(6, 9));
+        }
+        let only_hangs = faulty && !only_narrow && !only_naps && !only_freezes && rng.chance(30);
+        if only_hangs {
+            kinds = vec![FaultKind::CaptureHangs];
+        }
+        let quiet = only_narrow || only_naps || only_freezes || only_hangs;
         let recordless = rng.chance(150);
         if recordless {
             // Nothing tells a secondary that was cut off of a guest that was shut down:
@@ -201,7 +219,7 @@ impl Plan {
             epoch_min_us: rng.range(200, epoch_us),
             commit_on_output: rng.chance(700),
             retry_us: rng.range(5_000, 30_000),
-            join_timeout_us: if only_naps { 2_000_000 } else { rng.range(40_000, 200_000) },
+            join_timeout_us: if only_naps || only_freezes { 2_000_000 } else { rng.range(40_000, 200_000) },
             stall_max_us: timeout_us * rng.range(2, 12),
             push_pages_max: rng.range(1, 32) as usize,
             delay_us: (20, rng.range(50, 1_500)),
@@ -227,6 +245,8 @@ impl Plan {
             kinds,
             only_narrow,
             only_naps,
+            only_freezes,
+            only_hangs,
             recordless,
             sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,
@@ -240,6 +260,17 @@ impl Plan {
     pub fn late_us_max(&self) -> u64 {
         let link = self.user_timeout_us + self.timeout_us + 30_000;
         (link + self.arbiter_timeout_us + 2 * self.timeout_us) * 11 / 10
+    }
+
+    /// Nothing goes wrong but one harmless thing.
+    pub fn is_quiet(&self) -> bool {
+        self.only_narrow || self.only_naps || self.only_freezes || self.only_hangs
+    }
+
+    /// The longest a process may be frozen that nobody may suspect: its last heartbeat may have
+    /// left an interval before, and its peer may have been frozen itself; clocks differ.
+    pub fn freeze_us_max(&self) -> u64 {
+        (self.timeout_us * 85 / 100).saturating_sub(self.heartbeat_us * 5 / 2 + 3_000)
     }
 
     pub fn guest_name() -> GuestName {

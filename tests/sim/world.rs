@@ -12,7 +12,7 @@ use crate::arbiter::Arbiter;
 use crate::disks::{HostDisks, Question};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
-use crate::node::{Capture, Proc};
+use crate::node::{Capture, In, Proc};
 use crate::plan::{FaultKind, Plan};
 use crate::rng::Rng;
 use crate::storage::Storage;
@@ -64,7 +64,10 @@ pub enum Event {
     Tracking {
         proc: ProcId,
         conn: ConnId,
+        fails: bool,
     },
+    /// The threads of a process that was frozen read what lies in its sockets.
+    ReadsOn(ProcId),
     /// The heartbeat thread's timer.
     Beat {
         proc: ProcId,
@@ -139,6 +142,7 @@ pub struct Stats {
     pub blocks_compared: u64,
     pub blocks_same: u64,
     pub verifies: u64,
+    pub handovers: u64,
 }
 
 pub struct World {
@@ -284,6 +288,32 @@ impl World {
         }
     }
 
+    /// Another thread of a process has something for its engine. While the process is frozen it
+    /// lies in a socket; and afterwards the engine may be the first to run.
+    pub fn arrive(&mut self, proc: ProcId, input: In) {
+        let node = &mut self.procs[proc];
+        if node.unread.is_empty() && self.now >= node.frozen_until {
+            return node.inbox.push_back(input);
+        }
+        let (first, until) = (node.unread.is_empty(), node.frozen_until);
+        node.unread.push_back(input);
+        if first {
+            let us = self.rng.range(0, 500);
+            self.at(until + us, Event::ReadsOn(proc));
+        }
+    }
+
+    fn read_on(&mut self, proc: ProcId) {
+        let node = &mut self.procs[proc];
+        if self.now < node.frozen_until {
+            let at = node.frozen_until;
+            return self.at(at, Event::ReadsOn(proc));
+        }
+        let unread = std::mem::take(&mut node.unread);
+        node.inbox.extend(unread);
+        self.drive(proc);
+    }
+
     /// A true time that passes while something takes about `us`, now and then much longer.
     pub fn takes(&mut self, us: u64) -> u64 {
         if self.faults_over_since.is_none() && self.rng.chance(self.plan.slow_per_mille) {
@@ -316,7 +346,8 @@ impl World {
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
             Event::Cut(capture) => self.cut(capture),
-            Event::Tracking { proc, conn } => self.tracking(proc, conn),
+            Event::Tracking { proc, conn, fails } => self.tracking(proc, conn, fails),
+            Event::ReadsOn(proc) => self.read_on(proc),
             Event::Beat { proc, token } => self.beat(proc, token),
             Event::Built { proc, instance, made } => self.built(proc, instance, made),
             Event::DiskWritten(proc) => self.disk_written(proc),

@@ -76,6 +76,7 @@ impl Primary {
         }
         match result {
             Ok(()) => self.tracking = true,
+            Err(_) if mutant::is("tracking-failure-ignored") => self.tracking = true,
             Err(why) => self.lose_peer(PeerLoss::CaptureFailed(why)),
         }
     }
@@ -140,7 +141,14 @@ impl Primary {
         self.tell(Event::HandedOver { why });
         self.drop_connections();
         self.phase = Phase::Deciding;
+        if mutant::is("handed-over-and-released") {
+            self.actions.push_back(Action::ReleaseAll);
+        }
         self.handed_over_until = Some(now + self.config.handover_timeout);
+        if mutant::is("handed-over-without-looking") {
+            self.handed_over_until = Some(now);
+            return self.not_taken_over(now);
+        }
         self.ask(ArbiterRequest::Read);
     }
 

@@ -324,7 +324,10 @@ impl Primary {
         };
         let Some(peer) = &mut self.peer else { return };
         if peer.is_beat_due(now) {
-            let until = now + self.config.stall_max;
+            let mut until = now + self.config.stall_max;
+            if mutant::is("lease-without-end") {
+                until = Instant::from_us(u64::MAX);
+            }
             self.actions.push_back(Action::Heartbeat { conn: peer.heartbeat, beat, until });
         }
         if let Some(why) = peer.suspicion(now, building) {
@@ -428,6 +431,9 @@ impl Primary {
 
     fn go_solo(&mut self) {
         self.phase = Phase::Solo;
+        if mutant::is("begun-forgotten-with-the-peer") {
+            self.begun = None;
+        }
         self.ledger = None;
         self.pairing_checked = false;
         self.tracking = false;
