@@ -63,7 +63,7 @@ enum Job {
     HashBlocks(Range<u64>),
     Finish(EpochId, Sender<Result<Vec<u8>, ApplyError>>),
     Forget(EpochId),
-    WriteKept(Sender<Result<(), ApplyError>>),
+    WriteKept(Box<dyn FnOnce(Result<(), ApplyError>) + Send>),
 }
 
 /// The applying thread. Dropping it ends the thread once its queue is empty.
@@ -120,12 +120,10 @@ impl Applier {
         self.submit(Job::Forget(through));
     }
 
-    /// Writes what is kept of committed epochs to shared storage; returns when it has it for good.
-    /// It stays kept, so this can be done again.
-    pub fn write_kept(&self) -> Result<(), ApplyError> {
-        let (reply, result) = bounded(1);
-        self.submit(Job::WriteKept(reply));
-        result.recv().map_err(|_| ApplyError::Gone)?
+    /// Begins to write what is kept of committed epochs to shared storage; calls `done` from the
+    /// applying thread when the storage has it for good. It stays kept, so this can be done again.
+    pub fn write_kept(&self, done: impl FnOnce(Result<(), ApplyError>) + Send + 'static) {
+        self.submit(Job::WriteKept(Box::new(done)));
     }
 
     fn submit(&self, job: Job) {
@@ -185,9 +183,7 @@ impl Image {
                     let bytes: usize = self.kept.forget(through).flatten().map(|chunk| chunk.len()).sum();
                     self.budget.give_back(bytes as u64);
                 }
-                Job::WriteKept(reply) => {
-                    let _ = reply.send(self.write_kept());
-                }
+                Job::WriteKept(done) => done(self.write_kept()),
             }
         }
     }

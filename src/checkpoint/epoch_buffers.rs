@@ -24,7 +24,10 @@
 //! - one that decides, and commits: [`decide`](EpochBuffers::decide),
 //!   [`committed`](EpochBuffers::committed), [`release`](EpochBuffers::release),
 //!   [`write_through`](EpochBuffers::write_through), [`alone`](EpochBuffers::alone) and
-//!   [`fence`](EpochBuffers::fence).
+//!   [`fence`](EpochBuffers::fence). Of the last two the parts that may wait for shared storage can
+//!   be left to the capturing side ([`pass_output`](EpochBuffers::pass_output), then
+//!   [`pass_disks`](EpochBuffers::pass_disks); [`close_output`](EpochBuffers::close_output), then
+//!   [`close_disks`](EpochBuffers::close_disks)), as a node does.
 //!
 //! Every verb of one side may run beside every verb of the other. Dirty pages are locked by the
 //! capturing side only, so a commit never makes a pause wait for them: it leaves the number of the

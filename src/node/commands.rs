@@ -13,7 +13,7 @@ use super::events::{NodeEvent, SnapshotRequest};
 use super::inbox::{CommandNotTaken, InboxSender};
 use super::status::StatusStore;
 use crate::control::{Handler, QmpError};
-use crate::protocol::primary::{Command, DiskChoice};
+use crate::protocol::command::{Command, DiskChoice};
 
 /// How long a command may take to take effect before its client gets an error.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);

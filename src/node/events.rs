@@ -1,6 +1,7 @@
 //! What reaches a driver: everything that happens to a node arrives in its
 //! [`Inbox`](super::inbox::Inbox).
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use crossbeam::channel::Sender;
@@ -13,15 +14,39 @@ use crate::checkpoint::stage::StagedEpoch;
 use crate::machine::{MachineError, MachineEvent};
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::block_hashes::BlockHash;
+use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::pages::PageSet;
-use crate::protocol::primary::Command;
 use crate::protocol::types::ConnId;
 use crate::protocol::types::{EpochId, InstanceId, Instant};
 use crate::wire::{LinkCloser, LinkWriter};
 
 /// Where the result of a command goes.
 pub(crate) type Reply = Sender<Result<Value, String>>;
+
+/// The clients that wait for the protocol's answers, by the tickets of their commands.
+#[derive(Default)]
+pub(crate) struct Replies {
+    newest: u64,
+    waiting: HashMap<u64, Reply>,
+}
+
+impl Replies {
+    /// A ticket for a command, whose answer goes to `reply` if somebody waits for it.
+    pub(crate) fn ticket(&mut self, reply: Option<Reply>) -> u64 {
+        self.newest += 1;
+        self.waiting.extend(reply.map(|reply| (self.newest, reply)));
+        self.newest
+    }
+
+    /// Answers a command.
+    pub(crate) fn answer(&mut self, ticket: u64, result: Result<(), CommandRefused>) {
+        if let Some(reply) = self.waiting.remove(&ticket) {
+            // The client may have given up waiting.
+            let _ = reply.send(result.map(|()| serde_json::json!({})).map_err(|refused| refused.to_string()));
+        }
+    }
+}
 
 /// A snapshot that an operator asks for.
 #[derive(Clone, Debug)]
@@ -85,6 +110,13 @@ pub enum NodeEvent {
     },
     /// The machine of the newcomer of this instance id is built, or cannot be.
     Built {
+        /// Whose.
+        instance: InstanceId,
+        /// Why not.
+        result: Result<(), String>,
+    },
+    /// Shared storage has what the secondary of this instance id kept, or does not take it; why.
+    KeptWritten {
         /// Whose.
         instance: InstanceId,
         /// Why not.

@@ -5,7 +5,6 @@
 //! deadline, and the peer does what it does about a dead node.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -45,7 +44,6 @@ struct Shared {
 /// A handle to the thread, which ends with it.
 pub struct HeartbeatThread {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl HeartbeatThread {
@@ -56,12 +54,12 @@ impl HeartbeatThread {
     pub fn start(events: InboxSender) -> std::io::Result<HeartbeatThread> {
         let shared = Arc::new(Shared::default());
         let mine = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("mcd-heartbeat".into()).spawn(move || {
+        std::thread::Builder::new().name("mcd-heartbeat".into()).spawn(move || {
             clock::sharpen_timers();
             priority::raise();
             send_when_due(&mine, &events);
         })?;
-        Ok(HeartbeatThread { shared, thread: Some(thread) })
+        Ok(HeartbeatThread { shared })
     }
 
     /// The connection that heartbeats leave on, if there is one.
@@ -97,10 +95,9 @@ impl Drop for HeartbeatThread {
         let mut state = self.shared.state.lock();
         (state.beats, state.ends) = (None, true);
         drop(state);
+        // Nobody waits for it: it may be inside a write that a full socket holds up, until the owner
+        // of the connection closes that.
         self.shared.changed.notify_one();
-        // It may be inside a write that a full socket holds up; closing the connection, which is
-        // its owner's to do, ends that. Nobody waits for it.
-        drop(self.thread.take());
     }
 }
 

@@ -7,7 +7,6 @@ mod effects;
 mod machine_thread;
 mod snapshot;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::events::{Captured, NodeEvent, Reply};
+use super::events::{Captured, NodeEvent, Replies};
 use super::heartbeats::HeartbeatThread;
 use super::inbox::Next;
 use super::meter::Meter;
@@ -69,9 +68,7 @@ pub struct PrimaryNode {
     pool: CapturePool,
     in_flight: Option<InFlight>,
     announcer: Announcer,
-    /// The newest ticket of a command, and the clients that wait for an answer, by their tickets.
-    tickets: u64,
-    replies: HashMap<u64, Reply>,
+    replies: Replies,
     snapshots: Snapshots,
     end: Option<End>,
 }
@@ -135,8 +132,7 @@ impl PrimaryNode {
             pool,
             in_flight: None,
             announcer,
-            tickets: 0,
-            replies: HashMap::new(),
+            replies: Replies::default(),
             snapshots: Snapshots::default(),
             end: None,
         };
@@ -269,9 +265,7 @@ impl PrimaryNode {
             }
             NodeEvent::StateSaved(saved) => self.state_saved(saved),
             NodeEvent::Command { command, reply } => {
-                self.tickets += 1;
-                self.replies.extend(reply.map(|reply| (self.tickets, reply)));
-                Some(Input::Command { ticket: self.tickets, command })
+                Some(Input::Command { ticket: self.replies.ticket(reply), command })
             }
             NodeEvent::Snapshot { request, reply } => self.snapshot_asked(request, reply),
             NodeEvent::SnapshotWritten(result) => self.snapshot_written(result),
@@ -282,6 +276,7 @@ impl PrimaryNode {
             | NodeEvent::BlocksHashed { .. }
             | NodeEvent::BuildProgress { .. }
             | NodeEvent::Built { .. }
+            | NodeEvent::KeptWritten { .. }
             | NodeEvent::Restored(_)
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,

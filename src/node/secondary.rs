@@ -5,7 +5,6 @@
 mod build;
 mod restore;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::events::NodeEvent;
+use super::events::{NodeEvent, Replies};
 use super::heartbeats::HeartbeatThread;
 use super::inbox::Next;
 use super::meter::Meter;
@@ -26,7 +25,9 @@ use crate::checkpoint::stage::{StagedEpoch, StagingBudget};
 use crate::checkpoint::stamp::StampState;
 use crate::control::status::TakeoverReport;
 use crate::machine::Machine;
+use crate::protocol::command::CommandRefused;
 use crate::protocol::messages::{Channel, Heartbeat, Message, RefuseReason, Welcome};
+use crate::protocol::peer_loss::PeerFault;
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::ConnId;
@@ -88,13 +89,10 @@ pub struct SecondaryNode<'a> {
     heartbeats: HeartbeatThread,
     build_slot: Arc<BuildSlot>,
     image: Option<Image>,
-    /// An epoch was committed with which the image is whole.
-    whole: bool,
     staged: Option<Box<StagedEpoch>>,
     stages: Stages,
     meter: Meter,
-    tickets: u64,
-    replies: HashMap<u64, super::events::Reply>,
+    replies: Replies,
     end: Option<SecondaryEnd>,
 }
 
@@ -118,12 +116,10 @@ impl<'a> SecondaryNode<'a> {
             heartbeats: HeartbeatThread::start(context.events.clone())?,
             build_slot: Arc::default(),
             image: None,
-            whole: false,
             staged: None,
             stages: Stages::default(),
             meter: Meter::default(),
-            tickets: 0,
-            replies: HashMap::new(),
+            replies: Replies::default(),
             end: None,
         })
     }
@@ -157,7 +153,7 @@ impl<'a> SecondaryNode<'a> {
     /// Ends in order: the disks are at the newest committed epoch, and their stamps say so.
     fn put_away(&mut self) -> Result<(), NodeError> {
         let (Some(image), Some(committed)) = (&self.image, self.protocol.committed()) else { return Ok(()) };
-        if self.whole {
+        if self.protocol.has_whole_image() {
             image.applier.finish(committed)?;
             image.disks.stamper().stamp(committed, StampState::Whole);
         }
@@ -220,12 +216,16 @@ impl<'a> SecondaryNode<'a> {
                 }
                 // Late ones of a connection given up must not spoil the image of the next, and the
                 // others have no place to go.
-                _ => Some(Input::Closed { conn, why: "it sent pages out of turn".into() }),
+                _ => Some(Input::Closed { conn, why: PeerFault::PagesOutOfTurn.to_string() }),
             },
             NodeEvent::BuildProgress { instance, done_bytes } if instance == self.protocol.me() => {
                 Some(Input::BuildProgress { done_bytes })
             }
             NodeEvent::Built { instance, result } if instance == self.protocol.me() => Some(self.built(result)),
+            NodeEvent::KeptWritten { instance, result } if instance == self.protocol.me() => Some(match result {
+                Ok(()) => Input::KeptWritten,
+                Err(why) => Input::StorageRefused(StorageFault::Failing(why)),
+            }),
             NodeEvent::Restored(restored) => {
                 if self.protocol.quit_in_takeover() {
                     self.context.events.quit();
@@ -251,12 +251,11 @@ impl<'a> SecondaryNode<'a> {
                 None
             }
             NodeEvent::Command { command, reply } => {
-                self.tickets += 1;
-                self.replies.extend(reply.map(|reply| (self.tickets, reply)));
-                Some(Input::Command { ticket: self.tickets, command })
+                Some(Input::Command { ticket: self.replies.ticket(reply), command })
             }
             NodeEvent::Snapshot { reply, .. } => {
-                answer(Some(reply), Err("this node is a secondary: it does not run the guest; ask the primary".into()));
+                // The client may have given up waiting.
+                let _ = reply.send(Err(CommandRefused::Secondary.to_string()));
                 None
             }
             // What a primary hears of, and of an image that is gone already.
@@ -269,6 +268,7 @@ impl<'a> SecondaryNode<'a> {
             | NodeEvent::StateSaved(_)
             | NodeEvent::BuildProgress { .. }
             | NodeEvent::Built { .. }
+            | NodeEvent::KeptWritten { .. }
             | NodeEvent::OutputWaiting
             | NodeEvent::OutputFull
             | NodeEvent::JournalFull
@@ -300,10 +300,7 @@ impl<'a> SecondaryNode<'a> {
                     self.connections.close(conn);
                 }
                 Action::Heartbeat { conn, beat, until } => self.feed_heartbeats(conn, beat, until),
-                Action::Answer { ticket, result } => {
-                    let result = result.map(|()| serde_json::json!({})).map_err(|why| why.to_string());
-                    answer(self.replies.remove(&ticket), result);
-                }
+                Action::Answer { ticket, result } => self.replies.answer(ticket, result),
                 Action::BuildMachine(welcome) => self.begin_build(welcome)?,
                 Action::Commit { id } => self.commit(id)?,
                 Action::HashBlocks { run } => {
@@ -318,7 +315,7 @@ impl<'a> SecondaryNode<'a> {
                     self.image.iter().for_each(|image| image.applier.forget(through));
                 }
                 Action::TakeStorage => self.take_storage(),
-                Action::WriteKept => self.write_kept(),
+                Action::WriteKept => self.begin_write_kept(),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Promote { record, epoch, began, cause } => self.begin_restore(record, epoch, began, cause)?,
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
@@ -372,7 +369,6 @@ impl<'a> SecondaryNode<'a> {
     fn commit(&mut self, id: EpochId) -> Result<(), NodeError> {
         match (&mut self.image, self.staged.take_if(|epoch| epoch.id == id)) {
             (Some(image), Some(epoch)) => {
-                self.whole |= epoch.completes_resync;
                 image.applier.epoch(epoch);
                 Ok(())
             }
@@ -385,13 +381,14 @@ impl<'a> SecondaryNode<'a> {
         self.protocol.handle(clock::now(), taken.map_or_else(Input::StorageRefused, |()| Input::StorageLocked));
     }
 
-    fn write_kept(&mut self) {
-        let written = self.image.as_ref().map_or(Ok(()), |image| image.applier.write_kept());
-        let input = match written {
-            Ok(()) => Input::KeptWritten,
-            Err(error) => Input::StorageRefused(StorageFault::Failing(error.to_string())),
-        };
-        self.protocol.handle(clock::now(), input);
+    fn begin_write_kept(&mut self) {
+        let Some(image) = &self.image else { return self.protocol.handle(clock::now(), Input::KeptWritten) };
+        let (instance, events) = (self.protocol.me(), self.context.events.clone());
+        image.applier.write_kept(move |written| {
+            let result = written.map_err(|error| error.to_string());
+            // A node that is ending needs no more events.
+            let _ = events.report(NodeEvent::KeptWritten { instance, result });
+        });
     }
 
     fn begin_restore(
@@ -404,16 +401,6 @@ impl<'a> SecondaryNode<'a> {
         let image = self.image.take().ok_or(NodeError::GuestFailed("there is no image to take over with".into()))?;
         let stages = std::mem::take(&mut self.stages);
         restore::begin(self.context, image, restore::Takeover { record, epoch, began, cause, stages })
-    }
-}
-
-fn answer(
-    reply: Option<crossbeam::channel::Sender<Result<serde_json::Value, String>>>,
-    result: Result<serde_json::Value, String>,
-) {
-    if let Some(reply) = reply {
-        // The client may have given up waiting.
-        let _ = reply.send(result);
     }
 }
 

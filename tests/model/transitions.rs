@@ -1,7 +1,8 @@
 //! Everything that may happen next in a world.
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
-use mcd::protocol::primary::{self, Command};
+use mcd::protocol::command::Command;
+use mcd::protocol::primary;
 
 use crate::driver::Event;
 use crate::oracle::Oracle;

@@ -5,9 +5,10 @@
 use std::ops::Range;
 
 use mcd::protocol::block_hashes::{BlockHash, HASH_BYTES};
+use mcd::protocol::command::{Command, DiskChoice};
 use mcd::protocol::event::Event as Told;
 use mcd::protocol::mutant;
-use mcd::protocol::primary::{self, Command, DiskChoice};
+use mcd::protocol::primary;
 use mcd::protocol::types::{EpochId, InstanceId};
 
 use crate::guest::TORN;

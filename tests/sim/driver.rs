@@ -1,10 +1,11 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
+use mcd::protocol::command::Command;
 use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
 use mcd::protocol::peer_loss::{PeerFault, PeerLoss};
-use mcd::protocol::primary::{self, Command};
+use mcd::protocol::primary;
 use mcd::protocol::secondary;
 use mcd::protocol::types::ConnId;
 use mcd::protocol::types::Instant;

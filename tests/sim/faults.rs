@@ -1,8 +1,9 @@
 //! What goes wrong, and the way to the arbiter, which goes wrong too.
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
+use mcd::protocol::command::Command;
 use mcd::protocol::messages::Channel;
-use mcd::protocol::primary::{self, Command};
+use mcd::protocol::primary;
 
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In, Role};

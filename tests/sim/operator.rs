@@ -1,14 +1,16 @@
 //! Whoever looks after the world: starts what is down, says when a run is over, and asks the
 //! question of I6: who has the guest?
 
+use mcd::protocol::command::Command;
 use mcd::protocol::command::CommandRefused;
-use mcd::protocol::primary::{self, Command};
+use mcd::protocol::primary;
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::secondary;
 
 use crate::model::{Holding, Model};
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In, Proc, Role};
+use crate::plan::FaultKind;
 use crate::world::{Event, World};
 
 impl World {
@@ -189,6 +191,12 @@ impl World {
         }
         self.procs[proc].saving = true;
         let us = self.rng.below(self.plan.fault_len_us);
+        if stop && self.plan.kinds.contains(&FaultKind::Break) && self.rng.chance(300) {
+            // The peer is lost shortly before the snapshot is there: the moment in which nobody knows
+            // yet whose guest it is that stops is short, and has rules of its own.
+            let before = us.saturating_sub(self.rng.below(5_000));
+            self.after(before, Event::FaultAt(FaultKind::Break, slot));
+        }
         let written = self.rng.chance(800);
         self.after(us, Event::SnapshotEnds { proc, stop, written });
     }
@@ -200,6 +208,11 @@ impl World {
             node.saving = stop && written;
             self.arrive(proc, In::Primary(primary::Input::SnapshotEnded { written }));
             self.note(proc, || format!("snapshot over, written {written}, stop {stop}"));
+            if stop && written && self.rng.chance(500) {
+                // The operator is in a hurry: a quit comes while the guest is being given up.
+                let us = self.rng.below(5_000);
+                self.after(us, Event::Command(proc, Command::Quit));
+            }
             self.drive(proc);
         }
     }

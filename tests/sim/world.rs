@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
-use mcd::protocol::primary::Command;
+use mcd::protocol::command::Command;
 use mcd::protocol::types::{ConnId, InstanceId};
 
 use crate::arbiter::Arbiter;

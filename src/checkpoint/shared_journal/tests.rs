@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use proptest::prelude::*;
 
-use super::super::apply::Applier;
+use super::super::apply::{Applier, ApplyError};
 use super::super::image::GuestImage;
 use super::super::journal::{BLOCK_COST_BYTES, BlockSet};
 use super::super::packing::{Packer, Packing};
@@ -231,11 +231,11 @@ fn a_secondary_keeps_committed_writes_until_they_are_written_and_a_new_primary_w
     let kept = budget.used();
     assert!(kept > 4 * 4096, "what is kept counts as staged: {kept}");
     applier.forget(id(0));
-    assert!(applier.write_kept().is_err(), "not without the lock");
+    assert!(write_kept(&applier).is_err(), "not without the lock");
     assert_eq!(node.stored(), vec![0xaa; DISK_BYTES as usize]);
     assert!(budget.used() < kept);
     node.image.take().expect("the lock");
-    applier.write_kept().expect("written");
+    write_kept(&applier).expect("written");
     let mut expected = vec![0xaa; DISK_BYTES as usize];
     for (block, value) in [(0, 11), (5, 11), (1, 12), (2, 0)] {
         let end = (block * 4096 + 4096).min(DISK_BYTES as usize);
@@ -243,7 +243,7 @@ fn a_secondary_keeps_committed_writes_until_they_are_written_and_a_new_primary_w
     }
     assert_eq!(node.stored(), expected);
     applier.forget(id(2));
-    applier.write_kept().expect("there is nothing left");
+    write_kept(&applier).expect("there is nothing left");
     assert_eq!(budget.used(), 0);
 }
 
@@ -381,4 +381,11 @@ proptest! {
         [Step::Alone, Step::WriteOut].iter().for_each(|step| world.take(step));
         prop_assert_eq!(&world.node.stored(), &world.model);
     }
+}
+
+/// Has the kept writes written, and waits for it.
+fn write_kept(applier: &Applier) -> Result<(), ApplyError> {
+    let (done, written) = crossbeam::channel::bounded(1);
+    applier.write_kept(move |result| drop(done.send(result)));
+    written.recv().expect("the applying thread answers")
 }

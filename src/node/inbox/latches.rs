@@ -9,8 +9,8 @@ use parking_lot::Mutex;
 use super::Flag;
 use crate::machine::MachineEvent;
 use crate::node::events::NodeEvent;
+use crate::protocol::command::Command;
 use crate::protocol::messages::Message;
-use crate::protocol::primary::Command;
 use crate::protocol::types::{ConnId, EpochId};
 
 // The bits of what is raised, in the order in which they are delivered.

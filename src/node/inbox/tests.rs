@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use super::*;
+use crate::protocol::command::Command;
 use crate::protocol::messages::{Activity, Heartbeat, Message};
-use crate::protocol::primary::Command;
 use crate::protocol::types::{Generation, InstanceId};
 
 const PAST: Option<Instant> = Some(Instant { us: 0 });

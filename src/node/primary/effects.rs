@@ -12,7 +12,6 @@ use crate::node::events::NodeEvent;
 use crate::node::primary::machine_thread::CaptureOrder;
 use crate::node::primary::{InFlight, PrimaryNode};
 use crate::node::{clock, priority};
-use crate::protocol::command::CommandRefused;
 use crate::protocol::messages::{Heartbeat, Message, features};
 use crate::protocol::primary::{Action, Input, OutputCut, Phase};
 use crate::protocol::types::{ConnId, EpochId, Instant};
@@ -45,7 +44,7 @@ impl PrimaryNode {
                 Action::NoSnapshot { why } => self.snapshot_refused(why),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence(),
-                Action::Answer { ticket, result } => self.answer(ticket, result),
+                Action::Answer { ticket, result } => self.replies.answer(ticket, result),
                 Action::Exit(end) => self.end = Some(end),
                 Action::Tell(event) => self.context.tell(&event),
             }
@@ -173,13 +172,6 @@ impl PrimaryNode {
         self.cancel_snapshot();
         self.sender.take().into_iter().for_each(give_up);
         self.connections.close_all();
-    }
-
-    fn answer(&mut self, ticket: u64, result: Result<(), CommandRefused>) {
-        if let Some(reply) = self.replies.remove(&ticket) {
-            // The client may have given up waiting.
-            let _ = reply.send(result.map(|()| serde_json::json!({})).map_err(|why| why.to_string()));
-        }
     }
 
     pub(super) fn publish(&mut self) {

@@ -29,7 +29,6 @@ mod verdicts;
 
 use std::collections::VecDeque;
 
-pub use super::command::{Command, DiskChoice};
 pub use types::{Action, End, GuestEnd, Input, OutputCut, PrimaryConfig};
 
 use self::capture::Begun;

@@ -88,6 +88,8 @@ pub struct Secondary {
     arbitration: Arbitration,
     /// Bytes of the machine in the making, while it is.
     done_bytes: u64,
+    /// An epoch was committed with which the image is whole.
+    whole: bool,
     cause: String,
     no_primary: Option<String>,
     /// An operator ends this node as soon as the arbiter has answered.
@@ -124,6 +126,7 @@ impl Secondary {
             inheritance: None,
             arbitration: Arbitration::new(config.retry),
             done_bytes: 0,
+            whole: false,
             cause: String::new(),
             no_primary: None,
             quitting: false,
@@ -341,6 +344,7 @@ impl Secondary {
         }
         if completes_resync {
             self.phase = Phase::Standby;
+            self.whole = true;
         }
         self.actions.push_back(Action::Commit { id });
         self.actions.push_back(Action::Send { conn, message: Message::Ack { id, staged_bytes } });
@@ -380,9 +384,9 @@ impl Secondary {
         self.quit_in_takeover
     }
 
-    /// True if the image is whole: this node may take over with it.
+    /// True once an epoch was committed with which the image is whole, also when this life is over.
     pub fn has_whole_image(&self) -> bool {
-        matches!(self.phase, Phase::Standby | Phase::Paired | Phase::Deciding | Phase::Locking | Phase::Promoted)
+        self.whole
     }
 
     /// True if pages behind the epochs have their place on this connection now.

@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use super::super::{Action, Command, Input, Phase, Primary, PrimaryConfig};
+use super::super::{Action, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
+use crate::protocol::command::Command;
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::machine_shape::MachineShape;

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use super::super::{Action, Command, DiskChoice, Input, Phase, Primary, PrimaryConfig};
+use super::super::{Action, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use crate::protocol::block_hashes::BlockHash;
-use crate::protocol::command::{CommandRefused, VerifyRefused};
+use crate::protocol::command::{Command, CommandRefused, DiskChoice, VerifyRefused};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
