@@ -3,6 +3,8 @@
 //! The crate is a house of five floors; a room imports from its own floor or those under it. Above
 //! them are the command line, the demonstration, and the testbed that tests and benches share.
 
+#![warn(unreachable_pub)]
+
 pub mod arbiter;
 pub mod checkpoint;
 pub mod cli;

@@ -22,7 +22,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// If the thread cannot be started.
-pub fn connect(
+pub(super) fn connect(
     conn: ConnId,
     (to, channel): (SocketAddr, Channel),
     budget: Arc<StagingBudget>,

@@ -26,7 +26,7 @@ use crate::protocol::messages::features;
 use crate::protocol::primary::PrimaryConfig;
 
 /// Time between two questions to an arbiter out of reach, or two tries to reach a primary.
-pub const RETRY: Duration = Duration::from_millis(200);
+pub(super) const RETRY: Duration = Duration::from_millis(200);
 /// How long a newcomer may take from its hello to its heartbeat connection.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a newcomer may make no progress with building its machine.

@@ -342,7 +342,7 @@ impl NodeDisks {
     }
 
     /// What is held for shared images, if there are any.
-    pub fn shared(&self) -> Option<&Arc<SharedJournal>> {
+    pub(super) fn shared(&self) -> Option<&Arc<SharedJournal>> {
         self.shared.as_ref().map(|(held, _)| held)
     }
 

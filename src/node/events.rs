@@ -58,7 +58,7 @@ pub(crate) struct SnapshotRequest {
 }
 
 /// An epoch that was captured.
-pub struct Captured {
+pub(super) struct Captured {
     /// The epoch.
     pub id: EpochId,
     /// When its capture began, on the monotonic clock.
@@ -73,7 +73,7 @@ pub struct Captured {
 }
 
 /// Something that happened.
-pub enum NodeEvent {
+pub(super) enum NodeEvent {
     /// Dirty pages are tracked for the newcomer on this connection, or cannot be.
     Tracking {
         /// The connection.

@@ -42,7 +42,7 @@ struct Shared {
 }
 
 /// A handle to the thread, which ends with it.
-pub struct HeartbeatThread {
+pub(super) struct HeartbeatThread {
     shared: Arc<Shared>,
 }
 
@@ -51,7 +51,7 @@ impl HeartbeatThread {
     ///
     /// # Errors
     /// If the host gives no thread.
-    pub fn start(events: InboxSender) -> std::io::Result<HeartbeatThread> {
+    pub(super) fn start(events: InboxSender) -> std::io::Result<HeartbeatThread> {
         let shared = Arc::new(Shared::default());
         let mine = Arc::clone(&shared);
         std::thread::Builder::new().name("mcd-heartbeat".into()).spawn(move || {
@@ -63,12 +63,12 @@ impl HeartbeatThread {
     }
 
     /// The connection that heartbeats leave on, if there is one.
-    pub fn conn(&self) -> Option<ConnId> {
+    pub(super) fn conn(&self) -> Option<ConnId> {
         self.shared.state.lock().beats.as_ref().map(|beats| beats.conn)
     }
 
     /// Heartbeats leave on this connection from now on, beginning with this one.
-    pub fn open(&self, conn: ConnId, writer: LinkWriter, interval: Duration, beat: Heartbeat, until: Instant) {
+    pub(super) fn open(&self, conn: ConnId, writer: LinkWriter, interval: Duration, beat: Heartbeat, until: Instant) {
         let next = clock::now();
         let beats = Beats { conn, writer: Some(writer), interval, sequence: 0, beat, next, until };
         self.shared.state.lock().beats = Some(beats);
@@ -76,7 +76,7 @@ impl HeartbeatThread {
     }
 
     /// The heartbeat to send from now on, up to `until`; the first at once.
-    pub fn feed(&self, beat: Heartbeat, until: Instant) {
+    pub(super) fn feed(&self, beat: Heartbeat, until: Instant) {
         let mut state = self.shared.state.lock();
         if let Some(beats) = &mut state.beats {
             (beats.beat, beats.until, beats.next) = (beat, until, clock::now());
@@ -85,7 +85,7 @@ impl HeartbeatThread {
     }
 
     /// The connection is given up.
-    pub fn close(&self, conn: ConnId) {
+    pub(super) fn close(&self, conn: ConnId) {
         self.shared.state.lock().beats.take_if(|beats| beats.conn == conn);
     }
 }

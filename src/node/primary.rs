@@ -45,7 +45,7 @@ struct InFlight {
 }
 
 /// The engine.
-pub struct PrimaryNode {
+pub(super) struct PrimaryNode {
     context: Context,
     /// There is one as long as the engine runs.
     machine: Option<MachineThread>,
@@ -79,7 +79,7 @@ impl PrimaryNode {
     ///
     /// # Errors
     /// What this node cannot go on after: the machine failed.
-    pub fn run(
+    pub(super) fn run(
         context: Context,
         mut machine: Machine,
         gate: Arc<OutputGate>,

@@ -35,7 +35,7 @@ use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, Instant};
 
 /// How a secondary's life ended.
-pub enum SecondaryEnd {
+pub(super) enum SecondaryEnd {
     /// It runs the guest now: restored, still paused.
     Promoted(Box<Promoted>),
     /// It has to begin anew, as a newcomer, after this long.
@@ -45,7 +45,7 @@ pub enum SecondaryEnd {
 }
 
 /// What a takeover hands to the primary's driver.
-pub struct Promoted {
+pub(super) struct Promoted {
     /// The restored machine.
     pub machine: Machine,
     /// Its way out, still closed.
@@ -80,7 +80,7 @@ struct Stages {
 }
 
 /// The driver, for one instance id.
-pub struct SecondaryNode<'a> {
+pub(super) struct SecondaryNode<'a> {
     context: &'a Context,
     start: &'a SecondaryStart,
     protocol: Secondary,
@@ -101,7 +101,7 @@ impl<'a> SecondaryNode<'a> {
     ///
     /// # Errors
     /// If the host gives no thread.
-    pub fn new(
+    pub(super) fn new(
         context: &'a Context,
         start: &'a SecondaryStart,
         config: SecondaryConfig,
@@ -129,7 +129,7 @@ impl<'a> SecondaryNode<'a> {
     ///
     /// # Errors
     /// What this node cannot go on after.
-    pub fn run(mut self) -> Result<(SecondaryEnd, ConnId), NodeError> {
+    pub(super) fn run(mut self) -> Result<(SecondaryEnd, ConnId), NodeError> {
         clock::sharpen_timers();
         priority::raise();
         loop {

@@ -10,14 +10,14 @@ struct State<P> {
 }
 
 /// The phase that is wanted of a number of workers, and the one each of them has reached.
-pub struct PhaseBarrier<P> {
+pub(super) struct PhaseBarrier<P> {
     state: Mutex<State<P>>,
     changed: Condvar,
 }
 
 impl<P: Copy + Eq> PhaseBarrier<P> {
     /// For `workers` workers, which all begin in `phase`.
-    pub fn new(phase: P, workers: usize) -> PhaseBarrier<P> {
+    pub(super) fn new(phase: P, workers: usize) -> PhaseBarrier<P> {
         PhaseBarrier {
             state: Mutex::new(State { wanted: phase, reached: vec![phase; workers] }),
             changed: Condvar::new(),
@@ -25,18 +25,18 @@ impl<P: Copy + Eq> PhaseBarrier<P> {
     }
 
     /// Asks every worker for `phase`.
-    pub fn ask(&self, phase: P) {
+    pub(super) fn ask(&self, phase: P) {
         self.state.lock().wanted = phase;
         self.changed.notify_all();
     }
 
     /// Whether every worker has reached `phase`.
-    pub fn all_reached(&self, phase: P) -> bool {
+    pub(super) fn all_reached(&self, phase: P) -> bool {
         self.state.lock().reached.iter().all(|reached| *reached == phase)
     }
 
     /// Waits until every worker has reached `phase`; false if that took longer than `timeout`.
-    pub fn wait_all_reached(&self, phase: P, timeout: Duration) -> bool {
+    pub(super) fn wait_all_reached(&self, phase: P, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let mut state = self.state.lock();
         while !state.reached.iter().all(|reached| *reached == phase) {
@@ -48,7 +48,7 @@ impl<P: Copy + Eq> PhaseBarrier<P> {
     }
 
     /// Worker number `worker` says that it has reached `phase`.
-    pub fn reached(&self, worker: usize, phase: P) {
+    pub(super) fn reached(&self, worker: usize, phase: P) {
         if let Some(place) = self.state.lock().reached.get_mut(worker) {
             *place = phase;
         }
@@ -57,7 +57,7 @@ impl<P: Copy + Eq> PhaseBarrier<P> {
 
     /// Waits until something else than `phase` is wanted and tells what, or `phase` when `timeout`
     /// is over.
-    pub fn wait_other(&self, phase: P, timeout: Option<Duration>) -> P {
+    pub(super) fn wait_other(&self, phase: P, timeout: Option<Duration>) -> P {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let mut state = self.state.lock();
         while state.wanted == phase {

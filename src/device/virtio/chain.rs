@@ -22,7 +22,7 @@ const INDIRECT_DESCRIPTORS_MAX: u16 = 256;
 
 /// How a guest broke the rules of a queue.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum ChainError {
+pub(super) enum ChainError {
     /// The driver's index claims more buffers than the queue has, or the ring is not in memory.
     #[error("the available ring makes no sense")]
     Ring,

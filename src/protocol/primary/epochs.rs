@@ -10,7 +10,7 @@ use crate::protocol::types::{EpochId, Generation, Instant};
 
 /// At most one epoch is on its way: a second one in flight would not make the first commit sooner.
 #[derive(Clone, Debug)]
-pub struct Epochs {
+pub(super) struct Epochs {
     next: EpochId,
     capturing: Option<EpochId>,
     in_flight: Option<EpochId>,
@@ -21,7 +21,7 @@ pub struct Epochs {
 }
 
 impl Epochs {
-    pub fn new(generation: Generation, now: Instant) -> Epochs {
+    pub(super) fn new(generation: Generation, now: Instant) -> Epochs {
         Epochs {
             next: EpochId { generation, epoch: 0 },
             capturing: None,
@@ -34,52 +34,52 @@ impl Epochs {
     }
 
     /// The name of the epoch that runs now.
-    pub fn next_id(&self) -> EpochId {
+    pub(super) fn next_id(&self) -> EpochId {
         self.next
     }
 
     /// The newest committed epoch of this generation.
-    pub fn committed(&self) -> Option<EpochId> {
+    pub(super) fn committed(&self) -> Option<EpochId> {
         self.committed
     }
 
     /// True if nothing is being captured or on its way.
-    pub fn idle(&self) -> bool {
+    pub(super) fn idle(&self) -> bool {
         self.capturing.is_none() && self.in_flight.is_none()
     }
 
     /// True if an epoch is being captured.
-    pub fn is_capturing(&self) -> bool {
+    pub(super) fn is_capturing(&self) -> bool {
         self.capturing.is_some()
     }
 
     /// True if somebody asked for a cut.
-    pub fn is_pressed(&self) -> bool {
+    pub(super) fn is_pressed(&self) -> bool {
         self.pressed
     }
 
-    pub fn press(&mut self) {
+    pub(super) fn press(&mut self) {
         self.pressed = true;
     }
 
-    pub fn output_waiting(&mut self) {
+    pub(super) fn output_waiting(&mut self) {
         self.output_waits = true;
     }
 
     /// When the running epoch is to be cut.
-    pub fn due(&self, config: &PrimaryConfig, cuts_on_output: bool) -> Instant {
+    pub(super) fn due(&self, config: &PrimaryConfig, cuts_on_output: bool) -> Instant {
         let early = self.pressed || (self.output_waits && cuts_on_output);
         self.last_capture + if early { config.interval_min.min(config.interval) } else { config.interval }
     }
 
     /// A resync begins: the first epoch is cut after one interval.
-    pub fn start(&mut self, now: Instant) {
+    pub(super) fn start(&mut self, now: Instant) {
         self.last_capture = now;
         self.abandon();
     }
 
     /// Cuts the running epoch and names it.
-    pub fn begin(&mut self, now: Instant) -> EpochId {
+    pub(super) fn begin(&mut self, now: Instant) -> EpochId {
         let id = self.next;
         self.next = id.next();
         self.capturing = Some(id);
@@ -90,7 +90,7 @@ impl Epochs {
     }
 
     /// The epoch was captured and is on its way.
-    pub fn captured(&mut self, id: EpochId) {
+    pub(super) fn captured(&mut self, id: EpochId) {
         if self.capturing == Some(id) {
             self.capturing = None;
             self.in_flight = Some(id);
@@ -98,7 +98,7 @@ impl Epochs {
     }
 
     /// The capture failed; false if the epoch was given up before.
-    pub fn failed(&mut self, id: EpochId, now: Instant) -> bool {
+    pub(super) fn failed(&mut self, id: EpochId, now: Instant) -> bool {
         let current = self.capturing == Some(id);
         if current {
             self.capturing = None;
@@ -108,7 +108,7 @@ impl Epochs {
     }
 
     /// The peer says that it has committed `id`; false if that cannot be.
-    pub fn commit(&mut self, id: EpochId) -> bool {
+    pub(super) fn commit(&mut self, id: EpochId) -> bool {
         // A fast ack may overtake the driver's word that the capture is done.
         let expected = self.in_flight.or(self.capturing);
         if expected != Some(id) {
@@ -121,7 +121,7 @@ impl Epochs {
     }
 
     /// A new generation begins: epochs are numbered from 0 again.
-    pub fn begin_generation(&mut self, generation: Generation) {
+    pub(super) fn begin_generation(&mut self, generation: Generation) {
         self.next = EpochId { generation, epoch: 0 };
         self.capturing = None;
         self.in_flight = None;
@@ -133,7 +133,7 @@ impl Epochs {
     /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)). Of the last
     /// capture only what it bars still counts; a checker sets an interval of minutes to say
     /// "never", so all that is as far away is the same.
-    pub fn digest<H: Hasher>(&self, config: &PrimaryConfig, now: Instant, into: &mut H) {
+    pub(super) fn digest<H: Hasher>(&self, config: &PrimaryConfig, now: Instant, into: &mut H) {
         const NEVER: Duration = Duration::from_secs(60);
         let Epochs { next, capturing, in_flight, committed, last_capture, output_waits, pressed } = self;
         (next, capturing, in_flight, committed, output_waits, pressed).hash(into);
@@ -143,7 +143,7 @@ impl Epochs {
     }
 
     /// Nothing is on its way any more, and nothing of it is committed to anyone.
-    pub fn abandon(&mut self) {
+    pub(super) fn abandon(&mut self) {
         self.capturing = None;
         self.in_flight = None;
         self.committed = None;

@@ -15,12 +15,12 @@ use crate::protocol::types::{ConnId, InstanceId, Instant};
 const BUSY: &str = "this primary has a secondary, or is deciding about one; try again later";
 
 /// Most newcomers that said hello and have not opened their heartbeat connection yet.
-pub const CANDIDATES_MAX: usize = 8;
+pub(super) const CANDIDATES_MAX: usize = 8;
 
 /// A newcomer that said hello on its data connection. It becomes the peer with its heartbeat
 /// connection; until then it holds nothing up, whoever it is.
 #[derive(Clone, Debug)]
-pub struct Candidate {
+pub(super) struct Candidate {
     pub instance: InstanceId,
     pub data: ConnId,
     features: u64,
@@ -30,7 +30,7 @@ pub struct Candidate {
 
 impl Candidate {
     /// Tells a checker the state.
-    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+    pub(super) fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
         let Candidate { instance, data, features, scales_tsc: _, join_by } = self;
         (instance, data, features, join_by.since(now)).hash(into);
     }
@@ -38,7 +38,7 @@ impl Candidate {
 
 /// The secondary, or the newcomer that becomes it.
 #[derive(Clone, Debug)]
-pub struct Peer {
+pub(super) struct Peer {
     pub instance: InstanceId,
     pub data: ConnId,
     pub heartbeat: ConnId,
@@ -68,7 +68,7 @@ impl Peer {
         }
     }
 
-    pub fn channel_of(&self, conn: ConnId) -> Option<Channel> {
+    pub(super) fn channel_of(&self, conn: ConnId) -> Option<Channel> {
         match conn {
             _ if conn == self.data => Some(Channel::Data),
             _ if conn == self.heartbeat => Some(Channel::Heartbeat),
@@ -77,18 +77,18 @@ impl Peer {
     }
 
     /// This node was asleep for so long: what it did not hear meanwhile proves nothing.
-    pub fn slept(&mut self, now: Instant, slept: Slept) {
+    pub(super) fn slept(&mut self, now: Instant, slept: Slept) {
         self.detector.slept(now, slept);
         self.progress_at = self.progress_at + slept.unheard;
     }
 
     /// True if the heartbeat thread is to be fed now.
-    pub fn is_beat_due(&mut self, now: Instant) -> bool {
+    pub(super) fn is_beat_due(&mut self, now: Instant) -> bool {
         self.timer.is_due(now)
     }
 
     /// Why the peer is suspect, if it is.
-    pub fn suspicion(&self, now: Instant, building_since_max: Option<Duration>) -> Option<PeerLoss> {
+    pub(super) fn suspicion(&self, now: Instant, building_since_max: Option<Duration>) -> Option<PeerLoss> {
         if let Some(silence) = self.detector.suspects(now) {
             return Some(PeerLoss::Silent { silence });
         }
@@ -97,7 +97,7 @@ impl Peer {
     }
 
     /// Tells a checker the state (see [`Primary::digest`](super::Primary::digest)).
-    pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
+    pub(super) fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
         let Peer { instance, data, heartbeat, features, scales_tsc: _, timer, detector, done_bytes, progress_at } =
             self;
         (instance, data, heartbeat, features, done_bytes, progress_at.since(now)).hash(into);
@@ -106,7 +106,7 @@ impl Peer {
     }
 
     /// When the peer next needs attention.
-    pub fn due(&self, building_since_max: Option<Duration>) -> Instant {
+    pub(super) fn due(&self, building_since_max: Option<Duration>) -> Instant {
         let due = self.timer.due().min(self.detector.deadline());
         building_since_max.map_or(due, |max| due.min(self.progress_at + max))
     }

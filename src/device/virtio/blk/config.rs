@@ -21,7 +21,7 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 pub(super) const F_INDIRECT_DESC: u64 = 1 << 28;
 
 /// Most requests in the queue.
-pub const QUEUE_SIZE_MAX: u16 = 128;
+pub(super) const QUEUE_SIZE_MAX: u16 = 128;
 /// Most buffers of data in a request: with header and status they fill the queue.
 const SEG_MAX: u32 = QUEUE_SIZE_MAX as u32 - 2;
 /// Most bytes in one buffer.
