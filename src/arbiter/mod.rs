@@ -46,7 +46,7 @@ pub trait Arbiter: Send {
 }
 
 /// Ends the question in hand (see [`Arbiter::canceller`]).
-pub type Canceller = Box<dyn Fn() + Send>;
+pub type Canceller = Box<dyn Fn() + Send + Sync>;
 
 /// Why an arbiter did not answer. Each message is one line and names what to do.
 #[derive(Debug, Error)]

@@ -150,8 +150,9 @@ impl Acceptor {
         let Silent { writer, closer, .. } = silent;
         let channel = hello.channel;
         let accepted = NodeEvent::Accepted { conn, hello, writer, closer: closer.clone() };
+        // Whoever has an event drives the engine with it.
+        priority::raise();
         if self.events.link_event(accepted).is_ok() {
-            priority::raise();
             let why = match channel {
                 Channel::Data => read_data(conn, &mut reader, &self.events),
                 Channel::Heartbeat => read_heartbeats(conn, HeartbeatPeer::Secondary, &mut reader, &self.events)

@@ -33,10 +33,11 @@ pub(super) fn connect(
             Ok(link) => {
                 let closer = link.closer();
                 let (mut reader, writer) = link.split();
+                // Whoever has an event drives the engine with it.
+                priority::raise();
                 if events.link_event(NodeEvent::Connected { conn, writer, closer: closer.clone() }).is_err() {
                     return;
                 }
-                priority::raise();
                 let end = match channel {
                     Channel::Data => receive(conn, EpochReceiver::new(budget), &mut reader, &events),
                     Channel::Heartbeat => {

@@ -11,7 +11,7 @@ use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::inbox::{Flag, Inbox, InboxSender};
+use super::inbox::{Flag, InboxSender};
 use super::status::StatusStore;
 use crate::arbiter::Arbiter;
 use crate::checkpoint::capture_pool::CapturePool;
@@ -41,7 +41,6 @@ const PUSH_PAGES_MAX: usize = 512;
 pub(crate) struct ContextWithoutArbiter {
     pub config: NodeConfig,
     pub guest_ip: Option<Ipv4Addr>,
-    pub inbox: Inbox,
     pub events: InboxSender,
     pub status: Arc<StatusStore>,
     pub sink: EventSink,
@@ -57,8 +56,8 @@ impl ContextWithoutArbiter {
         let captures = CapturePool::default();
         let warming = captures.clone();
         std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;
-        let ContextWithoutArbiter { config, guest_ip, inbox, events, status, sink, console, cpu } = self;
-        Ok(Context { config, guest_ip, inbox, events, status, sink, console, arbiter, cpu, captures })
+        let ContextWithoutArbiter { config, guest_ip, events, status, sink, console, cpu } = self;
+        Ok(Context { config, guest_ip, events, status, sink, console, arbiter, cpu, captures })
     }
 }
 
@@ -98,9 +97,7 @@ pub(crate) struct Context {
     pub config: NodeConfig,
     /// The guest's address, if known: announced after a takeover.
     pub guest_ip: Option<Ipv4Addr>,
-    /// Everything that happens arrives here.
-    pub inbox: Inbox,
-    /// The way into the inbox.
+    /// The way into the inbox, where everything that happens arrives.
     pub events: InboxSender,
     /// What the control socket answers queries from.
     pub status: Arc<StatusStore>,

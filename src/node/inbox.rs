@@ -29,11 +29,11 @@ mod latches;
 #[cfg(test)]
 mod tests;
 
-use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use crossbeam::sync::{Parker, Unparker};
+use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 
 use self::lanes::{InternalLane, LinkLane};
@@ -96,14 +96,37 @@ pub(super) enum Next {
     Gone,
 }
 
+/// What may drive the engine from a thread that has an event for it.
+pub(super) trait Driver: Send + Sync {
+    /// Drives the engine, unless another thread does. False if its own thread has to.
+    fn try_drive(&self) -> bool;
+}
+
+/// Wakes the thread that cuts epochs; false if there is none.
+type WakeCutter = Box<dyn Fn() -> bool + Send + Sync>;
+
 struct Shared {
     latches: Latches,
     internal: InternalLane,
     link: LinkLane,
+    /// Only who drives the engine has it, so nobody waits for this lock.
+    turn: Mutex<Turn>,
+    driver: RwLock<Option<Weak<dyn Driver>>>,
+    cutter: RwLock<Option<WakeCutter>>,
     wake: Unparker,
     senders: AtomicUsize,
     /// A report found no room: rather than wait for it in vain, the node ends.
     overflowed: AtomicBool,
+}
+
+impl Shared {
+    /// The thread that has an event drives the engine with it, or the engine's own thread does.
+    fn drive(&self) {
+        let driver = self.driver.read().as_ref().and_then(Weak::upgrade);
+        if !driver.is_some_and(|driver| driver.try_drive()) {
+            self.wake.unpark();
+        }
+    }
 }
 
 /// A new inbox and the way into it.
@@ -113,11 +136,15 @@ pub(super) fn inbox() -> (InboxSender, Inbox) {
         latches: Latches::default(),
         internal: InternalLane::default(),
         link: LinkLane::default(),
+        turn: Mutex::default(),
+        driver: RwLock::default(),
+        cutter: RwLock::default(),
         wake: wait.unparker().clone(),
         senders: AtomicUsize::new(1),
         overflowed: AtomicBool::new(false),
     });
-    (InboxSender { shared: Arc::clone(&shared) }, Inbox { shared, wait, turn: Cell::default() })
+    let queues = Queues { shared: Arc::clone(&shared) };
+    (InboxSender { shared }, Inbox { queues, wait })
 }
 
 /// The way into an inbox, for any thread.
@@ -144,7 +171,27 @@ impl InboxSender {
     /// Raises a flag. Waits for nothing: vCPU and device threads may call it under their locks.
     pub(super) fn raise(&self, flag: Flag) {
         self.shared.latches.raise(flag);
-        self.shared.wake.unpark();
+        // The engine would only order the cut of that thread.
+        let woken = flag == Flag::OutputWaiting && self.shared.cutter.read().as_ref().is_some_and(|wake| wake());
+        if !woken {
+            self.shared.wake.unpark();
+        }
+    }
+
+    /// Output that waits wakes the thread that cuts epochs, which then drives the engine itself.
+    /// `wake` waits for nothing.
+    pub(super) fn wake_cutter_on_output(&self, wake: impl Fn() -> bool + Send + Sync + 'static) {
+        *self.shared.cutter.write() = Some(Box::new(wake));
+    }
+
+    /// Output that waits wakes the engine's own thread.
+    pub(super) fn no_cutter(&self) {
+        *self.shared.cutter.write() = None;
+    }
+
+    /// Drives the engine with what waits for it, or wakes who does.
+    pub(super) fn drive(&self) {
+        self.shared.drive();
     }
 
     /// The process is asked to end. The second time is a second `quit`; more change nothing.
@@ -210,7 +257,7 @@ impl InboxSender {
     /// suspected for what was not read yet; an older one that was not taken is forgotten.
     pub(super) fn heartbeat(&self, conn: ConnId, message: Message) {
         self.shared.latches.heartbeat(conn, message);
-        self.shared.wake.unpark();
+        self.shared.drive();
     }
 
     /// An event of a connection, from the thread that reads it. Waits while too many events of this
@@ -220,7 +267,7 @@ impl InboxSender {
     /// [`InboxGone`].
     pub(super) fn link_event(&self, event: NodeEvent) -> Result<(), InboxGone> {
         self.shared.link.push(event)?;
-        self.shared.wake.unpark();
+        self.shared.drive();
         Ok(())
     }
 }
@@ -255,68 +302,106 @@ struct Turn {
     internal_run: u32,
 }
 
-/// The receiving end: a driver's, or one driver's after the other.
-pub(super) struct Inbox {
+/// What waits, for whoever drives the engine.
+pub(super) struct Queues {
     shared: Arc<Shared>,
+}
+
+/// The receiving end: an engine's, or one engine's after the other.
+pub(super) struct Inbox {
+    queues: Queues,
     wait: Parker,
-    turn: Cell<Turn>,
 }
 
 impl Inbox {
-    /// Waits for what comes next, or until `until`.
+    /// What waits, for whoever drives the engine.
+    pub(super) fn queues(&self) -> &Queues {
+        &self.queues
+    }
+
+    /// Waits until something comes or `until` passed.
+    pub(super) fn wait(&self, until: Option<Instant>) {
+        match until {
+            // An event that came after the look into the queues has left a token with the parker,
+            // so this returns at once.
+            None => self.wait.park(),
+            Some(until) => self.wait.park_timeout(clock::until(until)),
+        }
+    }
+
+    /// Threads with an event may drive the engine with it.
+    pub(super) fn set_driver(&self, driver: Option<Weak<dyn Driver>>) {
+        *self.queues.shared.driver.write() = driver;
+    }
+
+    /// Waits for what comes next.
+    #[cfg(test)]
     pub(super) fn next(&self, until: Option<Instant>) -> Next {
-        self.next_by(until, clock::now)
+        loop {
+            match self.queues.next(until) {
+                Some(next) => return next,
+                None => self.wait(until),
+            }
+        }
+    }
+}
+
+impl Queues {
+    /// The same queues.
+    pub(super) fn again(&self) -> Queues {
+        Queues { shared: Arc::clone(&self.shared) }
+    }
+
+    /// What comes next, if anything waits or `until` passed.
+    pub(super) fn next(&self, until: Option<Instant>) -> Option<Next> {
+        self.next_at(until, clock::now)
     }
 
     /// The same, by another clock.
-    fn next_by(&self, until: Option<Instant>, now: impl Fn() -> Instant) -> Next {
+    fn next_at(&self, until: Option<Instant>, now: impl Fn() -> Instant) -> Option<Next> {
+        let mut turn = self.shared.turn.lock();
         loop {
             // At most once between two other turns, so that no peer starves timers.
-            if !self.turn.get().heartbeat
+            if !turn.heartbeat
                 && let Some(event) = self.shared.latches.take_heartbeat()
             {
-                self.turn.set(Turn { heartbeat: true, ..self.turn.get() });
-                return Next::Event(event);
+                turn.heartbeat = true;
+                return Some(Next::Event(event));
             }
-            self.turn.set(Turn { heartbeat: false, ..self.turn.get() });
-            let left = until.map(|until| until.since(now()));
-            let is_due = left.is_some_and(|left| left.is_zero());
-            if is_due && !self.turn.get().due {
-                self.turn.set(Turn { due: true, ..self.turn.get() });
-                return Next::Due;
+            turn.heartbeat = false;
+            let is_due = until.is_some_and(|until| until <= now());
+            if is_due && !turn.due {
+                turn.due = true;
+                return Some(Next::Due);
             }
             // Read before the queues: whatever a last sender put in is there by then.
             let has_senders = self.shared.senders.load(Ordering::Acquire) > 0;
             if self.shared.overflowed.load(Ordering::Acquire) {
-                return Next::Gone;
+                return Some(Next::Gone);
             }
-            let event = self.try_take();
-            self.turn.set(Turn { due: false, ..self.turn.get() });
-            match (event, left) {
-                (Some(event), _) => return Next::Event(event),
+            let event = self.try_take(&mut turn);
+            turn.due = false;
+            match event {
+                Some(event) => return Some(Next::Event(event)),
                 // Nothing waits, so it is the timer's turn again.
-                (None, _) if is_due => continue,
-                (None, _) if !has_senders => return Next::Gone,
-                // An event that came after the look into the queues has left a token with the
-                // parker, so this returns at once.
-                (None, None) => self.wait.park(),
-                (None, Some(left)) => self.wait.park_timeout(left),
+                None if is_due => continue,
+                None if !has_senders => return Some(Next::Gone),
+                None => return None,
             }
         }
     }
 
-    fn try_take(&self) -> Option<NodeEvent> {
-        let event = self.take_latched().or_else(|| self.take_queued());
-        if event.is_some() || !self.turn.get().latches_done {
+    fn try_take(&self, turn: &mut Turn) -> Option<NodeEvent> {
+        let event = self.take_latched(turn).or_else(|| self.take_queued(turn));
+        if event.is_some() || !turn.latches_done {
             return event;
         }
         // The queues are empty: the latches' turn again.
-        self.turn.set(Turn { latches_done: false, ..self.turn.get() });
-        self.take_latched()
+        turn.latches_done = false;
+        self.take_latched(turn)
     }
 
-    fn take_latched(&self) -> Option<NodeEvent> {
-        let mut turn = self.turn.get();
+    fn take_latched(&self, turn: &mut Turn) -> Option<NodeEvent> {
         if turn.latched == 0 && !turn.latches_done {
             turn.latched = self.shared.latches.take_raised();
             turn.latches_done = true;
@@ -327,12 +412,10 @@ impl Inbox {
             turn.latched &= !bit;
             event = self.shared.latches.take(bit);
         }
-        self.turn.set(turn);
         event
     }
 
-    fn take_queued(&self) -> Option<NodeEvent> {
-        let mut turn = self.turn.get();
+    fn take_queued(&self, turn: &mut Turn) -> Option<NodeEvent> {
         let event = if turn.internal_run < INTERNAL_RUN_MAX {
             self.shared
                 .internal
@@ -344,14 +427,13 @@ impl Inbox {
             self.shared.link.pop().or_else(|| self.shared.internal.pop())
         };
         turn.latches_done &= event.is_none();
-        self.turn.set(turn);
         event
     }
 }
 
 impl Drop for Inbox {
     fn drop(&mut self) {
-        self.shared.internal.close();
-        self.shared.link.close();
+        self.queues.shared.internal.close();
+        self.queues.shared.link.close();
     }
 }

@@ -2,12 +2,14 @@
 //! into effects.
 //!
 //! ```text
-//!  vCPU threads ─ output waiting ─┐                        ┌─▶ capture, release, run (driver thread)
-//!  link readers ─ messages ───────┤   one inbox            ├─▶ sender thread ─▶ data connection
-//!  arbiter thread ─ answers ──────┼─▶ driver thread ─▶ protocol ─▶ actions ─▶ heartbeat connection
-//!  control socket ─ commands ─────┘        │               └─▶ arbiter thread
-//!                                          └─▶ status snapshot ◀─ control socket (never waits)
+//!  vCPU threads ─ output waiting ─┐                     ┌─▶ release, tap ─▶ network
+//!  link readers ─ messages ───────┤                     ├─▶ machine thread ─▶ captures ─▶ data connection
+//!  arbiter thread ─ answers ──────┼─▶ inbox ─▶ engine ──┼─▶ heartbeat thread ─▶ heartbeat connection
+//!  worker threads ─ reports ──────┤        (protocol)   ├─▶ arbiter thread
+//!  control socket ─ commands ─────┘                     └─▶ status snapshot ◀─ control socket (never waits)
 //! ```
+//!
+//! Which thread drives an engine is in `engine`.
 
 mod acceptor;
 mod announce;
@@ -22,6 +24,7 @@ mod connections;
 mod connector;
 mod context;
 mod disks;
+mod engine;
 mod error;
 mod events;
 mod heartbeats;
@@ -127,14 +130,14 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
         }
     }
     let mut arbiter = open_arbiter(&config, start.both_nodes_are_dead)?;
-    let (server, context) = open_endpoints(config, Role::Primary, start.guest_ip, console, events, inbox)?;
+    let (server, context) = open_endpoints(config, Role::Primary, start.guest_ip, console, events)?;
     // The claim comes last: a guest that cannot start here must not be on record as ours.
     let record = claim_guest(arbiter.as_mut(), &context.config, me, start.both_nodes_are_dead)?;
     let context = context.with_arbiter(arbiter)?;
     let protocol = Primary::new(context.primary_config(shape, machine.tsc_khz()), me, record, clock::now());
     let guest = context.config.guest.as_str();
     tracing::info!(guest, generation = record.generation.0, "the guest starts; it runs alone until a secondary joins");
-    let end = PrimaryNode::run(context, machine, gate, disks, protocol, None)?;
+    let end = PrimaryNode::run(Arc::new(context), &inbox, machine, gate, disks, protocol, None)?;
     drop(server);
     Ok(end_of(end))
 }
@@ -150,8 +153,8 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     disks::check_images_open(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Arc::new(Console::open(&config.console)?);
-    let (server, context) = open_endpoints(config, Role::Secondary, start.guest_ip, console, events, inbox)?;
-    let context = context.with_arbiter(arbiter)?;
+    let (server, context) = open_endpoints(config, Role::Secondary, start.guest_ip, console, events)?;
+    let context = Arc::new(context.with_arbiter(arbiter)?);
     let mut last_conn = 0;
     let mut start_at = clock::now();
     let end = loop {
@@ -166,10 +169,10 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
             stall_max: context.config.stall_max,
         };
         let protocol = Secondary::new(config.clone(), me, last_conn, start_at);
-        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run()?;
+        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run(&inbox)?;
         last_conn = newest_conn;
         match end {
-            SecondaryEnd::Promoted(promoted) => break lead(context, *promoted, me)?,
+            SecondaryEnd::Promoted(promoted) => break lead(context, &inbox, *promoted, me)?,
             SecondaryEnd::Over(ending) => break ending_of(ending)?,
             SecondaryEnd::Rejoin(after) => start_at = clock::now() + after,
         }
@@ -179,10 +182,10 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 }
 
 /// The secondary is the primary now.
-fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
+fn lead(context: Arc<Context>, inbox: &Inbox, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
     let Promoted { machine, gate, disks, record, welcome, report } = promoted;
     let protocol = Primary::new(context.primary_config(welcome.shape, machine.tsc_khz()), me, record, clock::now());
-    PrimaryNode::run(context, machine, gate, disks, protocol, Some(report)).map(end_of)
+    PrimaryNode::run(context, inbox, machine, gate, disks, protocol, Some(report)).map(end_of)
 }
 
 fn end_of(end: End) -> NodeEnd {
@@ -269,7 +272,6 @@ fn open_endpoints(
     guest_ip: Option<Ipv4Addr>,
     console: Arc<Console>,
     events: InboxSender,
-    inbox: Inbox,
 ) -> Result<(Server, ContextWithoutArbiter), NodeError> {
     let cpu = host_cpu(config.cpu)?;
     acceptor::listen(config.listen, config.heartbeat_listen, events.clone())?;
@@ -277,5 +279,5 @@ fn open_endpoints(
     let server = Server::bind(&config.control, Commands::new(status.clone(), events.clone()))?;
     signals::listen(events.clone())?;
     let sink = server.events();
-    Ok((server, ContextWithoutArbiter { config, guest_ip, inbox, events, status, sink, console, cpu }))
+    Ok((server, ContextWithoutArbiter { config, guest_ip, events, status, sink, console, cpu }))
 }

@@ -17,10 +17,11 @@ use super::block_hasher::{BlockHasher, VerifyWatch};
 use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
+use super::engine::{self, Engine, Step};
 use super::error::NodeError;
 use super::events::{Captured, NodeEvent, Replies};
 use super::heartbeats::HeartbeatThread;
-use super::inbox::Next;
+use super::inbox::{Inbox, Next, Queues};
 use super::meter::Meter;
 use super::{clock, priority};
 use crate::checkpoint::capture_pool::CapturePool;
@@ -46,7 +47,7 @@ struct InFlight {
 
 /// The engine.
 pub(super) struct PrimaryNode {
-    context: Context,
+    context: Arc<Context>,
     /// There is one as long as the engine runs.
     machine: Option<MachineThread>,
     memory: GuestRam,
@@ -80,7 +81,8 @@ impl PrimaryNode {
     /// # Errors
     /// What this node cannot go on after: the machine failed.
     pub(super) fn run(
-        context: Context,
+        context: Arc<Context>,
+        inbox: &Inbox,
         mut machine: Machine,
         gate: Arc<OutputGate>,
         disks: NodeDisks,
@@ -136,23 +138,10 @@ impl PrimaryNode {
             snapshots: Snapshots::default(),
             end: None,
         };
-        node.drive()
-    }
-
-    fn drive(mut self) -> Result<End, NodeError> {
-        loop {
-            self.act()?;
-            self.disks.runs_in(self.protocol.generation());
-            self.publish();
-            if let Some(end) = self.end.take() {
-                return self.finish(end);
-            }
-            if self.announcer.take_due(clock::now()) {
-                self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
-            }
-            if let Some(input) = self.next_input()? {
-                self.protocol.handle(clock::now(), input);
-            }
+        let mut node = engine::run(node, inbox)?;
+        match node.end.take() {
+            Some(end) => node.finish(end),
+            None => Err(NodeError::Gone),
         }
     }
 
@@ -200,17 +189,13 @@ impl PrimaryNode {
         drained
     }
 
-    fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
+    /// What the watch of a connection found.
+    fn link_news(&mut self) -> Option<Input> {
         let sender = self.sender.as_ref();
         let probe = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::probe);
-        if let Some((conn, LinkNews::Stuck(why))) = self.connections.news(clock::now(), probe) {
-            return Ok(Some(Input::Closed { conn, why }));
-        }
-        let until = self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min();
-        match self.context.inbox.next(until) {
-            Next::Event(event) => self.translate(event),
-            Next::Due => Ok(Some(Input::Tick)),
-            Next::Gone => Err(NodeError::Gone),
+        match self.connections.news(clock::now(), probe)? {
+            (conn, LinkNews::Stuck(why)) => Some(Input::Closed { conn, why }),
+            (_, LinkNews::Received(_)) => None,
         }
     }
 
@@ -309,6 +294,34 @@ impl PrimaryNode {
             }
             MachineEvent::Booted => None,
         }
+    }
+}
+
+impl Engine for PrimaryNode {
+    fn step(&mut self, queues: &Queues) -> Result<Step, NodeError> {
+        self.act()?;
+        self.disks.runs_in(self.protocol.generation());
+        self.publish();
+        if self.end.is_some() {
+            return Ok(Step::Ended);
+        }
+        if self.announcer.take_due(clock::now()) {
+            self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
+        }
+        let until = self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min();
+        let input = match self.link_news() {
+            Some(news) => Some(news),
+            None => match queues.next(until) {
+                Some(Next::Event(event)) => self.translate(event)?,
+                Some(Next::Due) => Some(Input::Tick),
+                Some(Next::Gone) => return Err(NodeError::Gone),
+                None => return Ok(Step::Idle(until)),
+            },
+        };
+        if let Some(input) = input {
+            self.protocol.handle(clock::now(), input);
+        }
+        Ok(Step::Busy)
     }
 }
 

@@ -13,10 +13,11 @@ use super::config::SecondaryStart;
 use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
+use super::engine::{self, Engine, Step};
 use super::error::NodeError;
 use super::events::{NodeEvent, Replies};
 use super::heartbeats::HeartbeatThread;
-use super::inbox::Next;
+use super::inbox::{Inbox, Next, Queues};
 use super::meter::Meter;
 use super::{clock, connector, priority};
 use crate::checkpoint::apply::Applier;
@@ -80,9 +81,9 @@ struct Stages {
 }
 
 /// The driver, for one instance id.
-pub(super) struct SecondaryNode<'a> {
-    context: &'a Context,
-    start: &'a SecondaryStart,
+pub(super) struct SecondaryNode {
+    context: Arc<Context>,
+    start: SecondaryStart,
     protocol: Secondary,
     connections: Connections,
     budget: Arc<StagingBudget>,
@@ -96,20 +97,20 @@ pub(super) struct SecondaryNode<'a> {
     end: Option<SecondaryEnd>,
 }
 
-impl<'a> SecondaryNode<'a> {
+impl SecondaryNode {
     /// A newcomer under a new instance id.
     ///
     /// # Errors
     /// If the host gives no thread.
     pub(super) fn new(
-        context: &'a Context,
-        start: &'a SecondaryStart,
+        context: &Arc<Context>,
+        start: &SecondaryStart,
         config: SecondaryConfig,
         protocol: Secondary,
-    ) -> Result<SecondaryNode<'a>, NodeError> {
+    ) -> Result<SecondaryNode, NodeError> {
         Ok(SecondaryNode {
-            context,
-            start,
+            context: Arc::clone(context),
+            start: start.clone(),
             protocol,
             connections: Connections::default(),
             budget: StagingBudget::new(config.staging_bytes_max),
@@ -129,25 +130,17 @@ impl<'a> SecondaryNode<'a> {
     ///
     /// # Errors
     /// What this node cannot go on after.
-    pub(super) fn run(mut self) -> Result<(SecondaryEnd, ConnId), NodeError> {
+    pub(super) fn run(self, inbox: &Inbox) -> Result<(SecondaryEnd, ConnId), NodeError> {
         clock::sharpen_timers();
         priority::raise();
-        loop {
-            self.act()?;
-            let resync = self.meter.look(clock::monotonic_us(), self.protocol.resync());
-            self.context.status.secondary(&self.protocol, resync);
-            if let Some(end) = self.end.take() {
-                self.connections.close_all();
-                self.budget.close();
-                if matches!(end, SecondaryEnd::Over(_)) {
-                    self.put_away()?;
-                }
-                return Ok((end, self.protocol.last_conn()));
-            }
-            if let Some(input) = self.next_input()? {
-                self.protocol.handle(clock::now(), input);
-            }
+        let mut node = engine::run(self, inbox)?;
+        let end = node.end.take().ok_or(NodeError::Gone)?;
+        node.connections.close_all();
+        node.budget.close();
+        if matches!(end, SecondaryEnd::Over(_)) {
+            node.put_away()?;
         }
+        Ok((end, node.protocol.last_conn()))
     }
 
     /// Ends in order: the disks are at the newest committed epoch, and their stamps say so.
@@ -158,18 +151,6 @@ impl<'a> SecondaryNode<'a> {
             image.disks.stamper().stamp(committed, StampState::Whole);
         }
         Ok(())
-    }
-
-    fn next_input(&mut self) -> Result<Option<Input>, NodeError> {
-        if let Some(news) = self.link_news() {
-            return Ok(Some(news));
-        }
-        match self.context.inbox.next(self.protocol.poll_timeout()) {
-            Next::Event(event) => self.translate(event),
-            // What arrived while we waited counts before the time does.
-            Next::Due => Ok(Some(self.link_news().unwrap_or(Input::Tick))),
-            Next::Gone => Err(NodeError::Gone),
-        }
     }
 
     fn link_news(&mut self) -> Option<Input> {
@@ -349,7 +330,7 @@ impl<'a> SecondaryNode<'a> {
 
     fn begin_build(&self, welcome: Welcome) -> Result<(), NodeError> {
         let slot = Arc::clone(&self.build_slot);
-        build::begin(self.context, self.protocol.me(), welcome, Arc::clone(&self.budget), slot)
+        build::begin(&self.context, self.protocol.me(), welcome, Arc::clone(&self.budget), slot)
     }
 
     fn built(&mut self, result: Result<(), String>) -> Input {
@@ -400,11 +381,37 @@ impl<'a> SecondaryNode<'a> {
     ) -> Result<(), NodeError> {
         let image = self.image.take().ok_or(NodeError::GuestFailed("there is no image to take over with".into()))?;
         let stages = std::mem::take(&mut self.stages);
-        restore::begin(self.context, image, restore::Takeover { record, epoch, began, cause, stages })
+        restore::begin(&self.context, image, restore::Takeover { record, epoch, began, cause, stages })
     }
 }
 
-impl Drop for SecondaryNode<'_> {
+impl Engine for SecondaryNode {
+    fn step(&mut self, queues: &Queues) -> Result<Step, NodeError> {
+        self.act()?;
+        let resync = self.meter.look(clock::monotonic_us(), self.protocol.resync());
+        self.context.status.secondary(&self.protocol, resync);
+        if self.end.is_some() {
+            return Ok(Step::Ended);
+        }
+        let until = self.protocol.poll_timeout();
+        let input = match self.link_news() {
+            Some(news) => Some(news),
+            None => match queues.next(until) {
+                Some(Next::Event(event)) => self.translate(event)?,
+                // What arrived while nobody looked counts before the time does.
+                Some(Next::Due) => Some(self.link_news().unwrap_or(Input::Tick)),
+                Some(Next::Gone) => return Err(NodeError::Gone),
+                None => return Ok(Step::Idle(until)),
+            },
+        };
+        if let Some(input) = input {
+            self.protocol.handle(clock::now(), input);
+        }
+        Ok(Step::Busy)
+    }
+}
+
+impl Drop for SecondaryNode {
     fn drop(&mut self) {
         self.build_slot.close();
     }

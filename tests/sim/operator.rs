@@ -192,8 +192,8 @@ impl World {
         self.procs[proc].saving = true;
         let us = self.rng.below(self.plan.fault_len_us);
         if stop && self.plan.kinds.contains(&FaultKind::Break) && self.rng.chance(300) {
-            // The peer is lost shortly before the snapshot is there: the moment in which nobody knows
-            // yet whose guest it is that stops is short, and has rules of its own.
+            // The peer is lost shortly before the snapshot is there: the moment in which nobody
+            // knows yet whose guest it is that stops is short, and has rules of its own.
             let before = us.saturating_sub(self.rng.below(5_000));
             self.after(before, Event::FaultAt(FaultKind::Break, slot));
         }
@@ -209,7 +209,7 @@ impl World {
             self.arrive(proc, In::Primary(primary::Input::SnapshotEnded { written }));
             self.note(proc, || format!("snapshot over, written {written}, stop {stop}"));
             if stop && written && self.rng.chance(500) {
-                // The operator is in a hurry: a quit comes while the guest is being given up.
+                // The operator does not wait: a quit comes while the guest is being given up.
                 let us = self.rng.below(5_000);
                 self.after(us, Event::Command(proc, Command::Quit));
             }

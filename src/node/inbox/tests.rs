@@ -32,7 +32,9 @@ fn epoch(epoch: u64) -> EpochId {
 
 /// A word for what comes next, without waiting for it.
 fn next(inbox: &Inbox) -> String {
-    match inbox.try_take() {
+    let queues = inbox.queues();
+    let event = queues.try_take(&mut queues.shared.turn.lock());
+    match event {
         Some(event) => name(Next::Event(event)),
         None => "nothing".into(),
     }
@@ -88,7 +90,7 @@ fn the_newest_heartbeat_comes_before_a_due_timer_and_does_not_starve_it() {
     for conn in 0..100 {
         sender.heartbeat(conn, beat(1));
     }
-    let kept = std::iter::from_fn(|| inbox.shared.latches.take_heartbeat()).count();
+    let kept = std::iter::from_fn(|| inbox.queues().shared.latches.take_heartbeat()).count();
     assert!((1..=8).contains(&kept), "{kept} kept of connections without end");
 }
 

@@ -39,6 +39,8 @@ enum Order {
     Kick(RoomAgain),
     /// Stop the guest and save its state.
     Save,
+    /// Output waits: drive the engine, which may want an epoch to be cut.
+    Drive,
 }
 
 /// An epoch to capture.
@@ -53,6 +55,7 @@ pub(super) struct CaptureOrder {
 /// The engine's handle. The machine comes back with [`MachineThread::finish`].
 pub(super) struct MachineThread {
     orders: Sender<Order>,
+    events: InboxSender,
     abort: PauseAbort,
     ends: Arc<AtomicBool>,
     thread: JoinHandle<Machine>,
@@ -70,16 +73,18 @@ impl MachineThread {
         pause_max: Duration,
         events: InboxSender,
     ) -> std::io::Result<MachineThread> {
-        let (orders, inbox) = unbounded();
+        let (orders, queue) = unbounded();
         let abort = machine.pause_abort();
+        let (waiting, inbox) = (orders.clone(), events.clone());
+        events.wake_cutter_on_output(move || waiting.send(Order::Drive).is_ok());
         let ends = Arc::new(AtomicBool::new(false));
         let worker = Worker { machine, buffers, pool, pause_max, events, ends: Arc::clone(&ends) };
         let thread = std::thread::Builder::new().name("mcd-machine".into()).spawn(move || {
             clock::sharpen_timers();
             priority::raise();
-            worker.run(&inbox)
+            worker.run(&queue)
         })?;
-        Ok(MachineThread { orders, abort, ends, thread })
+        Ok(MachineThread { orders, events: inbox, abort, ends, thread })
     }
 
     /// Hands over an order. The protocol bounds how many there are.
@@ -132,6 +137,7 @@ impl MachineThread {
     /// # Errors
     /// If the thread failed: the machine is gone.
     pub(super) fn finish(self) -> Result<Machine, ()> {
+        self.events.no_cutter();
         drop(self.orders);
         self.ends.store(true, Ordering::Release);
         self.abort.abort();
@@ -164,6 +170,7 @@ impl Worker {
                 Order::Stop => self.stop_guest(),
                 Order::Kick(room) => self.kick(room),
                 Order::Save => self.save(),
+                Order::Drive => self.events.drive(),
             }
         }
         self.machine
@@ -225,7 +232,7 @@ impl Worker {
                 });
                 let dirty_pages = buffer.pages_total();
                 let captured = Captured { id: cut.id, started_us, pause_us, dirty_pages, travelled };
-                // Nothing follows from it before the ack, which wakes the engine.
+                // Nothing follows from it before the ack, whose reader drives the engine.
                 let report = NodeEvent::Captured(Box::new(captured));
                 let taken = || self.events.report_later(report);
                 sender.epoch(buffer, || {
