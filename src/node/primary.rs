@@ -235,7 +235,9 @@ impl PrimaryNode {
             }
             NodeEvent::PeerHashes { conn, first, hashes } => Some(Input::PeerHashes { conn, first, hashes }),
             NodeEvent::OwnHashes { ticket, hashes } => Some(Input::OwnHashes { ticket, hashes }),
-            NodeEvent::OutputWaiting => self.buffers.output().open_packets().gt(&0).then_some(Input::OutputWaiting),
+            NodeEvent::OutputWaiting => {
+                Some(Input::OutputWaiting { open_packets: self.buffers.output().open_packets() })
+            }
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Written { through } => Some(Input::Written { through }),

@@ -108,7 +108,7 @@ impl World {
         // The gate's word waited until the driver had time.
         if std::mem::take(&mut self.node(n).output.tell) {
             self.node(n).output.told = true;
-            self.feed(n, Event::Primary(primary::Input::OutputWaiting));
+            self.feed(n, Event::Primary(primary::Input::OutputWaiting { open_packets: 1 }));
             return self.step(n);
         }
         false

@@ -136,11 +136,10 @@ impl World {
                 let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0, began };
                 self.feed_secondary(proc, now, staged);
             }
-            In::Primary(primary::Input::OutputWaiting) => {
-                // As the driver does: the epoch may have been cut since.
-                if self.procs[proc].output.as_ref().is_some_and(Output::has_open) {
-                    self.feed_primary(proc, now, primary::Input::OutputWaiting);
-                }
+            In::Primary(primary::Input::OutputWaiting { .. }) => {
+                // Counted when the driver has time for it: the epoch may have been cut since.
+                let open_packets = u64::from(self.procs[proc].output.as_ref().is_some_and(Output::has_open));
+                self.feed_primary(proc, now, primary::Input::OutputWaiting { open_packets });
             }
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
@@ -358,7 +357,7 @@ impl World {
         let node = &mut self.procs[proc];
         let (Some(output), Role::Primary(machine)) = (&node.output, &node.role) else { return };
         if output.take_waiting() {
-            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
+            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting { open_packets: 1 }));
         }
         if output.take_full() {
             node.inbox.push_back(In::Primary(primary::Input::OutputFull));

@@ -205,4 +205,4 @@ impl Primary {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

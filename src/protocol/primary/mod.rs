@@ -252,7 +252,7 @@ impl Primary {
             Input::Hello { conn, hello } => self.hello(now, conn, hello),
             Input::Message { conn, message } => self.message(now, conn, message),
             Input::Closed { conn, why } => self.closed(conn, why),
-            Input::OutputWaiting => self.epochs.output_waiting(),
+            Input::OutputWaiting { open_packets } => self.epochs.output_waiting(open_packets),
             Input::OutputFull => self.output_full(),
             // A disk waits, not the guest: nothing has to stop, only the epoch to be cut.
             Input::JournalFull => self.epochs.press(),

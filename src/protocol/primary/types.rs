@@ -114,8 +114,11 @@ pub enum Input {
         /// Why, in words.
         why: String,
     },
-    /// The open epoch has output.
-    OutputWaiting,
+    /// The first packet of an epoch is held.
+    OutputWaiting {
+        /// Packets that the running epoch holds now: none if that epoch was cut meanwhile.
+        open_packets: u64,
+    },
     /// The output buffer is full.
     OutputFull,
     /// The disks' journal is full.

@@ -27,7 +27,7 @@ const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
 /// the third has one block.
 const BLOCKS: u64 = 300;
 
-fn config() -> PrimaryConfig {
+pub(in crate::protocol::primary) fn config() -> PrimaryConfig {
     let disk = |blocks: u64, read_only, serial| DiskShape {
         bytes: blocks * 4096,
         read_only,
