@@ -33,6 +33,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 const BUILD_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// How long the secondary may take to take over a guest that was handed over.
 const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the end of a guest waits for shared storage to take its last writes.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB,
 /// about 1 ms on a fast link).
 const PUSH_PAGES_MAX: usize = 512;
@@ -139,6 +141,7 @@ impl Context {
             build_silence_max: BUILD_SILENCE_MAX,
             stall_max: self.config.stall_max,
             handover_timeout: HANDOVER_TIMEOUT,
+            drain_timeout: DRAIN_TIMEOUT,
             push_pages_max: PUSH_PAGES_MAX,
         }
     }

@@ -18,7 +18,7 @@ use super::connections::{Connections, LinkNews};
 use super::context::Context;
 use super::disks::NodeDisks;
 use super::error::NodeError;
-use super::events::{Captured, NodeEvent, Replies};
+use super::events::{Captured, NodeEvent, Replies, guest_event};
 use super::heartbeats::HeartbeatThread;
 use super::inbox::Next;
 use super::meter::Meter;
@@ -28,13 +28,10 @@ use crate::checkpoint::epoch_buffers::EpochBuffers;
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::sender::Sender;
 use crate::control::status::TakeoverReport;
-use crate::machine::{GuestRam, Machine, MachineEvent};
+use crate::machine::{GuestRam, Machine};
 use crate::protocol::messages::Channel;
-use crate::protocol::primary::{End, GuestEnd, Input, Primary};
-use crate::protocol::types::{ConnId, EpochId};
-
-/// How long the end of a guest waits for shared storage to take its last writes.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::protocol::primary::{End, Input, LastWrites, Primary};
+use crate::protocol::types::ConnId;
 
 /// The epoch in flight, for the figures.
 #[derive(Clone, Copy)]
@@ -168,13 +165,11 @@ impl PrimaryNode {
         if let Err(error) = &stopped {
             tracing::warn!(%error, "the guest's vCPUs or devices did not stop; its last writes may be lost");
         }
-        if end.drains_disks() && !self.drain_shared_disks() {
-            // The images are not what it says of them.
-            self.cancel_snapshot();
-        }
-        let snapshot = self.end_snapshot(&end);
-        if end.stamps_disks() && stopped.is_ok() {
-            let at = EpochId { generation: self.protocol.generation(), ..self.protocol.running_epoch() };
+        let drained = self.protocol.drain_timeout(&end).is_none_or(|timeout| self.drain_shared_disks(timeout));
+        let writes = LastWrites { guest_stopped: stopped.is_ok(), drained };
+        let stamp = self.protocol.last_stamp(&end, writes);
+        let snapshot = self.end_snapshot(stamp.with_snapshot);
+        if let Some(at) = stamp.at {
             self.disks.stamper().stamp_last(at, snapshot);
         }
         // The machine waits for its disks' threads, and one of these may wait for a flush.
@@ -186,10 +181,10 @@ impl PrimaryNode {
         }
     }
 
-    /// A guest that ended here leaves nothing held. False if its last writes are lost.
-    fn drain_shared_disks(&self) -> bool {
+    /// Waits until shared storage has what is held. False if that is lost.
+    fn drain_shared_disks(&self, timeout: Duration) -> bool {
         let Some(shared) = self.disks.shared() else { return true };
-        let drained = shared.drain(DRAIN_TIMEOUT);
+        let drained = shared.drain(timeout);
         if !drained {
             let bytes = shared.used_bytes();
             tracing::error!(
@@ -251,7 +246,11 @@ impl PrimaryNode {
                 None
             }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
-            NodeEvent::Machine(event) => self.machine_event(event),
+            NodeEvent::Machine(event) => {
+                let event = guest_event(event);
+                tracing::info!("the guest {event}");
+                Some(Input::Guest(event))
+            }
             NodeEvent::MachineLost(why) => return Err(NodeError::GuestFailed(why)),
             NodeEvent::Tracking { conn, result } => Some(Input::Tracking { conn, result }),
             NodeEvent::Captured(captured) => Some(self.captured(*captured)),
@@ -297,20 +296,6 @@ impl PrimaryNode {
             self.protocol.note_blocks(blocks.into_iter());
         }
         Input::Captured { id }
-    }
-
-    fn machine_event(&mut self, event: MachineEvent) -> Option<Input> {
-        tracing::info!(?event, "the guest's machine reports an event");
-        match event {
-            MachineEvent::Shutdown => Some(Input::GuestEnded(GuestEnd::Shutdown)),
-            MachineEvent::Reset => Some(Input::GuestEnded(GuestEnd::Reset)),
-            MachineEvent::VcpuFailed { .. } => Some(Input::GuestEnded(GuestEnd::Failed(format!("{event:?}")))),
-            MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
-                self.context.status.guest_alarm(format!("the guest is in trouble: {event:?}"));
-                None
-            }
-            MachineEvent::Booted => None,
-        }
     }
 }
 

@@ -45,6 +45,8 @@ struct StatusSnapshot {
     no_primary: Option<String>,
     /// An epoch is being captured for too long.
     stuck: bool,
+    /// What is wrong with the guest itself.
+    guest_alarm: Option<String>,
     storage: Option<StorageFault>,
 }
 
@@ -61,7 +63,6 @@ struct Shown {
     snapshot: StatusSnapshot,
     log: EpochLog,
     takeover: Option<TakeoverReport>,
-    guest_alarm: Option<String>,
     verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
@@ -75,7 +76,6 @@ enum Note {
     Aborted,
     WireBytes(u64),
     Takeover(Box<TakeoverReport>),
-    GuestAlarm(String),
     Verify(Box<VerifyReport>),
     Arbiter(Reachability),
     Storage(Option<String>),
@@ -121,6 +121,7 @@ impl StatusStore {
             arbiter_lost: None,
             no_primary: None,
             stuck: false,
+            guest_alarm: None,
             storage: None,
         };
         Arc::new(StatusStore {
@@ -129,7 +130,6 @@ impl StatusStore {
                 snapshot,
                 log: EpochLog::new(SAMPLES_MAX),
                 takeover: None,
-                guest_alarm: None,
                 verify: None,
                 storage: None,
                 arbiter: Reachability::Reachable,
@@ -160,7 +160,6 @@ impl StatusStore {
                 Note::WireBytes(bytes) => shown.log.add_wire_bytes(bytes),
                 Note::Takeover(report) => shown.takeover = Some(*report),
                 Note::Verify(report) => shown.verify = Some(*report),
-                Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
                 Note::Arbiter(reachability) => shown.arbiter = reachability,
                 Note::Storage(trouble) => shown.storage = trouble,
             }
@@ -206,6 +205,7 @@ impl StatusStore {
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
             stuck: node.is_stuck(),
+            guest_alarm: node.guest_alarm().map(|alarm| format!("the guest is in trouble: it {alarm}")),
             storage: None,
         });
     }
@@ -236,6 +236,7 @@ impl StatusStore {
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
             stuck: false,
+            guest_alarm: None,
             storage: node.storage_fault().cloned(),
         });
     }
@@ -260,11 +261,6 @@ impl StatusStore {
         self.note(Note::WireBytes(bytes));
     }
 
-    /// The guest has a trouble of its own.
-    pub(crate) fn guest_alarm(&self, alarm: String) {
-        self.note(Note::GuestAlarm(alarm));
-    }
-
     /// A verify of the guest's disks has come so far.
     pub(crate) fn verified(&self, report: VerifyReport) {
         self.note(Note::Verify(Box::new(report)));
@@ -283,8 +279,8 @@ impl StatusStore {
     /// The whole status.
     pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { snapshot, log, takeover, guest_alarm, storage, arbiter, verify: _ } = &*shown;
-        let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
+        let Shown { snapshot, log, takeover, storage, arbiter, verify: _ } = &*shown;
+        let mut alarms: Vec<String> = snapshot.guest_alarm.iter().cloned().collect();
         let arbiter_lost = snapshot.arbiter_lost.as_deref().or(arbiter.why_not());
         if let Some(why) = arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(snapshot.state)));

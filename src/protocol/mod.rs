@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod event;
 pub mod failure_detector;
 pub mod guest_clock;
+pub mod guest_event;
 pub mod layout;
 pub mod local_record;
 pub mod machine_shape;

@@ -205,4 +205,4 @@ impl Primary {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

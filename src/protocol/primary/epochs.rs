@@ -156,12 +156,11 @@ impl Epochs {
 
 #[cfg(test)]
 mod tests {
-    use super::super::compare::tests::config;
     use super::*;
 
     #[test]
     fn a_late_notice_of_output_does_not_cut_an_epoch_that_has_none() {
-        let config = PrimaryConfig { interval: Duration::from_secs(1), ..config() };
+        let config = PrimaryConfig { interval: Duration::from_secs(1), ..PrimaryConfig::for_tests() };
         let (interval, start) = (config.interval, Instant::from_us(0));
         let mut epochs = Epochs::new(Generation(1), start);
         epochs.begin(start);
