@@ -169,8 +169,8 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
         let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run()?;
         last_conn = newest_conn;
         match end {
-            SecondaryEnd::Promoted(promoted) => break lead(context, *promoted, me)?,
-            SecondaryEnd::Over(ending) => break ending_of(ending)?,
+            SecondaryEnd::Promoted(promoted, protocol) => break lead(context, *promoted, *protocol)?,
+            SecondaryEnd::Over { ending, .. } => break ending_of(ending)?,
             SecondaryEnd::Rejoin(after) => start_at = clock::now() + after,
         }
     };
@@ -179,9 +179,8 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 }
 
 /// The secondary is the primary now.
-fn lead(context: Context, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
-    let Promoted { machine, gate, disks, record, welcome, report } = promoted;
-    let protocol = Primary::new(context.primary_config(welcome.shape, machine.tsc_khz()), me, record, clock::now());
+fn lead(context: Context, promoted: Promoted, protocol: Primary) -> Result<NodeEnd, NodeError> {
+    let Promoted { machine, gate, disks, report, .. } = promoted;
     PrimaryNode::run(context, machine, gate, disks, protocol, Some(report)).map(end_of)
 }
 

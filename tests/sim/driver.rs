@@ -4,7 +4,7 @@ use mcd::protocol::command::Command;
 use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
-use mcd::protocol::peer_loss::{PeerFault, PeerLoss};
+use mcd::protocol::peer_loss::PeerLoss;
 use mcd::protocol::primary;
 use mcd::protocol::secondary;
 use mcd::protocol::types::ConnId;
@@ -120,13 +120,10 @@ impl World {
     fn feed(&mut self, proc: ProcId, input: In) {
         let now = self.procs[proc].clock.local(self.now);
         match input {
-            In::Background { conn, pages } => match &self.procs[proc].role {
-                Role::Secondary(machine) if machine.takes_pages(conn) => self.apply(proc, &pages),
-                _ => {
-                    let why = PeerFault::PagesOutOfTurn.to_string();
-                    self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
-                }
-            },
+            In::Background { conn, pages } => {
+                self.procs[proc].background = pages;
+                self.feed_secondary(proc, now, secondary::Input::Pages { conn });
+            }
             In::Epoch { conn, mut staged, began } => {
                 if mutant::is("ack-before-whole") {
                     staged.pages.truncate(staged.pages.len() / 2);
