@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
-use super::arbiter_thread::{ArbiterThread, Contact, ContactBy, Reachability};
+use super::arbiter_thread::{ArbiterThread, Contact};
 use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
@@ -64,23 +64,11 @@ impl ContextWithoutArbiter {
     }
 }
 
-/// Keeps in the status whether the arbiter answers, and sends the events of what the watch finds.
-/// Those of a question are sent by `protocol/`, which asked it.
+/// Keeps in the status whether the arbiter answers, and tells people when that changes.
 fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Contact) + Send {
-    let mut reported = false;
-    move |Contact { reachability, by }| {
-        match &reachability {
-            Reachability::Unreachable { why } if by == ContactBy::Watch && !reported => {
-                reported = true;
-                report(&sink, &Event::ArbiterLost { why: why.clone() });
-            }
-            Reachability::Reachable if reported => {
-                reported = false;
-                report(&sink, &Event::ArbiterBack);
-            }
-            Reachability::Unreachable { .. } | Reachability::Reachable => {}
-        }
-        status.arbiter_contacted(reachability);
+    move |Contact { lost, event }| {
+        status.arbiter_contacted(lost);
+        event.into_iter().for_each(|event| report(&sink, &event));
     }
 }
 

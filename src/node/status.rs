@@ -9,7 +9,6 @@ use std::sync::Arc;
 use crossbeam::queue::ArrayQueue;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::arbiter_thread::Reachability;
 use super::config::{ArbiterConfig, NodeConfig};
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
@@ -41,7 +40,6 @@ struct StatusSnapshot {
     running: bool,
     peer: Option<InstanceId>,
     resync: Option<Pace>,
-    arbiter_lost: Option<String>,
     no_primary: Option<String>,
     /// An epoch is being captured for too long.
     stuck: bool,
@@ -66,8 +64,8 @@ struct Shown {
     verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
-    /// Whether the arbiter answered when it was last asked.
-    arbiter: Reachability,
+    /// Why the arbiter did not answer when it was last asked.
+    arbiter_lost: Option<String>,
 }
 
 /// A note for the readers.
@@ -77,7 +75,7 @@ enum Note {
     WireBytes(u64),
     Takeover(Box<TakeoverReport>),
     Verify(Box<VerifyReport>),
-    Arbiter(Reachability),
+    ArbiterLost(Option<String>),
     Storage(Option<String>),
 }
 
@@ -118,7 +116,6 @@ impl StatusStore {
             running: false,
             peer: None,
             resync: None,
-            arbiter_lost: None,
             no_primary: None,
             stuck: false,
             guest_alarm: None,
@@ -132,7 +129,7 @@ impl StatusStore {
                 takeover: None,
                 verify: None,
                 storage: None,
-                arbiter: Reachability::Reachable,
+                arbiter_lost: None,
             }),
             latest: ArrayQueue::new(1),
             notes: ArrayQueue::new(NOTES_MAX),
@@ -160,7 +157,7 @@ impl StatusStore {
                 Note::WireBytes(bytes) => shown.log.add_wire_bytes(bytes),
                 Note::Takeover(report) => shown.takeover = Some(*report),
                 Note::Verify(report) => shown.verify = Some(*report),
-                Note::Arbiter(reachability) => shown.arbiter = reachability,
+                Note::ArbiterLost(lost) => shown.arbiter_lost = lost,
                 Note::Storage(trouble) => shown.storage = trouble,
             }
         }
@@ -202,7 +199,6 @@ impl StatusStore {
             running,
             peer: node.peer(),
             resync,
-            arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
             stuck: node.is_stuck(),
             guest_alarm: node.guest_alarm().map(|alarm| format!("the guest is in trouble: it {alarm}")),
@@ -233,7 +229,6 @@ impl StatusStore {
             running: false,
             peer: node.primary(),
             resync,
-            arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
             stuck: false,
             guest_alarm: None,
@@ -266,9 +261,9 @@ impl StatusStore {
         self.note(Note::Verify(Box::new(report)));
     }
 
-    /// The arbiter was asked and answered, or did not.
-    pub(super) fn arbiter_contacted(&self, reachability: Reachability) {
-        self.note(Note::Arbiter(reachability));
+    /// The arbiter was asked and answered, or did not; why.
+    pub(super) fn arbiter_contacted(&self, lost: Option<String>) {
+        self.note(Note::ArbiterLost(lost));
     }
 
     /// Shared storage was found to take writes, or not to.
@@ -279,9 +274,9 @@ impl StatusStore {
     /// The whole status.
     pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { snapshot, log, takeover, storage, arbiter, verify: _ } = &*shown;
+        let Shown { snapshot, log, takeover, storage, arbiter_lost, verify: _ } = &*shown;
         let mut alarms: Vec<String> = snapshot.guest_alarm.iter().cloned().collect();
-        let arbiter_lost = snapshot.arbiter_lost.as_deref().or(arbiter.why_not());
+        let arbiter_lost = arbiter_lost.as_deref();
         if let Some(why) = arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(snapshot.state)));
         }

@@ -2,6 +2,7 @@
 //! thread, clock, file, KVM or random source; a test enforces it.
 
 pub mod admission;
+pub mod arbiter_queue;
 pub mod arbitration;
 pub mod block_hashes;
 pub mod claim;

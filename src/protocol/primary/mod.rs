@@ -210,11 +210,6 @@ impl Primary {
         self.ledger.as_ref()
     }
 
-    /// Why the arbiter is out of reach, if it is.
-    pub fn arbiter_lost(&self) -> Option<&str> {
-        self.arbitration.lost()
-    }
-
     /// True if the guest's vCPUs are to run (outside a capture's pause).
     pub fn guest_runs(&self) -> bool {
         self.guest_runs

@@ -178,11 +178,6 @@ impl Secondary {
         self.welcome.as_ref()
     }
 
-    /// Why the arbiter is out of reach, if it is.
-    pub fn arbiter_lost(&self) -> Option<&str> {
-        self.arbitration.lost()
-    }
-
     /// Why there is no primary yet, while that is so.
     pub fn no_primary(&self) -> Option<&str> {
         self.no_primary.as_deref()

@@ -53,9 +53,6 @@ impl Secondary {
     }
 
     pub(super) fn verdict(&mut self, verdict: Verdict) {
-        if let Some(event) = self.arbitration.reach_changed(&verdict) {
-            self.tell(event);
-        }
         if self.phase == Phase::Locking
             && let Verdict::Stands(record) = verdict
         {
