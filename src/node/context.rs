@@ -24,6 +24,7 @@ use crate::protocol::event::Event;
 use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::messages::features;
 use crate::protocol::primary::PrimaryConfig;
+use crate::protocol::types::ConnId;
 
 /// Time between two questions to an arbiter out of reach, or two tries to reach a primary.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
@@ -111,6 +112,12 @@ impl Context {
     /// Writes an event to the log and sends it to the control clients.
     pub(crate) fn tell(&self, event: &Event) {
         report(&self.sink, event);
+    }
+
+    /// The engine finds a connection broken: it hears of that in its turn, as from other threads.
+    pub(crate) fn link_failed(&self, conn: ConnId, why: String) {
+        // The inbox is this context's own, so it is there.
+        let _ = self.events.link_failed(conn, why);
     }
 
     /// The protocol's view of the configuration.

@@ -199,7 +199,7 @@ impl PrimaryNode {
         let sender = self.sender.as_ref();
         let probe = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::probe);
         if let Some((conn, LinkNews::Stuck(why))) = self.connections.news(clock::now(), probe) {
-            return Ok(Some(Input::Closed { conn, why }));
+            self.context.link_failed(conn, why);
         }
         let until = self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min();
         match self.context.inbox.next(until) {

@@ -171,7 +171,10 @@ impl<'a> SecondaryNode<'a> {
 
     fn link_news(&mut self) -> Option<Input> {
         Some(match self.connections.news(clock::now(), |_| {})? {
-            (conn, LinkNews::Stuck(why)) => Input::Closed { conn, why },
+            (conn, LinkNews::Stuck(why)) => {
+                self.context.link_failed(conn, why);
+                return None;
+            }
             (conn, LinkNews::Received(ago)) => Input::Moved { conn, ago },
         })
     }
@@ -271,9 +274,8 @@ impl<'a> SecondaryNode<'a> {
             match action {
                 Action::Connect { conn, channel } => self.connect(conn, channel)?,
                 Action::Send { conn, message } => {
-                    if let Some(why) = self.connections.send(conn, &message) {
-                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
-                    }
+                    let failed = self.connections.send(conn, &message);
+                    failed.into_iter().for_each(|why| self.context.link_failed(conn, why));
                 }
                 Action::Close { conn } => {
                     self.heartbeats.close(conn);
@@ -288,9 +290,8 @@ impl<'a> SecondaryNode<'a> {
                     self.image.iter().for_each(|image| image.applier.hash_blocks(run.clone()))
                 }
                 Action::SendHashes { conn, first, hashes } => {
-                    if let Some(why) = self.connections.send_hashes(conn, first, &hashes) {
-                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
-                    }
+                    let failed = self.connections.send_hashes(conn, first, &hashes);
+                    failed.into_iter().for_each(|why| self.context.link_failed(conn, why));
                 }
                 Action::Forget { through } => {
                     self.image.iter().for_each(|image| image.applier.forget(through));
