@@ -1,5 +1,5 @@
-//! The thread that talks to the arbiter, so that nobody else ever waits for it. Which question comes
-//! next, and what people are told of an arbiter out of reach, is decided by [`ArbiterQueue`].
+//! The thread that talks to the arbiter, so that nobody else ever waits for it. Which question
+//! comes next, and what people are told of an arbiter out of reach, is decided by [`ArbiterQueue`].
 
 use std::thread::JoinHandle;
 use std::time::Duration;

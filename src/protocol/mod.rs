@@ -12,6 +12,7 @@ pub mod event;
 pub mod failure_detector;
 pub mod guest_clock;
 pub mod guest_event;
+pub mod id;
 pub mod layout;
 pub mod local_record;
 pub mod machine_shape;

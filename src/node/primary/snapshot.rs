@@ -124,7 +124,7 @@ impl PrimaryNode {
 
     fn start_writing(&mut self, saving: &mut Saving, state: Vec<u8>) -> Result<(), NodeError> {
         let head = SnapshotHead {
-            id: SnapshotId(crate::node::new_instance()?.0),
+            id: crate::node::new_id()?,
             guest: self.context.config.guest.clone(),
             at: self.protocol.running_epoch(),
             taken_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
