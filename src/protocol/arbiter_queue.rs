@@ -56,8 +56,8 @@ impl ArbiterQueue {
         }
     }
 
-    /// The arbiter answered, or did not; what people are to be told. That it is lost, and that it is
-    /// back, is told once each, whoever asked.
+    /// The arbiter answered, or did not; what people are to be told. That it is lost, and that it
+    /// is back, is told once each, whoever asked.
     pub fn answered(&mut self, now: Instant, request: &ArbiterRequest, answer: &ArbiterAnswer) -> Option<Event> {
         self.heard_at = now;
         match answer.why_none(request) {
