@@ -13,7 +13,9 @@ use parking_lot::{Condvar, Mutex};
 use super::events::NodeEvent;
 use super::inbox::InboxSender;
 use super::{clock, priority};
-use crate::protocol::admission::{Admission, AdmissionConfig, Arrival, Overdue, Refusal};
+use crate::protocol::admission::{
+    Admission, AdmissionConfig, Arrival, Overdue, Refusal, Source, TurnedAway, first_hello,
+};
 use crate::protocol::messages::{Channel, Hello, Message, RefuseReason};
 use crate::protocol::types::ConnId;
 use crate::wire::block_hashes::decode_hashes;
@@ -60,7 +62,7 @@ struct Silent {
 }
 
 struct Admissions {
-    admission: Admission<IpAddr>,
+    admission: Admission<Source>,
     /// The connections that may still say hello.
     silent: BTreeMap<ConnId, Silent>,
 }
@@ -95,10 +97,9 @@ impl Acceptor {
         let mut admissions = self.admissions.lock();
         let (conn, close) = match admissions.admission.arrived(clock::now(), source_of(peer.ip())) {
             Arrival::Admit { conn, close } => (conn, close),
-            Arrival::TurnAway => {
+            Arrival::TurnAway(why) => {
                 drop(admissions);
-                let why = format!("{} connections are open; try again later", ADMISSION.greeted_max);
-                return self.refuse(silent, Refusal::Crowded, Some(RefuseReason::Busy), why);
+                return self.refuse(silent, &why);
             }
         };
         let closed = close.and_then(|conn| admissions.silent.remove(&conn));
@@ -106,8 +107,7 @@ impl Acceptor {
         drop(admissions);
         self.changed.notify_all();
         if let Some(closed) = closed {
-            let why = "too many connections are open that say no hello; try again later".into();
-            self.refuse(closed, Refusal::Crowded, Some(RefuseReason::Busy), why);
+            self.refuse(closed, &TurnedAway::Displaced);
         }
         let acceptor = self.clone();
         if let Err(error) = spawn("mcd-accepted", move || acceptor.serve(conn, reader, channel)) {
@@ -116,7 +116,7 @@ impl Acceptor {
             let silent = admissions.silent.remove(&conn);
             drop(admissions);
             if let Some(silent) = silent {
-                self.refuse(silent, Refusal::Crowded, None, format!("the host gives no more threads: {error}"));
+                self.refuse(silent, &TurnedAway::NoThread(error.to_string()));
             }
         }
     }
@@ -127,21 +127,16 @@ impl Acceptor {
         // Closed meanwhile, and refused by whoever did it.
         let Some(silent) = admissions.silent.remove(&conn) else { return };
         let greeted = match hello {
-            Ok(hello) if admissions.admission.said_hello(conn) => Ok(hello),
-            Ok(_) => Err((
-                Refusal::Crowded,
-                Some(RefuseReason::Busy),
-                format!("{} connections are open; try again later", ADMISSION.greeted_max),
-            )),
-            Err((reason, why)) => {
+            Ok(hello) => admissions.admission.said_hello(conn).map(|()| hello),
+            Err(why) => {
                 admissions.admission.gone(conn);
-                Err((Refusal::NoHello, reason, why))
+                Err(why)
             }
         };
         drop(admissions);
         match greeted {
             Ok(hello) => self.read(conn, hello, reader, silent),
-            Err((refusal, reason, why)) => self.refuse(silent, refusal, reason, why),
+            Err(why) => self.refuse(silent, &why),
         }
     }
 
@@ -167,16 +162,16 @@ impl Acceptor {
 
     /// Closes a connection with a line in the log, and with a refusal if the peer would understand
     /// one.
-    fn refuse(&self, silent: Silent, refusal: Refusal, reason: Option<RefuseReason>, why: String) {
+    fn refuse(&self, silent: Silent, why: &TurnedAway) {
         let Silent { peer, mut writer, closer } = silent;
-        if self.admissions.lock().admission.refused(clock::now(), refusal) {
+        if self.admissions.lock().admission.refused(clock::now(), why.refusal()) {
             tracing::warn!(%peer, "an unknown peer was turned away: {why}");
         }
         self.changed.notify_all();
-        if let Some(reason) = reason {
+        if let Some(reason) = why.reason() {
             // A short message on a connection that carried nothing yet: it fits the socket's
             // buffer. Whether the peer reads it does not matter here.
-            let _ = writer.write_message(&Message::Refuse { reason, detail: why });
+            let _ = writer.write_message(&Message::Refuse { reason, detail: why.to_string() });
         }
         closer.shutdown();
     }
@@ -188,7 +183,7 @@ impl Acceptor {
                 Some(Overdue::Close(conn)) => {
                     let Some(silent) = admissions.silent.remove(&conn) else { continue };
                     drop(admissions);
-                    self.refuse(silent, Refusal::NoHello, None, "it said no hello in time".into());
+                    self.refuse(silent, &TurnedAway::Late);
                     admissions = self.admissions.lock();
                 }
                 Some(Overdue::Report(refusal, count)) => match refusal {
@@ -206,42 +201,24 @@ impl Acceptor {
     }
 }
 
-/// What counts as one source: an IPv4 address, or the 64 bits of an IPv6 address that name a
-/// network, whose hosts choose the rest as they like.
-fn source_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V4(address) => address.into(),
-        IpAddr::V6(address) => {
-            let network = address.to_bits() & !u128::from(u64::MAX);
-            std::net::Ipv6Addr::from_bits(network).into()
-        }
+fn source_of(address: IpAddr) -> Source {
+    match address {
+        IpAddr::V4(address) => Source::V4(address.octets()),
+        IpAddr::V6(address) => Source::of_v6(address.octets()),
     }
 }
 
-/// Reads the hello that belongs on `channel`'s port; else why there is none, and the refusal for
-/// those who would understand one.
-fn read_hello(reader: &mut LinkReader, channel: Channel) -> Result<Hello, (Option<RefuseReason>, String)> {
+/// Reads the hello that belongs on `channel`'s port; else why there is none.
+fn read_hello(reader: &mut LinkReader, channel: Channel) -> Result<Hello, TurnedAway> {
     let message = reader.read().and_then(|frame| frame.message()).map_err(|error| {
         let reason = match &error {
             WireError::OtherVersion { .. } => Some(RefuseReason::Version),
             error if error.is_disconnect() || matches!(error, WireError::NotMcd { .. }) => None,
             _ => Some(RefuseReason::Malformed),
         };
-        (reason, error.to_string())
+        TurnedAway::Unreadable { reason, why: error.to_string() }
     })?;
-    match message {
-        Message::Hello(hello) if hello.channel == channel => Ok(hello),
-        Message::Hello(_) => Err((
-            Some(RefuseReason::Malformed),
-            match channel {
-                Channel::Data => {
-                    "this is the data port, and the hello is for heartbeats; check --peer-heartbeat".into()
-                }
-                Channel::Heartbeat => "this is the heartbeat port, and the hello is for data; check --peer".into(),
-            },
-        )),
-        other => Err((Some(RefuseReason::Malformed), format!("a newcomer begins with a hello, not {}", other.name()))),
-    }
+    first_hello(channel, message)
 }
 
 /// Reads a secondary's messages until the data connection ends; why it did.

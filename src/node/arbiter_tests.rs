@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use crossbeam::channel::unbounded;
+use crossbeam::channel::{Receiver, Sender, unbounded};
 
-use super::arbiter_thread::{ArbiterThread, Contact, ContactBy};
+use super::arbiter_thread::{ArbiterThread, Contact};
 use super::config::{ArbiterConfig, Compress, NodeConfig, OnPeerLoss};
 use super::events::NodeEvent;
 use super::inbox::{Next, inbox};
@@ -57,7 +57,7 @@ fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus)
     let status = StatusStore::new(&config, Role::Secondary);
     let noticed = {
         let status = status.clone();
-        move |contact: Contact| status.arbiter_contacted(contact.reachability)
+        move |contact: Contact| status.arbiter_contacted(contact.lost)
     };
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, noticed).unwrap();
     assert!(status.status().alarms.is_empty() && status.status().arbiter.reachable);
@@ -138,12 +138,66 @@ fn an_arbiter_that_nobody_asks_is_looked_at() {
     let (seen, looks) = unbounded();
     let noticed = move |contact: Contact| {
         // The test has seen enough.
-        let _ = seen.send((contact.by == ContactBy::Watch, contact.reachability.why_not().is_some()));
+        let _ = seen.send((contact.lost.is_some(), contact.event.map(|event| event.name())));
     };
     let watch = Duration::from_millis(1);
     let _thread = ArbiterThread::start_watching(Box::new(Moody { well: true }), events, watch, noticed).unwrap();
     let seen: Vec<_> = looks.iter().take(4).collect();
-    assert_eq!(seen, [(true, true), (true, false), (true, true), (true, false)]);
+    let (lost, back) = ((true, Some("MC_ARBITER_LOST")), (false, Some("MC_ARBITER_BACK")));
+    assert_eq!(seen, [lost, back, lost, back]);
+}
+
+/// Says what it was asked, and thinks until it may answer.
+struct Slow {
+    asked: Sender<&'static str>,
+    may_answer: Receiver<()>,
+}
+
+impl Slow {
+    fn think(&self, about: &'static str) {
+        // The test may be over.
+        let _ = self.asked.send(about);
+        let _ = self.may_answer.recv();
+    }
+}
+
+impl Arbiter for Slow {
+    fn read(&mut self) -> Result<Option<Record>, ArbiterError> {
+        self.think("read");
+        Ok(None)
+    }
+
+    fn swap(&mut self, _: Option<&Record>, _: &Record) -> Result<Swap, ArbiterError> {
+        self.think("swap");
+        Ok(Swap::Won)
+    }
+
+    fn describe(&self) -> String {
+        "slow".into()
+    }
+}
+
+#[test]
+fn a_swap_waits_for_no_read_that_nobody_wants_any_more() {
+    let (events, inbox) = inbox();
+    let ((asked, questions), (answer, may_answer)) = (unbounded(), unbounded());
+    let watch = Duration::from_secs(600);
+    let arbiter = Box::new(Slow { asked, may_answer });
+    let thread = ArbiterThread::start_watching(arbiter, events, watch, |_| {}).unwrap();
+    let expected = Record::first(InstanceId(1));
+    let swap = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
+    thread.ask(ArbiterCall { ticket: 1, request: ArbiterRequest::Read });
+    assert_eq!(questions.recv(), Ok("read"));
+    thread.ask(ArbiterCall { ticket: 2, request: ArbiterRequest::Read });
+    thread.ask(ArbiterCall { ticket: 3, request: swap });
+    for ticket in [1, 3] {
+        answer.send(()).unwrap();
+        match inbox.next(None) {
+            Next::Event(NodeEvent::Answer { ticket: answered, .. }) => assert_eq!(answered, ticket),
+            _ => panic!("no answer to {ticket}"),
+        }
+    }
+    assert_eq!(questions.try_iter().collect::<Vec<_>>(), ["swap"]);
 }
 
 #[test]

@@ -1,6 +1,5 @@
-//! The thread that talks to the arbiter, so that nobody else ever waits for it. Without a question
-//! for a while the thread reads the record itself, so that an arbiter out of reach is reported
-//! before it is needed.
+//! The thread that talks to the arbiter, so that nobody else ever waits for it. Which question
+//! comes next, and what people are told of an arbiter out of reach, is decided by [`ArbiterQueue`].
 
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -9,51 +8,22 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::events::NodeEvent;
 use super::inbox::InboxSender;
-use super::priority;
+use super::{clock, priority};
 use crate::arbiter::{Arbiter, Canceller, Swap};
+use crate::protocol::arbiter_queue::{ArbiterQueue, NextQuestion};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
+use crate::protocol::event::Event;
 
 /// Time without a question after which the thread reads the record itself.
 const WATCH: Duration = Duration::from_secs(5);
 
-/// Whether the arbiter answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Reachability {
-    /// It does.
-    Reachable,
-    /// It does not.
-    Unreachable {
-        /// Why, and what to do.
-        why: String,
-    },
-}
-
-impl Reachability {
-    /// Why it does not answer, if so.
-    pub(super) fn why_not(&self) -> Option<&str> {
-        match self {
-            Reachability::Reachable => None,
-            Reachability::Unreachable { why } => Some(why),
-        }
-    }
-}
-
 /// What a read or a swap showed of the arbiter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Contact {
-    /// Whether it answered.
-    pub(super) reachability: Reachability,
-    /// Who wanted to know.
-    pub(super) by: ContactBy,
-}
-
-/// Who turned to the arbiter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ContactBy {
-    /// The protocol, which hears of the outcome itself.
-    Protocol,
-    /// This thread, because nobody else had for a while: nobody else hears of the outcome.
-    Watch,
+    /// Why it is out of reach, if it is.
+    pub(super) lost: Option<String>,
+    /// What people are to be told of it.
+    pub(super) event: Option<Event>,
 }
 
 /// A handle to the arbiter's thread. Dropping it ends the thread once the question in hand is
@@ -120,29 +90,37 @@ fn work(
     watch: Duration,
     mut noticed: impl FnMut(Contact),
 ) {
+    let mut queue = ArbiterQueue::new(watch, clock::now());
     loop {
-        let call = match questions.recv_timeout(watch) {
-            Ok(call) => call,
-            Err(RecvTimeoutError::Timeout) => {
-                let reachability = match arbiter.read() {
-                    Ok(_) => Reachability::Reachable,
-                    Err(error) => Reachability::Unreachable { why: error.to_string() },
-                };
-                noticed(Contact { reachability, by: ContactBy::Watch });
-                continue;
-            }
-            Err(RecvTimeoutError::Disconnected) => break,
+        let (ticket, request) = match queue.next(clock::now()) {
+            NextQuestion::Ask(ArbiterCall { ticket, request }) => (Some(ticket), request),
+            NextQuestion::Look => (None, ArbiterRequest::Read),
+            NextQuestion::Wait(until) => match questions.recv_timeout(clock::until(until)) {
+                Ok(call) => {
+                    take_in(&mut queue, call);
+                    continue;
+                }
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => break,
+            },
         };
-        let answer = answer(arbiter.as_mut(), call.request);
-        tracing::debug!(?call, ?answer, "the arbiter was asked");
-        let reachability = match &answer {
-            ArbiterAnswer::Unreachable(why) => Reachability::Unreachable { why: why.clone() },
-            ArbiterAnswer::Won | ArbiterAnswer::Record(_) => Reachability::Reachable,
-        };
-        noticed(Contact { reachability, by: ContactBy::Protocol });
-        if events.report(NodeEvent::Answer { ticket: call.ticket, answer }).is_err() {
+        let answer = answer(arbiter.as_mut(), request);
+        tracing::debug!(?ticket, ?request, ?answer, "the arbiter was asked");
+        let event = queue.answered(clock::now(), &request, &answer);
+        noticed(Contact { lost: queue.lost().map(str::to_owned), event });
+        if let Some(ticket) = ticket
+            && events.report(NodeEvent::Answer { ticket, answer }).is_err()
+        {
             break;
         }
+        // What was asked meanwhile.
+        questions.try_iter().for_each(|call| take_in(&mut queue, call));
+    }
+}
+
+fn take_in(queue: &mut ArbiterQueue, call: ArbiterCall) {
+    if let Some(superseded) = queue.ask(call) {
+        tracing::debug!(?superseded, ?call, "a question to the arbiter was superseded before it was asked");
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use netbuf::{Limits, OutputBuffer, VnetTapPort};
 
-use super::arbiter_thread::{ArbiterThread, Contact, ContactBy, Reachability};
+use super::arbiter_thread::{ArbiterThread, Contact};
 use super::clock;
 use super::config::{Compress, NodeConfig};
 use super::disks::NodeDisks;
@@ -24,6 +24,7 @@ use crate::protocol::event::Event;
 use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::messages::features;
 use crate::protocol::primary::PrimaryConfig;
+use crate::protocol::types::ConnId;
 
 /// Time between two questions to an arbiter out of reach, or two tries to reach a primary.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
@@ -33,6 +34,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 const BUILD_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// How long the secondary may take to take over a guest that was handed over.
 const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the end of a guest waits for shared storage to take its last writes.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pages in one background push: small enough that an epoch never waits long behind it (2 MiB,
 /// about 1 ms on a fast link).
 const PUSH_PAGES_MAX: usize = 512;
@@ -61,23 +64,11 @@ impl ContextWithoutArbiter {
     }
 }
 
-/// Keeps in the status whether the arbiter answers, and sends the events of what the watch finds.
-/// Those of a question are sent by `protocol/`, which asked it.
+/// Keeps in the status whether the arbiter answers, and tells people when that changes.
 fn notice(status: Arc<StatusStore>, sink: EventSink) -> impl FnMut(Contact) + Send {
-    let mut reported = false;
-    move |Contact { reachability, by }| {
-        match &reachability {
-            Reachability::Unreachable { why } if by == ContactBy::Watch && !reported => {
-                reported = true;
-                report(&sink, &Event::ArbiterLost { why: why.clone() });
-            }
-            Reachability::Reachable if reported => {
-                reported = false;
-                report(&sink, &Event::ArbiterBack);
-            }
-            Reachability::Unreachable { .. } | Reachability::Reachable => {}
-        }
-        status.arbiter_contacted(reachability);
+    move |Contact { lost, event }| {
+        status.arbiter_contacted(lost);
+        event.into_iter().for_each(|event| report(&sink, &event));
     }
 }
 
@@ -120,6 +111,12 @@ impl Context {
         report(&self.sink, event);
     }
 
+    /// The engine finds a connection broken: it hears of that in its turn, as from other threads.
+    pub(crate) fn link_failed(&self, conn: ConnId, why: String) {
+        // The inbox is this context's own, so it is there.
+        let _ = self.events.link_failed(conn, why);
+    }
+
     /// The protocol's view of the configuration.
     pub(crate) fn primary_config(&self, shape: MachineShape, tsc_khz: u32) -> PrimaryConfig {
         PrimaryConfig {
@@ -136,6 +133,7 @@ impl Context {
             build_silence_max: BUILD_SILENCE_MAX,
             stall_max: self.config.stall_max,
             handover_timeout: HANDOVER_TIMEOUT,
+            drain_timeout: DRAIN_TIMEOUT,
             push_pages_max: PUSH_PAGES_MAX,
         }
     }

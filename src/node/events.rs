@@ -15,6 +15,7 @@ use crate::machine::{MachineError, MachineEvent};
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::command::{Command, CommandRefused};
+use crate::protocol::guest_event::GuestEvent;
 use crate::protocol::messages::{Hello, Message};
 use crate::protocol::pages::PageSet;
 use crate::protocol::types::ConnId;
@@ -265,6 +266,18 @@ pub(super) enum NodeEvent {
         /// Where the result goes once the command took effect.
         reply: Option<Reply>,
     },
+}
+
+/// A machine's event, in the protocol's terms.
+pub(super) fn guest_event(event: MachineEvent) -> GuestEvent {
+    match event {
+        MachineEvent::Booted => GuestEvent::Booted,
+        MachineEvent::Shutdown => GuestEvent::Shutdown,
+        MachineEvent::Reset => GuestEvent::Reset,
+        MachineEvent::GuestPanic => GuestEvent::Panicked,
+        MachineEvent::VcpuFailed { cpu, reason } => GuestEvent::VcpuFailed { cpu, reason },
+        MachineEvent::DeviceBroken { device, reason, count } => GuestEvent::DeviceBroken { device, reason, count },
+    }
 }
 
 impl NodeEvent {

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::events::NodeEvent;
 use super::inbox::InboxSender;
 use super::{clock, priority};
 use crate::protocol::messages::{Heartbeat, Message};
@@ -122,7 +121,7 @@ fn send_when_due(shared: &Shared, events: &InboxSender) {
                     Err(why) => {
                         state.beats.take_if(|beats| beats.conn == conn);
                         // A node that is ending needs no more events.
-                        let _ = events.report(NodeEvent::Closed { conn, why });
+                        let _ = events.link_failed(conn, why);
                     }
                 }
             }

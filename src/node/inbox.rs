@@ -18,6 +18,7 @@
 //! | commands | [`COMMANDS_MAX`] | the client gets an error |
 //! | reports of worker threads | the jobs that the driver gave out | none is lost: past [`REPORTS_MAX`] the node ends |
 //! | events of a connection | [`LINK_EVENTS_MAX`], [`LINK_BYTES_MAX`] | its reader waits, and so does its peer |
+//! | connections found broken | one event of each, behind those | it is one already |
 //!
 //! The newest heartbeat of a connection comes before a timer that is due, that before latches,
 //! latches before the internal lane, that before the link lane. None of them starves another: an
@@ -268,6 +269,18 @@ impl InboxSender {
     pub(super) fn link_event(&self, event: NodeEvent) -> Result<(), InboxGone> {
         self.shared.link.push(event)?;
         self.shared.drive();
+        Ok(())
+    }
+
+    /// A connection is found broken by who writes to it, or watches it. It is delivered as closed
+    /// behind what its reader has delivered: were it to overtake the peer's goodbye or hand-over,
+    /// a guest that was shut down could be taken for one whose primary died. Never waits.
+    ///
+    /// # Errors
+    /// [`InboxGone`].
+    pub(super) fn link_failed(&self, conn: ConnId, why: String) -> Result<(), InboxGone> {
+        self.shared.link.fail(conn, why)?;
+        self.shared.wake.unpark();
         Ok(())
     }
 }

@@ -64,6 +64,7 @@ use crate::control::console::Console;
 use crate::control::status::Role;
 use crate::machine::{GuestNet, MachineError, host_cpu};
 use crate::protocol::claim::{ClaimRefused, claim};
+use crate::protocol::id::Id;
 use crate::protocol::primary::{End, Primary};
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Ending, Secondary, SecondaryConfig};
@@ -100,7 +101,7 @@ pub fn prepare_process() {
 /// # Errors
 /// See [`NodeError`]: what the host lacks, why the arbiter refused, what failed.
 pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, NodeError> {
-    let me = new_instance()?;
+    let me = new_id()?;
     let (events, inbox) = inbox();
     let gate = open_gate(&config, &events)?;
     let mut shape = start.shape.clone();
@@ -158,7 +159,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     let mut last_conn = 0;
     let mut start_at = clock::now();
     let end = loop {
-        let me = new_instance()?;
+        let me = new_id()?;
         let config = SecondaryConfig {
             guest: context.config.guest.clone(),
             cpu: context.cpu,
@@ -172,8 +173,8 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
         let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run(&inbox)?;
         last_conn = newest_conn;
         match end {
-            SecondaryEnd::Promoted(promoted) => break lead(context, &inbox, *promoted, me)?,
-            SecondaryEnd::Over(ending) => break ending_of(ending)?,
+            SecondaryEnd::Promoted(promoted, protocol) => break lead(context, &inbox, *promoted, *protocol)?,
+            SecondaryEnd::Over { ending, .. } => break ending_of(ending)?,
             SecondaryEnd::Rejoin(after) => start_at = clock::now() + after,
         }
     };
@@ -182,9 +183,8 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
 }
 
 /// The secondary is the primary now.
-fn lead(context: Arc<Context>, inbox: &Inbox, promoted: Promoted, me: InstanceId) -> Result<NodeEnd, NodeError> {
-    let Promoted { machine, gate, disks, record, welcome, report } = promoted;
-    let protocol = Primary::new(context.primary_config(welcome.shape, machine.tsc_khz()), me, record, clock::now());
+fn lead(context: Arc<Context>, inbox: &Inbox, promoted: Promoted, protocol: Primary) -> Result<NodeEnd, NodeError> {
+    let Promoted { machine, gate, disks, report, .. } = promoted;
     PrimaryNode::run(context, inbox, machine, gate, disks, protocol, Some(report)).map(end_of)
 }
 
@@ -206,10 +206,11 @@ fn ending_of(ending: Ending) -> Result<NodeEnd, NodeError> {
     }
 }
 
-fn new_instance() -> Result<InstanceId, NodeError> {
-    let mut bytes = [0; 16];
+/// A name that nobody has: of an instance, or of a snapshot.
+fn new_id() -> Result<Id, NodeError> {
+    let mut bytes = [0; Id::BYTES];
     getrandom::fill(&mut bytes).map_err(|error| NodeError::Thread(std::io::Error::other(error.to_string())))?;
-    Ok(InstanceId(u128::from_le_bytes(bytes)))
+    Ok(Id::from_bytes(bytes))
 }
 
 fn open_arbiter(config: &NodeConfig, both_nodes_are_dead: bool) -> Result<Box<dyn Arbiter>, NodeError> {

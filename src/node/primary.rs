@@ -19,7 +19,7 @@ use super::context::Context;
 use super::disks::NodeDisks;
 use super::engine::{self, Engine, Step};
 use super::error::NodeError;
-use super::events::{Captured, NodeEvent, Replies};
+use super::events::{Captured, NodeEvent, Replies, guest_event};
 use super::heartbeats::HeartbeatThread;
 use super::inbox::{Inbox, Next, Queues};
 use super::meter::Meter;
@@ -29,13 +29,10 @@ use crate::checkpoint::epoch_buffers::EpochBuffers;
 use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::sender::Sender;
 use crate::control::status::TakeoverReport;
-use crate::machine::{GuestRam, Machine, MachineEvent};
+use crate::machine::{GuestRam, Machine};
 use crate::protocol::messages::Channel;
-use crate::protocol::primary::{End, GuestEnd, Input, Primary};
-use crate::protocol::types::{ConnId, EpochId};
-
-/// How long the end of a guest waits for shared storage to take its last writes.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::protocol::primary::{End, Input, LastWrites, Primary};
+use crate::protocol::types::ConnId;
 
 /// The epoch in flight, for the figures.
 #[derive(Clone, Copy)]
@@ -157,13 +154,11 @@ impl PrimaryNode {
         if let Err(error) = &stopped {
             tracing::warn!(%error, "the guest's vCPUs or devices did not stop; its last writes may be lost");
         }
-        if end.drains_disks() && !self.drain_shared_disks() {
-            // The images are not what it says of them.
-            self.cancel_snapshot();
-        }
-        let snapshot = self.end_snapshot(&end);
-        if end.stamps_disks() && stopped.is_ok() {
-            let at = EpochId { generation: self.protocol.generation(), ..self.protocol.running_epoch() };
+        let drained = self.protocol.drain_timeout(&end).is_none_or(|timeout| self.drain_shared_disks(timeout));
+        let writes = LastWrites { guest_stopped: stopped.is_ok(), drained };
+        let stamp = self.protocol.last_stamp(&end, writes);
+        let snapshot = self.end_snapshot(stamp.with_snapshot);
+        if let Some(at) = stamp.at {
             self.disks.stamper().stamp_last(at, snapshot);
         }
         // The machine waits for its disks' threads, and one of these may wait for a flush.
@@ -175,10 +170,10 @@ impl PrimaryNode {
         }
     }
 
-    /// A guest that ended here leaves nothing held. False if its last writes are lost.
-    fn drain_shared_disks(&self) -> bool {
+    /// Waits until shared storage has what is held. False if that is lost.
+    fn drain_shared_disks(&self, timeout: Duration) -> bool {
         let Some(shared) = self.disks.shared() else { return true };
-        let drained = shared.drain(DRAIN_TIMEOUT);
+        let drained = shared.drain(timeout);
         if !drained {
             let bytes = shared.used_bytes();
             tracing::error!(
@@ -189,13 +184,12 @@ impl PrimaryNode {
         drained
     }
 
-    /// What the watch of a connection found.
-    fn link_news(&mut self) -> Option<Input> {
+    /// A connection whose watch finds it stuck has failed.
+    fn watch_links(&mut self) {
         let sender = self.sender.as_ref();
         let probe = |conn| sender.filter(|sender| sender.conn() == conn).into_iter().for_each(Sender::probe);
-        match self.connections.news(clock::now(), probe)? {
-            (conn, LinkNews::Stuck(why)) => Some(Input::Closed { conn, why }),
-            (_, LinkNews::Received(_)) => None,
+        if let Some((conn, LinkNews::Stuck(why))) = self.connections.news(clock::now(), probe) {
+            self.context.link_failed(conn, why);
         }
     }
 
@@ -220,7 +214,9 @@ impl PrimaryNode {
             }
             NodeEvent::PeerHashes { conn, first, hashes } => Some(Input::PeerHashes { conn, first, hashes }),
             NodeEvent::OwnHashes { ticket, hashes } => Some(Input::OwnHashes { ticket, hashes }),
-            NodeEvent::OutputWaiting => self.buffers.output().open_packets().gt(&0).then_some(Input::OutputWaiting),
+            NodeEvent::OutputWaiting => {
+                Some(Input::OutputWaiting { open_packets: self.buffers.output().open_packets() })
+            }
             NodeEvent::OutputFull => Some(Input::OutputFull),
             NodeEvent::JournalFull => Some(Input::JournalFull),
             NodeEvent::Written { through } => Some(Input::Written { through }),
@@ -234,7 +230,11 @@ impl PrimaryNode {
                 None
             }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
-            NodeEvent::Machine(event) => self.machine_event(event),
+            NodeEvent::Machine(event) => {
+                let event = guest_event(event);
+                tracing::info!("the guest {event}");
+                Some(Input::Guest(event))
+            }
             NodeEvent::MachineLost(why) => return Err(NodeError::GuestFailed(why)),
             NodeEvent::Tracking { conn, result } => Some(Input::Tracking { conn, result }),
             NodeEvent::Captured(captured) => Some(self.captured(*captured)),
@@ -281,20 +281,6 @@ impl PrimaryNode {
         }
         Input::Captured { id }
     }
-
-    fn machine_event(&mut self, event: MachineEvent) -> Option<Input> {
-        tracing::info!(?event, "the guest's machine reports an event");
-        match event {
-            MachineEvent::Shutdown => Some(Input::GuestEnded(GuestEnd::Shutdown)),
-            MachineEvent::Reset => Some(Input::GuestEnded(GuestEnd::Reset)),
-            MachineEvent::VcpuFailed { .. } => Some(Input::GuestEnded(GuestEnd::Failed(format!("{event:?}")))),
-            MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
-                self.context.status.guest_alarm(format!("the guest is in trouble: {event:?}"));
-                None
-            }
-            MachineEvent::Booted => None,
-        }
-    }
 }
 
 impl Engine for PrimaryNode {
@@ -309,14 +295,12 @@ impl Engine for PrimaryNode {
             self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
         }
         let until = self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min();
-        let input = match self.link_news() {
-            Some(news) => Some(news),
-            None => match queues.next(until) {
-                Some(Next::Event(event)) => self.translate(event)?,
-                Some(Next::Due) => Some(Input::Tick),
-                Some(Next::Gone) => return Err(NodeError::Gone),
-                None => return Ok(Step::Idle(until)),
-            },
+        self.watch_links();
+        let input = match queues.next(until) {
+            Some(Next::Event(event)) => self.translate(event)?,
+            Some(Next::Due) => Some(Input::Tick),
+            Some(Next::Gone) => return Err(NodeError::Gone),
+            None => return Ok(Step::Idle(until)),
         };
         if let Some(input) = input {
             self.protocol.handle(clock::now(), input);

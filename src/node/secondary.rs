@@ -27,8 +27,8 @@ use crate::checkpoint::stamp::StampState;
 use crate::control::status::TakeoverReport;
 use crate::machine::Machine;
 use crate::protocol::command::CommandRefused;
-use crate::protocol::messages::{Channel, Heartbeat, Message, RefuseReason, Welcome};
-use crate::protocol::peer_loss::PeerFault;
+use crate::protocol::messages::{Channel, Heartbeat, Message, Welcome};
+use crate::protocol::primary::Primary;
 use crate::protocol::record::Record;
 use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
 use crate::protocol::types::ConnId;
@@ -38,11 +38,16 @@ use crate::protocol::types::{EpochId, Instant};
 /// How a secondary's life ended.
 pub(super) enum SecondaryEnd {
     /// It runs the guest now: restored, still paused.
-    Promoted(Box<Promoted>),
+    Promoted(Box<Promoted>, Box<Primary>),
     /// It has to begin anew, as a newcomer, after this long.
     Rejoin(Duration),
     /// The process ends.
-    Over(Ending),
+    Over {
+        /// Why.
+        ending: Ending,
+        /// The epoch at which its image is whole, if it is.
+        stamp: Option<EpochId>,
+    },
 }
 
 /// What a takeover hands to the primary's driver.
@@ -72,14 +77,6 @@ pub(super) struct Image {
     made: Vec<bool>,
 }
 
-/// When the stages of a takeover were reached, on the monotonic clock.
-#[derive(Default)]
-struct Stages {
-    heard_us: u64,
-    suspected_us: u64,
-    decided_us: u64,
-}
-
 /// The driver, for one instance id.
 pub(super) struct SecondaryNode {
     context: Arc<Context>,
@@ -91,7 +88,8 @@ pub(super) struct SecondaryNode {
     build_slot: Arc<BuildSlot>,
     image: Option<Image>,
     staged: Option<Box<StagedEpoch>>,
-    stages: Stages,
+    /// Pages behind the epochs, until the protocol takes them.
+    background: Option<Vec<u8>>,
     meter: Meter,
     replies: Replies,
     end: Option<SecondaryEnd>,
@@ -118,7 +116,7 @@ impl SecondaryNode {
             build_slot: Arc::default(),
             image: None,
             staged: None,
-            stages: Stages::default(),
+            background: None,
             meter: Meter::default(),
             replies: Replies::default(),
             end: None,
@@ -137,25 +135,27 @@ impl SecondaryNode {
         let end = node.end.take().ok_or(NodeError::Gone)?;
         node.connections.close_all();
         node.budget.close();
-        if matches!(end, SecondaryEnd::Over(_)) {
-            node.put_away()?;
+        if let SecondaryEnd::Over { stamp: Some(at), .. } = end {
+            node.stamp_whole(at)?;
         }
         Ok((end, node.protocol.last_conn()))
     }
 
-    /// Ends in order: the disks are at the newest committed epoch, and their stamps say so.
-    fn put_away(&mut self) -> Result<(), NodeError> {
-        let (Some(image), Some(committed)) = (&self.image, self.protocol.committed()) else { return Ok(()) };
-        if self.protocol.has_whole_image() {
-            image.applier.finish(committed)?;
-            image.disks.stamper().stamp(committed, StampState::Whole);
+    /// Ends in order: the disks are brought to this epoch, and their stamps say so.
+    fn stamp_whole(&mut self, at: EpochId) -> Result<(), NodeError> {
+        if let Some(image) = &self.image {
+            image.applier.finish(at)?;
+            image.disks.stamper().stamp(at, StampState::Whole);
         }
         Ok(())
     }
 
     fn link_news(&mut self) -> Option<Input> {
         Some(match self.connections.news(clock::now(), |_| {})? {
-            (conn, LinkNews::Stuck(why)) => Input::Closed { conn, why },
+            (conn, LinkNews::Stuck(why)) => {
+                self.context.link_failed(conn, why);
+                return None;
+            }
             (conn, LinkNews::Received(ago)) => Input::Moved { conn, ago },
         })
     }
@@ -167,7 +167,6 @@ impl SecondaryNode {
                 Some(Input::Connected { conn })
             }
             NodeEvent::Message { conn, message } => {
-                self.stages.heard_us = clock::monotonic_us();
                 if let Message::Welcome(welcome) = &message
                     && self.protocol.is_data(conn)
                 {
@@ -185,20 +184,14 @@ impl SecondaryNode {
                 Some(Input::Foreign { conn, why })
             }
             NodeEvent::Staged { conn, epoch, began } => {
-                self.stages.heard_us = clock::monotonic_us();
                 let (id, completes_resync) = (epoch.id, epoch.completes_resync);
                 self.staged = Some(epoch);
                 Some(Input::Staged { conn, id, completes_resync, staged_bytes: self.budget.used(), began })
             }
-            NodeEvent::Background { conn, payload } => match &self.image {
-                Some(image) if self.protocol.takes_pages(conn) => {
-                    image.applier.background(payload);
-                    None
-                }
-                // Late ones of a connection given up must not spoil the image of the next, and the
-                // others have no place to go.
-                _ => Some(Input::Closed { conn, why: PeerFault::PagesOutOfTurn.to_string() }),
-            },
+            NodeEvent::Background { conn, payload } => {
+                self.background = Some(payload);
+                Some(Input::Pages { conn })
+            }
             NodeEvent::BuildProgress { instance, done_bytes } if instance == self.protocol.me() => {
                 Some(Input::BuildProgress { done_bytes })
             }
@@ -208,10 +201,7 @@ impl SecondaryNode {
                 Err(why) => Input::StorageRefused(StorageFault::Failing(why)),
             }),
             NodeEvent::Restored(restored) => {
-                if self.protocol.quit_in_takeover() {
-                    self.context.events.quit();
-                }
-                self.end = Some(SecondaryEnd::Promoted(restored.map_err(|error| *error)?));
+                self.end = Some(self.lead(restored.map_err(|error| *error)?));
                 None
             }
             NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
@@ -220,16 +210,10 @@ impl SecondaryNode {
             NodeEvent::BlocksHashed { instance, first, hashes } if instance == self.protocol.me() => {
                 Some(Input::BlocksHashed { first, hashes })
             }
-            NodeEvent::Answer { ticket, answer } => {
-                self.stages.decided_us = clock::monotonic_us();
-                Some(Input::Answer { ticket, answer })
-            }
-            NodeEvent::Accepted { mut writer, closer, .. } => {
-                let detail = "this node is a secondary: it does not run the guest; name the primary with --peer".into();
-                // Whether the unknown peer hears it is the unknown peer's business.
-                let _ = writer.write_message(&Message::Refuse { reason: RefuseReason::NotPrimary, detail });
-                closer.shutdown();
-                None
+            NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
+            NodeEvent::Accepted { conn, writer, closer, .. } => {
+                self.connections.insert(conn, writer, closer);
+                Some(Input::Hello { conn })
             }
             NodeEvent::Command { command, reply } => {
                 Some(Input::Command { ticket: self.replies.ticket(reply), command })
@@ -271,12 +255,10 @@ impl SecondaryNode {
             match action {
                 Action::Connect { conn, channel } => self.connect(conn, channel)?,
                 Action::Send { conn, message } => {
-                    if let Some(why) = self.connections.send(conn, &message) {
-                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
-                    }
+                    let failed = self.connections.send(conn, &message);
+                    failed.into_iter().for_each(|why| self.context.link_failed(conn, why));
                 }
                 Action::Close { conn } => {
-                    self.stages.suspected_us = clock::monotonic_us();
                     self.heartbeats.close(conn);
                     self.connections.close(conn);
                 }
@@ -284,13 +266,13 @@ impl SecondaryNode {
                 Action::Answer { ticket, result } => self.replies.answer(ticket, result),
                 Action::BuildMachine(welcome) => self.begin_build(welcome)?,
                 Action::Commit { id } => self.commit(id)?,
+                Action::TakePages => self.take_pages(),
                 Action::HashBlocks { run } => {
                     self.image.iter().for_each(|image| image.applier.hash_blocks(run.clone()))
                 }
                 Action::SendHashes { conn, first, hashes } => {
-                    if let Some(why) = self.connections.send_hashes(conn, first, &hashes) {
-                        self.protocol.handle(clock::now(), Input::Closed { conn, why });
-                    }
+                    let failed = self.connections.send_hashes(conn, first, &hashes);
+                    failed.into_iter().for_each(|why| self.context.link_failed(conn, why));
                 }
                 Action::Forget { through } => {
                     self.image.iter().for_each(|image| image.applier.forget(through));
@@ -298,9 +280,11 @@ impl SecondaryNode {
                 Action::TakeStorage => self.take_storage(),
                 Action::WriteKept => self.begin_write_kept(),
                 Action::Ask(call) => self.context.arbiter.ask(call),
-                Action::Promote { record, epoch, began, cause } => self.begin_restore(record, epoch, began, cause)?,
+                Action::Promote { record, epoch, began, stages, cause } => {
+                    self.begin_restore(restore::Takeover { record, epoch, began, cause, stages })?;
+                }
                 Action::Rejoin { after } => self.end = Some(SecondaryEnd::Rejoin(after)),
-                Action::Exit(ending) => self.end = Some(SecondaryEnd::Over(ending)),
+                Action::Exit { ending, stamp } => self.end = Some(SecondaryEnd::Over { ending, stamp }),
                 Action::Tell(event) => self.context.tell(&event),
             }
         }
@@ -372,16 +356,22 @@ impl SecondaryNode {
         });
     }
 
-    fn begin_restore(
-        &mut self,
-        record: Record,
-        epoch: EpochId,
-        began: Instant,
-        cause: String,
-    ) -> Result<(), NodeError> {
+    fn take_pages(&mut self) {
+        if let (Some(image), Some(payload)) = (&self.image, self.background.take()) {
+            image.applier.background(payload);
+        }
+    }
+
+    fn begin_restore(&mut self, takeover: restore::Takeover) -> Result<(), NodeError> {
         let image = self.image.take().ok_or(NodeError::GuestFailed("there is no image to take over with".into()))?;
-        let stages = std::mem::take(&mut self.stages);
-        restore::begin(&self.context, image, restore::Takeover { record, epoch, began, cause, stages })
+        restore::begin(&self.context, image, takeover)
+    }
+
+    /// The guest is restored: this node is a primary.
+    fn lead(&self, promoted: Box<Promoted>) -> SecondaryEnd {
+        let config = self.context.primary_config(promoted.welcome.shape.clone(), promoted.machine.tsc_khz());
+        let primary = self.protocol.lead(config, promoted.record, clock::now());
+        SecondaryEnd::Promoted(promoted, Box::new(primary))
     }
 }
 

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use crossbeam::queue::ArrayQueue;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::arbiter_thread::Reachability;
 use super::config::{ArbiterConfig, NodeConfig};
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
@@ -41,10 +40,11 @@ struct StatusSnapshot {
     running: bool,
     peer: Option<InstanceId>,
     resync: Option<Pace>,
-    arbiter_lost: Option<String>,
     no_primary: Option<String>,
     /// An epoch is being captured for too long.
     stuck: bool,
+    /// What is wrong with the guest itself.
+    guest_alarm: Option<String>,
     storage: Option<StorageFault>,
 }
 
@@ -61,12 +61,11 @@ struct Shown {
     snapshot: StatusSnapshot,
     log: EpochLog,
     takeover: Option<TakeoverReport>,
-    guest_alarm: Option<String>,
     verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
-    /// Whether the arbiter answered when it was last asked.
-    arbiter: Reachability,
+    /// Why the arbiter did not answer when it was last asked.
+    arbiter_lost: Option<String>,
 }
 
 /// A note for the readers.
@@ -75,9 +74,8 @@ enum Note {
     Aborted,
     WireBytes(u64),
     Takeover(Box<TakeoverReport>),
-    GuestAlarm(String),
     Verify(Box<VerifyReport>),
-    Arbiter(Reachability),
+    ArbiterLost(Option<String>),
     Storage(Option<String>),
 }
 
@@ -118,9 +116,9 @@ impl StatusStore {
             running: false,
             peer: None,
             resync: None,
-            arbiter_lost: None,
             no_primary: None,
             stuck: false,
+            guest_alarm: None,
             storage: None,
         };
         Arc::new(StatusStore {
@@ -129,10 +127,9 @@ impl StatusStore {
                 snapshot,
                 log: EpochLog::new(SAMPLES_MAX),
                 takeover: None,
-                guest_alarm: None,
                 verify: None,
                 storage: None,
-                arbiter: Reachability::Reachable,
+                arbiter_lost: None,
             }),
             latest: ArrayQueue::new(1),
             notes: ArrayQueue::new(NOTES_MAX),
@@ -160,8 +157,7 @@ impl StatusStore {
                 Note::WireBytes(bytes) => shown.log.add_wire_bytes(bytes),
                 Note::Takeover(report) => shown.takeover = Some(*report),
                 Note::Verify(report) => shown.verify = Some(*report),
-                Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
-                Note::Arbiter(reachability) => shown.arbiter = reachability,
+                Note::ArbiterLost(lost) => shown.arbiter_lost = lost,
                 Note::Storage(trouble) => shown.storage = trouble,
             }
         }
@@ -203,9 +199,9 @@ impl StatusStore {
             running,
             peer: node.peer(),
             resync,
-            arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
             stuck: node.is_stuck(),
+            guest_alarm: node.guest_alarm().map(|alarm| format!("the guest is in trouble: it {alarm}")),
             storage: None,
         });
     }
@@ -233,9 +229,9 @@ impl StatusStore {
             running: false,
             peer: node.primary(),
             resync,
-            arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
             stuck: false,
+            guest_alarm: None,
             storage: node.storage_fault().cloned(),
         });
     }
@@ -260,19 +256,14 @@ impl StatusStore {
         self.note(Note::WireBytes(bytes));
     }
 
-    /// The guest has a trouble of its own.
-    pub(crate) fn guest_alarm(&self, alarm: String) {
-        self.note(Note::GuestAlarm(alarm));
-    }
-
     /// A verify of the guest's disks has come so far.
     pub(crate) fn verified(&self, report: VerifyReport) {
         self.note(Note::Verify(Box::new(report)));
     }
 
-    /// The arbiter was asked and answered, or did not.
-    pub(super) fn arbiter_contacted(&self, reachability: Reachability) {
-        self.note(Note::Arbiter(reachability));
+    /// The arbiter was asked and answered, or did not; why.
+    pub(super) fn arbiter_contacted(&self, lost: Option<String>) {
+        self.note(Note::ArbiterLost(lost));
     }
 
     /// Shared storage was found to take writes, or not to.
@@ -283,9 +274,9 @@ impl StatusStore {
     /// The whole status.
     pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { snapshot, log, takeover, guest_alarm, storage, arbiter, verify: _ } = &*shown;
-        let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
-        let arbiter_lost = snapshot.arbiter_lost.as_deref().or(arbiter.why_not());
+        let Shown { snapshot, log, takeover, storage, arbiter_lost, verify: _ } = &*shown;
+        let mut alarms: Vec<String> = snapshot.guest_alarm.iter().cloned().collect();
+        let arbiter_lost = arbiter_lost.as_deref();
         if let Some(why) = arbiter_lost {
             alarms.push(format!("arbiter out of reach: {}; {why}", without_arbiter(snapshot.state)));
         }

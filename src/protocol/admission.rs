@@ -10,6 +10,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use thiserror::Error;
+
+use super::messages::{Channel, Hello, Message, RefuseReason};
 use super::types::{ConnId, Instant};
 
 /// The bounds.
@@ -29,8 +32,106 @@ pub struct AdmissionConfig {
     pub report_interval: Duration,
 }
 
+/// What counts as one source of connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// An IPv4 address.
+    V4([u8; 4]),
+    /// The 64 bits of an IPv6 address that name a network, whose hosts choose the rest as they
+    /// like.
+    V6Network([u8; 8]),
+}
+
+impl Source {
+    /// The source that an IPv6 address belongs to; `::ffff:192.0.2.1` is the IPv4 address in it.
+    pub fn of_v6(address: [u8; 16]) -> Source {
+        match address {
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Source::V4([a, b, c, d]),
+            [a, b, c, d, e, f, g, h, ..] => Source::V6Network([a, b, c, d, e, f, g, h]),
+        }
+    }
+}
+
+/// Why a connection may not stay, in words for its peer and for the log.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum TurnedAway {
+    /// Too many that have said hello are open.
+    #[error("{0} connections are open; try again later")]
+    Crowded(usize),
+    /// Too many of this source that have said hello are open.
+    #[error("{0} connections from its address are open; try again later")]
+    CrowdedSource(usize),
+    /// It said no hello, and another one needed its place.
+    #[error("too many connections are open that say no hello; try again later")]
+    Displaced,
+    /// It took too long.
+    #[error("it said no hello in time")]
+    Late,
+    /// Nobody can read it.
+    #[error("the host gives no more threads: {0}")]
+    NoThread(String),
+    /// A hello on the port of the other channel.
+    #[error("{}", other_channel(*.0))]
+    OtherChannel(Channel),
+    /// Another message than a hello.
+    #[error("a newcomer begins with a hello, not {0}")]
+    NoHello(&'static str),
+    /// What it sent cannot be read.
+    #[error("{why}")]
+    Unreadable {
+        /// What it is told, if it would understand that.
+        reason: Option<RefuseReason>,
+        /// Why, in words.
+        why: String,
+    },
+}
+
+fn other_channel(port: Channel) -> &'static str {
+    match port {
+        Channel::Data => "this is the data port, and the hello is for heartbeats; check --peer-heartbeat",
+        Channel::Heartbeat => "this is the heartbeat port, and the hello is for data; check --peer",
+    }
+}
+
+impl TurnedAway {
+    /// The refusal that its peer is sent; none to one that would not understand it, or said
+    /// nothing for too long to be a node.
+    pub fn reason(&self) -> Option<RefuseReason> {
+        match self {
+            TurnedAway::Crowded(_) | TurnedAway::CrowdedSource(_) | TurnedAway::Displaced => Some(RefuseReason::Busy),
+            TurnedAway::OtherChannel(_) | TurnedAway::NoHello(_) => Some(RefuseReason::Malformed),
+            TurnedAway::Unreadable { reason, .. } => *reason,
+            TurnedAway::Late | TurnedAway::NoThread(_) => None,
+        }
+    }
+
+    /// What it is counted as.
+    pub fn refusal(&self) -> Refusal {
+        match self {
+            TurnedAway::Crowded(_) | TurnedAway::CrowdedSource(_) | TurnedAway::Displaced | TurnedAway::NoThread(_) => {
+                Refusal::Crowded
+            }
+            TurnedAway::Late | TurnedAway::OtherChannel(_) | TurnedAway::NoHello(_) | TurnedAway::Unreadable { .. } => {
+                Refusal::NoHello
+            }
+        }
+    }
+}
+
+/// The hello that the first message on the port of `channel` has to be.
+///
+/// # Errors
+/// [`TurnedAway`], if it is another message or belongs on the other port.
+pub fn first_hello(channel: Channel, message: Message) -> Result<Hello, TurnedAway> {
+    match message {
+        Message::Hello(hello) if hello.channel == channel => Ok(hello),
+        Message::Hello(_) => Err(TurnedAway::OtherChannel(channel)),
+        other => Err(TurnedAway::NoHello(other.name())),
+    }
+}
+
 /// What to do with a connection that arrived.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Arrival {
     /// It may stay until it has said hello.
     Admit {
@@ -39,8 +140,8 @@ pub enum Arrival {
         /// A silent connection to close in its favour.
         close: Option<ConnId>,
     },
-    /// Too many that have said hello are open.
-    TurnAway,
+    /// It may not stay.
+    TurnAway(TurnedAway),
 }
 
 /// Why a connection was refused, as far as refusals are counted apart.
@@ -103,11 +204,8 @@ impl<A: Clone + Eq> Admission<A> {
 
     /// A connection from `address` was accepted.
     pub fn arrived(&mut self, now: Instant, address: A) -> Arrival {
-        let AdmissionConfig { greeted_max, greeted_per_address_max, .. } = self.config;
-        let greeted = |open: &&Open<A>| open.has_greeted;
-        let greeted_of_it = self.open.values().filter(greeted).filter(|open| open.address == address).count();
-        if self.open.values().filter(greeted).count() >= greeted_max || greeted_of_it >= greeted_per_address_max {
-            return Arrival::TurnAway;
+        if let Err(why) = self.has_room_for(&address) {
+            return Arrival::TurnAway(why);
         }
         let close = self.one_too_many(&address);
         close.map(|conn| self.open.remove(&conn));
@@ -128,19 +226,33 @@ impl<A: Clone + Eq> Admission<A> {
         silent().map(|(conn, _)| *conn).next().filter(|_| silent().count() >= self.config.silent_max)
     }
 
-    /// A connection has said hello. False if it was closed before that was known, or if too many
-    /// others have said hello since it arrived: then it is to be closed.
-    pub fn said_hello(&mut self, conn: ConnId) -> bool {
-        let AdmissionConfig { greeted_max, greeted_per_address_max, .. } = self.config;
-        let Some(address) = self.open.get(&conn).map(|open| open.address.clone()) else { return false };
-        let greeted = |open: &&Open<A>| open.has_greeted;
-        let of_it = self.open.values().filter(greeted).filter(|open| open.address == address).count();
-        if self.open.values().filter(greeted).count() >= greeted_max || of_it >= greeted_per_address_max {
+    /// A connection has said hello.
+    ///
+    /// # Errors
+    /// [`TurnedAway`], and it is to be closed, if too many others have said hello since it arrived,
+    /// or if it was displaced before.
+    pub fn said_hello(&mut self, conn: ConnId) -> Result<(), TurnedAway> {
+        let Some(address) = self.open.get(&conn).map(|open| open.address.clone()) else {
+            return Err(TurnedAway::Displaced);
+        };
+        if let Err(why) = self.has_room_for(&address) {
             self.open.remove(&conn);
-            return false;
+            return Err(why);
         }
         self.open.get_mut(&conn).into_iter().for_each(|open| open.has_greeted = true);
-        true
+        Ok(())
+    }
+
+    /// Whether one more connection of `address` may have said hello.
+    fn has_room_for(&self, address: &A) -> Result<(), TurnedAway> {
+        let AdmissionConfig { greeted_max, greeted_per_address_max, .. } = self.config;
+        let greeted = || self.open.values().filter(|open| open.has_greeted);
+        let (all, of_it) = (greeted().count(), greeted().filter(|open| open.address == *address).count());
+        match () {
+            () if all >= greeted_max => Err(TurnedAway::Crowded(all)),
+            () if of_it >= greeted_per_address_max => Err(TurnedAway::CrowdedSource(of_it)),
+            () => Ok(()),
+        }
     }
 
     /// A connection has ended. False if it was closed here.

@@ -7,7 +7,6 @@
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
-use super::event::Event;
 use super::mutant;
 use super::record::Record;
 use super::types::Instant;
@@ -47,6 +46,23 @@ pub enum ArbiterAnswer {
     Unreachable(String),
 }
 
+/// What is said of an arbiter that refuses a swap and shows the very record the swap starts from.
+const CONTRADICTION: &str = "it contradicts itself";
+
+impl ArbiterAnswer {
+    /// Why it is none to this question, if it is none.
+    pub fn why_none(&self, request: &ArbiterRequest) -> Option<&str> {
+        match (self, request) {
+            (ArbiterAnswer::Unreachable(why), _) => Some(why),
+            // Somebody's answer was stale.
+            (ArbiterAnswer::Record(Some(stands)), ArbiterRequest::Swap { expected, .. }) if stands == expected => {
+                Some(CONTRADICTION)
+            }
+            (ArbiterAnswer::Won | ArbiterAnswer::Record(_), _) => None,
+        }
+    }
+}
+
 /// How a question ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -66,14 +82,12 @@ pub struct Arbitration {
     request: Option<ArbiterRequest>,
     waiting: bool,
     again_at: Option<Instant>,
-    /// Why the arbiter did not answer, while it does not.
-    lost: Option<String>,
 }
 
 impl Arbitration {
     /// Asks nothing yet; asks again `retry` after an answer "out of reach".
     pub fn new(retry: Duration) -> Arbitration {
-        Arbitration { retry, ticket: 0, request: None, waiting: false, again_at: None, lost: None }
+        Arbitration { retry, ticket: 0, request: None, waiting: false, again_at: None }
     }
 
     /// Starts a question and returns it. An earlier one is forgotten: its answer will be ignored.
@@ -104,23 +118,6 @@ impl Arbitration {
         self.request.is_some()
     }
 
-    /// Why the arbiter is out of reach, if it is.
-    pub fn lost(&self) -> Option<&str> {
-        self.lost.as_deref()
-    }
-
-    /// The event to report for an answer: that the arbiter was lost, or that it is back. Once each.
-    pub fn reach_changed(&mut self, verdict: &Verdict) -> Option<Event> {
-        match verdict {
-            Verdict::Unreachable(why) => {
-                let first = self.lost.is_none();
-                self.lost = Some(why.clone());
-                first.then(|| Event::ArbiterLost { why: why.clone() })
-            }
-            Verdict::Won(_) | Verdict::Stands(_) => self.lost.take().map(|_| Event::ArbiterBack),
-        }
-    }
-
     /// When the question is to be asked again.
     pub fn due(&self) -> Option<Instant> {
         self.again_at
@@ -135,8 +132,8 @@ impl Arbitration {
 
     /// Tells a checker the state (see [`Primary::digest`](super::primary::Primary::digest)).
     pub fn digest<H: Hasher>(&self, now: Instant, into: &mut H) {
-        let Arbitration { retry, ticket, request, waiting, again_at, lost } = self;
-        (retry, ticket, request, waiting, again_at.map(|at| at.since(now)), lost.is_some()).hash(into);
+        let Arbitration { retry, ticket, request, waiting, again_at } = self;
+        (retry, ticket, request, waiting, again_at.map(|at| at.since(now))).hash(into);
     }
 
     /// Takes an answer; `None` if it answers a forgotten question.
@@ -146,38 +143,25 @@ impl Arbitration {
         }
         let request = self.request?;
         self.waiting = false;
-        let (wanted, expected) = match request {
-            ArbiterRequest::Swap { new, expected } => (Some(new), Some(expected)),
-            ArbiterRequest::Read => (None, None),
-        };
-        match answer {
-            ArbiterAnswer::Unreachable(why) => {
-                self.again_at = Some(now + self.retry);
-                Some(Verdict::Unreachable(why))
-            }
-            ArbiterAnswer::Won => {
-                self.forget();
-                Some(match wanted {
-                    Some(record) => Verdict::Won(record),
-                    None => Verdict::Stands(None),
-                })
-            }
-            ArbiterAnswer::Record(record) if record.is_some() && record == expected => {
-                // It refused the swap and shows the very record the swap starts from: somebody's
-                // answer was stale.
-                self.again_at = Some(now + self.retry);
-                Some(Verdict::Unreachable("it contradicts itself".into()))
-            }
-            ArbiterAnswer::Record(record) => {
-                self.forget();
-                Some(match (record, wanted) {
-                    (Some(stands), Some(new)) if stands == new && !mutant::is("own-win-not-recognised") => {
-                        Verdict::Won(new)
-                    }
-                    _ => Verdict::Stands(record),
-                })
-            }
+        if let Some(why) = answer.why_none(&request) {
+            self.again_at = Some(now + self.retry);
+            return Some(Verdict::Unreachable(why.to_owned()));
         }
+        self.forget();
+        let wanted = match request {
+            ArbiterRequest::Swap { new, .. } => Some(new),
+            ArbiterRequest::Read => None,
+        };
+        Some(match (answer, wanted) {
+            (ArbiterAnswer::Won, Some(record)) => Verdict::Won(record),
+            (ArbiterAnswer::Record(Some(stands)), Some(new))
+                if stands == new && !mutant::is("own-win-not-recognised") =>
+            {
+                Verdict::Won(new)
+            }
+            (ArbiterAnswer::Record(record), _) => Verdict::Stands(record),
+            (ArbiterAnswer::Won | ArbiterAnswer::Unreachable(_), _) => Verdict::Stands(None),
+        })
     }
 }
 

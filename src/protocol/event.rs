@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::guest_event::GuestEvent;
 use super::messages::RefuseReason;
 use super::peer_loss::PeerLoss;
 use super::types::{EpochId, Generation, InstanceId};
@@ -54,6 +55,11 @@ pub enum Event {
         stuck: Duration,
         /// For how long this node goes on vouching for the guest.
         stall_max: Duration,
+    },
+    /// Something is wrong with the guest itself.
+    GuestAlarm {
+        /// What.
+        alarm: GuestEvent,
     },
     /// The guest could not be captured for too long: the secondary is asked to take over.
     HandedOver {
@@ -170,6 +176,7 @@ event_names! {
     Event::Unprotected { .. } => "MC_UNPROTECTED",
     Event::Suspected { .. } => "MC_SUSPECTED",
     Event::GuestStuck { .. } => "MC_GUEST_STUCK",
+    Event::GuestAlarm { .. } => "MC_GUEST_ALARM",
     Event::HandedOver { .. } => "MC_HANDED_OVER",
     Event::Takeover { .. } => "MC_TAKEOVER",
     Event::Fenced { .. } => "MC_FENCED",
@@ -220,6 +227,7 @@ impl fmt::Display for Event {
                 stuck.as_millis(),
                 stall_max.as_millis()
             ),
+            Event::GuestAlarm { alarm } => write!(f, "the guest {alarm}"),
             Event::HandedOver { why } => write!(f, "guest handed over: {why}; the secondary is asked to run it"),
             Event::Takeover { generation, epoch } => write!(f, "takeover: {generation}, from epoch {epoch}"),
             Event::Fenced { why } => write!(f, "fenced: {why}; the guest is stopped here and nothing is released"),

@@ -2,6 +2,7 @@
 //! thread, clock, file, KVM or random source; a test enforces it.
 
 pub mod admission;
+pub mod arbiter_queue;
 pub mod arbitration;
 pub mod block_hashes;
 pub mod claim;
@@ -10,6 +11,8 @@ pub mod cpu;
 pub mod event;
 pub mod failure_detector;
 pub mod guest_clock;
+pub mod guest_event;
+pub mod id;
 pub mod layout;
 pub mod local_record;
 pub mod machine_shape;

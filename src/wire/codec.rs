@@ -194,7 +194,7 @@ impl Encoder<'_> {
     }
 
     fn instance(&mut self, id: InstanceId) {
-        self.bytes(&id.0.to_le_bytes());
+        self.bytes(&id.to_bytes());
     }
 
     fn epoch(&mut self, id: EpochId) {
@@ -340,7 +340,7 @@ impl<'a> Decoder<'a> {
     }
 
     fn instance(&mut self) -> Result<InstanceId, WireError> {
-        self.array().map(|bytes| InstanceId(u128::from_le_bytes(bytes)))
+        self.array().map(InstanceId::from_bytes)
     }
 
     fn epoch(&mut self) -> Result<EpochId, WireError> {

@@ -108,7 +108,7 @@ impl World {
         // The gate's word waited until the driver had time.
         if std::mem::take(&mut self.node(n).output.tell) {
             self.node(n).output.told = true;
-            self.feed(n, Event::Primary(primary::Input::OutputWaiting));
+            self.feed(n, Event::Primary(primary::Input::OutputWaiting { open_packets: 1 }));
             return self.step(n);
         }
         false
@@ -351,11 +351,11 @@ impl World {
             Action::BuildMachine(_) => self.built(n),
             Action::HashBlocks { .. } | Action::SendHashes { .. } => unreachable!("no node offers hashes"),
             Action::Commit { id } => self.commit(n, id),
-            Action::Forget { .. } | Action::TakeStorage | Action::WriteKept => {}
+            Action::Forget { .. } | Action::TakePages | Action::TakeStorage | Action::WriteKept => {}
             Action::Ask(call) => self.ask(n, call),
             Action::Promote { record, epoch, .. } => self.promote(n, record, epoch),
             Action::Rejoin { .. } => self.end(n),
-            Action::Exit(_) => self.end(n),
+            Action::Exit { .. } => self.end(n),
             Action::Tell(_) => {}
         }
     }

@@ -208,6 +208,7 @@ pub fn primary_config() -> PrimaryConfig {
         build_silence_max: UNIT * 100,
         stall_max: UNIT * 100,
         handover_timeout: UNIT,
+        drain_timeout: UNIT,
         push_pages_max: PAGES,
     }
 }

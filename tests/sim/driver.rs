@@ -4,7 +4,7 @@ use mcd::protocol::command::Command;
 use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
 use mcd::protocol::mutant;
-use mcd::protocol::peer_loss::{PeerFault, PeerLoss};
+use mcd::protocol::peer_loss::PeerLoss;
 use mcd::protocol::primary;
 use mcd::protocol::secondary;
 use mcd::protocol::types::ConnId;
@@ -120,13 +120,10 @@ impl World {
     fn feed(&mut self, proc: ProcId, input: In) {
         let now = self.procs[proc].clock.local(self.now);
         match input {
-            In::Background { conn, pages } => match &self.procs[proc].role {
-                Role::Secondary(machine) if machine.takes_pages(conn) => self.apply(proc, &pages),
-                _ => {
-                    let why = PeerFault::PagesOutOfTurn.to_string();
-                    self.feed_secondary(proc, now, secondary::Input::Closed { conn, why });
-                }
-            },
+            In::Background { conn, pages } => {
+                self.procs[proc].background = pages;
+                self.feed_secondary(proc, now, secondary::Input::Pages { conn });
+            }
             In::Epoch { conn, mut staged, began } => {
                 if mutant::is("ack-before-whole") {
                     staged.pages.truncate(staged.pages.len() / 2);
@@ -136,11 +133,10 @@ impl World {
                 let staged = secondary::Input::Staged { conn, id, completes_resync, staged_bytes: 0, began };
                 self.feed_secondary(proc, now, staged);
             }
-            In::Primary(primary::Input::OutputWaiting) => {
-                // As the driver does: the epoch may have been cut since.
-                if self.procs[proc].output.as_ref().is_some_and(Output::has_open) {
-                    self.feed_primary(proc, now, primary::Input::OutputWaiting);
-                }
+            In::Primary(primary::Input::OutputWaiting { .. }) => {
+                // Counted when the driver has time for it: the epoch may have been cut since.
+                let open_packets = u64::from(self.procs[proc].output.as_ref().is_some_and(Output::has_open));
+                self.feed_primary(proc, now, primary::Input::OutputWaiting { open_packets });
             }
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
@@ -358,7 +354,7 @@ impl World {
         let node = &mut self.procs[proc];
         let (Some(output), Role::Primary(machine)) = (&node.output, &node.role) else { return };
         if output.take_waiting() {
-            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting));
+            node.inbox.push_back(In::Primary(primary::Input::OutputWaiting { open_packets: 1 }));
         }
         if output.take_full() {
             node.inbox.push_back(In::Primary(primary::Input::OutputFull));

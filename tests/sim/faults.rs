@@ -2,6 +2,7 @@
 
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::command::Command;
+use mcd::protocol::guest_event::GuestEvent;
 use mcd::protocol::messages::Channel;
 use mcd::protocol::primary;
 
@@ -165,7 +166,7 @@ impl World {
             return;
         }
         guest.shut_down = true;
-        node.inbox.push_back(In::Primary(primary::Input::GuestEnded(primary::GuestEnd::Shutdown)));
+        node.inbox.push_back(In::Primary(primary::Input::Guest(GuestEvent::Shutdown)));
         self.note(proc, || "the guest shuts down".into());
         self.drive(proc);
     }

@@ -219,6 +219,8 @@ pub struct Proc {
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
     pub staged: Option<Staged>,
+    /// Pages behind the epochs that arrived last.
+    pub background: Vec<(u64, u64)>,
     pub disk: Disk,
     /// Blocks of its own disks that a cut froze, or will.
     pub frozen: Option<Frozen>,
@@ -277,6 +279,7 @@ impl Proc {
             image: Vec::new(),
             image_state: (0, 0),
             staged: None,
+            background: Vec::new(),
             disk: Disk::default(),
             frozen: None,
         }

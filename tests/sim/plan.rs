@@ -310,6 +310,7 @@ impl Plan {
             build_silence_max: us(self.build_us + self.slow_us + self.timeout_us * 20),
             stall_max: us(self.stall_max_us),
             handover_timeout: us(self.timeout_us * 4),
+            drain_timeout: us(self.timeout_us),
             push_pages_max: self.push_pages_max,
         }
     }

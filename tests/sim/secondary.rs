@@ -18,12 +18,16 @@ impl World {
             Action::BuildMachine(_) => self.build_image(proc),
             Action::HashBlocks { run } => self.sum_image(proc, run),
             Action::SendHashes { conn, first, hashes } => self.send(proc, conn, Item::Hashes { first, hashes }),
+            Action::TakePages => {
+                let pages = std::mem::take(&mut self.procs[proc].background);
+                self.apply(proc, &pages);
+            }
             Action::Commit { id } => self.commit(proc, id),
             Action::Forget { through } => drop(self.procs[proc].disk.kept.forget(through).count()),
             Action::TakeStorage => self.take_storage(proc),
             Action::WriteKept => self.write_kept(proc),
             Action::Ask(call) => self.ask_arbiter(proc, call),
-            Action::Promote { record, epoch, began: _, cause } => {
+            Action::Promote { record, epoch, cause, .. } => {
                 self.note(proc, || format!("TAKES OVER {} from epoch {epoch}: {cause}", record.generation));
                 let node = &mut self.procs[proc];
                 let (counter, _) = node.image_state;
@@ -46,7 +50,7 @@ impl World {
                 }
                 self.after(after.as_micros() as u64, Event::Rejoin(proc));
             }
-            Action::Exit(ending) => {
+            Action::Exit { ending, .. } => {
                 self.note(proc, || format!("exits: {ending:?}"));
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);

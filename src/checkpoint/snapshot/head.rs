@@ -59,7 +59,7 @@ impl SnapshotHead {
     /// Preface and head.
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut head = Vec::new();
-        head.extend_from_slice(&self.id.0.to_le_bytes());
+        head.extend_from_slice(&self.id.to_bytes());
         put_text(&mut head, self.guest.as_str(), GUEST_NAME_BYTES_MAX);
         head.extend_from_slice(&self.at.generation.0.to_le_bytes());
         head.extend_from_slice(&self.at.epoch.to_le_bytes());
@@ -112,7 +112,7 @@ impl SnapshotHead {
     /// Reads the head, whose check sum is right.
     pub(super) fn decode(bytes: &[u8]) -> Result<SnapshotHead, &'static str> {
         let mut from = Fields { rest: bytes };
-        let id = SnapshotId(u128::from_le_bytes(from.array()?));
+        let id = SnapshotId::from_bytes(from.array()?);
         let guest = GuestName::new(from.text(GUEST_NAME_BYTES_MAX)?).ok_or("the guest's name is none")?;
         let at = EpochId { generation: Generation(from.u64()?), epoch: from.u64()? };
         let taken_s = from.u64()?;

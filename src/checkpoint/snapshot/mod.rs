@@ -30,7 +30,6 @@ mod read;
 mod tests;
 mod write;
 
-use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -54,28 +53,7 @@ pub const PREFACE_BYTES: usize = 24;
 pub const HEAD_BYTES_MAX: usize = 4096;
 
 /// Names a snapshot for all time.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SnapshotId(pub u128);
-
-impl SnapshotId {
-    /// The reverse of `Display`.
-    pub fn parse(text: &str) -> Option<SnapshotId> {
-        let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        digits.then(|| u128::from_str_radix(text, 16).ok().map(SnapshotId)).flatten()
-    }
-}
-
-impl fmt::Display for SnapshotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
-    }
-}
-
-impl fmt::Debug for SnapshotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:08x}", self.0 >> 96)
-    }
-}
+pub use crate::protocol::id::Id as SnapshotId;
 
 /// Why a snapshot cannot be written, read or restored. Each is one line that says what to do.
 #[derive(Debug, Error)]

@@ -1,6 +1,7 @@
 //! The two queues of an inbox, each with its bound.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Condvar, Mutex};
@@ -96,6 +97,8 @@ struct LinkQueue {
 struct Load {
     events: usize,
     bytes: usize,
+    /// Its end, as its writer found it, is among them.
+    has_failed: bool,
 }
 
 impl LinkQueue {
@@ -121,6 +124,22 @@ impl LinkLane {
         load.events += 1;
         load.bytes = load.bytes.saturating_add(bytes);
         queue.events.push_back((conn, bytes, event));
+        Ok(())
+    }
+
+    /// A connection is found broken by who writes to it. That comes behind what its reader has
+    /// delivered, which may be the peer's goodbye, and takes no room, so that nobody waits: there
+    /// is one of each connection.
+    pub(super) fn fail(&self, conn: ConnId, why: String) -> Result<(), InboxGone> {
+        let mut queue = self.queue.lock();
+        if queue.closed {
+            return Err(InboxGone);
+        }
+        let load = queue.loads.entry(conn).or_default();
+        if !mem::replace(&mut load.has_failed, true) {
+            load.events += 1;
+            queue.events.push_back((conn, 0, NodeEvent::Closed { conn, why }));
+        }
         Ok(())
     }
 

@@ -46,6 +46,7 @@ fn name(next: Next) -> String {
         Next::Gone => "gone".into(),
         Next::Event(event) => match event {
             NodeEvent::Background { conn, .. } | NodeEvent::Message { conn, .. } => format!("link {conn}"),
+            NodeEvent::Closed { conn, why } => format!("closed {conn} ({why})"),
             NodeEvent::Command { command, .. } => format!("{command:?}"),
             NodeEvent::OwnHashes { ticket, .. } => format!("report {ticket}"),
             NodeEvent::OutputWaiting => "output waiting".into(),
@@ -103,6 +104,28 @@ fn latches_come_before_commands_and_those_before_links() {
     sender.raise(Flag::OutputFull);
     let order: Vec<_> = (0..4).map(|_| next(&inbox)).collect();
     assert_eq!(order, ["output full", "output waiting", "Checkpoint", "link 1"]);
+}
+
+#[test]
+fn a_broken_connection_comes_behind_what_its_reader_delivered_and_waits_for_no_room() {
+    let (sender, inbox) = inbox();
+    for _ in 0..LINK_EVENTS_MAX {
+        sender.link_event(message(1)).unwrap();
+    }
+    for who in ["its sender", "its heartbeats", "the engine"] {
+        sender.link_failed(1, who.into()).unwrap();
+    }
+    sender.report(hashed(1)).unwrap();
+    assert_eq!(next(&inbox), "report 1");
+    for _ in 0..LINK_EVENTS_MAX {
+        assert_eq!(next(&inbox), "link 1");
+    }
+    assert_eq!(next(&inbox), "closed 1 (its sender)", "once, whoever finds it");
+    assert_eq!(next(&inbox), "nothing");
+    sender.link_failed(1, "again".into()).unwrap();
+    assert_eq!(next(&inbox), "closed 1 (again)");
+    drop(inbox);
+    assert_eq!(sender.link_failed(1, "late".into()), Err(InboxGone));
 }
 
 #[test]

@@ -56,7 +56,7 @@ impl PrimaryNode {
         if self.sender_is(conn) {
             self.job(SenderJob::Message(message));
         } else if let Some(why) = self.connections.send(conn, &message) {
-            self.protocol.handle(clock::now(), Input::Closed { conn, why });
+            self.context.link_failed(conn, why);
         }
     }
 
@@ -102,12 +102,11 @@ impl PrimaryNode {
         machine.track(conn, self.buffers.decide());
         let events = self.context.events.clone();
         let report = move |report: SenderReport| {
-            let event = match report {
-                SenderReport::Pushed(bytes) => NodeEvent::Pushed { conn, bytes },
-                SenderReport::Failed(why) => NodeEvent::Closed { conn, why },
-            };
             // An engine that is ending needs no more events.
-            let _ = events.report(event);
+            let _ = match report {
+                SenderReport::Pushed(bytes) => events.report(NodeEvent::Pushed { conn, bytes }),
+                SenderReport::Failed(why) => events.link_failed(conn, why),
+            };
         };
         let image = self.disks.image(self.memory.clone());
         let packing = match self.context.config.compress {

@@ -16,7 +16,7 @@ use crate::node::clock;
 use crate::node::error::NodeError;
 use crate::node::events::{NodeEvent, Reply, SnapshotRequest};
 use crate::protocol::cpu::GuestCpu;
-use crate::protocol::primary::{End, Input};
+use crate::protocol::primary::Input;
 
 /// The snapshots of a primary.
 #[derive(Default)]
@@ -124,7 +124,7 @@ impl PrimaryNode {
 
     fn start_writing(&mut self, saving: &mut Saving, state: Vec<u8>) -> Result<(), NodeError> {
         let head = SnapshotHead {
-            id: SnapshotId(crate::node::new_instance()?.0),
+            id: crate::node::new_id()?,
             guest: self.context.config.guest.clone(),
             at: self.protocol.running_epoch(),
             taken_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
@@ -188,11 +188,11 @@ impl PrimaryNode {
         }
     }
 
-    /// The node ends: what is said to whoever waits for the snapshot, and its id, if the guest
-    /// stopped with it.
-    pub(super) fn end_snapshot(&mut self, end: &End) -> Option<SnapshotId> {
+    /// The node ends: what is said to whoever waits for the snapshot, and its id if it `stands`:
+    /// the guest stopped for good with it, and its disks are as of that moment.
+    pub(super) fn end_snapshot(&mut self, stands: bool) -> Option<SnapshotId> {
         let mut saving = self.snapshots.saving.take()?;
-        let id = saving.stopped_with().filter(|_| end.stamps_disks())?;
+        let id = saving.stopped_with().filter(|_| stands)?;
         let written = saving.written.take();
         saving.answer(written.ok_or_else(String::new));
         Some(id)

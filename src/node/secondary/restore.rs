@@ -1,7 +1,7 @@
 //! Taking over: the image is brought to the newest committed epoch and restored, in a thread of its
 //! own.
 
-use super::{Image, Promoted, Stages};
+use super::{Image, Promoted};
 use crate::control::status::TakeoverReport;
 use crate::node::context::Context;
 use crate::node::error::NodeError;
@@ -9,6 +9,7 @@ use crate::node::events::NodeEvent;
 use crate::node::{clock, priority};
 use crate::protocol::guest_clock::{self, ClockPolicy};
 use crate::protocol::record::Record;
+use crate::protocol::secondary::TakeoverStages;
 use crate::protocol::types::{EpochId, Instant};
 
 /// What was decided.
@@ -22,7 +23,7 @@ pub(super) struct Takeover {
     /// What made the primary suspect.
     pub cause: String,
     /// When the stages so far were reached.
-    pub stages: Stages,
+    pub stages: TakeoverStages,
 }
 
 /// Begins to restore the guest; it reports its end.
@@ -45,23 +46,25 @@ fn restore(image: Image, takeover: Takeover, clock_policy: ClockPolicy) -> Resul
     let Image { mut machine, gate, disks, welcome, applier, made: _ } = image;
     let Takeover { record, epoch, began, cause, stages } = takeover;
     let state = applier.finish(epoch)?;
-    let applied_us = clock::monotonic_us();
-    let clocks = guest_clock::step(clock_policy, began, clock::now());
+    let applied = clock::now();
+    let clocks = guest_clock::step(clock_policy, began, applied);
     machine.restore_later(&state, clocks.forward)?;
     gate.drain_input();
-    let restored_us = clock::monotonic_us();
-    let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1000.0;
-    let Stages { heard_us, suspected_us, decided_us } = stages;
+    let restored = clock::now();
+    let ms = |from: Instant, to: Instant| to.since(from).as_secs_f64() * 1000.0;
+    let TakeoverStages { heard, suspected, decided } = stages;
+    // Other programs of this host compare it with their own clock.
+    let since_suspected_us = u64::try_from(clock::now().since(suspected).as_micros()).unwrap_or(u64::MAX);
     let report = TakeoverReport {
         cause,
-        detect_ms: ms(heard_us, suspected_us),
-        arbitrate_ms: ms(suspected_us, decided_us),
-        apply_ms: ms(decided_us, applied_us),
-        restore_ms: ms(applied_us, restored_us),
+        detect_ms: ms(heard, suspected),
+        arbitrate_ms: ms(suspected, decided),
+        apply_ms: ms(decided, applied),
+        restore_ms: ms(applied, restored),
         // Known once the guest runs: until then, when that began.
         resume_ms: 0.0,
         first_packet_ms: None,
-        started_monotonic_us: suspected_us,
+        started_monotonic_us: clock::monotonic_us().saturating_sub(since_suspected_us),
         first_packet_monotonic_us: None,
         clock_forward_ms: clocks.forward.as_secs_f64() * 1000.0,
         clock_behind_ms: clocks.behind.as_secs_f64() * 1000.0,

@@ -1,6 +1,6 @@
 //! What operators and the guest itself ask of a primary: stop, go on, checkpoint, a snapshot, end.
 
-use super::{Action, End, GuestEnd, Phase, Primary};
+use super::{Action, End, Phase, Primary};
 use crate::protocol::arbitration::ArbiterRequest;
 use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::event::Event;
@@ -96,25 +96,6 @@ impl Primary {
         }
     }
 
-    /// The guest ended itself.
-    pub(super) fn guest_ended(&mut self, end: GuestEnd) {
-        match end {
-            GuestEnd::Shutdown => self.shut_down(),
-            GuestEnd::Reset => {
-                // Its kernel is known to the node that started it, which may not be this one.
-                self.restart = true;
-                self.shut_down();
-            }
-            GuestEnd::Failed(why) => {
-                if let Some(peer) = self.peer.as_ref().filter(|_| self.phase == Phase::Protected) {
-                    let message = Message::HandOver { reason: why.clone() };
-                    self.actions.push_back(Action::Send { conn: peer.data, message });
-                }
-                self.actions.push_back(Action::Exit(End::GuestFailed(why)));
-            }
-        }
-    }
-
     /// Ends this node: the guest goes on at the secondary if that is on record, and is shut down if
     /// not. While the arbiter is asked which of the two it is, nobody knows; so the answer is
     /// waited for, unless the operator asks twice.
@@ -128,6 +109,12 @@ impl Primary {
             Phase::Pairing | Phase::Deciding | Phase::Stopping => {}
             _ => self.shut_down(),
         }
+    }
+
+    /// An operator ended this node while it took its guest over.
+    pub(in crate::protocol) fn quit_from_the_start(&mut self) {
+        self.quit();
+        self.sync_run();
     }
 
     /// Whether a snapshot may be taken now; if not, why. While another node may run the guest

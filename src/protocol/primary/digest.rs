@@ -17,7 +17,7 @@ impl Primary {
             config, me, record, phase, candidates, peer, begun, tracking, handed_over_until, epochs, ledger,
             comparison, tickets, verify, progress_at, verify_at, arbitration, guard, proven, pairing_checked,
             storage_behind, stopped_by_operator, stopped_by_full_output, snapshot, quitting, restart,
-            guest_runs, pending, actions,
+            guest_alarm: _, guest_runs, pending, actions,
         } = self;
         (me, record, phase, ledger, proven, pairing_checked, storage_behind, tracking).hash(into);
         begun.is_some().hash(into);

@@ -62,8 +62,10 @@ impl Epochs {
         self.pressed = true;
     }
 
-    pub(super) fn output_waiting(&mut self) {
-        self.output_waits = true;
+    /// Output waits for the end of the running epoch, if that has any. The notice may be late: the
+    /// epoch it was of may have been cut, and the next one must not be cut for nothing.
+    pub(super) fn output_waiting(&mut self, open_packets: u64) {
+        self.output_waits |= open_packets > 0;
     }
 
     /// When the running epoch is to be cut.
@@ -149,5 +151,25 @@ impl Epochs {
         self.committed = None;
         self.output_waits = false;
         self.pressed = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_notice_of_output_does_not_cut_an_epoch_that_has_none() {
+        let config = PrimaryConfig { interval: Duration::from_secs(1), ..PrimaryConfig::for_tests() };
+        let (interval, start) = (config.interval, Instant::from_us(0));
+        let mut epochs = Epochs::new(Generation(1), start);
+        epochs.begin(start);
+        epochs.output_waiting(0);
+        assert_eq!(epochs.due(&config, true), start + interval, "what waited was cut with the epoch before");
+        epochs.output_waiting(3);
+        assert_eq!(epochs.due(&config, true), start + config.interval_min);
+        epochs.output_waiting(0);
+        assert_eq!(epochs.due(&config, true), start + config.interval_min, "what waits still waits");
+        assert_eq!(epochs.due(&config, false), start + interval);
     }
 }

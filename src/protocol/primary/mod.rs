@@ -21,7 +21,9 @@ mod capture;
 mod commands;
 mod compare;
 mod digest;
+mod ending;
 mod epochs;
+mod guest;
 mod peer;
 mod storage;
 mod types;
@@ -29,7 +31,8 @@ mod verdicts;
 
 use std::collections::VecDeque;
 
-pub use types::{Action, End, GuestEnd, Input, OutputCut, PrimaryConfig};
+pub use ending::{LastStamp, LastWrites};
+pub use types::{Action, End, Input, OutputCut, PrimaryConfig};
 
 use self::capture::Begun;
 use self::commands::Pending;
@@ -39,10 +42,10 @@ use super::arbitration::{ArbiterRequest, Arbitration};
 use super::block_hashes::Comparison;
 use super::event::Event;
 use super::failure_detector::SleepGuard;
+use super::guest_event::GuestEvent;
 use super::machine_shape::MachineShape;
 use super::messages::{Activity, Channel, Heartbeat, Message};
 use super::mutant;
-use super::pages::PageSet;
 use super::peer_loss::{PeerFault, PeerLoss};
 use super::record::Record;
 use super::resync::Ledger;
@@ -117,6 +120,8 @@ pub struct Primary {
     quitting: bool,
     /// The guest asked for a reset with its end.
     restart: bool,
+    /// What is wrong with the guest itself.
+    guest_alarm: Option<GuestEvent>,
     guest_runs: bool,
     /// Commands that wait for what they ask for.
     pending: Pending,
@@ -152,6 +157,7 @@ impl Primary {
             snapshot: None,
             quitting: false,
             restart: false,
+            guest_alarm: None,
             guest_runs: true,
             pending: Pending::default(),
             actions: VecDeque::new(),
@@ -204,11 +210,6 @@ impl Primary {
         self.ledger.as_ref()
     }
 
-    /// Why the arbiter is out of reach, if it is.
-    pub fn arbiter_lost(&self) -> Option<&str> {
-        self.arbitration.lost()
-    }
-
     /// True if the guest's vCPUs are to run (outside a capture's pause).
     pub fn guest_runs(&self) -> bool {
         self.guest_runs
@@ -217,27 +218,6 @@ impl Primary {
     /// True while output must be held.
     pub fn holds_output(&self) -> bool {
         matches!(self.phase, Phase::Completing | Phase::Pairing | Phase::Protected | Phase::Deciding)
-    }
-
-    /// Tells the resync ledger which pages travel in the epoch being captured. Called between
-    /// `Action::Capture` and `Input::Captured`.
-    pub fn note_dirty_pages(&mut self, dirty: &PageSet) {
-        if let Some(ledger) = &mut self.ledger {
-            ledger.travelled(dirty);
-        }
-    }
-
-    /// The same for the blocks of disks that travel in it, by their index in the [image's
-    /// row](crate::protocol::layout).
-    pub fn note_blocks(&mut self, blocks: impl Iterator<Item = u64>) {
-        if let Some(ledger) = &mut self.ledger {
-            for block in blocks {
-                ledger.settle(block);
-                if mutant::is("block-too-many-settled") {
-                    ledger.settle(block + 1);
-                }
-            }
-        }
     }
 
     /// Takes what happened.
@@ -252,7 +232,7 @@ impl Primary {
             Input::Hello { conn, hello } => self.hello(now, conn, hello),
             Input::Message { conn, message } => self.message(now, conn, message),
             Input::Closed { conn, why } => self.closed(conn, why),
-            Input::OutputWaiting => self.epochs.output_waiting(),
+            Input::OutputWaiting { open_packets } => self.epochs.output_waiting(open_packets),
             Input::OutputFull => self.output_full(),
             // A disk waits, not the guest: nothing has to stop, only the epoch to be cut.
             Input::JournalFull => self.epochs.press(),
@@ -272,7 +252,7 @@ impl Primary {
                 }
             }
             Input::Command { ticket, command } => self.command(ticket, command),
-            Input::GuestEnded(end) => self.guest_ended(end),
+            Input::Guest(event) => self.guest_event(event),
             Input::Snapshot { stop } => self.take_snapshot(stop),
             Input::SnapshotEnded { written } => self.snapshot_ended(written),
         }

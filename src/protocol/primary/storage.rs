@@ -1,10 +1,11 @@
 //! When writes held for [shared storage](crate::protocol::shared) may go out, and what the peer is
-//! told of them.
+//! told of them; and what a newcomer still lacks.
 
 use super::{Action, Phase, Primary};
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::messages::{Message, features};
 use crate::protocol::mutant;
+use crate::protocol::pages::PageSet;
 use crate::protocol::resync::Ledger;
 use crate::protocol::types::ConnId;
 use crate::protocol::types::EpochId;
@@ -46,6 +47,27 @@ impl Primary {
         let tracks = matches!(self.phase, Phase::Resync | Phase::Completing | Phase::Pairing | Phase::Protected);
         if let Some(peer) = self.peer.as_ref().filter(|_| tracks) {
             self.actions.push_back(Action::Send { conn: peer.data, message: Message::Written { through } });
+        }
+    }
+
+    /// Tells the resync ledger which pages travel in the epoch being captured. Called between
+    /// `Action::Capture` and `Input::Captured`.
+    pub fn note_dirty_pages(&mut self, dirty: &PageSet) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.travelled(dirty);
+        }
+    }
+
+    /// The same for the blocks of disks that travel in it, by their index in the [image's
+    /// row](crate::protocol::layout).
+    pub fn note_blocks(&mut self, blocks: impl Iterator<Item = u64>) {
+        if let Some(ledger) = &mut self.ledger {
+            for block in blocks {
+                ledger.settle(block);
+                if mutant::is("block-too-many-settled") {
+                    ledger.settle(block + 1);
+                }
+            }
         }
     }
 }

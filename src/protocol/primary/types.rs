@@ -9,6 +9,7 @@ use crate::protocol::command::{Command, CommandRefused};
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
+use crate::protocol::guest_event::GuestEvent;
 use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::messages::{Heartbeat, Hello, Message};
 use crate::protocol::types::{ConnId, EpochId, GuestName, Instant};
@@ -44,19 +45,35 @@ pub struct PrimaryConfig {
     /// How long the secondary may take to take over a guest that was handed over, before this node
     /// asks for it again.
     pub handover_timeout: Duration,
+    /// How long shared storage may take for the last writes of a guest that is over.
+    pub drain_timeout: Duration,
     /// Most pages in one background push.
     pub push_pages_max: usize,
 }
 
-/// How the guest ended itself.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum GuestEnd {
-    /// It switched itself off.
-    Shutdown,
-    /// It asked for a reset.
-    Reset,
-    /// A vCPU cannot go on; why, in words.
-    Failed(String),
+#[cfg(test)]
+impl PrimaryConfig {
+    /// Of a small guest without disks, whose epochs last a millisecond and whose peer may be silent
+    /// for long.
+    pub(in crate::protocol) fn for_tests() -> PrimaryConfig {
+        PrimaryConfig {
+            guest: GuestName::new("web").expect("a name"),
+            shape: MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]),
+            cpu: GuestCpu { digest: 7, tsc_khz: 1000 },
+            features: 0,
+            interval: Duration::from_millis(1),
+            interval_min: Duration::ZERO,
+            commit_on_output: true,
+            heartbeat: HeartbeatConfig { interval: Duration::from_secs(10), timeout: Duration::from_secs(1000) },
+            arbiter_retry: Duration::from_secs(1),
+            join_timeout: Duration::from_secs(1),
+            build_silence_max: Duration::from_secs(1),
+            stall_max: Duration::from_secs(2000),
+            handover_timeout: Duration::from_secs(1),
+            drain_timeout: Duration::from_secs(1),
+            push_pages_max: 100,
+        }
+    }
 }
 
 /// Why a primary's process ends.
@@ -73,19 +90,6 @@ pub enum End {
     Fenced,
     /// A vCPU cannot go on; why, in words. The secondary takes over, if there is one.
     GuestFailed(String),
-}
-
-impl End {
-    /// True if the images of this node's disks are as the guest left them, and are to be stamped
-    /// so.
-    pub fn stamps_disks(&self) -> bool {
-        matches!(self, End::GuestOver { .. } | End::Quit)
-    }
-
-    /// True if what is held for shared disks has to be written first: nobody else will.
-    pub fn drains_disks(&self) -> bool {
-        matches!(self, End::GuestOver { .. })
-    }
 }
 
 /// What happened, told to the primary.
@@ -114,8 +118,11 @@ pub enum Input {
         /// Why, in words.
         why: String,
     },
-    /// The open epoch has output.
-    OutputWaiting,
+    /// The first packet of an epoch is held.
+    OutputWaiting {
+        /// Packets that the running epoch holds now: none if that epoch was cut meanwhile.
+        open_packets: u64,
+    },
     /// The output buffer is full.
     OutputFull,
     /// The disks' journal is full.
@@ -191,8 +198,8 @@ pub enum Input {
         /// What is asked for.
         command: Command,
     },
-    /// The guest ended itself.
-    GuestEnded(GuestEnd),
+    /// The guest's machine reports an event.
+    Guest(GuestEvent),
     /// An operator wants a snapshot of the guest. Answered at once, by `Snapshot` or `NoSnapshot`.
     Snapshot {
         /// The guest is to stop for good with it.

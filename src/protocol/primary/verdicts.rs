@@ -37,9 +37,6 @@ impl Primary {
     }
 
     pub(super) fn verdict(&mut self, now: Instant, verdict: Verdict) {
-        if let Some(event) = self.arbitration.reach_changed(&verdict) {
-            self.tell(event);
-        }
         match (self.phase, verdict) {
             (Phase::Pairing, Verdict::Won(record)) => self.paired(record),
             (Phase::Deciding, Verdict::Won(record)) => self.alone(record),

@@ -85,75 +85,10 @@ impl Secondary {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use crate::protocol::arbitration::ArbiterAnswer;
-    use crate::protocol::command::{Command, CommandRefused};
-    use crate::protocol::cpu::HostCpu;
-    use crate::protocol::machine_shape::{DiskShape, MachineShape};
-    use crate::protocol::messages::{Message, Welcome, features};
+    use crate::protocol::messages::Message;
     use crate::protocol::record::Record;
-    use crate::protocol::secondary::{Action, Input, Phase, Secondary, SecondaryConfig};
-    use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId, Instant};
-
-    const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
-    const OLD: InstanceId = InstanceId(1);
-    const NEW: InstanceId = InstanceId(2);
-    const DATA: u64 = 1;
-    const BEATS: u64 = 2;
-
-    fn take(node: &mut Secondary, input: Input) -> Vec<Action> {
-        node.handle(Instant::from_us(0), input);
-        std::iter::from_fn(|| node.poll_action()).collect()
-    }
-
-    fn message(node: &mut Secondary, conn: u64, message: Message) -> Vec<Action> {
-        take(node, Input::Message { conn, message })
-    }
-
-    fn ask(node: &mut Secondary, first: u64) -> Vec<Action> {
-        message(node, DATA, Message::HashBlocks { first, count: 3 })
-    }
-
-    fn commit(node: &mut Secondary, generation: u64, completes_resync: bool) {
-        let id = EpochId { generation: Generation(generation), epoch: 0 };
-        take(node, Input::Staged { conn: DATA, id, completes_resync, began: Instant::from_us(0), staged_bytes: 0 });
-    }
-
-    /// In a resync: four pages of memory, then two disks of three blocks each, of which `made` are
-    /// made just now.
-    fn syncing(made: [bool; 2]) -> Secondary {
-        let disk = DiskShape { bytes: 3 * 4096, read_only: false, shared: false, serial: [0; 20] };
-        let shape = MachineShape { disks: vec![disk; 2], ..MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]) };
-        let config = SecondaryConfig {
-            guest: GuestName::new("web").expect("a name"),
-            cpu: CPU,
-            features: features::DISK_HASHES,
-            staging_bytes_max: u64::MAX,
-            retry: Duration::from_secs(1),
-            answer_timeout: Duration::from_secs(1),
-            stall_max: Duration::from_secs(2000),
-        };
-        let welcome = Message::Welcome(Welcome {
-            instance: OLD,
-            generation: Generation(1),
-            shape,
-            tsc_khz: 1000,
-            features: features::DISK_HASHES,
-            interval_us: 1000,
-            heartbeat_interval_us: 10_000_000,
-            heartbeat_timeout_us: 1_000_000_000,
-        });
-        let mut node = Secondary::new(config, NEW, 0, Instant::from_us(0));
-        take(&mut node, Input::Tick);
-        take(&mut node, Input::Connected { conn: DATA });
-        message(&mut node, DATA, welcome.clone());
-        take(&mut node, Input::Connected { conn: BEATS });
-        message(&mut node, BEATS, welcome);
-        take(&mut node, Input::MachineReady { made: made.to_vec() });
-        assert_eq!(node.phase(), Phase::Syncing);
-        node
-    }
+    use crate::protocol::secondary::test_support::{DATA, NEW, OLD, ask, commit, message, syncing, take};
+    use crate::protocol::secondary::{Action, Input, Phase};
 
     #[test]
     fn an_image_made_just_now_is_not_summed_until_it_is_whole() {
@@ -177,25 +112,6 @@ mod tests {
         message(&mut node, DATA, Message::Paired { record });
         commit(&mut node, 2, false);
         assert_eq!((node.phase(), ask(&mut node, 7)), (Phase::Paired, vec![Action::HashBlocks { run: 7..10 }]));
-    }
-
-    #[test]
-    fn a_quit_while_the_guest_is_restored_is_kept_for_the_primary_it_becomes() {
-        let mut node = syncing([true, true]);
-        commit(&mut node, 1, true);
-        let record = Record::first(OLD).next_paired(OLD, NEW);
-        message(&mut node, DATA, Message::Paired { record });
-        let asked = take(&mut node, Input::Closed { conn: DATA, why: "cut".into() });
-        let ticket = asked.iter().find_map(|action| match action {
-            Action::Ask(call) => Some(call.ticket),
-            _ => None,
-        });
-        take(&mut node, Input::Answer { ticket: ticket.expect("a question"), answer: ArbiterAnswer::Won });
-        assert_eq!((node.phase(), node.quit_in_takeover()), (Phase::Promoted, false));
-        let stop = take(&mut node, Input::Command { ticket: 1, command: Command::Stop });
-        assert_eq!(stop, [Action::Answer { ticket: 1, result: Err(CommandRefused::TakingOver) }]);
-        let quit = take(&mut node, Input::Command { ticket: 2, command: Command::Quit });
-        assert_eq!((quit, node.quit_in_takeover()), (vec![Action::Answer { ticket: 2, result: Ok(()) }], true));
     }
 
     #[test]

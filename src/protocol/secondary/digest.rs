@@ -15,7 +15,7 @@ impl Secondary {
         let Secondary {
             config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation,
             expected, committed, began: _, record, inheritance, hashing, resync_left, arbitration, done_bytes, whole,
-            cause: _, no_primary: _, quitting, quit_in_takeover, actions,
+            cause: _, stages: _, no_primary: _, quitting, quit_in_takeover, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
         welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
@@ -33,7 +33,7 @@ impl Secondary {
         for action in actions {
             match action {
                 Action::Tell(_) => {}
-                Action::Promote { record, epoch, began: _, cause: _ } => (record, epoch).hash(into),
+                Action::Promote { record, epoch, began: _, stages: _, cause: _ } => (record, epoch).hash(into),
                 Action::Heartbeat { conn, beat, until: _ } => (conn, beat).hash(into),
                 other => other.hash(into),
             }

@@ -147,9 +147,13 @@ impl Secondary {
         }
     }
 
-    /// A command that comes when the guest is being restored, or when this life is over.
-    pub(super) fn command_at_the_end(&mut self, input: Input) {
-        let Input::Command { ticket, command } = input else { return };
+    /// What comes when the guest is being restored, or when this life is over.
+    pub(super) fn at_the_end(&mut self, input: Input) {
+        let (ticket, command) = match input {
+            Input::Command { ticket, command } => (ticket, command),
+            Input::Hello { conn } => return self.hello(conn),
+            _ => return,
+        };
         let result = match command {
             Command::Quit => Ok(()),
             _ => Err(CommandRefused::TakingOver),
@@ -185,7 +189,8 @@ impl Secondary {
     pub(super) fn exit(&mut self, ending: Ending) {
         self.close_connections();
         self.phase = Phase::Done;
-        self.actions.push_back(Action::Exit(ending));
+        let stamp = self.committed.filter(|_| self.whole);
+        self.actions.push_back(Action::Exit { ending, stamp });
     }
 
     pub(super) fn close_connections(&mut self) {

@@ -14,17 +14,22 @@ mod block_hashes;
 mod digest;
 mod joining;
 mod storage;
+mod takeover;
+#[cfg(test)]
+mod test_support;
+#[cfg(test)]
+mod tests;
 mod types;
 
 use std::collections::VecDeque;
 
 use self::storage::Inheritance;
-pub use types::{Action, Ending, Input, SecondaryConfig};
+pub use types::{Action, Ending, Input, SecondaryConfig, TakeoverStages};
 
-use super::arbitration::{ArbiterRequest, Arbitration, Verdict};
-use super::event::{Event, RejoinReason};
+use super::arbitration::Arbitration;
+use super::event::Event;
 use super::failure_detector::{FailureDetector, HeartbeatTimer, SleepGuard};
-use super::messages::{Activity, Heartbeat, Message, Welcome};
+use super::messages::{Activity, Heartbeat, Message, RefuseReason, Welcome};
 use super::mutant;
 use super::peer_loss::{PeerFault, PeerLoss};
 use super::record::{Record, RecordState};
@@ -91,6 +96,7 @@ pub struct Secondary {
     /// An epoch was committed with which the image is whole.
     whole: bool,
     cause: String,
+    stages: TakeoverStages,
     no_primary: Option<String>,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
@@ -128,6 +134,7 @@ impl Secondary {
             done_bytes: 0,
             whole: false,
             cause: String::new(),
+            stages: TakeoverStages::default(),
             no_primary: None,
             quitting: false,
             quit_in_takeover: false,
@@ -171,11 +178,6 @@ impl Secondary {
         self.welcome.as_ref()
     }
 
-    /// Why the arbiter is out of reach, if it is.
-    pub fn arbiter_lost(&self) -> Option<&str> {
-        self.arbitration.lost()
-    }
-
     /// Why there is no primary yet, while that is so.
     pub fn no_primary(&self) -> Option<&str> {
         self.no_primary.as_deref()
@@ -184,13 +186,15 @@ impl Secondary {
     /// Takes what happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
         if matches!(self.phase, Phase::Promoted | Phase::Done) {
-            return self.command_at_the_end(input);
+            return self.at_the_end(input);
         }
         self.notice_stall(now);
         match input {
             Input::Tick => {}
             Input::Connected { conn } => self.connected(now, conn),
             Input::Message { conn, message } => self.message(now, conn, message),
+            Input::Hello { conn } => self.hello(conn),
+            Input::Pages { conn } => self.pages(now, conn),
             Input::Moved { conn, ago } => self.moved(now, conn, ago),
             Input::Closed { conn, why } => self.closed(now, conn, why),
             Input::Foreign { conn, why } => self.foreign(now, conn, why),
@@ -202,6 +206,7 @@ impl Secondary {
             }
             Input::BlocksHashed { first, hashes } => self.hashed(first, hashes),
             Input::Answer { ticket, answer } => {
+                self.stages.decided = now;
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
                     self.verdict(verdict);
                 }
@@ -273,6 +278,7 @@ impl Secondary {
         if self.data != Some(conn) && self.heartbeat != Some(conn) {
             return;
         }
+        self.stages.heard = now;
         let on_data = self.data == Some(conn);
         match message {
             Message::Welcome(welcome) => self.welcomed(now, conn, welcome),
@@ -319,6 +325,7 @@ impl Secondary {
         if self.data != Some(conn) {
             return;
         }
+        self.stages.heard = now;
         let syncing = self.phase == Phase::Syncing;
         if !syncing && self.phase != Phase::Paired {
             self.lose_primary(now, PeerFault::EpochOutOfTurn(id).into());
@@ -366,32 +373,32 @@ impl Secondary {
         self.tell(Event::Protected { generation: record.generation, peer: self.me });
     }
 
-    // ---- takeover ----
+    /// Pages behind the epochs arrived. Late ones of a connection given up must not spoil the image
+    /// of the next, and the others have no place to go.
+    fn pages(&mut self, now: Instant, conn: ConnId) {
+        if self.data != Some(conn) {
+            return;
+        }
+        if self.phase == Phase::Syncing {
+            self.actions.push_back(Action::TakePages);
+        } else {
+            self.lose_primary(now, PeerFault::PagesOutOfTurn.into());
+        }
+    }
+
+    /// Another node, or somebody else, took this one for a primary.
+    fn hello(&mut self, conn: ConnId) {
+        let detail = "this node is a secondary: it does not run the guest; name the primary with --peer".into();
+        let message = Message::Refuse { reason: RefuseReason::NotPrimary, detail };
+        self.actions.extend([Action::Send { conn, message }, Action::Close { conn }]);
+    }
+
+    // ---- the end of a connection ----
 
     fn closed(&mut self, now: Instant, conn: ConnId, why: String) {
         if self.data == Some(conn) || self.heartbeat == Some(conn) {
             self.lose_primary(now, PeerLoss::Closed(why));
         }
-    }
-
-    /// True if epochs have their place in this phase.
-    fn holds_epochs(&self) -> bool {
-        matches!(self.phase, Phase::Syncing | Phase::Standby | Phase::Paired)
-    }
-
-    /// True if an operator ended this node while it restored the guest.
-    pub fn quit_in_takeover(&self) -> bool {
-        self.quit_in_takeover
-    }
-
-    /// True once an epoch was committed with which the image is whole, also when this life is over.
-    pub fn has_whole_image(&self) -> bool {
-        self.whole
-    }
-
-    /// True if pages behind the epochs have their place on this connection now.
-    pub fn takes_pages(&self, conn: ConnId) -> bool {
-        self.data == Some(conn) && self.phase == Phase::Syncing
     }
 
     /// Another program, or another version of this one. Asking it again would not change that, so a
@@ -405,86 +412,9 @@ impl Secondary {
         }
     }
 
-    fn lose_primary(&mut self, now: Instant, why: PeerLoss) {
-        match self.phase {
-            Phase::Standby | Phase::Paired => {
-                self.close_connections();
-                self.phase = Phase::Deciding;
-                self.cause = why.to_string();
-                self.tell(Event::Suspected { why });
-                self.ask_for_the_guest();
-            }
-            Phase::Deciding | Phase::Locking | Phase::Promoted | Phase::Done => {}
-            _ => self.start_over(now, why),
-        }
-    }
-
-    /// Asks for the guest, from the record this node knows. Before it has heard of its pair that is
-    /// the one the primary ran alone under: while that stands, nothing has left since the capture
-    /// that made our image whole. If the pair came on record meanwhile, the answer says so, and the
-    /// guest is asked for from there.
-    fn ask_for_the_guest(&mut self) {
-        let Some(primary) = self.primary() else { return };
-        let expected = self.record.unwrap_or(Record::solo(self.generation, primary));
-        if self.record.is_none() && mutant::is("standby-reads-first") {
-            return self.ask(ArbiterRequest::Read);
-        }
-        self.ask(ArbiterRequest::Swap { expected, new: expected.next_solo(self.me) });
-    }
-
-    fn ask(&mut self, request: ArbiterRequest) {
-        let call = self.arbitration.ask(request);
-        self.actions.push_back(Action::Ask(call));
-    }
-
-    fn verdict(&mut self, verdict: Verdict) {
-        if let Some(event) = self.arbitration.reach_changed(&verdict) {
-            self.tell(event);
-        }
-        if self.phase == Phase::Locking
-            && let Verdict::Stands(record) = verdict
-        {
-            return self.still_ours(record);
-        }
-        if self.phase != Phase::Deciding {
-            return;
-        }
-        match verdict {
-            Verdict::Stands(Some(record)) if mutant::is("secondary-ignores-a-lost-swap") => {
-                self.promote(record.next_solo(self.me));
-            }
-            Verdict::Won(record) => self.inherit(record),
-            Verdict::Stands(Some(record)) => self.lost_to(record),
-            Verdict::Stands(None) => self.rejoin(RejoinReason::NoRecord),
-            Verdict::Unreachable(_) => {}
-        }
-    }
-
-    fn lost_to(&mut self, record: Record) {
-        match record.state {
-            RecordState::Stopped => self.exit(Ending::GuestEnded("the guest was shut down".into())),
-            RecordState::Solo if mutant::is("takes-over-a-solo-guest") && self.record.is_none() => {
-                self.record = Some(record);
-                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
-            }
-            RecordState::Paired
-                if record.peer == Some(self.me) && self.record.is_none() && !mutant::is("standby-gives-up") =>
-            {
-                self.record = Some(record);
-                self.ask_for_the_guest();
-            }
-            _ => self.rejoin(RejoinReason::GuestElsewhere),
-        }
-    }
-
-    fn promote(&mut self, record: Record) {
-        let Some(mut epoch) = self.committed else { return };
-        if mutant::is("older-epoch-activated") {
-            epoch.epoch = epoch.epoch.saturating_sub(1);
-        }
-        self.phase = Phase::Promoted;
-        self.tell(Event::Takeover { generation: record.generation, epoch });
-        self.actions.push_back(Action::Promote { record, epoch, began: self.began, cause: self.cause.clone() });
+    /// True if epochs have their place in this phase.
+    fn holds_epochs(&self) -> bool {
+        matches!(self.phase, Phase::Syncing | Phase::Standby | Phase::Paired)
     }
 
     fn tell(&mut self, event: Event) {

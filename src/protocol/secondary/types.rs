@@ -31,6 +31,17 @@ pub struct SecondaryConfig {
     pub stall_max: Duration,
 }
 
+/// When the stages of a takeover were reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct TakeoverStages {
+    /// The primary was last heard of.
+    pub heard: Instant,
+    /// It was suspected.
+    pub suspected: Instant,
+    /// The arbiter gave its last answer.
+    pub decided: Instant,
+}
+
 /// What happened, told to the secondary.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -47,6 +58,16 @@ pub enum Input {
         conn: ConnId,
         /// The message.
         message: Message,
+    },
+    /// Somebody connected to this node and said hello.
+    Hello {
+        /// The connection.
+        conn: ConnId,
+    },
+    /// Pages that travel behind the epochs arrived, verified.
+    Pages {
+        /// The connection they came over.
+        conn: ConnId,
     },
     /// Bytes of the primary arrived on a connection, the newest of them so long ago.
     Moved {
@@ -195,6 +216,8 @@ pub enum Action {
         /// The epoch.
         id: EpochId,
     },
+    /// Write the pages that `Pages` announced into the image.
+    TakePages,
     /// Hash these blocks of a disk once every committed epoch is in the image and before the next
     /// one is, then say `BlocksHashed`.
     HashBlocks {
@@ -231,6 +254,8 @@ pub enum Action {
         epoch: EpochId,
         /// When it began to arrive: the guest's clocks count from there (see `guest_clock`).
         began: Instant,
+        /// When the stages so far were reached.
+        stages: TakeoverStages,
         /// What made the primary suspect.
         cause: String,
     },
@@ -240,7 +265,13 @@ pub enum Action {
         after: Duration,
     },
     /// End the process.
-    Exit(Ending),
+    Exit {
+        /// Why.
+        ending: Ending,
+        /// Before that, bring the image to this epoch and stamp it as whole. Without one it is not
+        /// whole, and keeps its stamp.
+        stamp: Option<EpochId>,
+    },
     /// Tell people.
     Tell(Event),
 }

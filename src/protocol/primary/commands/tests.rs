@@ -7,8 +7,6 @@ use super::super::{Action, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
 use crate::protocol::command::Command;
 use crate::protocol::cpu::HostCpu;
-use crate::protocol::failure_detector::HeartbeatConfig;
-use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION};
 use crate::protocol::record::{Record, RecordState};
 use crate::protocol::types::{GuestName, InstanceId, Instant};
@@ -66,22 +64,7 @@ impl Rig {
     /// Protected, with a snapshot that was to stop the guest written while the peer is suspected.
     fn stopped_while_deciding() -> Rig {
         let name = || GuestName::new("web").expect("a name");
-        let config = PrimaryConfig {
-            guest: name(),
-            shape: MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]),
-            cpu: CPU.own_guest(),
-            features: 0,
-            interval: Duration::from_secs(1),
-            interval_min: Duration::ZERO,
-            commit_on_output: true,
-            heartbeat: HeartbeatConfig { interval: Duration::from_secs(10), timeout: Duration::from_secs(1000) },
-            arbiter_retry: Duration::from_secs(1),
-            join_timeout: Duration::from_secs(1),
-            build_silence_max: Duration::from_secs(1),
-            stall_max: Duration::from_secs(2000),
-            handover_timeout: Duration::from_secs(1),
-            push_pages_max: 100,
-        };
+        let config = PrimaryConfig { interval: Duration::from_secs(1), ..PrimaryConfig::for_tests() };
         let record = Record::first(ME);
         let primary = Primary::new(config, ME, record, Instant::from_us(0));
         let mut rig = Rig { primary, asked: None, exited: false };

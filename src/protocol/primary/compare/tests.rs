@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::time::Duration;
 
 use super::super::{Action, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
@@ -11,7 +10,6 @@ use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::command::{Command, CommandRefused, DiskChoice, VerifyRefused};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::event::Event;
-use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::machine_shape::{DiskShape, MachineShape};
 use crate::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION, features};
 use crate::protocol::record::Record;
@@ -36,22 +34,7 @@ fn config() -> PrimaryConfig {
     };
     let mut shape = MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]);
     shape.disks = vec![disk(BLOCKS, false, 1), disk(9, true, 2), disk(1, false, 3)];
-    PrimaryConfig {
-        guest: GuestName::new("web").expect("a name"),
-        shape,
-        cpu: CPU.own_guest(),
-        features: features::DISK_HASHES,
-        interval: Duration::from_millis(1),
-        interval_min: Duration::ZERO,
-        commit_on_output: true,
-        heartbeat: HeartbeatConfig { interval: Duration::from_secs(10), timeout: Duration::from_secs(1000) },
-        arbiter_retry: Duration::from_secs(1),
-        join_timeout: Duration::from_secs(1),
-        build_silence_max: Duration::from_secs(1),
-        stall_max: Duration::from_secs(2000),
-        handover_timeout: Duration::from_secs(1),
-        push_pages_max: 100,
-    }
+    PrimaryConfig { shape, features: features::DISK_HASHES, ..PrimaryConfig::for_tests() }
 }
 
 struct Rig {
