@@ -136,7 +136,7 @@ fn a_disk_frozen_for_less_than_stall_max_causes_no_takeover() {
     with_frozen_disk(name, 60_000, |pair| {
         let before = pair.primary.status().unwrap();
         let frozen = pair.disk.freeze();
-        // Several heartbeat time-outs: a node without heartbeats would be given up meanwhile.
+        // Several heartbeat timeouts: a node without heartbeats would be given up meanwhile.
         let end = Instant::now() + Duration::from_secs(5);
         while Instant::now() < end {
             let primary = pair.primary.status().expect("query-status is answered while the disk hangs");

@@ -40,7 +40,7 @@ impl Pair {
             cpus,
             interval_ms: 10,
             // A node that is killed is missed at once, by its sockets. One that a busy test host
-            // lets stand still is not to be.
+            // freezes is not to be.
             flags: ["--heartbeat-interval-ms=200", "--heartbeat-timeout-ms=20000"].map(str::to_owned).to_vec(),
             ..NodeSettings::default()
         };

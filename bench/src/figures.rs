@@ -27,7 +27,7 @@ pub struct Takeover {
 /// What epochs were like.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Epochs {
-    /// How long the guest stood still.
+    /// How long the guest was paused.
     pub pause_us: Quantiles,
     /// How many pages travelled.
     pub dirty_pages: Quantiles,

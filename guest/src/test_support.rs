@@ -8,7 +8,7 @@ use crate::sum::Checksum;
 /// Pages of a [`TestHost`].
 pub const PAGES: u64 = 40;
 
-/// A machine with a clock that stands still unless told to go on, and a little memory.
+/// A machine with a clock that does not advance by itself, and a little memory.
 pub struct TestHost {
     pub now_us: u64,
     pub free_bytes: u64,

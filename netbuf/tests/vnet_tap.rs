@@ -102,7 +102,7 @@ fn checksums_are_left_to_the_other_side_as_headers_say() {
         assert_eq!((port.name(), port.has_headers()), ("mcdtest2", true));
         let mac = connect("mcdtest2");
         let socket = UdpSocket::bind(("10.9.0.1", PORT)).expect("socket");
-        socket.set_read_timeout(Some(Duration::from_secs(30))).expect("time-out");
+        socket.set_read_timeout(Some(Duration::from_secs(30))).expect("timeout");
         // To the host: without its checksum and without a header that says so the first is wrong,
         // so only the second arrives.
         port.send(&[vec![0; VNET_HEADER_BYTES], datagram(mac, b"wrong")].concat()).expect("send");

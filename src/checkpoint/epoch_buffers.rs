@@ -262,8 +262,8 @@ impl EpochBuffers {
         if let Some(shared) = &self.shared {
             into.shared = Some(shared.within(decision, |shared| shared.cut(id)).ok_or(CutError::Superseded)?);
         }
-        // Guest memory stands still since the pause, while the vCPU threads go on reading their own
-        // state: copying meanwhile costs nothing, and no part of saving writes guest memory.
+        // The guest is paused, while the vCPU threads go on reading their own state: copying memory
+        // meanwhile costs nothing, and no part of saving writes guest memory.
         let mut tracked = self.tracked.lock();
         let Tracked { since, dirty, expected } = &mut *tracked;
         if since.is_none_or(|since| since > decision) {

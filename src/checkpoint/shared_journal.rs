@@ -41,7 +41,7 @@ pub trait SharedListener: Send + Sync {
     /// Writes that found no room may find some now.
     fn has_room(&self);
     /// The storage does not take writes (why), or takes them again.
-    fn trouble(&self, why: Option<String>);
+    fn fault(&self, why: Option<String>);
 }
 
 /// What becomes of a write.

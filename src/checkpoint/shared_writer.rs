@@ -73,7 +73,7 @@ impl Work {
             match self.write(&batch) {
                 Ok(()) => {
                     if std::mem::take(&mut failing) {
-                        self.journal.listener.trouble(None);
+                        self.journal.listener.fault(None);
                     }
                     self.done(&batch);
                 }
@@ -81,7 +81,7 @@ impl Work {
                 // or the guest goes on elsewhere, flushes and further writes wait.
                 Err(error) => {
                     failing = true;
-                    self.journal.listener.trouble(Some(error.to_string()));
+                    self.journal.listener.fault(Some(error.to_string()));
                     let mut held = self.journal.held.lock();
                     if !held.closed {
                         self.journal.work.wait_for(&mut held, RETRY);

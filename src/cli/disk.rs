@@ -48,15 +48,15 @@ pub(super) fn run(command: &DiskCommand) -> Result<(), Failure> {
     }
 }
 
-fn trouble(error: impl ToString) -> Failure {
+fn failure(error: impl ToString) -> Failure {
     Failure { status: PROBLEM, line: error.to_string() }
 }
 
 /// Has the nodes compare, and waits for it.
 fn verify_running(control: &Path, args: &VerifyArgs) -> Result<(), Failure> {
-    let report = ask_for_verify(control, args).map_err(trouble)?;
+    let report = ask_for_verify(control, args).map_err(failure)?;
     let text = match args.json {
-        true => format!("{:#}\n", serde_json::to_value(&report).map_err(trouble)?),
+        true => format!("{:#}\n", serde_json::to_value(&report).map_err(failure)?),
         false => report.to_string(),
     };
     print(&text)?;
@@ -66,7 +66,7 @@ fn verify_running(control: &Path, args: &VerifyArgs) -> Result<(), Failure> {
             Err(Failure::run("the images of the guest's disks differ on its two nodes: see docs/operating/disks.md"))
         }
         VerifyState::Running | VerifyState::Failed => {
-            Err(trouble(format!("the disks were not compared to the end: {}", report.why.unwrap_or_default())))
+            Err(failure(format!("the disks were not compared to the end: {}", report.why.unwrap_or_default())))
         }
     }
 }
@@ -100,20 +100,20 @@ fn print(text: &str) -> Result<(), Failure> {
     match io::stdout().write_all(text.as_bytes()) {
         // The reader has seen enough.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(trouble(format!("the result could not be printed: {error}")))
+            Err(failure(format!("the result could not be printed: {error}")))
         }
         _ => Ok(()),
     }
 }
 
 fn verify(one: &Path, other: &Path) -> Result<(), Failure> {
-    let open = |path: &Path| RawImage::open(path, true).map_err(trouble);
+    let open = |path: &Path| RawImage::open(path, true).map_err(failure);
     let (a, b) = (open(one)?, open(other)?);
     let compared = compare(&a, &b)
-        .map_err(|error| trouble(format!("an image cannot be read ({error}): look after its storage")))?;
+        .map_err(|error| failure(format!("an image cannot be read ({error}): look after its storage")))?;
     let mut text = String::new();
     for (path, image, sum) in [(one, &a, compared.hashes[0]), (other, &b, compared.hashes[1])] {
-        let stamp = match Stamp::read(path).map_err(trouble)? {
+        let stamp = match Stamp::read(path).map_err(failure)? {
             Some(stamp) => format!("guest {}, {}, {}", stamp.guest, stamp.at, stamp.state),
             None => "no stamp".to_owned(),
         };

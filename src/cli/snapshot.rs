@@ -53,13 +53,13 @@ fn ask(control: &Path, path: &Path, stop: bool, timeout: Duration) -> Result<Val
 
 fn saved(path: &Path, answer: &Value) -> String {
     let number = |key| answer.get(key).and_then(Value::as_u64).unwrap_or(0);
-    let stood_ms = answer.get("stood-still-ms").and_then(Value::as_f64).unwrap_or(0.0);
+    let paused_ms = answer.get("paused-ms").and_then(Value::as_f64).unwrap_or(0.0);
     let then = match answer.get("stopped").and_then(Value::as_bool) {
         Some(true) => "the guest is stopped, and its disks' images are as they were at that moment",
         _ => "the guest goes on",
     };
     format!(
-        "{}: {} bytes, {} pages, g{}/{}; the guest stood still for {stood_ms:.1} ms; {then}\n",
+        "{}: {} bytes, {} pages, g{}/{}; the guest was paused for {paused_ms:.1} ms; {then}\n",
         path.display(),
         number("bytes"),
         number("pages"),

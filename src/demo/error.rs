@@ -21,7 +21,7 @@ pub enum DemoError {
     NoKvm(io::Error),
     /// The primary was fenced: the other node has the guest.
     #[error(
-        "the primary stood still, was given up by its secondary and is fenced, and nothing could be done about it here"
+        "the primary was frozen, was given up by its secondary and is fenced, and nothing could be done about it here"
     )]
     Fenced,
     /// The guest died with its host.

@@ -146,7 +146,7 @@ pub struct Report {
     pub ok: bool,
     /// What was wrong, in words, the first few.
     pub complaints: Vec<String>,
-    /// Takeovers beside the rounds: a node stood still for so long that the other one gave it up.
+    /// Takeovers beside the rounds: a node was frozen for so long that the other one gave it up.
     pub unplanned_takeovers: u32,
     /// The seed of the run.
     pub seed: u64,

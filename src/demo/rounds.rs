@@ -26,7 +26,7 @@ impl<'a> Demo<'a> {
             // The last moments are passed blindly, so that the kill falls anywhere in an epoch, not
             // where a look ends.
             thread::sleep(Duration::from_micros(self.rng.below(1 + self.options.interval_ms * 1000)));
-            // On a busy machine a node can stand still for so long that the other one gives it up,
+            // On a busy machine a node can be frozen for so long that the other one gives it up,
             // as it should. A guest whose only copy is on the host that dies would be lost, as it
             // must.
             if self.both_protected() {
@@ -100,7 +100,7 @@ impl<'a> Demo<'a> {
         loop {
             match part(self) {
                 Err(DemoError::Fenced) => {
-                    self.screen.say("the primary stood still for so long that it was given up");
+                    self.screen.say("the primary was frozen for so long that it was given up");
                     self.recover()?;
                     self.unplanned += 1;
                 }

@@ -63,7 +63,7 @@ pub struct DemoOptions {
     pub cpus: u8,
     /// The longest an epoch may last, in ms.
     pub interval_ms: u64,
-    /// Time between two heartbeats of the nodes, in ms; the time-out is three times that.
+    /// Time between two heartbeats of the nodes, in ms; the timeout is three times that.
     pub heartbeat_interval_ms: u64,
     /// Pages the guest writes, and page writes per second.
     pub dirty: Option<(u32, u32)>,

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 /// Sleeps while `word` holds `expected`, at most `timeout` (forever without one). Returns on any
-/// wake, signal or time-out, and at once if the word differs: the caller looks again.
+/// wake, signal or timeout, and at once if the word differs: the caller looks again.
 pub(super) fn wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
     let spec = timeout.map(|t| libc::timespec {
         tv_sec: libc::time_t::try_from(t.as_secs()).unwrap_or(libc::time_t::MAX),

@@ -139,7 +139,7 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
         images.push(image);
     }
-    shared_disks::take(&images).map_err(|trouble| match trouble {
+    shared_disks::take(&images).map_err(|fault| match fault {
         StorageFault::Locked(why) | StorageFault::Failing(why) => SharedError::NotOurs(why),
     })?;
     Ok((images, shapes))

@@ -167,7 +167,7 @@ impl SharedListener for SharedDiskForwarder {
         self.events.raise(Flag::DisksHaveRoom);
     }
 
-    fn trouble(&self, why: Option<String>) {
+    fn fault(&self, why: Option<String>) {
         match &why {
             Some(why) => tracing::warn!(why, "shared storage fails, its writes are held and tried again"),
             None => tracing::info!("shared storage works again"),

@@ -158,7 +158,7 @@ impl StatusStore {
                 Note::Takeover(report) => shown.takeover = Some(*report),
                 Note::Verify(report) => shown.verify = Some(*report),
                 Note::ArbiterLost(lost) => shown.arbiter_lost = lost,
-                Note::Storage(trouble) => shown.storage = trouble,
+                Note::Storage(fault) => shown.storage = fault,
             }
         }
     }
@@ -267,8 +267,8 @@ impl StatusStore {
     }
 
     /// Shared storage was found to take writes, or not to.
-    pub(crate) fn storage_noticed(&self, trouble: Option<String>) {
-        self.note(Note::Storage(trouble));
+    pub(crate) fn storage_noticed(&self, fault: Option<String>) {
+        self.note(Note::Storage(fault));
     }
 
     /// The whole status.

@@ -41,7 +41,7 @@ impl GuestClient {
     /// Uses a connection that there is. No answer for longer than `timeout` is an error.
     ///
     /// # Errors
-    /// If the system refuses the time-out or a second descriptor.
+    /// If the system refuses the timeout or a second descriptor.
     pub fn over(to: TcpStream, timeout: Duration) -> io::Result<GuestClient> {
         to.set_read_timeout(Some(timeout))?;
         let from = BufReader::new(to.try_clone()?);
@@ -67,7 +67,7 @@ impl GuestClient {
     /// Fills `bytes` with what the guest sends next.
     ///
     /// # Errors
-    /// If it sends less before the time-out or the end of the connection.
+    /// If it sends less before the timeout or the end of the connection.
     pub fn read_exact(&mut self, bytes: &mut [u8]) -> io::Result<()> {
         self.from.read_exact(bytes)
     }
@@ -75,7 +75,7 @@ impl GuestClient {
     /// The next line that the guest sends, without its end.
     ///
     /// # Errors
-    /// If none comes before the time-out or the end of the connection.
+    /// If none comes before the timeout or the end of the connection.
     pub fn line(&mut self) -> io::Result<String> {
         let mut line = String::new();
         self.from.by_ref().take(LINE_BYTES_MAX).read_line(&mut line)?;

@@ -4,7 +4,7 @@ use super::frame::FrameKind;
 use std::io;
 use thiserror::Error;
 
-/// Why a frame could not be read, written or understood. After any of these but a read's time-out
+/// Why a frame could not be read, written or understood. After any of these but a read's timeout
 /// the connection is of no more use.
 #[derive(Debug, Error)]
 pub enum WireError {

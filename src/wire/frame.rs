@@ -196,7 +196,7 @@ impl<R: Read> FrameReader<R> {
     /// The next frame. Blocks as the stream does.
     ///
     /// # Errors
-    /// Any [`WireError`]. Only after a time-out may the reader be used again.
+    /// Any [`WireError`]. Only after a timeout may the reader be used again.
     pub fn read(&mut self) -> Result<Frame<'_>, WireError> {
         self.start += std::mem::take(&mut self.lent);
         let header = loop {

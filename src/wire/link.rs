@@ -65,7 +65,7 @@ pub enum LinkError {
 #[derive(Debug, Clone)]
 pub struct Half {
     stream: Arc<TcpStream>,
-    /// Past it a read fails with a time-out.
+    /// Past it a read fails with a timeout.
     deadline: Option<Instant>,
 }
 
@@ -109,7 +109,7 @@ pub type LinkReader = FrameReader<Half>;
 pub type LinkWriter = FrameWriter<Half>;
 
 impl LinkReader {
-    /// Reads fail with a time-out ([`is_timeout`](super::WireError::is_timeout)) once it is past
+    /// Reads fail with a timeout ([`is_timeout`](super::WireError::is_timeout)) once it is past
     /// `deadline`, however the peer spaces its bytes; `None` waits for ever again.
     pub fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         let half = self.source_mut();

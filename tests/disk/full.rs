@@ -12,7 +12,7 @@ use super::disk_pair::*;
 /// Blocks that the guest writes to as fast as it can: twice as many as the journal holds.
 const FLOOD_BLOCKS: u64 = 2 * JOURNAL_BYTES_MAX / 4096;
 const DISK_BYTES: u64 = (FLOOD_BLOCKS + CLIENT_BLOCKS) * 4096;
-/// The journal fills while the secondary stands still, which may take long on a busy test host.
+/// The journal fills while the secondary is frozen, which may take long on a busy test host.
 const WAIT_LONG: &str = "--heartbeat-timeout-ms=120000";
 
 #[test]

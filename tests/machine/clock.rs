@@ -13,7 +13,7 @@ const SYSTEM_TIME: u32 = 0x4b56_4d01;
 const SYSTEM_TIME_ENABLED: u64 = 1;
 /// Where KVM keeps vCPU 0's clock.
 const CLOCK_PAGE: u64 = 0x30_0000;
-/// The flag by which a guest is told that it stood still.
+/// The flag by which a guest is told that it was paused.
 const GUEST_STOPPED: u64 = 2;
 
 guest_code!(

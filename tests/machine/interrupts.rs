@@ -106,7 +106,7 @@ fn has_vector(lapic: &[u8], registers: usize) -> bool {
     lapic[registers + VECTOR / 32 * 16 + VECTOR % 32 / 8] >> (VECTOR % 8) & 1 == 1
 }
 
-/// Waits until the vCPU that counts has stood still for a while.
+/// Waits until the vCPU that counts has not changed its count for a while.
 fn wait_until_still(count: impl Fn() -> u64) {
     const STILL: Duration = Duration::from_millis(20);
     let (mut seen, mut since) = (count(), Instant::now());

@@ -56,7 +56,7 @@ fn cycles(cpus: u8, code: &'static [u8], moves: bool) {
         if round % 10 == 0 {
             state.clear();
             machine.save(&mut state).expect("save");
-            assert_eq!(word(&ram, RESULTS), at, "a paused guest stands still");
+            assert_eq!(word(&ram, RESULTS), at, "a paused guest writes nothing");
         }
         machine.resume().expect("resume");
         if moves && round % 3 != 0 {

@@ -115,7 +115,7 @@ pub const IRQ_CHIP: u16 = 17;
 const XSAVE: u16 = 5;
 const CLOCK: u16 = 18;
 
-/// Blanks what runs on while the machine stands still: the TSC, the LAPIC timer's count, the PIT's
+/// Blanks what runs on while the machine is paused: the TSC, the LAPIC timer's count, the PIT's
 /// start time, kvmclock.
 fn without_clocks(state: &[u8]) -> Vec<(u16, u16, Vec<u8>)> {
     let mut all = sections(state);

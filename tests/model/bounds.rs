@@ -10,7 +10,7 @@ pub struct Bounds {
     pub crashes: u8,
     /// Connections that one side sees break.
     pub losses: u8,
-    /// Nodes that stand still for longer than the heartbeat time-out.
+    /// Nodes that are frozen for longer than the heartbeat timeout.
     pub stalls: u8,
     /// Inputs whose actions are carried out one by one, with everything else in between.
     pub splits: u8,

@@ -314,7 +314,7 @@ impl World {
         let Some(generation) = node.primary().map(Primary::generation) else { return };
         let (me, unproven) = (node.me, node.unproven || node.now.since(node.looked) >= UNIT * TIMEOUT_UNITS);
         if unproven && !packets.is_empty() && self.oracle.record.owner != me {
-            let how = format!("{me:?} stood still, and releases packets {packets:?} of a guest that runs elsewhere");
+            let how = format!("{me:?} was frozen, and releases packets {packets:?} of a guest that runs elsewhere");
             self.check(Err(Broken { property: STALLED, how }));
         }
         for packet in packets {

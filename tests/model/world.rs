@@ -24,7 +24,7 @@ use crate::oracle::{Broken, Check, Oracle};
 
 /// One unit of time: the heartbeat interval.
 pub const UNIT: Duration = Duration::from_millis(10);
-/// The heartbeat time-out, in units.
+/// The heartbeat timeout, in units.
 pub const TIMEOUT_UNITS: u32 = 2;
 
 /// What a process is.
@@ -41,7 +41,7 @@ pub enum Role {
 pub struct Call {
     pub call: ArbiterCall,
     pub answer: Option<ArbiterAnswer>,
-    /// The node stood still since the answer was given.
+    /// The node was frozen since the answer was given.
     pub stale: bool,
 }
 
@@ -66,7 +66,7 @@ pub struct Node {
     /// Its actions are carried out one by one.
     pub stepping: bool,
     pub fenced: bool,
-    /// It stood still, and no answer given since then has arrived.
+    /// It was frozen, and no answer given since then has arrived.
     pub unproven: bool,
     pub calls: VecDeque<Call>,
     /// The newest number it gave a connection.

@@ -26,7 +26,7 @@ impl Peer {
     }
 
     fn over(stream: TcpStream) -> Peer {
-        stream.set_read_timeout(Some(WAIT_MAX)).expect("a time-out");
+        stream.set_read_timeout(Some(WAIT_MAX)).expect("a timeout");
         let reader = FrameReader::new(stream.try_clone().expect("a descriptor"));
         Peer { stream, reader }
     }

@@ -16,7 +16,7 @@ fn a_secondary_joins_although_an_unknown_peer_holds_joining() {
         let primary = host.primary();
         let protected = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // Given up, it comes again at once, so that no time-out alone lets the secondary in. It
+            // Given up, it comes again at once, so that no timeout alone lets the secondary in. It
             // never opens its heartbeat connection.
             scope.spawn(|| {
                 for instance in 1.. {

@@ -94,7 +94,7 @@ fn a_secondary_refuses_a_welcome_with_impossible_values() {
             ends(faster, HOST, "cannot hold the guest: vCPU 0: the guest's TSC runs at");
         }
         welcomes(Welcome { heartbeat_interval_us: 0, ..welcome() }, "heartbeats every 0");
-        welcomes(Welcome { heartbeat_timeout_us: 1, ..welcome() }, "a time-out of 1");
+        welcomes(Welcome { heartbeat_timeout_us: 1, ..welcome() }, "a timeout of 1");
     });
 }
 

@@ -26,7 +26,7 @@ fn a_secondary_joins_although_silent_connections_fill_both_ports() {
             PRIMARY.iter().flat_map(|port| (0..CONNECTIONS).map(|_| connect(port))).collect();
         let protected = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // Whatever the primary closes is opened again, so that no time-out clears the ports.
+            // Whatever the primary closes is opened again, so that no timeout clears the ports.
             let protected = &protected;
             scope.spawn(move || {
                 for at in (0..silent.len()).cycle() {

@@ -45,7 +45,7 @@ impl SharedListener for Deaf {
     fn written(&self, _: EpochId) {}
     fn synced(&self, _: ConnId) {}
     fn has_room(&self) {}
-    fn trouble(&self, _: Option<String>) {}
+    fn fault(&self, _: Option<String>) {}
 }
 
 /// A port that remembers the first bytes of what left.

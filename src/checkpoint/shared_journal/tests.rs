@@ -38,7 +38,7 @@ enum Heard {
     Written(EpochId),
     Synced(ConnId),
     HasRoom,
-    Trouble(bool),
+    Fault(bool),
 }
 
 struct Events(Sender<Heard>);
@@ -63,8 +63,8 @@ impl SharedListener for Events {
     fn has_room(&self) {
         self.hear(Heard::HasRoom);
     }
-    fn trouble(&self, why: Option<String>) {
-        self.hear(Heard::Trouble(why.is_some()));
+    fn fault(&self, why: Option<String>) {
+        self.hear(Heard::Fault(why.is_some()));
     }
 }
 
@@ -169,11 +169,11 @@ fn storage_that_fails_is_tried_again_and_nothing_is_lost() {
     node.journal.cut(id(0));
     node.journal.committed(id(0));
     node.journal.write_through(id(0));
-    assert_eq!(node.heard.recv().expect("told"), Heard::Trouble(true));
+    assert_eq!(node.heard.recv().expect("told"), Heard::Fault(true));
     assert_eq!((node.stored()[0], node.seen()[0]), (0xaa, 9));
     node.image.take().expect("the lock");
     let heard: Vec<_> = node.heard.iter().take_while(|heard| *heard != Heard::Written(id(0))).collect();
-    assert_eq!(heard.last(), Some(&Heard::Trouble(false)));
+    assert_eq!(heard.last(), Some(&Heard::Fault(false)));
     assert_eq!(node.stored()[0], 9);
 }
 

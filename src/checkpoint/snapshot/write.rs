@@ -29,7 +29,7 @@ pub struct Written {
     pub bytes: u64,
 }
 
-/// Writes the snapshot `head` of a machine that stands still, with its memory and its saved state,
+/// Writes the snapshot `head` of a paused machine, with its memory and its saved state,
 /// to `path`. What is at `path` is replaced in the end, and not touched before. Returns when the
 /// file outlives a loss of power. Only the caller's user may read it.
 ///

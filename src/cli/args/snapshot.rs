@@ -27,7 +27,7 @@ pub(in crate::cli) struct SnapshotArgs {
 pub(in crate::cli) enum SnapshotCommand {
     /// Have the node that runs a guest write its snapshot
     #[command(
-        long_about = "Has the node that runs a guest write its snapshot. The guest stands still while its memory is \
+        long_about = "Has the node that runs a guest write its snapshot. The guest is paused while its memory is \
             written, and then goes on (with --stop it is shut down); its node, its secondary and its output go on \
             meanwhile. The file appears when it is whole and durable."
     )]

@@ -35,7 +35,7 @@ pub(in crate::machine) enum Order {
     /// Finish pending I/O and stop. What only this vCPU can change of its state goes into
     /// the slot.
     Park = 1,
-    /// Stand still and complete the slot: no other vCPU and no device runs any more, so every
+    /// Stay parked and complete the slot: no other vCPU and no device runs any more, so every
     /// interrupt on its way has arrived.
     Harvest = 2,
     /// While parked: put the slot's state into the vCPU.
@@ -111,7 +111,7 @@ impl Milestone {
 }
 
 /// The pause word of one vCPU, and two milestones on the way of each order: *stopped* (the vCPU is
-/// out of the guest and its I/O is complete: guest memory stands still as far as it goes) and
+/// out of the guest and its I/O is complete: guest memory does not change as far as it goes) and
 /// *settled* (its state is in the slot: all is done). Between the two the vCPU thread is busy
 /// reading its state, which a controller can use to copy memory.
 pub(in crate::machine) struct Gate {

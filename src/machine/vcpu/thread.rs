@@ -135,7 +135,7 @@ impl VcpuThread {
         }
     }
 
-    /// Stands still: what nobody else changes goes into the slot; then waits for the next order.
+    /// Parked: what nobody else changes goes into the slot; then waits for the next order.
     fn park(&mut self, ticket: Ticket) {
         self.gate.stop(ticket);
         {

@@ -200,7 +200,7 @@ impl PrimaryNode {
 }
 
 /// The reply to the client.
-fn saved(path: &PathBuf, head: &SnapshotHead, written: Written, stood_us: u64) -> Value {
+fn saved(path: &PathBuf, head: &SnapshotHead, written: Written, paused_us: u64) -> Value {
     json!({
         "path": path,
         "snapshot": head.id.to_string(),
@@ -209,7 +209,7 @@ fn saved(path: &PathBuf, head: &SnapshotHead, written: Written, stood_us: u64) -
         "epoch": head.at.epoch,
         "pages": written.pages,
         "bytes": written.bytes,
-        "stood-still-ms": stood_us as f64 / 1000.0,
+        "paused-ms": paused_us as f64 / 1000.0,
         "stopped": head.stopped,
     })
 }

@@ -123,7 +123,7 @@ impl Primary {
         if stuck < stall_max || mutant::is("stuck-guest-vouched-for-ever") {
             return;
         }
-        let why = format!("it did not stand still for a capture within {} ms", stuck.as_millis());
+        let why = format!("it did not pause for a capture within {} ms", stuck.as_millis());
         match self.phase {
             Phase::Protected => self.hand_over(now, why),
             _ => self.lose_peer(PeerLoss::CaptureFailed(why)),

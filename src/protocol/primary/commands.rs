@@ -135,7 +135,7 @@ impl Primary {
             ),
             Phase::Deciding => Err("the peer is suspected and the arbiter has not answered yet; ask again when it has"),
             _ if !self.proven => {
-                Err("this node stood still and asks the arbiter whether it still has the guest; ask again")
+                Err("this node was asleep and asks the arbiter whether it still has the guest; ask again")
             }
             _ => Ok(()),
         }

@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_in_trouble_is_told_and_runs_on() {
+    fn an_alarm_about_a_guest_is_an_event_and_it_runs_on() {
         let broken = GuestEvent::DeviceBroken { device: "net", reason: "queue 1 is a loop".into(), count: 10 };
         let words =
             "broke the rules of device net, 10 times by now: queue 1 is a loop; it does nothing until it is reset";

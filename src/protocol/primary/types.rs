@@ -40,7 +40,7 @@ pub struct PrimaryConfig {
     /// How long a newcomer that builds its machine may make no progress.
     pub build_silence_max: Duration,
     /// How long this node vouches for a guest that cannot be captured, and how long its heartbeats
-    /// outlast an engine that hangs. Longer than the heartbeat time-out.
+    /// outlast an engine that hangs. Longer than the heartbeat timeout.
     pub stall_max: Duration,
     /// How long the secondary may take to take over a guest that was handed over, before this node
     /// asks for it again.

@@ -213,7 +213,7 @@ impl Secondary {
             }
             Input::StorageLocked => self.storage_locked(),
             Input::KeptWritten => self.kept_written(),
-            Input::StorageRefused(trouble) => self.storage_refused(now, trouble),
+            Input::StorageRefused(fault) => self.storage_refused(now, fault),
             Input::Command { ticket, command } => self.command(ticket, command),
         }
         self.on_time(now);

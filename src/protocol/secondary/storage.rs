@@ -31,20 +31,20 @@ pub(super) struct Inheritance {
     /// somebody may have decided otherwise meanwhile.
     tries: u32,
     /// Why it waits, while it does.
-    pub(super) trouble: Option<StorageFault>,
+    pub(super) fault: Option<StorageFault>,
 }
 
 impl Inheritance {
     /// What a checker needs to know of it.
     pub(super) fn digest(&self) -> (Record, u32, bool) {
-        (self.record, self.tries.min(DOUBLINGS_MAX), self.trouble.is_some())
+        (self.record, self.tries.min(DOUBLINGS_MAX), self.fault.is_some())
     }
 }
 
 impl Secondary {
     /// Why shared storage cannot be had, while the takeover waits for it.
     pub fn storage_fault(&self) -> Option<&StorageFault> {
-        self.inheritance.as_ref().and_then(|inheritance| inheritance.trouble.as_ref())
+        self.inheritance.as_ref().and_then(|inheritance| inheritance.fault.as_ref())
     }
 
     /// The arbiter gave this node the guest.
@@ -54,7 +54,7 @@ impl Secondary {
             return self.promote(record);
         }
         self.phase = Phase::Locking;
-        self.inheritance = Some(Inheritance { record, tries: 0, trouble: None });
+        self.inheritance = Some(Inheritance { record, tries: 0, fault: None });
         if mutant::is("takeover-without-the-lock") {
             return self.actions.push_back(Action::WriteKept);
         }
@@ -90,18 +90,18 @@ impl Secondary {
     }
 
     /// The lock is another node's, or the storage fails: it is tried again.
-    pub(super) fn storage_refused(&mut self, now: Instant, trouble: StorageFault) {
+    pub(super) fn storage_refused(&mut self, now: Instant, fault: StorageFault) {
         let Some(inheritance) = self.inheritance.as_mut().filter(|_| self.phase == Phase::Locking) else { return };
         // An old primary that was just killed may have closed its sockets and not yet its files.
         let doublings = inheritance.tries.min(DOUBLINGS_MAX);
         self.step_at = Some(now + self.config.retry / (1 << (DOUBLINGS_MAX - doublings)));
         inheritance.tries = inheritance.tries.saturating_add(1);
-        let kind = std::mem::discriminant(&trouble);
+        let kind = std::mem::discriminant(&fault);
         // Told once, not with every try.
-        let is_news = inheritance.trouble.as_ref().map(std::mem::discriminant) != Some(kind);
+        let is_news = inheritance.fault.as_ref().map(std::mem::discriminant) != Some(kind);
         if is_news && inheritance.tries > TRIES_UNTOLD {
-            inheritance.trouble = Some(trouble.clone());
-            self.tell(match trouble {
+            inheritance.fault = Some(fault.clone());
+            self.tell(match fault {
                 StorageFault::Locked(why) => Event::DiskLocked { why },
                 StorageFault::Failing(why) => Event::DiskFailing { why },
             });

@@ -12,7 +12,7 @@ pub enum Fault {
     KillSecondary,
     /// SIGSTOP to the primary, and SIGCONT after so many ms.
     FreezePrimary(u64),
-    /// SIGSTOP to the primary for about the heartbeat time-out: now a little less, now a little
+    /// SIGSTOP to the primary for about the heartbeat timeout: now a little less, now a little
     /// more.
     FreezePrimaryEdge,
     /// SIGSTOP to the secondary, and SIGCONT after so many ms.
@@ -105,7 +105,7 @@ impl Runs {
 pub enum Silence {
     /// No longer than this, in ms.
     Ms(u64),
-    /// The heartbeat time-out and this, in ms.
+    /// The heartbeat timeout and this, in ms.
     AfterTimeout(u64),
     /// As long as the arbiter is away and this, in ms.
     AfterArbiter(u64),
@@ -114,7 +114,7 @@ pub enum Silence {
 }
 
 impl Silence {
-    /// The limit in ms, for a pair with this heartbeat time-out and an arbiter that was away for so
+    /// The limit in ms, for a pair with this heartbeat timeout and an arbiter that was away for so
     /// long. A question that was asked while it was away may have to end first, which takes so
     /// long.
     pub fn limit_ms(self, timeout_ms: u64, away_ms: u64, question_ms: u64) -> Option<u64> {
@@ -129,7 +129,7 @@ impl Silence {
     fn words(self) -> String {
         match self {
             Silence::Ms(ms) => format!("{ms} ms"),
-            Silence::AfterTimeout(ms) => format!("heartbeat time-out + {ms} ms"),
+            Silence::AfterTimeout(ms) => format!("heartbeat timeout + {ms} ms"),
             Silence::AfterArbiter(ms) => format!("until the arbiter is back + {ms} ms"),
             Silence::Unbounded => "–".to_owned(),
         }
@@ -207,14 +207,14 @@ pub const ROWS: &[Row] = &[
     row(
         "freeze-primary-short",
         Fault::FreezePrimary(30),
-        "the primary stands still for 30 ms",
+        "the primary is frozen for 30 ms",
         Runs::Pair,
         Silence::Ms(130),
     ),
     row(
         "freeze-primary-edge",
         Fault::FreezePrimaryEdge,
-        "the primary stands still for half to one and a half heartbeat time-outs",
+        "the primary is frozen for half to one and a half heartbeat timeouts",
         Runs::PairOrEither,
         Silence::AfterTimeout(100),
     )
@@ -223,7 +223,7 @@ pub const ROWS: &[Row] = &[
     row(
         "freeze-primary-1s",
         Fault::FreezePrimary(1000),
-        "the primary stands still for 1 s (SIGSTOP, SIGCONT)",
+        "the primary is frozen for 1 s (SIGSTOP, SIGCONT)",
         Runs::Secondary,
         Silence::AfterTimeout(100),
     )
@@ -236,7 +236,7 @@ pub const ROWS: &[Row] = &[
     row(
         "freeze-primary-10s",
         Fault::FreezePrimary(10_000),
-        "the primary stands still for 10 s",
+        "the primary is frozen for 10 s",
         Runs::Secondary,
         Silence::AfterTimeout(100),
     )
@@ -245,14 +245,14 @@ pub const ROWS: &[Row] = &[
     row(
         "freeze-secondary-short",
         Fault::FreezeSecondary(30),
-        "the secondary stands still for 30 ms",
+        "the secondary is frozen for 30 ms",
         Runs::Pair,
         Silence::Ms(130),
     ),
     row(
         "freeze-secondary-1s",
         Fault::FreezeSecondary(1000),
-        "the secondary stands still for 1 s",
+        "the secondary is frozen for 1 s",
         Runs::Primary,
         Silence::AfterTimeout(100),
     )
@@ -261,7 +261,7 @@ pub const ROWS: &[Row] = &[
     row(
         "freeze-secondary-10s",
         Fault::FreezeSecondary(10_000),
-        "the secondary stands still for 10 s",
+        "the secondary is frozen for 10 s",
         Runs::Primary,
         Silence::AfterTimeout(100),
     )

@@ -58,7 +58,7 @@ fn head(out: &mut String, report: &Report) {
     let _ = write!(
         out,
         "<p class=\"{class}\">{} trials in {:.0} s, {} violations: {verdict}</p>\
-<p>Arbiter {}, heartbeat time-out {} ms, epochs of at most {} ms, a guest of {} MiB, seed {}.<br>\
+<p>Arbiter {}, heartbeat timeout {} ms, epochs of at most {} ms, a guest of {} MiB, seed {}.<br>\
 Clients: {} requests, {} writes acknowledged, {} lost, {} wrong replies, {} resets, {} silent connections.<br>\
 Traffic checker: {} frames checked, {} payload bytes compared with what was sent before, {} unplanned takeovers.</p>",
         report.trials.len(),

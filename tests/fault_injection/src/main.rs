@@ -71,7 +71,7 @@ struct Args {
     /// The longest an epoch may last, in ms
     #[arg(long, default_value_t = 20)]
     interval_ms: u64,
-    /// The nodes' heartbeat interval, in ms; the time-out is three times that
+    /// The nodes' heartbeat interval, in ms; the timeout is three times that
     #[arg(long, default_value_t = 50)]
     heartbeat_interval_ms: u64,
     /// Connections of the load

@@ -91,7 +91,7 @@ pub fn restore(net: &Namespace, rules: &str) -> io::Result<()> {
 
 /// Ends [`Partitions::slow_down`]. A queue that is taken away takes along what waits in it, which
 /// would be another fault: the loss of a whole flight, for which TCP waits longer than a heartbeat
-/// time-out. So it is emptied first.
+/// timeout. So it is emptied first.
 fn speed_up(namespaces: &Namespaces, host: HostName) -> io::Result<()> {
     const LOOKS_MAX: u32 = 2_000;
     const LOOK: Duration = Duration::from_millis(1);

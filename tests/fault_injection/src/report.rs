@@ -71,7 +71,7 @@ pub struct Report {
     pub seed: u64,
     /// `file`, …
     pub arbiter: String,
-    /// Heartbeat time-out, in ms.
+    /// Heartbeat timeout, in ms.
     pub heartbeat_timeout_ms: u64,
     /// The longest epoch, in ms.
     pub interval_ms: u64,
@@ -85,7 +85,7 @@ pub struct Report {
     pub frames: u64,
     /// Payload bytes that were sent more than once, and compared.
     pub bytes_compared: u64,
-    /// Takeovers that no fault explains: this machine stood still.
+    /// Takeovers that no fault explains: this machine was frozen.
     pub unplanned_takeovers: u64,
     /// Lost writes, wrong replies, resets, and whatever the traffic checker found.
     pub violations: u64,

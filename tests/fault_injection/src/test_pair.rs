@@ -43,7 +43,7 @@ pub struct Session {
 pub struct TestPair<'a> {
     /// What nodes are told, beside the arbiter.
     pub settings: NodeSettings,
-    /// Heartbeat time-out of every node, in ms.
+    /// Heartbeat timeout of every node, in ms.
     pub timeout_ms: u64,
     /// Connections of the load.
     pub connections: usize,
@@ -63,7 +63,7 @@ pub struct TestPair<'a> {
     pub runner: HostName,
     /// Every change of that since the trial began.
     pub changes: Vec<HostName>,
-    /// Takeovers that no fault explains: this machine stood still.
+    /// Takeovers that no fault explains: this machine was frozen.
     pub unplanned: u64,
     dir: &'a RunDir,
     stop: Arc<AtomicBool>,

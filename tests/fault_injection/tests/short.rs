@@ -15,7 +15,7 @@ fn the_short_fault_matrix_comes_true() {
         return skip(REQUIRE_KVM, why);
     }
     let mut command = Command::new(env!("CARGO_BIN_EXE_mcd-harness"));
-    // Tests share their machine with others: a time-out that only a dead peer exceeds.
+    // Tests share their machine with others: a timeout that only a dead peer exceeds.
     command.args(["--short", "--lenient", "--seed", "1", "--memory", "32", "--heartbeat-interval-ms", "150"]);
     let output = command.output().expect("the harness was built with this test");
     let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

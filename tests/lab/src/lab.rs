@@ -44,7 +44,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 const BENCHMARK_LIMIT: Duration = Duration::from_secs(300);
 /// What a host's console says when its node ends; its exit status follows.
 const NODE_ENDED: &str = "lab: the node ended with";
-/// An emulated host with two cores between all of them stands still now and then; suspicion must
+/// An emulated host with two cores between all of them freezes now and then; suspicion must
 /// allow for that.
 const NODE_FLAGS: &str = "--heartbeat-interval-ms 1000 --heartbeat-timeout-ms 4000 --arbiter-timeout-ms 5000 \
                           --interval-ms 50 --staging-max 320M";
@@ -385,7 +385,7 @@ impl Lab {
     /// of them saw, in ms.
     pub fn wait_answers(&mut self, since_us: u64) -> Result<u64, LabError> {
         self.wait("every client to be answered", ANSWER_LIMIT, |lab| {
-            Ok((lab.has_trouble() || lab.gauges().all(|gauge| gauge.last_reply_us() > since_us)).then_some(()))
+            Ok((lab.has_complaints() || lab.gauges().all(|gauge| gauge.last_reply_us() > since_us)).then_some(()))
         })?;
         Ok(self.gauges().map(|gauge| gauge.silence_us()).max().unwrap_or(0) / 1000)
     }
@@ -394,18 +394,18 @@ impl Lab {
     pub fn wait_served(&mut self, replies: u64) -> Result<(), LabError> {
         let wanted = self.replies() + replies;
         self.wait("the guest to serve its clients", ANSWER_LIMIT, |lab| {
-            Ok((lab.has_trouble() || lab.replies() >= wanted).then_some(()))
+            Ok((lab.has_complaints() || lab.replies() >= wanted).then_some(()))
         })
     }
 
     /// Whether a client has noticed anything: then there is nothing more to wait for.
-    fn has_trouble(&self) -> bool {
+    fn has_complaints(&self) -> bool {
         self.session.as_ref().is_some_and(|session| !session.tally.is_clean())
     }
 
     /// An error with the clients' complaints, if there are any.
     pub fn check_clients(&self) -> Result<(), LabError> {
-        if self.has_trouble() { Err(self.complaints()) } else { Ok(()) }
+        if self.has_complaints() { Err(self.complaints()) } else { Ok(()) }
     }
 
     fn complaints(&self) -> LabError {
