@@ -95,8 +95,8 @@ impl Drop for HeartbeatThread {
         let mut state = self.shared.state.lock();
         (state.beats, state.ends) = (None, true);
         drop(state);
-        // Nobody waits for it: it may be inside a write that a full socket holds up, until the owner
-        // of the connection closes that.
+        // Nobody waits for it: it may be inside a write that a full socket holds up, until the
+        // owner of the connection closes that.
         self.shared.changed.notify_one();
     }
 }

@@ -200,6 +200,10 @@ fn ending_of(ending: Ending) -> Result<NodeEnd, NodeError> {
         Ending::Refused { detail, .. } => Err(NodeError::Refused(detail)),
         Ending::Foreign(why) => Err(NodeError::NotAPrimary(why)),
         Ending::NoMachine(why) => Err(NodeError::NoMachine(why)),
+        Ending::ImageFailed(why) => Err(NodeError::ImageFailed(why)),
+        Ending::NotRestored { record, epoch, why } => {
+            Err(NodeError::NotRestored { generation: record.generation, epoch, why })
+        }
     }
 }
 

@@ -139,8 +139,8 @@ impl<'a> SecondaryNode<'a> {
             if let Some(end) = self.end.take() {
                 self.connections.close_all();
                 self.budget.close();
-                if matches!(end, SecondaryEnd::Over(_)) {
-                    self.put_away()?;
+                if let SecondaryEnd::Over(ending) = &end {
+                    self.put_away(ending)?;
                 }
                 return Ok((end, self.protocol.last_conn()));
             }
@@ -150,8 +150,12 @@ impl<'a> SecondaryNode<'a> {
         }
     }
 
-    /// Ends in order: the disks are at the newest committed epoch, and their stamps say so.
-    fn put_away(&mut self) -> Result<(), NodeError> {
+    /// Ends in order: the disks are at the newest committed epoch, and their stamps say so. A
+    /// spoilt image has no such epoch.
+    fn put_away(&mut self, ending: &Ending) -> Result<(), NodeError> {
+        if matches!(ending, Ending::ImageFailed(_) | Ending::NotRestored { .. }) {
+            return Ok(());
+        }
         let (Some(image), Some(committed)) = (&self.image, self.protocol.committed()) else { return Ok(()) };
         if self.protocol.has_whole_image() {
             image.applier.finish(committed)?;
@@ -226,15 +230,16 @@ impl<'a> SecondaryNode<'a> {
                 Ok(()) => Input::KeptWritten,
                 Err(why) => Input::StorageRefused(StorageFault::Failing(why)),
             }),
-            NodeEvent::Restored(restored) => {
+            NodeEvent::Restored(Ok(promoted)) => {
                 if self.protocol.quit_in_takeover() {
                     self.context.events.quit();
                 }
-                self.end = Some(SecondaryEnd::Promoted(restored.map_err(|error| *error)?));
+                self.end = Some(SecondaryEnd::Promoted(promoted));
                 None
             }
+            NodeEvent::Restored(Err(error)) => Some(Input::RestoreFailed { why: error.to_string() }),
             NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
-                return Err(NodeError::ImageFailed(why));
+                Some(Input::ImageFailed { why })
             }
             NodeEvent::BlocksHashed { instance, first, hashes } if instance == self.protocol.me() => {
                 Some(Input::BlocksHashed { first, hashes })

@@ -5,6 +5,7 @@ use mcd::protocol::command::Command;
 use mcd::protocol::messages::Channel;
 use mcd::protocol::primary;
 
+use crate::losses::Loss;
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In, Role};
 use crate::plan::FaultKind;
@@ -123,6 +124,19 @@ impl World {
                 node.tracking_fails |= fails;
             }
             FaultKind::StopFails => self.procs[proc].stop_fails = true,
+            FaultKind::ZeroWindow => self.close_window(proc, until),
+            FaultKind::SenderBlocked => {
+                self.procs[proc].sender_blocked_until = until;
+                let us = until - self.now;
+                self.note(proc, || format!("what is sent over the data connection WAITS for {} ms", us / 1000));
+            }
+            FaultKind::ApplySlow => {
+                self.procs[proc].applier.slow_until = until;
+                let us = until - self.now;
+                self.note(proc, || format!("nothing is APPLIED for {} ms", us / 1000));
+            }
+            FaultKind::ApplyFails => self.procs[proc].applier.fails = true,
+            FaultKind::RestoreFails => self.procs[proc].restore_fails = true,
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
             FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
@@ -267,6 +281,9 @@ impl World {
     /// A node's arbiter thread asks one question at a time.
     pub fn ask_arbiter(&mut self, proc: ProcId, call: ArbiterCall) {
         self.note(proc, || format!("asks the arbiter #{}: {:?}", call.ticket, call.request));
+        if self.procs[proc].applier.told {
+            self.violate(format!("I6: n{} asks for a guest that its image is no good for", self.procs[proc].slot));
+        }
         self.procs[proc].calls.push_back(call);
         self.next_call(proc);
     }
@@ -307,7 +324,13 @@ impl World {
         };
         if changed {
             // The arbiter may give the guest to a node that died after it asked.
-            self.accepted_loss |= !self.procs[proc].alive;
+            if !self.procs[proc].alive {
+                self.accept_loss(Loss::LateSwap);
+            }
+            if self.procs[proc].applier.is_spoilt {
+                // It asked before it knew.
+                self.accept_loss(Loss::SpoiltImage);
+            }
             let text = format!("arbiter: {:?}", self.arbiter.record);
             self.trace.across(self.now, &text);
             if let (Some(old), Some(new)) = (before, self.arbiter.record) {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mcd::protocol::messages::{Channel, Message};
+use mcd::protocol::mutant;
 use mcd::protocol::primary;
 use mcd::protocol::secondary;
 use mcd::protocol::stall_detector::{StallDetector, TcpInfo};
@@ -161,6 +162,9 @@ impl World {
                 self.at(again, Event::Deliver { conn, from });
                 return;
             }
+            if self.window_is_closed(conn, 1 - from) {
+                return self.deliver_when_open(conn, from);
+            }
             let Some((_, _, item)) = self.conns[conn].ends[from].queue.pop_front() else { return };
             self.deliver(conn, from, item);
         }
@@ -188,6 +192,11 @@ impl World {
             }
         }
         self.conns[conn].ends[to].received_at = self.now;
+        self.take_or_leave(conn, to, item);
+    }
+
+    /// The thread that reads a connection takes what arrived.
+    pub fn take_item(&mut self, conn: usize, to: usize, item: Item) {
         if let Item::Fin = item {
             self.end_is_gone(conn, to, "closed by the peer");
         } else {
@@ -233,14 +242,17 @@ impl World {
         let pages = self.plan.pages + self.plan.blocks;
         let end = &mut self.conns[conn].ends[to];
         let (proc, local) = (end.proc, end.local);
-        let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages)));
+        let budget = &self.procs[proc].budget;
+        let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages, budget.clone())));
         let now = self.procs[proc].clock.local(self.now);
         match receiver.take(now, bytes) {
             Ok(arrived) => {
                 for arrived in arrived {
                     let input = match arrived {
                         Arrived::Epoch { staged, began } => In::Epoch { conn: local, staged, began },
-                        Arrived::Background(pages) => In::Background { conn: local, pages },
+                        Arrived::Background { pages, staged_bytes } => {
+                            In::Background { conn: local, pages, staged_bytes }
+                        }
                     };
                     self.arrive(proc, input);
                 }
@@ -282,10 +294,12 @@ impl World {
     fn tcp_info(&mut self, conn: usize, end: usize) -> TcpInfo {
         self.hear_late_echo(conn, end);
         let End { proc, unacked_since, received_at, echoed_at, .. } = self.conns[conn].ends[end];
+        // What waits for a window to open is not on its way.
+        let closed = self.window_is_closed(conn, 1 - end);
         let clock = &self.procs[proc].clock;
         let ago = |at: u64| clock.local(self.now).since(clock.local(at));
         TcpInfo {
-            on_their_way: unacked_since.is_some(),
+            on_their_way: unacked_since.is_some() && !closed || closed && mutant::is("zero-window-taken-for-loss"),
             heard_ago: ago(received_at.max(echoed_at)),
             received_ago: ago(received_at),
         }
@@ -296,6 +310,7 @@ impl World {
     fn hear_late_echo(&mut self, conn: usize, end: usize) -> bool {
         let back_open = self.path_blocked_until(conn, 1 - end) <= self.now;
         let has_arrived = self.conns[conn].ends[end].queue.is_empty() && !self.conns[conn].ends[1 - end].silent;
+        let has_arrived = has_arrived || self.answers_window_probes(conn, end);
         if back_open && has_arrived && self.conns[conn].ends[end].unacked_since.take().is_some() {
             self.conns[conn].ends[end].echoed_at = self.now;
         }
@@ -328,6 +343,7 @@ impl World {
         }
         self.conns[conn].ends[end].closed = true;
         self.conns[conn].ends[end].queue.clear();
+        self.conns[conn].ends[end].unread.clear();
         let node = &mut self.procs[proc];
         node.conns.retain(|(mine, _)| *mine != local);
         let why_text = why.to_string();
@@ -338,7 +354,7 @@ impl World {
             Role::Secondary(_) => {
                 self.arrive(proc, In::Secondary(secondary::Input::Closed { conn: local, why: why_text }));
             }
-            Role::Waiting | Role::Restoring(_) => {}
+            Role::Waiting | Role::Restoring(..) => {}
         }
         let channel = self.conns[conn].channel;
         self.note(proc, || format!("{channel:?} connection {local} gone: {why}"));

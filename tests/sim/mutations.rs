@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 68] = [
+const MUTANTS: [(&str, &str); 74] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -102,6 +102,12 @@ const MUTANTS: [(&str, &str); 68] = [
     ("tracking-failure-ignored", "epochs are captured although no dirty pages are tracked"),
     ("failed-stop-believed", "a guest that could not be stopped counts as stopped"),
     ("lease-without-end", "heartbeats go on for ever while the engine hangs"),
+    ("staging-not-given-back", "what an epoch took of the staging memory is not given back when it is applied"),
+    ("zero-window-taken-for-loss", "a connection whose peer takes nothing for a while counts as stuck"),
+    ("heartbeats-wait-for-the-sender", "no heartbeat leaves while the data connection does not take what is sent"),
+    ("takeover-before-applied", "a new primary restores its image before all that is committed is in it"),
+    ("spoilt-image-ignored", "a secondary whose image is spoilt goes on, and takes over"),
+    ("lost-guest-joins-again", "a node that cannot restore the guest it won joins again as a newcomer"),
     ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 

@@ -2,7 +2,9 @@
 //! a guest or an image, a sender.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use mcd::checkpoint::stage::StagingBudget;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::local_record::LocalRecord;
@@ -13,6 +15,7 @@ use mcd::protocol::secondary::{self, Secondary};
 use mcd::protocol::types::ConnId;
 use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
+use crate::applier::Applier;
 use crate::disks::Frozen;
 use crate::guest::{Guest, Output};
 use crate::storage::Disk;
@@ -46,8 +49,8 @@ pub enum Role {
     Primary(Box<Primary>),
     /// Between two lives as a newcomer.
     Waiting,
-    /// Won; the machine is being restored.
-    Restoring(Record),
+    /// Won; the image is finished, and the machine restored.
+    Restoring(Record, Box<Secondary>),
 }
 
 /// What waits in a driver's inbox.
@@ -58,6 +61,7 @@ pub enum In {
     Background {
         conn: ConnId,
         pages: Vec<(u64, u64)>,
+        staged_bytes: u64,
     },
     Epoch {
         conn: ConnId,
@@ -67,6 +71,10 @@ pub enum In {
     Answer {
         ticket: u64,
         answer: ArbiterAnswer,
+    },
+    /// The image of this life as a newcomer is spoilt.
+    ImageFailed {
+        instance: InstanceId,
     },
     /// Hashes that a life as a newcomer asked for, and those of another must not be told.
     BlocksHashed {
@@ -132,6 +140,8 @@ pub struct Staged {
     pub pages: Vec<(u64, u64)>,
     pub counter: u64,
     pub life: u64,
+    /// Staging bytes it takes until it is applied.
+    pub staged_bytes: u64,
 }
 
 /// A phase of either machine.
@@ -219,13 +229,22 @@ pub struct Proc {
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
     pub staged: Option<Staged>,
+    pub applier: Applier,
+    /// Staging memory of this life.
+    pub budget: Arc<StagingBudget>,
+    /// The sender thread cannot write before.
+    pub sender_blocked_until: u64,
+    /// The next guest cannot be restored; one could not be; that was told.
+    pub restore_fails: bool,
+    pub not_restored: bool,
+    pub loss_told: bool,
     pub disk: Disk,
     /// Blocks of its own disks that a cut froze, or will.
     pub frozen: Option<Frozen>,
 }
 
 impl Proc {
-    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role) -> Proc {
+    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role, staging_bytes_max: u64) -> Proc {
         Proc {
             slot,
             me,
@@ -277,6 +296,12 @@ impl Proc {
             image: Vec::new(),
             image_state: (0, 0),
             staged: None,
+            applier: Applier::default(),
+            budget: StagingBudget::new(staging_bytes_max),
+            sender_blocked_until: 0,
+            restore_fails: false,
+            not_restored: false,
+            loss_told: false,
             disk: Disk::default(),
             frozen: None,
         }
@@ -288,6 +313,14 @@ impl Proc {
         self.pending = None;
         self.image.clear();
         self.staged = None;
+        self.applier = Applier::default();
+        self.budget = StagingBudget::new(self.budget.bytes_max());
+    }
+
+    /// What was held up goes on, and what was to fail does not.
+    pub fn end_blocks(&mut self) {
+        self.sender_blocked_until = 0;
+        (self.applier.slow_until, self.applier.fails, self.restore_fails) = (0, false, false);
     }
 
     /// The heartbeat that has waited longest in the inbox.
@@ -315,7 +348,7 @@ impl Proc {
         match &mut self.role {
             Role::Primary(machine) => machine.poll_action().map(Act::Primary),
             Role::Secondary(machine) => machine.poll_action().map(Act::Secondary),
-            Role::Waiting | Role::Restoring(_) => None,
+            Role::Waiting | Role::Restoring(..) => None,
         }
     }
 
@@ -323,7 +356,7 @@ impl Proc {
         match &self.role {
             Role::Primary(machine) => machine.poll_timeout(),
             Role::Secondary(machine) => machine.poll_timeout(),
-            Role::Waiting | Role::Restoring(_) => None,
+            Role::Waiting | Role::Restoring(..) => None,
         }
     }
 
@@ -331,7 +364,7 @@ impl Proc {
         match &self.role {
             Role::Primary(machine) => AnyPhase::Primary(machine.phase()),
             Role::Secondary(machine) => AnyPhase::Secondary(machine.phase()),
-            Role::Waiting | Role::Restoring(_) => AnyPhase::None,
+            Role::Waiting | Role::Restoring(..) => AnyPhase::None,
         }
     }
 

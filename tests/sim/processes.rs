@@ -8,6 +8,7 @@ use mcd::protocol::secondary::Secondary;
 use mcd::protocol::types::InstanceId;
 
 use crate::guest::{Guest, Output};
+use crate::losses::Loss;
 use crate::net::ProcId;
 use crate::node::{Clock, Proc, Role};
 use crate::plan::Plan;
@@ -30,7 +31,7 @@ impl World {
         let clock = Clock { origin_us: self.rng.below(1 << 40), rate: 1_000_000 - span + self.rng.below(2 * span + 1) };
         let role = role(&self.plan, me, clock);
         let proc = self.procs.len();
-        self.procs.push(Proc::new(slot, me, clock, role));
+        self.procs.push(Proc::new(slot, me, clock, role, self.plan.staging_bytes_max));
         let check = self.model.lives(me);
         self.check(check);
         self.slots[slot] = Some(proc);
@@ -121,7 +122,7 @@ impl World {
 
     pub fn restored(&mut self, proc: ProcId) {
         let node = &mut self.procs[proc];
-        let Role::Restoring(record) = node.role else { return };
+        let Role::Restoring(record, _) = node.role else { return };
         if !node.alive {
             return;
         }
@@ -129,6 +130,9 @@ impl World {
             let at = node.idle_until;
             self.at(at, Event::Restored(proc));
             return;
+        }
+        if std::mem::take(&mut node.restore_fails) {
+            return self.restore_failed(proc);
         }
         let pages = std::mem::take(&mut node.image);
         let (mut counter, life) = node.image_state;
@@ -154,6 +158,7 @@ impl World {
             return;
         }
         self.drop_sender(proc);
+        self.apply_rest(proc);
         self.drop_disk(proc, true);
         let conns = std::mem::take(&mut self.procs[proc].conns);
         for (_, conn) in conns {
@@ -177,7 +182,7 @@ impl World {
         }
         self.stats.faults += 1;
         self.note(proc, || (if host { "HOST CRASHES" } else { "CRASHES" }).into());
-        self.accepted_loss = true;
+        self.accept_loss(Loss::Crash);
         self.procs[proc].sender = None;
         self.drop_disk(proc, !host);
         let conns = std::mem::take(&mut self.procs[proc].conns);

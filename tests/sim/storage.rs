@@ -373,6 +373,6 @@ impl World {
         for (block, version) in newest {
             self.store(proc, block, version);
         }
-        self.procs[proc].urgent.push_back(In::Secondary(secondary::Input::KeptWritten));
+        self.arrive(proc, In::Secondary(secondary::Input::KeptWritten));
     }
 }

@@ -10,6 +10,7 @@ use mcd::protocol::types::{ConnId, InstanceId};
 
 use crate::arbiter::Arbiter;
 use crate::disks::{HostDisks, Question};
+use crate::losses::{LOSSES, Loss};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
 use crate::node::{Capture, In, Proc};
@@ -59,6 +60,11 @@ pub enum Event {
     },
     Rejoin(ProcId),
     Restored(ProcId),
+    /// The applying thread has done what it had in hand.
+    Apply {
+        proc: ProcId,
+        instance: InstanceId,
+    },
     /// The moment of a capture's cut.
     Cut(Capture),
     Tracking {
@@ -137,7 +143,8 @@ pub struct Stats {
     pub packets: u64,
     pub takeovers: u64,
     pub late_releases: u64,
-    pub lost_guests: u64,
+    /// By [`Loss`].
+    pub lost_guests: [u64; LOSSES],
     pub epochs: u64,
     pub blocks_compared: u64,
     pub blocks_same: u64,
@@ -167,8 +174,8 @@ pub struct World {
     pub faults_over_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
     pub lost: bool,
-    /// A crash just happened: what is lost by it is accepted_loss.
-    pub accepted_loss: bool,
+    /// What just happened that may cost the guest.
+    pub accepted_loss: Option<Loss>,
     pub instances: u64,
     pub scratch: Vec<u8>,
     pub encoder: Encoder,
@@ -204,7 +211,7 @@ impl World {
             stats: Stats::default(),
             faults_over_since: None,
             lost: false,
-            accepted_loss: false,
+            accepted_loss: None,
             instances: 0,
             scratch: Vec::new(),
             encoder: Encoder::new(),
@@ -345,6 +352,7 @@ impl World {
             }
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
+            Event::Apply { proc, instance } => self.apply_step(proc, instance),
             Event::Cut(capture) => self.cut(capture),
             Event::Tracking { proc, conn, fails } => self.tracking(proc, conn, fails),
             Event::ReadsOn(proc) => self.read_on(proc),

@@ -147,9 +147,13 @@ impl Secondary {
         }
     }
 
-    /// A command that comes when the guest is being restored, or when this life is over.
-    pub(super) fn command_at_the_end(&mut self, input: Input) {
-        let Input::Command { ticket, command } = input else { return };
+    /// What comes when the guest is being restored, or when this life is over.
+    pub(super) fn handle_at_the_end(&mut self, input: Input) {
+        let (ticket, command) = match input {
+            Input::Command { ticket, command } => (ticket, command),
+            Input::RestoreFailed { why } => return self.restore_failed(why),
+            _ => return,
+        };
         let result = match command {
             Command::Quit => Ok(()),
             _ => Err(CommandRefused::TakingOver),

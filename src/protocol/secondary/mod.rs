@@ -12,6 +12,7 @@
 
 mod block_hashes;
 mod digest;
+mod failed_image;
 mod joining;
 mod storage;
 mod types;
@@ -184,7 +185,7 @@ impl Secondary {
     /// Takes what happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
         if matches!(self.phase, Phase::Promoted | Phase::Done) {
-            return self.command_at_the_end(input);
+            return self.handle_at_the_end(input);
         }
         self.notice_stall(now);
         match input {
@@ -200,6 +201,9 @@ impl Secondary {
             Input::Staged { conn, id, completes_resync, staged_bytes, began } => {
                 self.staged(now, conn, (id, began), completes_resync, staged_bytes);
             }
+            Input::ImageFailed { why } => self.image_failed(why),
+            // Only a guest that is being restored can fail to be.
+            Input::RestoreFailed { .. } => {}
             Input::BlocksHashed { first, hashes } => self.hashed(first, hashes),
             Input::Answer { ticket, answer } => {
                 if let Some(verdict) = self.arbitration.answer(now, ticket, answer) {
@@ -483,6 +487,7 @@ impl Secondary {
             epoch.epoch = epoch.epoch.saturating_sub(1);
         }
         self.phase = Phase::Promoted;
+        self.record = Some(record);
         self.tell(Event::Takeover { generation: record.generation, epoch });
         self.actions.push_back(Action::Promote { record, epoch, began: self.began, cause: self.cause.clone() });
     }
