@@ -63,7 +63,7 @@ fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus)
     assert!(status.status().alarms.is_empty() && status.status().arbiter.reachable);
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let new = expected.next_solo(InstanceId(2));
-    thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected, new } });
+    thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected: Some(expected), new } });
     let Next::Event(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.next(None) else {
         panic!("no answer, or the wrong one");
     };
@@ -156,7 +156,7 @@ fn a_node_that_ends_does_not_wait_for_its_script() {
     let (events, inbox) = inbox();
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, |_| {}).unwrap();
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
-    let request = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
+    let request = ArbiterRequest::Swap { expected: Some(expected), new: expected.next_solo(InstanceId(2)) };
     thread.ask(ArbiterCall { ticket: 1, request });
     // Ends the run, or calls it off before it began.
     drop(thread);

@@ -53,6 +53,17 @@ pub enum NodeError {
         /// The record, in words.
         record: String,
     },
+    /// The arbiter did not say whether this node may start the guest.
+    #[error(
+        "the arbiter did not answer whether this node may start guest '{guest}' ({why}); start it again once the arbiter \
+            answers; if that says that it runs elsewhere and no node runs it, use `mcd cold-start`"
+    )]
+    Unclaimed {
+        /// The guest.
+        guest: String,
+        /// Why there is no answer.
+        why: String,
+    },
     /// The primary turned this node away.
     #[error("the primary refused this node: {0}")]
     Refused(String),

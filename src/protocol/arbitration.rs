@@ -28,8 +28,8 @@ pub enum ArbiterRequest {
     Read,
     /// Put `new` in place of `expected`, if that is still the record.
     Swap {
-        /// The record the swap starts from.
-        expected: Record,
+        /// The record the swap starts from; `None` if there is none yet.
+        expected: Option<Record>,
         /// The record wanted.
         new: Record,
     },
@@ -147,7 +147,7 @@ impl Arbitration {
         let request = self.request?;
         self.waiting = false;
         let (wanted, expected) = match request {
-            ArbiterRequest::Swap { new, expected } => (Some(new), Some(expected)),
+            ArbiterRequest::Swap { new, expected } => (Some(new), expected),
             ArbiterRequest::Read => (None, None),
         };
         match answer {
@@ -192,7 +192,7 @@ mod tests {
         let new = old.next_solo(InstanceId(2));
         let mut asking = Arbitration::new(Duration::from_millis(10));
         let now = Instant::from_us(0);
-        let call = asking.ask(ArbiterRequest::Swap { expected: old, new });
+        let call = asking.ask(ArbiterRequest::Swap { expected: Some(old), new });
         let verdict = asking.answer(now, call.ticket, ArbiterAnswer::Unreachable("cut".into()));
         assert_eq!(verdict, Some(Verdict::Unreachable("cut".into())));
         assert_eq!(asking.poll(Instant::from_us(9_999)), None);

@@ -1,5 +1,6 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
+use mcd::protocol::claim::ClaimInput;
 use mcd::protocol::command::Command;
 use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
@@ -76,8 +77,11 @@ impl World {
             self.wake(proc, at);
             return false;
         }
-        let input =
-            if node.is_primary() { In::Primary(primary::Input::Tick) } else { In::Secondary(secondary::Input::Tick) };
+        let input = match node.role {
+            Role::Claiming(_) => In::Claim(ClaimInput::Tick),
+            Role::Primary(_) => In::Primary(primary::Input::Tick),
+            _ => In::Secondary(secondary::Input::Tick),
+        };
         self.feed(proc, input);
         true
     }
@@ -146,6 +150,7 @@ impl World {
                     self.feed_primary(proc, now, primary::Input::OutputWaiting);
                 }
             }
+            In::Claim(input) => self.feed_claim(proc, input),
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
             In::ImageFailed { instance } => {
@@ -161,7 +166,9 @@ impl World {
                 }
             }
             In::Answer { ticket, answer } => {
-                if self.procs[proc].is_primary() {
+                if let Role::Claiming(_) = self.procs[proc].role {
+                    self.feed_claim(proc, ClaimInput::Answer { ticket, answer });
+                } else if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
                 } else {
                     self.feed_secondary(proc, now, secondary::Input::Answer { ticket, answer });
@@ -266,6 +273,7 @@ impl World {
 
     fn execute(&mut self, proc: ProcId, act: Act) {
         match act {
+            Act::Claim(action) => self.execute_claim(proc, action),
             Act::Primary(action) => self.execute_primary(proc, action),
             Act::Secondary(action) => self.execute_secondary(proc, action),
         }

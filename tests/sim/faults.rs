@@ -74,6 +74,9 @@ impl World {
             FaultKind::Deaf => return self.deafen(slot, until),
             _ => {}
         }
+        if kind == FaultKind::Claim {
+            return self.claim_beside(slot);
+        }
         let Some(proc) = self.slots[slot].filter(|proc| self.procs[*proc].alive) else { return };
         match kind {
             FaultKind::ProcessCrash | FaultKind::HostCrash => {
@@ -87,8 +90,11 @@ impl World {
             }
             FaultKind::Stall if self.plan.only_freezes => self.freeze_for_a_moment(proc),
             FaultKind::Stall if self.plan.only_naps => {
+                // Not before it woke: together such sleeps may be longer than anybody vouches for.
                 let us = self.rng.below(self.plan.timeout_us * 19 / 20);
-                self.stall(proc, us, false);
+                if self.now > self.procs[proc].idle_until + 1_000 {
+                    self.stall(proc, us, false);
+                }
             }
             FaultKind::Stall => {
                 let us = if self.rng.chance(300) {
@@ -140,7 +146,7 @@ impl World {
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
             FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
-            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf => {}
+            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf | FaultKind::Claim => {}
         }
     }
 
@@ -157,6 +163,13 @@ impl World {
         if self.rng.chance(500) {
             let (early_us, other) = (self.rng.below(2_000), self.another(self.procs[proc].slot));
             self.after(us.saturating_sub(early_us), Event::FaultAt(FaultKind::Stall, other));
+        }
+    }
+
+    /// An operator starts the guest on a host on which nothing runs, whoever has the guest.
+    fn claim_beside(&mut self, slot: usize) {
+        if self.slots[slot].is_none() && !self.plan.recordless {
+            self.boot(slot, false);
         }
     }
 
@@ -208,7 +221,7 @@ impl World {
         }
     }
 
-    fn another(&mut self, slot: usize) -> usize {
+    pub fn another(&mut self, slot: usize) -> usize {
         (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
     }
 
@@ -257,7 +270,7 @@ impl World {
         self.trace.across(self.now, &format!("PARTITION n{slot} {arrow} n{other} {channels:?} for {ms} ms"));
     }
 
-    fn cut_arbiter(&mut self, slot: usize, until: u64) {
+    pub fn cut_arbiter(&mut self, slot: usize, until: u64) {
         let all = self.rng.chance(300);
         let (deaf, mute) = *self.rng.pick(&[(true, true), (true, false), (false, true), (false, true)]);
         for each in 0..self.slots.len() {
@@ -333,7 +346,9 @@ impl World {
             }
             let text = format!("arbiter: {:?}", self.arbiter.record);
             self.trace.across(self.now, &text);
-            if let (Some(old), Some(new)) = (before, self.arbiter.record) {
+            if let (Some(_), Some(new)) = (self.procs[proc].claims_cold, self.arbiter.record) {
+                self.claimed(proc, before, new);
+            } else if let (Some(old), Some(new)) = (before, self.arbiter.record) {
                 let check = self.model.swapped(self.now, old, new);
                 self.check(check);
             }
@@ -365,7 +380,7 @@ impl World {
             return self.at(at, Event::ArbiterAnswers { proc, ticket, answer });
         }
         node.calling = None;
-        if matches!(node.role, Role::Primary(_) | Role::Secondary(_)) {
+        if matches!(node.role, Role::Claiming(_) | Role::Primary(_) | Role::Secondary(_)) {
             self.arrive(proc, In::Answer { ticket, answer: answer.clone() });
         }
         self.note(proc, || format!("◀══ arbiter #{ticket}: {answer:?}"));

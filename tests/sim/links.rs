@@ -354,7 +354,7 @@ impl World {
             Role::Secondary(_) => {
                 self.arrive(proc, In::Secondary(secondary::Input::Closed { conn: local, why: why_text }));
             }
-            Role::Waiting | Role::Restoring(..) => {}
+            Role::Claiming(_) | Role::Waiting | Role::Restoring(..) => {}
         }
         let channel = self.conns[conn].channel;
         self.note(proc, || format!("{channel:?} connection {local} gone: {why}"));

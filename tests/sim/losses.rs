@@ -22,10 +22,12 @@ pub enum Loss {
     SpoiltImage,
     /// The node that won it could not restore it.
     NotRestored,
+    /// It was never started: the node that claimed it got no answer and gave up.
+    Unanswered,
 }
 
 /// How many ways there are.
-pub const LOSSES: usize = 5;
+pub const LOSSES: usize = 6;
 
 impl Loss {
     /// Each way, by its place in [`Stats`](crate::world::Stats).
@@ -35,6 +37,7 @@ impl Loss {
         (Loss::LateSwap, "late swaps"),
         (Loss::SpoiltImage, "spoilt images"),
         (Loss::NotRestored, "failed restores"),
+        (Loss::Unanswered, "claims without an answer"),
     ];
 }
 
@@ -71,6 +74,8 @@ impl World {
         proc.alive
             && match &proc.role {
                 Role::Primary(machine) => machine.phase() != primary::Phase::Fenced && owns,
+                // It starts the guest when it hears of it.
+                Role::Claiming(_) => owns,
                 Role::Restoring(..) => owns && !proc.applier.is_spoilt,
                 Role::Waiting => false,
                 Role::Secondary(machine) => {

@@ -7,6 +7,7 @@
 mod applier;
 mod arbiter;
 mod captures;
+mod claims;
 mod disks;
 mod driver;
 mod faults;

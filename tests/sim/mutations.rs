@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 74] = [
+const MUTANTS: [(&str, &str); 78] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -108,6 +108,10 @@ const MUTANTS: [(&str, &str); 74] = [
     ("takeover-before-applied", "a new primary restores its image before all that is committed is in it"),
     ("spoilt-image-ignored", "a secondary whose image is spoilt goes on, and takes over"),
     ("lost-guest-joins-again", "a node that cannot restore the guest it won joins again as a newcomer"),
+    ("claim-won-without-an-answer", "a start that gets no answer to its swap takes the guest for its own"),
+    ("claim-read-anew", "a start that gets no answer reads the record again, and takes its own win for another node's"),
+    ("claim-won-by-generation", "of two starts at once both win the generation that they asked for"),
+    ("running-guest-claimed", "a start takes a guest that the record says another node runs"),
     ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 

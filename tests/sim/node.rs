@@ -7,6 +7,7 @@ use std::sync::Arc;
 use mcd::checkpoint::stage::StagingBudget;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
+use mcd::protocol::claim::{Claim, ClaimAction, ClaimInput};
 use mcd::protocol::local_record::LocalRecord;
 use mcd::protocol::messages::Heartbeat;
 use mcd::protocol::primary::{self, Primary};
@@ -45,6 +46,8 @@ impl Clock {
 /// What a process is.
 #[derive(Debug)]
 pub enum Role {
+    /// Claims the guest, to start it.
+    Claiming(Box<Claim>),
     Secondary(Box<Secondary>),
     Primary(Box<Primary>),
     /// Between two lives as a newcomer.
@@ -56,6 +59,7 @@ pub enum Role {
 /// What waits in a driver's inbox.
 #[derive(Clone, Debug)]
 pub enum In {
+    Claim(ClaimInput),
     Primary(primary::Input),
     Secondary(secondary::Input),
     Background {
@@ -87,6 +91,7 @@ pub enum In {
 /// A polled action of either machine.
 #[derive(Clone, Debug)]
 pub enum Act {
+    Claim(ClaimAction),
     Primary(primary::Action),
     Secondary(secondary::Action),
 }
@@ -208,6 +213,8 @@ pub struct Proc {
     pub ticked: bool,
     /// How often an operator told it to end.
     pub quits: u32,
+    /// It claims the guest, cold or not, and has not started it.
+    pub claims_cold: Option<bool>,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
     /// Snapshots that were asked for and not answered yet: whether the guest is to stop with it.
@@ -280,6 +287,7 @@ impl Proc {
             stalled_us: 0,
             ticked: false,
             quits: 0,
+            claims_cold: None,
             may_exit: false,
             stop_wishes: VecDeque::new(),
             saving: false,
@@ -346,6 +354,7 @@ impl Proc {
             return Some(act);
         }
         match &mut self.role {
+            Role::Claiming(claim) => claim.poll_action().map(Act::Claim),
             Role::Primary(machine) => machine.poll_action().map(Act::Primary),
             Role::Secondary(machine) => machine.poll_action().map(Act::Secondary),
             Role::Waiting | Role::Restoring(..) => None,
@@ -354,6 +363,7 @@ impl Proc {
 
     pub fn poll_timeout(&self) -> Option<Instant> {
         match &self.role {
+            Role::Claiming(claim) => claim.poll_timeout(),
             Role::Primary(machine) => machine.poll_timeout(),
             Role::Secondary(machine) => machine.poll_timeout(),
             Role::Waiting | Role::Restoring(..) => None,
@@ -364,7 +374,7 @@ impl Proc {
         match &self.role {
             Role::Primary(machine) => AnyPhase::Primary(machine.phase()),
             Role::Secondary(machine) => AnyPhase::Secondary(machine.phase()),
-            Role::Waiting | Role::Restoring(..) => AnyPhase::None,
+            Role::Claiming(_) | Role::Waiting | Role::Restoring(..) => AnyPhase::None,
         }
     }
 

@@ -18,9 +18,15 @@ impl World {
         let stopped = self.arbiter.record.is_some_and(|record| record.state == RecordState::Stopped);
         let owner = self.arbiter.record.map(|record| record.owner);
         let owner_lives = self.procs.iter().any(|proc| proc.alive && Some(proc.me) == owner);
-        if (self.lost || (stopped && !owner_lives)) && (self.faults_over_since.is_some() || self.rng.chance(100)) {
+        let idle = stopped && !owner_lives || self.arbiter.record.is_none();
+        if (self.lost || idle) && !self.is_claimed() && (self.faults_over_since.is_some() || self.rng.chance(100)) {
             let slot = self.rng.below(self.slots.len() as u64) as usize;
             self.boot(slot, self.lost);
+            if !self.lost && !self.plan.recordless && self.rng.chance(300) {
+                // Somebody else does the same.
+                let (us, other) = (self.rng.below(self.plan.arbiter_us.1 * 2), self.another(slot));
+                self.after(us, Event::Boot(other));
+            }
         }
         for slot in 0..self.slots.len() {
             if self.slots[slot].is_none() {

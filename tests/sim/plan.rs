@@ -58,6 +58,8 @@ pub enum FaultKind {
     ApplyFails,
     /// The next guest that this host takes over cannot be restored.
     RestoreFails,
+    /// An operator starts the guest on a host on which nothing runs.
+    Claim,
     /// An operator's command.
     Command,
     /// The guest shuts itself down.
@@ -83,7 +85,8 @@ const KINDS: [FaultKind; 15] = [
 ];
 
 /// Those that are in fewer runs, so that they do not crowd the others out.
-const RARE_KINDS: [FaultKind; 5] = [
+const RARE_KINDS: [FaultKind; 6] = [
+    FaultKind::Claim,
     FaultKind::ZeroWindow,
     FaultKind::SenderBlocked,
     FaultKind::ApplySlow,

@@ -1,9 +1,7 @@
 //! Processes come and go: starts, takeovers, rejoins, crashes.
 
-use mcd::protocol::claim::claim;
 use mcd::protocol::mutant;
 use mcd::protocol::primary::Primary;
-use mcd::protocol::record::Record;
 use mcd::protocol::secondary::Secondary;
 use mcd::protocol::types::InstanceId;
 
@@ -37,42 +35,6 @@ impl World {
         self.slots[slot] = Some(proc);
         self.host_is_back(slot);
         proc
-    }
-
-    /// Starts the guest on `slot`, as the first node or after everything ended.
-    pub fn boot(&mut self, slot: usize, cold: bool) {
-        self.model.owner_since_us = self.now;
-        for other in 0..self.slots.len() {
-            // Who starts a guest cold, where nothing keeps a record, has looked himself that no
-            // node of it runs.
-            if let Some(old) = self.slots[other].filter(|_| other == slot || self.plan.recordless) {
-                self.end(old);
-            }
-        }
-        self.model.life += 1;
-        let (now, life) = (self.now, self.model.life);
-        let stands = self.arbiter.record;
-        let mut record = None;
-        let proc = self.new_proc(slot, |plan, me, clock| {
-            let claimed = claim(stands, me, cold).unwrap_or_else(|_| Record::first(me));
-            record = Some(claimed);
-            Role::Primary(Box::new(Primary::new(plan.primary(slot), me, claimed, clock.local(now))))
-        });
-        if let Some(record) = record {
-            self.arbiter.set(record);
-            self.procs[proc].local_record.note(record);
-        }
-        self.lost = false;
-        self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
-        self.open_own_disks(proc);
-        self.take_disk(proc);
-        let output = Output::new(self.plan.output_cap);
-        output.pass();
-        self.procs[proc].output = Some(output);
-        self.model.runs(self.procs[proc].me, life, 0);
-        self.note(proc, || format!("starts the guest (life {life})"));
-        self.after(0, Event::GuestStep(proc));
-        self.drive(proc);
     }
 
     /// A process starts as a newcomer.

@@ -99,6 +99,8 @@ pub enum Event {
         hashes: Vec<BlockHash>,
     },
     Start(usize),
+    /// An operator starts the guest here, unless something runs.
+    Boot(usize),
     Command(ProcId, Command),
     SnapshotEnds {
         proc: ProcId,
@@ -232,7 +234,16 @@ impl World {
             let text = format!("{:?}", self.plan);
             self.trace.across(0, &text);
         }
+        if self.plan.kinds.contains(&FaultKind::ArbiterCut) && self.rng.chance(200) {
+            // The first start may get no answer.
+            let until = self.rng.below(self.plan.arbiter_timeout_us * 6);
+            self.cut_arbiter(0, until);
+        }
         self.boot(0, false);
+        if !self.plan.recordless && self.rng.chance(100) {
+            let us = self.rng.below(self.plan.arbiter_us.1 * 2);
+            self.after(us, Event::Boot(1));
+        }
         for slot in 1..self.plan.slots {
             let at = self.rng.range(0, 60_000 * slot as u64);
             self.start_later(slot, at);
@@ -363,6 +374,11 @@ impl World {
             Event::OwnHashes { proc, ticket, hashes } => self.own_hashes(proc, ticket, hashes),
             Event::BlocksHashed { proc, instance, run, hashes } => self.hashed(proc, instance, run, hashes),
             Event::Start(slot) => self.start(slot),
+            Event::Boot(slot) => {
+                if self.slots[slot].is_none() {
+                    self.boot(slot, false);
+                }
+            }
             Event::Command(proc, command) => self.command(proc, command),
             Event::SnapshotEnds { proc, stop, written } => self.snapshot_ends(proc, stop, written),
             Event::Fault => self.fault(),

@@ -198,7 +198,7 @@ impl Primary {
     }
 
     pub(super) fn ask_to_stop(&mut self) {
-        self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
+        self.ask(ArbiterRequest::Swap { expected: Some(self.record), new: self.record.next_stopped() });
     }
 
     pub(super) fn end(&mut self) {
