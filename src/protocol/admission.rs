@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::mutant;
 use super::types::{ConnId, Instant};
 
 /// The bounds.
@@ -110,6 +111,9 @@ impl<A: Clone + Eq> Admission<A> {
             return Arrival::TurnAway;
         }
         let close = self.one_too_many(&address);
+        if close.is_some() && mutant::is("silent-peers-keep-others-out") {
+            return Arrival::TurnAway;
+        }
         close.map(|conn| self.open.remove(&conn));
         let conn = self.next;
         self.next += 1;

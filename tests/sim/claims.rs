@@ -43,6 +43,15 @@ impl World {
     pub fn execute_claim(&mut self, proc: ProcId, action: ClaimAction) {
         match action {
             ClaimAction::Ask(call) => self.ask_arbiter(proc, call),
+            ClaimAction::CheckDisks { .. }
+                if self.procs[proc].claims_cold == Some(false) && self.is_locked_out(proc) =>
+            {
+                // Its old primary has stopped it and not ended yet.
+                self.note(proc, || "does not start the guest: its disk is locked".into());
+                let us = self.rng.range(1_000, 100_000);
+                self.start_later(self.procs[proc].slot, us);
+                self.end(proc);
+            }
             ClaimAction::CheckDisks { .. } => self.feed_claim(proc, ClaimInput::DisksAllow),
             ClaimAction::Start(record) => self.start_guest(proc, record),
             ClaimAction::Refuse(refused) => {

@@ -72,6 +72,7 @@ impl World {
             }
             FaultKind::Narrow => return self.narrow(slot, until),
             FaultKind::Deaf => return self.deafen(slot, until),
+            FaultKind::UnknownPeers => return self.unknown_peers_come(slot),
             _ => {}
         }
         if kind == FaultKind::Claim {
@@ -146,7 +147,7 @@ impl World {
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
             FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
-            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf | FaultKind::Claim => {}
+            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf | FaultKind::Claim | FaultKind::UnknownPeers => {}
         }
     }
 

@@ -13,6 +13,7 @@ use mcd::wire::codec::{decode_message, encode_message};
 use crate::net::{Conn, End, Item, ProcId};
 use crate::node::{In, Role};
 use crate::stream::{Arrived, Receiver, sums_over_the_wire};
+use crate::unknown_peers::UNKNOWN;
 use crate::world::{Event, World};
 
 impl World {
@@ -34,7 +35,7 @@ impl World {
         let conn = self.conns.len();
         let nobody = ProcId::MAX;
         let ends = [End::new(proc, slot, local), End::new(nobody, target, 0)];
-        self.conns.push(Conn { channel, ends, established: false });
+        self.conns.push(Conn { channel, ends, established: false, unknown: None });
         self.procs[proc].conns.push((local, conn));
         let blocked = self.weather.blocked_until(channel, slot, target) > self.now
             || self.weather.blocked_until(channel, target, slot) > self.now;
@@ -57,12 +58,16 @@ impl World {
             self.end_is_gone(conn, 0, "connection refused");
             return;
         };
-        let node = &mut self.procs[listener];
-        node.conns_made += 1;
-        let local = node.conns_made;
-        node.conns.push((local, conn));
+        let Some(local) = self.admit(listener, conn) else {
+            self.end_is_gone(conn, 0, "turned away");
+            return;
+        };
+        self.procs[listener].conns.push((local, conn));
         self.conns[conn].ends[1] = End::new(listener, target, local);
         self.conns[conn].established = true;
+        if self.conns[conn].unknown.is_some() {
+            return self.unknown_connected(conn);
+        }
         let End { proc, local, .. } = self.conns[conn].ends[0];
         self.arrive(proc, In::Secondary(secondary::Input::Connected { conn: local }));
         self.drive(proc);
@@ -112,7 +117,7 @@ impl World {
         self.enqueue(conn, from, item);
     }
 
-    fn enqueue(&mut self, conn: usize, from: usize, item: Item) {
+    pub fn enqueue(&mut self, conn: usize, from: usize, item: Item) {
         let channel = self.conns[conn].channel;
         let (near, far) = (self.conns[conn].ends[from].slot, self.conns[conn].ends[1 - from].slot);
         let now = self.now;
@@ -192,6 +197,9 @@ impl World {
             }
         }
         self.conns[conn].ends[to].received_at = self.now;
+        if self.conns[conn].ends[to].proc == UNKNOWN {
+            return self.unknown_hears(conn, &item);
+        }
         self.take_or_leave(conn, to, item);
     }
 
@@ -213,6 +221,9 @@ impl World {
         }
         let input = match (&self.procs[proc].role, item) {
             (Role::Primary(_), Item::Message(Message::Hello(hello))) if !greeted => {
+                if !self.admits_hello(conn, local, &hello) {
+                    return;
+                }
                 self.conns[conn].ends[to].greeted = true;
                 self.detector(conn, to);
                 In::Primary(primary::Input::Hello { conn: local, hello })
@@ -344,7 +355,11 @@ impl World {
         self.conns[conn].ends[end].closed = true;
         self.conns[conn].ends[end].queue.clear();
         self.conns[conn].ends[end].unread.clear();
+        if proc == UNKNOWN {
+            return;
+        }
         let node = &mut self.procs[proc];
+        node.admission.gone(local);
         node.conns.retain(|(mine, _)| *mine != local);
         let why_text = why.to_string();
         match node.role {
@@ -368,6 +383,7 @@ impl World {
     /// A process closes a connection: what was sent before still leaves.
     pub fn close(&mut self, proc: ProcId, local: ConnId) {
         self.procs[proc].heartbeats.take_if(|beats| beats.conn == local);
+        self.procs[proc].admission.gone(local);
         let Some(conn) = self.procs[proc].conn(local) else { return };
         self.procs[proc].conns.retain(|(mine, _)| *mine != local);
         self.close_end_of(conn, proc);

@@ -30,6 +30,7 @@ mod secondary;
 mod storage;
 mod stream;
 mod trace;
+mod unknown_peers;
 mod windows;
 mod world;
 

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 78] = [
+const MUTANTS: [(&str, &str); 83] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -112,6 +112,11 @@ const MUTANTS: [(&str, &str); 78] = [
     ("claim-read-anew", "a start that gets no answer reads the record again, and takes its own win for another node's"),
     ("claim-won-by-generation", "of two starts at once both win the generation that they asked for"),
     ("running-guest-claimed", "a start takes a guest that the record says another node runs"),
+    ("candidates-without-bound", "a primary keeps every newcomer that says hello and does not go on"),
+    ("silent-peers-keep-others-out", "with too many silent connections open a new one is turned away, not the oldest"),
+    ("another-guests-hello-welcomed", "a primary welcomes who wants to hold another guest"),
+    ("any-heartbeat-connection-joins", "whoever opens a heartbeat connection makes the first newcomer the peer"),
+    ("joining-held-for-ever", "a newcomer that makes no progress with its machine is waited for as long as it beats"),
     ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 

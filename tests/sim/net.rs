@@ -9,6 +9,7 @@ use mcd::protocol::types::ConnId;
 use mcd::protocol::types::EpochId;
 
 use crate::stream::Receiver;
+use crate::unknown_peers::UnknownPeer;
 
 /// A process of the simulated world, numbered for all time.
 pub type ProcId = usize;
@@ -122,6 +123,8 @@ pub struct Conn {
     pub channel: Channel,
     pub ends: [End; 2],
     pub established: bool,
+    /// Whose it is, if it is no node's.
+    pub unknown: Option<UnknownPeer>,
 }
 
 /// Until when what is blocked.

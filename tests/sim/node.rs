@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use mcd::checkpoint::stage::StagingBudget;
+use mcd::protocol::admission::Admission;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
 use mcd::protocol::claim::{Claim, ClaimAction, ClaimInput};
@@ -19,6 +20,7 @@ use mcd::protocol::types::{EpochId, InstanceId, Instant};
 use crate::applier::Applier;
 use crate::disks::Frozen;
 use crate::guest::{Guest, Output};
+use crate::plan::Plan;
 use crate::storage::Disk;
 
 /// A page of an image that never arrived.
@@ -224,7 +226,8 @@ pub struct Proc {
     /// What it wrote down where the arbiter keeps no record.
     pub local_record: LocalRecord,
     pub conns: Vec<(ConnId, usize)>,
-    pub conns_made: ConnId,
+    /// Who is admitted of those that connect to it.
+    pub admission: Admission<u16>,
     /// The newest connection number of an earlier life as a newcomer.
     pub last_conn: ConnId,
     pub target: usize,
@@ -251,7 +254,7 @@ pub struct Proc {
 }
 
 impl Proc {
-    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role, staging_bytes_max: u64) -> Proc {
+    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role, plan: &Plan) -> Proc {
         Proc {
             slot,
             me,
@@ -293,7 +296,7 @@ impl Proc {
             saving: false,
             local_record: LocalRecord::default(),
             conns: Vec::new(),
-            conns_made: 1 << 32,
+            admission: plan.admission(),
             last_conn: 0,
             target: slot,
             calls: VecDeque::new(),
@@ -305,7 +308,7 @@ impl Proc {
             image_state: (0, 0),
             staged: None,
             applier: Applier::default(),
-            budget: StagingBudget::new(staging_bytes_max),
+            budget: StagingBudget::new(plan.staging_bytes_max),
             sender_blocked_until: 0,
             restore_fails: false,
             not_restored: false,

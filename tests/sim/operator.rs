@@ -37,6 +37,7 @@ impl World {
         self.verify_now_and_then();
         self.check_solo_output();
         self.check_stopped();
+        self.check_newcomers();
         self.faults_over_since.is_some_and(|since| self.is_well(since))
     }
 

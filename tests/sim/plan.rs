@@ -15,9 +15,10 @@ use mcd::protocol::types::GuestName;
 
 use crate::rng::Rng;
 use crate::stream::FRAME_BYTES_MAX;
+use crate::unknown_peers::Says;
 
 /// Every host has this one.
-const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1_000_000, tsc_scales: false };
+pub const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1_000_000, tsc_scales: false };
 
 /// The kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,8 @@ pub enum FaultKind {
     ApplyFails,
     /// The next guest that this host takes over cannot be restored.
     RestoreFails,
+    /// Programs that are no node of the pair connect to a host.
+    UnknownPeers,
     /// An operator starts the guest on a host on which nothing runs.
     Claim,
     /// An operator's command.
@@ -85,7 +88,8 @@ const KINDS: [FaultKind; 15] = [
 ];
 
 /// Those that are in fewer runs, so that they do not crowd the others out.
-const RARE_KINDS: [FaultKind; 6] = [
+const RARE_KINDS: [FaultKind; 7] = [
+    FaultKind::UnknownPeers,
     FaultKind::Claim,
     FaultKind::ZeroWindow,
     FaultKind::SenderBlocked,
@@ -181,6 +185,11 @@ pub struct Plan {
     pub only_hangs: bool,
     /// The only thing that goes wrong is that what is sent or committed waits for room.
     pub only_blocked: bool,
+    /// The only thing that goes wrong is that unknown peers come, all the time.
+    pub only_unknown: bool,
+    /// What they all say; if not, it differs.
+    pub flood: Option<Says>,
+    pub hello_timeout_us: u64,
     /// The arbiter keeps no record: a script switches the other host off (`command:`).
     pub recordless: bool,
     /// The longest the sender thread takes to get to a job.
@@ -221,6 +230,11 @@ impl Plan {
             kinds = vec![FaultKind::ZeroWindow, FaultKind::SenderBlocked, FaultKind::ApplySlow];
         }
         let quiet = only_narrow || only_naps || only_freezes || only_hangs || only_blocked;
+        let only_unknown = faulty && !quiet && rng.chance(20);
+        if only_unknown {
+            kinds = vec![FaultKind::UnknownPeers];
+        }
+        let quiet = quiet || only_unknown;
         let recordless = rng.chance(150);
         if recordless {
             // Nothing tells a secondary that was cut off of a guest that was shut down:
@@ -293,6 +307,9 @@ impl Plan {
             only_freezes,
             only_hangs,
             only_blocked,
+            only_unknown,
+            flood: if rng.chance(500) { Some(Says::Nothing) } else { None },
+            hello_timeout_us: if only_unknown { 2_000_000 } else { rng.range(20_000, 200_000) },
             recordless,
             sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,
@@ -310,7 +327,12 @@ impl Plan {
 
     /// Nothing goes wrong but one harmless thing.
     pub fn is_quiet(&self) -> bool {
-        self.only_narrow || self.only_naps || self.only_freezes || self.only_hangs || self.only_blocked
+        self.only_narrow
+            || self.only_naps
+            || self.only_freezes
+            || self.only_hangs
+            || self.only_blocked
+            || self.only_unknown
     }
 
     /// The longest a process may be frozen that nobody may suspect: its last heartbeat may have

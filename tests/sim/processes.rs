@@ -29,7 +29,7 @@ impl World {
         let clock = Clock { origin_us: self.rng.below(1 << 40), rate: 1_000_000 - span + self.rng.below(2 * span + 1) };
         let role = role(&self.plan, me, clock);
         let proc = self.procs.len();
-        self.procs.push(Proc::new(slot, me, clock, role, self.plan.staging_bytes_max));
+        self.procs.push(Proc::new(slot, me, clock, role, &self.plan));
         let check = self.model.lives(me);
         self.check(check);
         self.slots[slot] = Some(proc);

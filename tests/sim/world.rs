@@ -19,6 +19,7 @@ use crate::rng::Rng;
 use crate::storage::Storage;
 use crate::stream::Encoder;
 use crate::trace::Trace;
+use crate::unknown_peers::Says;
 
 /// What can happen.
 #[derive(Clone, Debug)]
@@ -101,6 +102,16 @@ pub enum Event {
     Start(usize),
     /// An operator starts the guest here, unless something runs.
     Boot(usize),
+    UnknownPeer {
+        slot: usize,
+        says: Says,
+        address: u16,
+    },
+    UnknownBeats(usize),
+    /// One more of many that come all the time.
+    Flood,
+    /// A process's acceptor has waited long enough for a hello.
+    Admission(ProcId),
     Command(ProcId, Command),
     SnapshotEnds {
         proc: ProcId,
@@ -248,6 +259,9 @@ impl World {
             let at = self.rng.range(0, 60_000 * slot as u64);
             self.start_later(slot, at);
         }
+        if self.plan.only_unknown {
+            self.after(0, Event::Flood);
+        }
         let first = self.rng.range(0, self.plan.fault_gap_us * 2);
         self.after(first, Event::Fault);
         self.after(self.plan.faults_until_us, Event::FaultsEnd);
@@ -373,6 +387,10 @@ impl World {
             Event::HashesRead(proc, question) => self.read_hashes(proc, question),
             Event::OwnHashes { proc, ticket, hashes } => self.own_hashes(proc, ticket, hashes),
             Event::BlocksHashed { proc, instance, run, hashes } => self.hashed(proc, instance, run, hashes),
+            Event::UnknownPeer { slot, says, address } => self.unknown_peer(slot, says, address),
+            Event::UnknownBeats(conn) => self.unknown_beats(conn),
+            Event::Flood => self.flood(),
+            Event::Admission(proc) => self.poll_admission(proc),
             Event::Start(slot) => self.start(slot),
             Event::Boot(slot) => {
                 if self.slots[slot].is_none() {
