@@ -168,7 +168,8 @@ impl World {
 
     /// They come all the time, whatever the run is about, but for those that hold what they got.
     pub fn flood(&mut self) {
-        let slot = self.rng.below(self.slots.len() as u64) as usize;
+        let runs = |slot: &usize| self.slots[*slot].is_some_and(|proc| self.procs[proc].is_primary());
+        let slot = (0..self.slots.len()).find(runs).unwrap_or(0);
         let says = self.plan.flood.unwrap_or(ALL[self.rng.below(5) as usize]);
         let address = self.rng.range(100, 999) as u16;
         self.unknown_peer(slot, says, address);

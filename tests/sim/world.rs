@@ -257,6 +257,8 @@ impl World {
         }
         for slot in 1..self.plan.slots {
             let at = self.rng.range(0, 60_000 * slot as u64);
+            // Behind those that are there already.
+            let at = at + if self.plan.only_unknown { 100_000 } else { 0 };
             self.start_later(slot, at);
         }
         if self.plan.only_unknown {
