@@ -357,7 +357,7 @@ fn a_swap_whose_answer_was_lost_is_recognised_as_won() {
     let third = second.next_solo(S);
     let mut asking = Arbitration::new(Duration::ZERO);
     let now = Instant::from_us(0);
-    let call = asking.ask(ArbiterRequest::Swap { expected: second, new: third });
+    let call = asking.ask(ArbiterRequest::Swap { expected: Some(second), new: third });
     let why = unreachable(cut_off.swap(Some(&second), &third));
     thread.join().unwrap();
     etcd.kill();

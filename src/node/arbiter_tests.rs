@@ -63,7 +63,7 @@ fn asked(arbiter: ArbiterConfig) -> (String, crate::control::status::NodeStatus)
     assert!(status.status().alarms.is_empty() && status.status().arbiter.reachable);
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
     let new = expected.next_solo(InstanceId(2));
-    thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected, new } });
+    thread.ask(ArbiterCall { ticket: 7, request: ArbiterRequest::Swap { expected: Some(expected), new } });
     let Next::Event(NodeEvent::Answer { ticket: 7, answer: ArbiterAnswer::Unreachable(why) }) = inbox.next(None) else {
         panic!("no answer, or the wrong one");
     };
@@ -185,7 +185,7 @@ fn a_swap_waits_for_no_read_that_nobody_wants_any_more() {
     let arbiter = Box::new(Slow { asked, may_answer });
     let thread = ArbiterThread::start_watching(arbiter, events, watch, |_| {}).unwrap();
     let expected = Record::first(InstanceId(1));
-    let swap = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
+    let swap = ArbiterRequest::Swap { expected: Some(expected), new: expected.next_solo(InstanceId(2)) };
     thread.ask(ArbiterCall { ticket: 1, request: ArbiterRequest::Read });
     assert_eq!(questions.recv(), Ok("read"));
     thread.ask(ArbiterCall { ticket: 2, request: ArbiterRequest::Read });
@@ -210,7 +210,7 @@ fn a_node_that_ends_does_not_wait_for_its_script() {
     let (events, inbox) = inbox();
     let thread = ArbiterThread::start(open_arbiter(&config, false).unwrap(), events, |_| {}).unwrap();
     let expected = Record::first(InstanceId(1)).next_paired(InstanceId(1), InstanceId(2));
-    let request = ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) };
+    let request = ArbiterRequest::Swap { expected: Some(expected), new: expected.next_solo(InstanceId(2)) };
     thread.ask(ArbiterCall { ticket: 1, request });
     // Ends the run, or calls it off before it began.
     drop(thread);

@@ -9,7 +9,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use super::events::NodeEvent;
 use super::inbox::InboxSender;
 use super::{clock, priority};
-use crate::arbiter::{Arbiter, Canceller, Swap};
+use crate::arbiter::{Arbiter, ArbiterError, Canceller, Swap};
 use crate::protocol::arbiter_queue::{ArbiterQueue, NextQuestion};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall, ArbiterRequest};
 use crate::protocol::event::Event;
@@ -125,12 +125,19 @@ fn take_in(queue: &mut ArbiterQueue, call: ArbiterCall) {
 }
 
 fn answer(arbiter: &mut dyn Arbiter, request: ArbiterRequest) -> ArbiterAnswer {
-    let outcome = match request {
+    ask(arbiter, request).unwrap_or_else(|error| ArbiterAnswer::Unreachable(error.to_string()))
+}
+
+/// Asks the arbiter, and waits for its answer.
+///
+/// # Errors
+/// [`ArbiterError`]: there is none.
+pub(super) fn ask(arbiter: &mut dyn Arbiter, request: ArbiterRequest) -> Result<ArbiterAnswer, ArbiterError> {
+    match request {
         ArbiterRequest::Read => arbiter.read().map(ArbiterAnswer::Record),
-        ArbiterRequest::Swap { expected, new } => arbiter.swap(Some(&expected), &new).map(|swap| match swap {
+        ArbiterRequest::Swap { expected, new } => arbiter.swap(expected.as_ref(), &new).map(|swap| match swap {
             Swap::Won => ArbiterAnswer::Won,
             Swap::Lost(record) => ArbiterAnswer::Record(record),
         }),
-    };
-    outcome.unwrap_or_else(|error| ArbiterAnswer::Unreachable(error.to_string()))
+    }
 }

@@ -9,7 +9,7 @@ use crate::checkpoint::snapshot::SnapshotError;
 use crate::control::ControlError;
 use crate::control::console::ConsoleError;
 use crate::machine::MachineError;
-use crate::protocol::types::EpochId;
+use crate::protocol::types::{EpochId, Generation};
 use crate::wire::LinkError;
 
 /// Why a node cannot start or go on.
@@ -53,6 +53,17 @@ pub enum NodeError {
         /// The record, in words.
         record: String,
     },
+    /// The arbiter did not say whether this node may start the guest.
+    #[error(
+        "the arbiter did not answer whether this node may start guest '{guest}' ({why}); start it again once the \
+            arbiter answers; if that says that it runs elsewhere and no node runs it, use `mcd cold-start`"
+    )]
+    Unclaimed {
+        /// The guest.
+        guest: String,
+        /// Why there is no answer.
+        why: String,
+    },
     /// The primary turned this node away.
     #[error("the primary refused this node: {0}")]
     Refused(String),
@@ -83,6 +94,19 @@ pub enum NodeError {
             the primary goes on alone until this node is mended and started again"
     )]
     ImageFailed(String),
+    /// The guest was given to this node, which cannot run it.
+    #[error(
+        "guest lost: it was given to this node in {generation} and cannot go on from epoch {epoch}: {why}; no node \
+            runs it, so start it anew with `mcd cold-start`"
+    )]
+    NotRestored {
+        /// The generation this node won.
+        generation: Generation,
+        /// The newest committed epoch.
+        epoch: EpochId,
+        /// Why it cannot go on.
+        why: String,
+    },
     /// The parts of the node went away under it.
     #[error("the node's threads ended before it did; this is a bug in mcd, please report it with the log")]
     Gone,

@@ -17,6 +17,7 @@ mod announce;
 mod arbiter_tests;
 mod arbiter_thread;
 mod block_hasher;
+mod claim;
 pub mod clock;
 mod commands;
 pub mod config;
@@ -47,6 +48,7 @@ use std::time::Duration;
 pub use disks::DiskError;
 pub use error::NodeError;
 
+use self::claim::claim_guest;
 use self::commands::Commands;
 use self::config::{ArbiterConfig, GuestAddress, GuestBoot, NodeConfig, OnPeerLoss, PrimaryStart, SecondaryStart};
 use self::context::{Context, ContextWithoutArbiter, RETRY, new_machine, open_gate};
@@ -55,20 +57,17 @@ use self::inbox::{Inbox, InboxSender, inbox};
 use self::primary::PrimaryNode;
 use self::secondary::{Promoted, SecondaryEnd, SecondaryNode};
 use self::status::StatusStore;
+use crate::arbiter::Arbiter;
 use crate::arbiter::command::CommandArbiter;
 use crate::arbiter::etcd::EtcdArbiter;
 use crate::arbiter::file::FileArbiter;
-use crate::arbiter::{Arbiter, Swap};
 use crate::control::Server;
 use crate::control::console::Console;
 use crate::control::status::Role;
 use crate::machine::{GuestNet, MachineError, host_cpu};
-use crate::protocol::claim::{ClaimRefused, claim};
 use crate::protocol::id::Id;
 use crate::protocol::primary::{End, Primary};
-use crate::protocol::record::Record;
 use crate::protocol::secondary::{Ending, Secondary, SecondaryConfig};
-use crate::protocol::types::InstanceId;
 
 /// How long a primary may take to answer a hello.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -203,6 +202,10 @@ fn ending_of(ending: Ending) -> Result<NodeEnd, NodeError> {
         Ending::Refused { detail, .. } => Err(NodeError::Refused(detail)),
         Ending::Foreign(why) => Err(NodeError::NotAPrimary(why)),
         Ending::NoMachine(why) => Err(NodeError::NoMachine(why)),
+        Ending::ImageFailed(why) => Err(NodeError::ImageFailed(why)),
+        Ending::NotRestored { record, epoch, why } => {
+            Err(NodeError::NotRestored { generation: record.generation, epoch, why })
+        }
     }
 }
 
@@ -238,32 +241,6 @@ fn open_arbiter(config: &NodeConfig, both_nodes_are_dead: bool) -> Result<Box<dy
             Box::new(crate::arbiter::none::NoArbiter::new(on_peer_loss))
         }
     })
-}
-
-fn claim_guest(
-    arbiter: &mut dyn Arbiter,
-    config: &NodeConfig,
-    me: InstanceId,
-    both_nodes_are_dead: bool,
-) -> Result<Record, NodeError> {
-    let elsewhere = |record: &Record| NodeError::RunsElsewhere {
-        guest: config.guest.to_string(),
-        record: format!("{} {:?}, owner {}", record.generation, record.state, record.owner),
-    };
-    let current = arbiter.read()?;
-    let new = claim(current, me, both_nodes_are_dead).map_err(|ClaimRefused::Elsewhere(record)| elsewhere(&record))?;
-    disks::check_and_stamp_images(config, current.map(|record| record.generation))?;
-    match arbiter.swap(current.as_ref(), &new)? {
-        Swap::Won => Ok(new),
-        // The answer to an earlier try got lost, not the swap.
-        Swap::Lost(Some(record)) if record == new => Ok(new),
-        Swap::Lost(Some(record)) => Err(elsewhere(&record)),
-        // An arbiter without a record shows none.
-        Swap::Lost(None) => Err(NodeError::RunsElsewhere {
-            guest: config.guest.to_string(),
-            record: format!("so says {}", arbiter.describe()),
-        }),
-    }
 }
 
 /// Opens the ports, the control socket and the signal handlers.

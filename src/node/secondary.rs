@@ -200,12 +200,13 @@ impl SecondaryNode {
                 Ok(()) => Input::KeptWritten,
                 Err(why) => Input::StorageRefused(StorageFault::Failing(why)),
             }),
-            NodeEvent::Restored(restored) => {
-                self.end = Some(self.lead(restored.map_err(|error| *error)?));
+            NodeEvent::Restored(Ok(promoted)) => {
+                self.end = Some(self.lead(promoted));
                 None
             }
+            NodeEvent::Restored(Err(error)) => Some(Input::RestoreFailed { why: error.to_string() }),
             NodeEvent::ImageFailed { instance, why } if instance == self.protocol.me() => {
-                return Err(NodeError::ImageFailed(why));
+                Some(Input::ImageFailed { why })
             }
             NodeEvent::BlocksHashed { instance, first, hashes } if instance == self.protocol.me() => {
                 Some(Input::BlocksHashed { first, hashes })

@@ -13,6 +13,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::messages::{Channel, Hello, Message, RefuseReason};
+use super::mutant;
 use super::types::{ConnId, Instant};
 
 /// The bounds.
@@ -208,6 +209,9 @@ impl<A: Clone + Eq> Admission<A> {
             return Arrival::TurnAway(why);
         }
         let close = self.one_too_many(&address);
+        if close.is_some() && mutant::is("silent-peers-keep-others-out") {
+            return Arrival::TurnAway(TurnedAway::Displaced);
+        }
         close.map(|conn| self.open.remove(&conn));
         let conn = self.next;
         self.next += 1;

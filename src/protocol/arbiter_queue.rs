@@ -93,7 +93,7 @@ mod tests {
 
     fn swap() -> ArbiterRequest {
         let expected = Record::first(InstanceId(1));
-        ArbiterRequest::Swap { expected, new: expected.next_solo(InstanceId(2)) }
+        ArbiterRequest::Swap { expected: Some(expected), new: expected.next_solo(InstanceId(2)) }
     }
 
     fn unreachable() -> ArbiterAnswer {
@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(queue.answered(at(5), &read, &ArbiterAnswer::Record(None)), None);
         assert_eq!(queue.lost(), None);
         let ArbiterRequest::Swap { expected, .. } = swap else { return };
-        let contradiction = ArbiterAnswer::Record(Some(expected));
+        let contradiction = ArbiterAnswer::Record(expected);
         assert!(matches!(queue.answered(at(6), &swap, &contradiction), Some(Event::ArbiterLost { .. })));
         assert_eq!(queue.answered(at(7), &read, &contradiction), Some(Event::ArbiterBack), "a read may show it");
     }

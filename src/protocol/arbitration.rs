@@ -27,8 +27,8 @@ pub enum ArbiterRequest {
     Read,
     /// Put `new` in place of `expected`, if that is still the record.
     Swap {
-        /// The record the swap starts from.
-        expected: Record,
+        /// The record the swap starts from; `None` if there is none yet.
+        expected: Option<Record>,
         /// The record wanted.
         new: Record,
     },
@@ -55,7 +55,9 @@ impl ArbiterAnswer {
         match (self, request) {
             (ArbiterAnswer::Unreachable(why), _) => Some(why),
             // Somebody's answer was stale.
-            (ArbiterAnswer::Record(Some(stands)), ArbiterRequest::Swap { expected, .. }) if stands == expected => {
+            (ArbiterAnswer::Record(Some(stands)), ArbiterRequest::Swap { expected: Some(expected), .. })
+                if stands == expected =>
+            {
                 Some(CONTRADICTION)
             }
             (ArbiterAnswer::Won | ArbiterAnswer::Record(_), _) => None,
@@ -176,7 +178,7 @@ mod tests {
         let new = old.next_solo(InstanceId(2));
         let mut asking = Arbitration::new(Duration::from_millis(10));
         let now = Instant::from_us(0);
-        let call = asking.ask(ArbiterRequest::Swap { expected: old, new });
+        let call = asking.ask(ArbiterRequest::Swap { expected: Some(old), new });
         let verdict = asking.answer(now, call.ticket, ArbiterAnswer::Unreachable("cut".into()));
         assert_eq!(verdict, Some(Verdict::Unreachable("cut".into())));
         assert_eq!(asking.poll(Instant::from_us(9_999)), None);

@@ -126,6 +126,15 @@ pub enum Event {
         /// Which disk, and what the system said.
         why: String,
     },
+    /// The guest is this node's, on record, and cannot be run here: nobody has it any more.
+    GuestLost {
+        /// The generation this node won.
+        generation: Generation,
+        /// The newest committed epoch, which could not be restored.
+        epoch: EpochId,
+        /// Why.
+        why: String,
+    },
     /// The secondary lost its place; it joins again as a newcomer.
     Rejoining {
         /// Why.
@@ -189,6 +198,7 @@ event_names! {
     Event::NoPrimary { .. } => "MC_NO_PRIMARY",
     Event::DiskLocked { .. } => "MC_DISK_LOCKED",
     Event::DiskFailing { .. } => "MC_DISK_FAILING",
+    Event::GuestLost { .. } => "MC_GUEST_LOST",
     Event::Rejoining { .. } => "MC_REJOINING",
 }
 
@@ -259,6 +269,11 @@ impl fmt::Display for Event {
                 write!(f, "takeover waits for the disk: {why}; the guest goes on when it is free")
             }
             Event::DiskFailing { why } => write!(f, "takeover waits for the disk: {why}; it is tried again"),
+            Event::GuestLost { generation, epoch, why } => write!(
+                f,
+                "the guest is lost: it was given to this node in {generation} and cannot go on from epoch {epoch}: \
+                 {why}; start it anew with `mcd cold-start`"
+            ),
             Event::Rejoining { why } => write!(f, "joining again as a newcomer: {why}"),
         }
     }

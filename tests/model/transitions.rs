@@ -49,7 +49,7 @@ pub enum Transition {
 /// Carries out a question.
 fn serve(oracle: &mut Oracle, request: ArbiterRequest) -> (ArbiterAnswer, crate::oracle::Check) {
     match request {
-        ArbiterRequest::Swap { expected, new } if oracle.record == expected => {
+        ArbiterRequest::Swap { expected, new } if Some(oracle.record) == expected => {
             (ArbiterAnswer::Won, oracle.swapped(new))
         }
         _ => (ArbiterAnswer::Record(Some(oracle.record)), Ok(())),

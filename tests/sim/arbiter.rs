@@ -27,7 +27,7 @@ impl Arbiter {
         let ArbiterRequest::Swap { expected, new } = request else {
             return (ArbiterAnswer::Record(book.record()), false, false);
         };
-        let fences = match book.consider(Some(&expected), &new) {
+        let fences = match book.consider(expected.as_ref(), &new) {
             Step::Known(Swap::Won) => return (ArbiterAnswer::Won, false, false),
             Step::Known(Swap::Lost(record)) => return (ArbiterAnswer::Record(record), false, false),
             Step::Ask(..) => true,
@@ -35,17 +35,17 @@ impl Arbiter {
         };
         book.note(new);
         self.set(new);
-        (ArbiterAnswer::Won, expected != new, fences)
+        (ArbiterAnswer::Won, expected != Some(new), fences)
     }
 
     /// Carries out a request; true beside the answer if the record changed.
     pub fn serve(&mut self, request: ArbiterRequest) -> (ArbiterAnswer, bool) {
         match request {
             ArbiterRequest::Read => (ArbiterAnswer::Record(self.record), false),
-            ArbiterRequest::Swap { expected, new } if self.record == Some(expected) => {
+            ArbiterRequest::Swap { expected, new } if self.record == expected => {
                 self.set(new);
                 // A record in its own place: asked to learn whether the arbiter can write.
-                (ArbiterAnswer::Won, expected != new)
+                (ArbiterAnswer::Won, expected != Some(new))
             }
             ArbiterRequest::Swap { .. } => (ArbiterAnswer::Record(self.record), false),
         }

@@ -1,5 +1,6 @@
 //! What a node's driver does: inputs into the machine, actions out of it, one at a time, in order.
 
+use mcd::protocol::claim::ClaimInput;
 use mcd::protocol::command::Command;
 use mcd::protocol::event::RejoinReason;
 use mcd::protocol::messages::Message;
@@ -12,6 +13,7 @@ use mcd::protocol::types::Instant;
 
 use crate::disks::{Frozen, Question};
 use crate::guest::Output;
+use crate::losses::Loss;
 use crate::net::{Item, ProcId};
 use crate::node::{Act, AnyPhase, In, Job, Role};
 use crate::plan::FaultKind;
@@ -74,8 +76,11 @@ impl World {
             self.wake(proc, at);
             return false;
         }
-        let input =
-            if node.is_primary() { In::Primary(primary::Input::Tick) } else { In::Secondary(secondary::Input::Tick) };
+        let input = match node.role {
+            Role::Claiming(_) => In::Claim(ClaimInput::Tick),
+            Role::Primary(_) => In::Primary(primary::Input::Tick),
+            _ => In::Secondary(secondary::Input::Tick),
+        };
         self.feed(proc, input);
         true
     }
@@ -120,8 +125,8 @@ impl World {
     fn feed(&mut self, proc: ProcId, input: In) {
         let now = self.procs[proc].clock.local(self.now);
         match input {
-            In::Background { conn, pages } => {
-                self.procs[proc].background = pages;
+            In::Background { conn, pages, staged_bytes } => {
+                self.procs[proc].background = Some((pages, staged_bytes));
                 self.feed_secondary(proc, now, secondary::Input::Pages { conn });
             }
             In::Epoch { conn, mut staged, began } => {
@@ -138,15 +143,25 @@ impl World {
                 let open_packets = u64::from(self.procs[proc].output.as_ref().is_some_and(Output::has_open));
                 self.feed_primary(proc, now, primary::Input::OutputWaiting { open_packets });
             }
+            In::Claim(input) => self.feed_claim(proc, input),
             In::Primary(input) => self.feed_primary(proc, now, input),
             In::Secondary(input) => self.feed_secondary(proc, now, input),
+            In::ImageFailed { instance } => {
+                if instance == self.procs[proc].me {
+                    self.procs[proc].applier.told = true;
+                    let why = "no room on the disk".into();
+                    self.feed_secondary(proc, now, secondary::Input::ImageFailed { why });
+                }
+            }
             In::BlocksHashed { instance, first, hashes } => {
                 if instance == self.procs[proc].me {
                     self.feed_secondary(proc, now, secondary::Input::BlocksHashed { first, hashes });
                 }
             }
             In::Answer { ticket, answer } => {
-                if self.procs[proc].is_primary() {
+                if let Role::Claiming(_) = self.procs[proc].role {
+                    self.feed_claim(proc, ClaimInput::Answer { ticket, answer });
+                } else if self.procs[proc].is_primary() {
                     self.feed_primary(proc, now, primary::Input::Answer { ticket, answer });
                 } else {
                     self.feed_secondary(proc, now, secondary::Input::Answer { ticket, answer });
@@ -168,15 +183,17 @@ impl World {
 
     fn feed_secondary(&mut self, proc: ProcId, now: Instant, input: secondary::Input) {
         let quits = self.procs[proc].quits;
-        if let Role::Secondary(machine) = &mut self.procs[proc].role {
-            let quit = matches!(input, secondary::Input::Command { command: Command::Quit, .. });
-            let asks = matches!(machine.phase(), secondary::Phase::Deciding | secondary::Phase::Locking);
-            self.accepted_loss |= quit && (quits >= 2 || !asks);
-            let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
-            let began = matches!(machine.phase(), secondary::Phase::Joining);
-            machine.handle(now, input);
-            self.mind_silence(proc, heartbeat || began, epoch);
+        let Role::Secondary(machine) = &self.procs[proc].role else { return };
+        let quit = matches!(input, secondary::Input::Command { command: Command::Quit, .. });
+        let asks = matches!(machine.phase(), secondary::Phase::Deciding | secondary::Phase::Locking);
+        if quit && (quits >= 2 || !asks) {
+            self.accept_loss(Loss::Operator);
         }
+        let Role::Secondary(machine) = &mut self.procs[proc].role else { return };
+        let (heartbeat, epoch) = (is_heartbeat(&input), matches!(input, secondary::Input::Staged { .. }));
+        let began = matches!(machine.phase(), secondary::Phase::Joining);
+        machine.handle(now, input);
+        self.mind_silence(proc, heartbeat || began, epoch);
     }
 
     /// Epochs that arrive outweigh late heartbeats for a while only: when they are lost, a
@@ -227,6 +244,10 @@ impl World {
         if gone && self.plan.only_narrow {
             self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
         }
+        if gone && self.plan.only_blocked {
+            let slot = self.procs[proc].slot;
+            self.violate(format!("n{slot}: {event}; but what is sent waits for room, and that is all"));
+        }
     }
 
     fn watch_phase(&mut self, proc: ProcId) {
@@ -245,6 +266,7 @@ impl World {
 
     fn execute(&mut self, proc: ProcId, act: Act) {
         match act {
+            Act::Claim(action) => self.execute_claim(proc, action),
             Act::Primary(action) => self.execute_primary(proc, action),
             Act::Secondary(action) => self.execute_secondary(proc, action),
         }
@@ -258,7 +280,7 @@ impl World {
             Action::Send { conn, message } => self.send_or_submit(proc, conn, message),
             Action::Close { conn } => {
                 if self.sender_is(proc, conn) {
-                    self.drop_sender(proc);
+                    self.give_up_sender(proc);
                 } else {
                     self.close(proc, conn);
                 }
@@ -266,7 +288,7 @@ impl World {
             Action::StartTracking { conn } => self.start_tracking(proc, conn),
             Action::StopTracking => {
                 self.procs[proc].tracking_token = 0;
-                self.drop_sender(proc);
+                self.give_up_sender(proc);
                 self.pass_writes(proc);
                 self.procs[proc].frozen = None;
                 if let Some(guest) = &mut self.procs[proc].guest {
@@ -298,7 +320,9 @@ impl World {
             Action::Fence => self.fence(proc),
             Action::Exit(end) => {
                 let protected = self.procs[proc].phase == AnyPhase::Primary(primary::Phase::Protected);
-                self.accepted_loss |= protected || self.procs[proc].may_exit;
+                if protected || self.procs[proc].may_exit {
+                    self.accept_loss(Loss::Operator);
+                }
                 self.note(proc, || format!("exits: {end:?}"));
                 let us = self.rng.range(1_000, 100_000);
                 self.start_later(self.procs[proc].slot, us);
@@ -370,7 +394,7 @@ impl World {
     }
 
     fn fence(&mut self, proc: ProcId) {
-        self.drop_sender(proc);
+        self.give_up_sender(proc);
         self.close_disk(proc);
         let node = &mut self.procs[proc];
         node.guest = None;

@@ -6,6 +6,7 @@ use mcd::protocol::guest_event::GuestEvent;
 use mcd::protocol::messages::Channel;
 use mcd::protocol::primary;
 
+use crate::losses::Loss;
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In, Role};
 use crate::plan::FaultKind;
@@ -72,7 +73,11 @@ impl World {
             }
             FaultKind::Narrow => return self.narrow(slot, until),
             FaultKind::Deaf => return self.deafen(slot, until),
+            FaultKind::UnknownPeers => return self.unknown_peers_come(slot),
             _ => {}
+        }
+        if kind == FaultKind::Claim {
+            return self.claim_beside(slot);
         }
         let Some(proc) = self.slots[slot].filter(|proc| self.procs[*proc].alive) else { return };
         match kind {
@@ -87,8 +92,11 @@ impl World {
             }
             FaultKind::Stall if self.plan.only_freezes => self.freeze_for_a_moment(proc),
             FaultKind::Stall if self.plan.only_naps => {
+                // Not before it woke: together such sleeps may be longer than anybody vouches for.
                 let us = self.rng.below(self.plan.timeout_us * 19 / 20);
-                self.stall(proc, us, false);
+                if self.now > self.procs[proc].idle_until + 1_000 {
+                    self.stall(proc, us, false);
+                }
             }
             FaultKind::Stall => {
                 let us = if self.rng.chance(300) {
@@ -124,10 +132,23 @@ impl World {
                 node.tracking_fails |= fails;
             }
             FaultKind::StopFails => self.procs[proc].stop_fails = true,
+            FaultKind::ZeroWindow => self.close_window(proc, until),
+            FaultKind::SenderBlocked => {
+                self.procs[proc].sender_blocked_until = until;
+                let us = until - self.now;
+                self.note(proc, || format!("what is sent over the data connection WAITS for {} ms", us / 1000));
+            }
+            FaultKind::ApplySlow => {
+                self.procs[proc].applier.slow_until = until;
+                let us = until - self.now;
+                self.note(proc, || format!("nothing is APPLIED for {} ms", us / 1000));
+            }
+            FaultKind::ApplyFails => self.procs[proc].applier.fails = true,
+            FaultKind::RestoreFails => self.procs[proc].restore_fails = true,
             FaultKind::Command => self.operate(proc),
             FaultKind::Shutdown => self.shut_guest_down(proc),
             FaultKind::Break | FaultKind::Partition | FaultKind::ArbiterCut => {}
-            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf => {}
+            FaultKind::Slow | FaultKind::Narrow | FaultKind::Deaf | FaultKind::Claim | FaultKind::UnknownPeers => {}
         }
     }
 
@@ -144,6 +165,13 @@ impl World {
         if self.rng.chance(500) {
             let (early_us, other) = (self.rng.below(2_000), self.another(self.procs[proc].slot));
             self.after(us.saturating_sub(early_us), Event::FaultAt(FaultKind::Stall, other));
+        }
+    }
+
+    /// An operator starts the guest on a host on which nothing runs, whoever has the guest.
+    fn claim_beside(&mut self, slot: usize) {
+        if self.slots[slot].is_none() && !self.plan.recordless {
+            self.boot(slot, false);
         }
     }
 
@@ -195,7 +223,7 @@ impl World {
         }
     }
 
-    fn another(&mut self, slot: usize) -> usize {
+    pub fn another(&mut self, slot: usize) -> usize {
         (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
     }
 
@@ -244,7 +272,7 @@ impl World {
         self.trace.across(self.now, &format!("PARTITION n{slot} {arrow} n{other} {channels:?} for {ms} ms"));
     }
 
-    fn cut_arbiter(&mut self, slot: usize, until: u64) {
+    pub fn cut_arbiter(&mut self, slot: usize, until: u64) {
         let all = self.rng.chance(300);
         let (deaf, mute) = *self.rng.pick(&[(true, true), (true, false), (false, true), (false, true)]);
         for each in 0..self.slots.len() {
@@ -268,6 +296,9 @@ impl World {
     /// A node's arbiter thread asks one question at a time.
     pub fn ask_arbiter(&mut self, proc: ProcId, call: ArbiterCall) {
         self.note(proc, || format!("asks the arbiter #{}: {:?}", call.ticket, call.request));
+        if self.procs[proc].applier.told {
+            self.violate(format!("I6: n{} asks for a guest that its image is no good for", self.procs[proc].slot));
+        }
         self.procs[proc].calls.push_back(call);
         self.next_call(proc);
     }
@@ -308,10 +339,18 @@ impl World {
         };
         if changed {
             // The arbiter may give the guest to a node that died after it asked.
-            self.accepted_loss |= !self.procs[proc].alive;
+            if !self.procs[proc].alive {
+                self.accept_loss(Loss::LateSwap);
+            }
+            if self.procs[proc].applier.is_spoilt {
+                // It asked before it knew.
+                self.accept_loss(Loss::SpoiltImage);
+            }
             let text = format!("arbiter: {:?}", self.arbiter.record);
             self.trace.across(self.now, &text);
-            if let (Some(old), Some(new)) = (before, self.arbiter.record) {
+            if let (Some(_), Some(new)) = (self.procs[proc].claims_cold, self.arbiter.record) {
+                self.claimed(proc, before, new);
+            } else if let (Some(old), Some(new)) = (before, self.arbiter.record) {
                 let check = self.model.swapped(self.now, old, new);
                 self.check(check);
             }
@@ -343,7 +382,7 @@ impl World {
             return self.at(at, Event::ArbiterAnswers { proc, ticket, answer });
         }
         node.calling = None;
-        if matches!(node.role, Role::Primary(_) | Role::Secondary(_)) {
+        if matches!(node.role, Role::Claiming(_) | Role::Primary(_) | Role::Secondary(_)) {
             self.arrive(proc, In::Answer { ticket, answer: answer.clone() });
         }
         self.note(proc, || format!("◀══ arbiter #{ticket}: {answer:?}"));

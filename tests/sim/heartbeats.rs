@@ -1,6 +1,7 @@
 //! The heartbeat thread of a simulated process.
 
 use mcd::protocol::messages::{Heartbeat, Message};
+use mcd::protocol::mutant;
 use mcd::protocol::types::{ConnId, Instant};
 
 use crate::net::{Item, ProcId};
@@ -33,6 +34,9 @@ impl World {
         if hung_us > self.plan.stall_max_us * 11 / 10 + self.plan.heartbeat_us * 2 {
             let (slot, ms) = (node.slot, hung_us / 1000);
             return self.violate(format!("n{slot} is vouched for, but its engine has hung for {ms} ms"));
+        }
+        if mutant::is("heartbeats-wait-for-the-sender") && self.sender_waits_us(proc).is_some() {
+            return self.after(self.plan.heartbeat_us, Event::Beat { proc, token });
         }
         self.send(proc, beats.conn, Item::Message(Message::Heartbeat(beats.beat)));
         self.after(self.plan.heartbeat_us, Event::Beat { proc, token });

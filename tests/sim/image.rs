@@ -3,6 +3,7 @@
 use mcd::protocol::secondary;
 use mcd::protocol::types::{EpochId, InstanceId};
 
+use crate::applier::ApplyJob;
 use crate::net::ProcId;
 use crate::node::{HOLE, In, Role};
 use crate::world::{Event, World};
@@ -47,10 +48,11 @@ impl World {
             self.violate(format!("I2: {me:?} commits {id}, which is not staged"));
             return;
         };
-        let (state, completes) = ((staged.counter, staged.life), staged.completes);
-        let pages = node.disk.keep(id, staged.pages, self.plan.pages);
-        node.image_state = state;
-        self.apply(proc, &pages);
+        let (completes, told) = (staged.completes, node.applier.told);
+        if told {
+            self.violate(format!("I2: {me:?} commits {id} to an image that it knows to be spoilt"));
+        }
+        self.submit_apply(proc, ApplyJob::Epoch(staged));
         let check = self.model.committed(me, id, completes);
         self.check(check);
     }

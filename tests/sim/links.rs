@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mcd::protocol::messages::{Channel, Message};
+use mcd::protocol::mutant;
 use mcd::protocol::primary;
 use mcd::protocol::secondary;
 use mcd::protocol::stall_detector::{StallDetector, TcpInfo};
@@ -12,6 +13,7 @@ use mcd::wire::codec::{decode_message, encode_message};
 use crate::net::{Conn, End, Item, ProcId};
 use crate::node::{In, Role};
 use crate::stream::{Arrived, Receiver, sums_over_the_wire};
+use crate::unknown_peers::UNKNOWN;
 use crate::world::{Event, World};
 
 impl World {
@@ -33,7 +35,7 @@ impl World {
         let conn = self.conns.len();
         let nobody = ProcId::MAX;
         let ends = [End::new(proc, slot, local), End::new(nobody, target, 0)];
-        self.conns.push(Conn { channel, ends, established: false });
+        self.conns.push(Conn { channel, ends, established: false, unknown: None });
         self.procs[proc].conns.push((local, conn));
         let blocked = self.weather.blocked_until(channel, slot, target) > self.now
             || self.weather.blocked_until(channel, target, slot) > self.now;
@@ -56,12 +58,16 @@ impl World {
             self.end_is_gone(conn, 0, "connection refused");
             return;
         };
-        let node = &mut self.procs[listener];
-        node.conns_made += 1;
-        let local = node.conns_made;
-        node.conns.push((local, conn));
+        let Some(local) = self.admit(listener, conn) else {
+            self.end_is_gone(conn, 0, "turned away");
+            return;
+        };
+        self.procs[listener].conns.push((local, conn));
         self.conns[conn].ends[1] = End::new(listener, target, local);
         self.conns[conn].established = true;
+        if self.conns[conn].unknown.is_some() {
+            return self.unknown_connected(conn);
+        }
         let End { proc, local, .. } = self.conns[conn].ends[0];
         self.arrive(proc, In::Secondary(secondary::Input::Connected { conn: local }));
         self.drive(proc);
@@ -111,7 +117,7 @@ impl World {
         self.enqueue(conn, from, item);
     }
 
-    fn enqueue(&mut self, conn: usize, from: usize, item: Item) {
+    pub fn enqueue(&mut self, conn: usize, from: usize, item: Item) {
         let channel = self.conns[conn].channel;
         let (near, far) = (self.conns[conn].ends[from].slot, self.conns[conn].ends[1 - from].slot);
         let now = self.now;
@@ -161,6 +167,9 @@ impl World {
                 self.at(again, Event::Deliver { conn, from });
                 return;
             }
+            if self.window_is_closed(conn, 1 - from) {
+                return self.deliver_when_open(conn, from);
+            }
             let Some((_, _, item)) = self.conns[conn].ends[from].queue.pop_front() else { return };
             self.deliver(conn, from, item);
         }
@@ -188,6 +197,14 @@ impl World {
             }
         }
         self.conns[conn].ends[to].received_at = self.now;
+        if self.conns[conn].ends[to].proc == UNKNOWN {
+            return self.unknown_hears(conn, &item);
+        }
+        self.take_or_leave(conn, to, item);
+    }
+
+    /// The thread that reads a connection takes what arrived.
+    pub fn take_item(&mut self, conn: usize, to: usize, item: Item) {
         if let Item::Fin = item {
             self.end_is_gone(conn, to, "closed by the peer");
         } else {
@@ -204,6 +221,9 @@ impl World {
         }
         let input = match (&self.procs[proc].role, item) {
             (Role::Primary(_), Item::Message(Message::Hello(hello))) if !greeted => {
+                if !self.admits_hello(conn, local, &hello) {
+                    return;
+                }
                 self.conns[conn].ends[to].greeted = true;
                 self.detector(conn, to);
                 In::Primary(primary::Input::Hello { conn: local, hello })
@@ -233,14 +253,17 @@ impl World {
         let pages = self.plan.pages + self.plan.blocks;
         let end = &mut self.conns[conn].ends[to];
         let (proc, local) = (end.proc, end.local);
-        let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages)));
+        let budget = &self.procs[proc].budget;
+        let receiver = end.receiver.get_or_insert_with(|| Box::new(Receiver::new(pages, budget.clone())));
         let now = self.procs[proc].clock.local(self.now);
         match receiver.take(now, bytes) {
             Ok(arrived) => {
                 for arrived in arrived {
                     let input = match arrived {
                         Arrived::Epoch { staged, began } => In::Epoch { conn: local, staged, began },
-                        Arrived::Background(pages) => In::Background { conn: local, pages },
+                        Arrived::Background { pages, staged_bytes } => {
+                            In::Background { conn: local, pages, staged_bytes }
+                        }
                     };
                     self.arrive(proc, input);
                 }
@@ -282,10 +305,12 @@ impl World {
     fn tcp_info(&mut self, conn: usize, end: usize) -> TcpInfo {
         self.hear_late_echo(conn, end);
         let End { proc, unacked_since, received_at, echoed_at, .. } = self.conns[conn].ends[end];
+        // What waits for a window to open is not on its way.
+        let closed = self.window_is_closed(conn, 1 - end);
         let clock = &self.procs[proc].clock;
         let ago = |at: u64| clock.local(self.now).since(clock.local(at));
         TcpInfo {
-            on_their_way: unacked_since.is_some(),
+            on_their_way: unacked_since.is_some() && !closed || closed && mutant::is("zero-window-taken-for-loss"),
             heard_ago: ago(received_at.max(echoed_at)),
             received_ago: ago(received_at),
         }
@@ -296,6 +321,7 @@ impl World {
     fn hear_late_echo(&mut self, conn: usize, end: usize) -> bool {
         let back_open = self.path_blocked_until(conn, 1 - end) <= self.now;
         let has_arrived = self.conns[conn].ends[end].queue.is_empty() && !self.conns[conn].ends[1 - end].silent;
+        let has_arrived = has_arrived || self.answers_window_probes(conn, end);
         if back_open && has_arrived && self.conns[conn].ends[end].unacked_since.take().is_some() {
             self.conns[conn].ends[end].echoed_at = self.now;
         }
@@ -328,7 +354,12 @@ impl World {
         }
         self.conns[conn].ends[end].closed = true;
         self.conns[conn].ends[end].queue.clear();
+        self.conns[conn].ends[end].unread.clear();
+        if proc == UNKNOWN {
+            return;
+        }
         let node = &mut self.procs[proc];
+        node.admission.gone(local);
         node.conns.retain(|(mine, _)| *mine != local);
         let why_text = why.to_string();
         match node.role {
@@ -338,7 +369,7 @@ impl World {
             Role::Secondary(_) => {
                 self.arrive(proc, In::Secondary(secondary::Input::Closed { conn: local, why: why_text }));
             }
-            Role::Waiting | Role::Restoring(_) => {}
+            Role::Claiming(_) | Role::Waiting | Role::Restoring(..) => {}
         }
         let channel = self.conns[conn].channel;
         self.note(proc, || format!("{channel:?} connection {local} gone: {why}"));
@@ -352,6 +383,7 @@ impl World {
     /// A process closes a connection: what was sent before still leaves.
     pub fn close(&mut self, proc: ProcId, local: ConnId) {
         self.procs[proc].heartbeats.take_if(|beats| beats.conn == local);
+        self.procs[proc].admission.gone(local);
         let Some(conn) = self.procs[proc].conn(local) else { return };
         self.procs[proc].conns.retain(|(mine, _)| *mine != local);
         self.close_end_of(conn, proc);

@@ -28,8 +28,8 @@ impl World {
         if sender.token != token {
             return;
         }
-        if self.now < self.procs[proc].frozen_until {
-            return self.at(self.procs[proc].frozen_until, Event::SenderStep { proc, token });
+        if let Some(us) = self.sender_waits_us(proc) {
+            return self.after(us, Event::SenderStep { proc, token });
         }
         let Some(sender) = &mut self.procs[proc].sender else { return };
         let conn = sender.conn;

@@ -4,8 +4,10 @@
 //! `SIM_MUTANT=name` runs with the deliberate bugs of which that is (a part of) the name, instead
 //! of all of them.
 
+mod applier;
 mod arbiter;
 mod captures;
+mod claims;
 mod disks;
 mod driver;
 mod faults;
@@ -13,6 +15,7 @@ mod guest;
 mod heartbeats;
 mod image;
 mod links;
+mod losses;
 mod machine;
 mod model;
 #[cfg(feature = "mutants")]
@@ -27,6 +30,8 @@ mod secondary;
 mod storage;
 mod stream;
 mod trace;
+mod unknown_peers;
+mod windows;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -96,7 +101,7 @@ impl Sum {
         all.takeovers += stats.takeovers;
         all.late_releases += stats.late_releases;
         all.handovers += stats.handovers;
-        all.lost_guests += stats.lost_guests;
+        all.lost_guests.iter_mut().zip(stats.lost_guests).for_each(|(all, lost)| *all += lost);
         all.epochs += stats.epochs;
         all.blocks_compared += stats.blocks_compared;
         all.blocks_same += stats.blocks_same;
@@ -108,10 +113,11 @@ impl Sum {
         let Stats { simulated_us, events, faults, packets, takeovers, late_releases, lost_guests, epochs, .. } =
             self.stats;
         let Stats { blocks_compared, blocks_same, verifies, handovers, .. } = self.stats;
+        let lost = losses::Loss::ALL.map(|(loss, by)| format!("{} to {by}", lost_guests[loss as usize])).join(", ");
         println!(
             "{} seeds in {seconds:.1} s ({:.0} per minute); {:.0} simulated seconds per second; {events} events, \
              {epochs} epochs, {packets} packets, {faults} faults, \
-             {takeovers} takeovers, {lost_guests} guests lost to double faults, \
+             {takeovers} takeovers, guests lost: {lost}; \
              {late_releases} packets released late; {blocks_compared} blocks of newcomers' disks compared, \
              {blocks_same} of them there \
              already; {verifies} verifies; {handovers} guests handed over",

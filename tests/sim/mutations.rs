@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 68] = [
+const MUTANTS: [(&str, &str); 83] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -102,6 +102,21 @@ const MUTANTS: [(&str, &str); 68] = [
     ("tracking-failure-ignored", "epochs are captured although no dirty pages are tracked"),
     ("failed-stop-believed", "a guest that could not be stopped counts as stopped"),
     ("lease-without-end", "heartbeats go on for ever while the engine hangs"),
+    ("staging-not-given-back", "what an epoch took of the staging memory is not given back when it is applied"),
+    ("zero-window-taken-for-loss", "a connection whose peer takes nothing for a while counts as stuck"),
+    ("heartbeats-wait-for-the-sender", "no heartbeat leaves while the data connection does not take what is sent"),
+    ("takeover-before-applied", "a new primary restores its image before all that is committed is in it"),
+    ("spoilt-image-ignored", "a secondary whose image is spoilt goes on, and takes over"),
+    ("lost-guest-joins-again", "a node that cannot restore the guest it won joins again as a newcomer"),
+    ("claim-won-without-an-answer", "a start that gets no answer to its swap takes the guest for its own"),
+    ("claim-read-anew", "a start that gets no answer reads the record again, and takes its own win for another node's"),
+    ("claim-won-by-generation", "of two starts at once both win the generation that they asked for"),
+    ("running-guest-claimed", "a start takes a guest that the record says another node runs"),
+    ("candidates-without-bound", "a primary keeps every newcomer that says hello and does not go on"),
+    ("silent-peers-keep-others-out", "with too many silent connections open a new one is turned away, not the oldest"),
+    ("another-guests-hello-welcomed", "a primary welcomes who wants to hold another guest"),
+    ("any-heartbeat-connection-joins", "whoever opens a heartbeat connection makes the first newcomer the peer"),
+    ("joining-held-for-ever", "a newcomer that makes no progress with its machine is waited for as long as it beats"),
     ("hashed-behind-a-later-epoch", "a secondary hashes its blocks when it gets to it, whatever it has applied since"),
 ];
 

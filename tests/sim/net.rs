@@ -9,6 +9,7 @@ use mcd::protocol::types::ConnId;
 use mcd::protocol::types::EpochId;
 
 use crate::stream::Receiver;
+use crate::unknown_peers::UnknownPeer;
 
 /// A process of the simulated world, numbered for all time.
 pub type ProcId = usize;
@@ -79,6 +80,10 @@ pub struct End {
     pub unacked_since: Option<u64>,
     /// Items on their way from this end: when sent, when due, what.
     pub queue: VecDeque<(u64, u64, Item)>,
+    /// Items that arrived here and that the process does not read, because it has no room for them.
+    pub unread: VecDeque<Item>,
+    /// This host's kernel takes nothing before.
+    pub window_closed_until: u64,
     /// The accepting process has heard a hello over it.
     pub greeted: bool,
     /// Reads epochs out of the bytes that arrive.
@@ -102,6 +107,8 @@ impl End {
             broken: false,
             unacked_since: None,
             queue: VecDeque::new(),
+            unread: VecDeque::new(),
+            window_closed_until: 0,
             greeted: false,
             receiver: None,
             received_at: 0,
@@ -116,6 +123,8 @@ pub struct Conn {
     pub channel: Channel,
     pub ends: [End; 2],
     pub established: bool,
+    /// Whose it is, if it is no node's.
+    pub unknown: Option<UnknownPeer>,
 }
 
 /// Until when what is blocked.

@@ -2,9 +2,13 @@
 //! a guest or an image, a sender.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use mcd::checkpoint::stage::StagingBudget;
+use mcd::protocol::admission::Admission;
 use mcd::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use mcd::protocol::block_hashes::BlockHash;
+use mcd::protocol::claim::{Claim, ClaimAction, ClaimInput};
 use mcd::protocol::local_record::LocalRecord;
 use mcd::protocol::messages::Heartbeat;
 use mcd::protocol::primary::{self, Primary};
@@ -13,8 +17,10 @@ use mcd::protocol::secondary::{self, Secondary};
 use mcd::protocol::types::ConnId;
 use mcd::protocol::types::{EpochId, InstanceId, Instant};
 
+use crate::applier::Applier;
 use crate::disks::Frozen;
 use crate::guest::{Guest, Output};
+use crate::plan::Plan;
 use crate::storage::Disk;
 
 /// A page of an image that never arrived.
@@ -42,22 +48,26 @@ impl Clock {
 /// What a process is.
 #[derive(Debug)]
 pub enum Role {
+    /// Claims the guest, to start it.
+    Claiming(Box<Claim>),
     Secondary(Box<Secondary>),
     Primary(Box<Primary>),
     /// Between two lives as a newcomer.
     Waiting,
-    /// Won; the machine is being restored.
-    Restoring(Record),
+    /// Won; the image is finished, and the machine restored.
+    Restoring(Record, Box<Secondary>),
 }
 
 /// What waits in a driver's inbox.
 #[derive(Clone, Debug)]
 pub enum In {
+    Claim(ClaimInput),
     Primary(primary::Input),
     Secondary(secondary::Input),
     Background {
         conn: ConnId,
         pages: Vec<(u64, u64)>,
+        staged_bytes: u64,
     },
     Epoch {
         conn: ConnId,
@@ -67,6 +77,10 @@ pub enum In {
     Answer {
         ticket: u64,
         answer: ArbiterAnswer,
+    },
+    /// The image of this life as a newcomer is spoilt.
+    ImageFailed {
+        instance: InstanceId,
     },
     /// Hashes that a life as a newcomer asked for, and those of another must not be told.
     BlocksHashed {
@@ -79,6 +93,7 @@ pub enum In {
 /// A polled action of either machine.
 #[derive(Clone, Debug)]
 pub enum Act {
+    Claim(ClaimAction),
     Primary(primary::Action),
     Secondary(secondary::Action),
 }
@@ -132,6 +147,8 @@ pub struct Staged {
     pub pages: Vec<(u64, u64)>,
     pub counter: u64,
     pub life: u64,
+    /// Staging bytes it takes until it is applied.
+    pub staged_bytes: u64,
 }
 
 /// A phase of either machine.
@@ -198,6 +215,8 @@ pub struct Proc {
     pub ticked: bool,
     /// How often an operator told it to end.
     pub quits: u32,
+    /// It claims the guest, cold or not, and has not started it.
+    pub claims_cold: Option<bool>,
     /// An operator ended it while the guest was protected, or asked twice.
     pub may_exit: bool,
     /// Snapshots that were asked for and not answered yet: whether the guest is to stop with it.
@@ -207,7 +226,8 @@ pub struct Proc {
     /// What it wrote down where the arbiter keeps no record.
     pub local_record: LocalRecord,
     pub conns: Vec<(ConnId, usize)>,
-    pub conns_made: ConnId,
+    /// Who is admitted of those that connect to it.
+    pub admission: Admission<u16>,
     /// The newest connection number of an earlier life as a newcomer.
     pub last_conn: ConnId,
     pub target: usize,
@@ -219,15 +239,24 @@ pub struct Proc {
     pub image: Vec<u64>,
     pub image_state: (u64, u64),
     pub staged: Option<Staged>,
-    /// Pages behind the epochs that arrived last.
-    pub background: Vec<(u64, u64)>,
+    /// Pages behind the epochs that arrived last, and how much of the staging memory they take.
+    pub background: Option<(Vec<(u64, u64)>, u64)>,
+    pub applier: Applier,
+    /// Staging memory of this life.
+    pub budget: Arc<StagingBudget>,
+    /// The sender thread cannot write before.
+    pub sender_blocked_until: u64,
+    /// The next guest cannot be restored; one could not be; that was told.
+    pub restore_fails: bool,
+    pub not_restored: bool,
+    pub loss_told: bool,
     pub disk: Disk,
     /// Blocks of its own disks that a cut froze, or will.
     pub frozen: Option<Frozen>,
 }
 
 impl Proc {
-    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role) -> Proc {
+    pub fn new(slot: usize, me: InstanceId, clock: Clock, role: Role, plan: &Plan) -> Proc {
         Proc {
             slot,
             me,
@@ -263,12 +292,13 @@ impl Proc {
             stalled_us: 0,
             ticked: false,
             quits: 0,
+            claims_cold: None,
             may_exit: false,
             stop_wishes: VecDeque::new(),
             saving: false,
             local_record: LocalRecord::default(),
             conns: Vec::new(),
-            conns_made: 1 << 32,
+            admission: plan.admission(),
             last_conn: 0,
             target: slot,
             calls: VecDeque::new(),
@@ -279,7 +309,13 @@ impl Proc {
             image: Vec::new(),
             image_state: (0, 0),
             staged: None,
-            background: Vec::new(),
+            background: None,
+            applier: Applier::default(),
+            budget: StagingBudget::new(plan.staging_bytes_max),
+            sender_blocked_until: 0,
+            restore_fails: false,
+            not_restored: false,
+            loss_told: false,
             disk: Disk::default(),
             frozen: None,
         }
@@ -291,6 +327,14 @@ impl Proc {
         self.pending = None;
         self.image.clear();
         self.staged = None;
+        self.applier = Applier::default();
+        self.budget = StagingBudget::new(self.budget.bytes_max());
+    }
+
+    /// What was held up goes on, and what was to fail does not.
+    pub fn end_blocks(&mut self) {
+        self.sender_blocked_until = 0;
+        (self.applier.slow_until, self.applier.fails, self.restore_fails) = (0, false, false);
     }
 
     /// The heartbeat that has waited longest in the inbox.
@@ -316,17 +360,19 @@ impl Proc {
             return Some(act);
         }
         match &mut self.role {
+            Role::Claiming(claim) => claim.poll_action().map(Act::Claim),
             Role::Primary(machine) => machine.poll_action().map(Act::Primary),
             Role::Secondary(machine) => machine.poll_action().map(Act::Secondary),
-            Role::Waiting | Role::Restoring(_) => None,
+            Role::Waiting | Role::Restoring(..) => None,
         }
     }
 
     pub fn poll_timeout(&self) -> Option<Instant> {
         match &self.role {
+            Role::Claiming(claim) => claim.poll_timeout(),
             Role::Primary(machine) => machine.poll_timeout(),
             Role::Secondary(machine) => machine.poll_timeout(),
-            Role::Waiting | Role::Restoring(_) => None,
+            Role::Waiting | Role::Restoring(..) => None,
         }
     }
 
@@ -334,7 +380,7 @@ impl Proc {
         match &self.role {
             Role::Primary(machine) => AnyPhase::Primary(machine.phase()),
             Role::Secondary(machine) => AnyPhase::Secondary(machine.phase()),
-            Role::Waiting | Role::Restoring(_) => AnyPhase::None,
+            Role::Claiming(_) | Role::Waiting | Role::Restoring(..) => AnyPhase::None,
         }
     }
 

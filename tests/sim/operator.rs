@@ -1,5 +1,4 @@
-//! Whoever looks after the world: starts what is down, says when a run is over, and asks the
-//! question of I6: who has the guest?
+//! Whoever looks after the world: starts what is down, and says when a run is over.
 
 use mcd::protocol::command::Command;
 use mcd::protocol::command::CommandRefused;
@@ -7,7 +6,6 @@ use mcd::protocol::primary;
 use mcd::protocol::record::{Record, RecordState};
 use mcd::protocol::secondary;
 
-use crate::model::{Holding, Model};
 use crate::net::ProcId;
 use crate::node::{AnyPhase, In, Proc, Role};
 use crate::plan::FaultKind;
@@ -20,9 +18,15 @@ impl World {
         let stopped = self.arbiter.record.is_some_and(|record| record.state == RecordState::Stopped);
         let owner = self.arbiter.record.map(|record| record.owner);
         let owner_lives = self.procs.iter().any(|proc| proc.alive && Some(proc.me) == owner);
-        if (self.lost || (stopped && !owner_lives)) && (self.faults_over_since.is_some() || self.rng.chance(100)) {
+        let idle = stopped && !owner_lives || self.arbiter.record.is_none();
+        if (self.lost || idle) && !self.is_claimed() && (self.faults_over_since.is_some() || self.rng.chance(100)) {
             let slot = self.rng.below(self.slots.len() as u64) as usize;
             self.boot(slot, self.lost);
+            if !self.lost && !self.plan.recordless && self.rng.chance(300) {
+                // Somebody else does the same.
+                let (us, other) = (self.rng.below(self.plan.arbiter_us.1 * 2), self.another(slot));
+                self.after(us, Event::Boot(other));
+            }
         }
         for slot in 0..self.slots.len() {
             if self.slots[slot].is_none() {
@@ -33,6 +37,7 @@ impl World {
         self.verify_now_and_then();
         self.check_solo_output();
         self.check_stopped();
+        self.check_newcomers();
         self.faults_over_since.is_some_and(|since| self.is_well(since))
     }
 
@@ -100,8 +105,10 @@ impl World {
         self.trace.across(self.now, "faults are over");
         self.faults_over_since = Some(self.now);
         self.weather.clear();
+        self.open_windows();
         self.plan.triggers.clear();
         self.plan.tail_per_mille = 0;
+        self.plan.apply_us = self.plan.apply_us.min(200);
         for proc in 0..self.procs.len() {
             let node = &mut self.procs[proc];
             node.crash_in = None;
@@ -110,6 +117,7 @@ impl World {
             node.capture_hangs_until = 0;
             node.tracking_hangs_until = 0;
             (node.tracking_fails, node.stop_fails) = (false, false);
+            node.end_blocks();
             if node.alive && node.is_primary() {
                 self.command(proc, Command::Cont);
             }
@@ -209,46 +217,11 @@ impl World {
             self.arrive(proc, In::Primary(primary::Input::SnapshotEnded { written }));
             self.note(proc, || format!("snapshot over, written {written}, stop {stop}"));
             if stop && written && self.rng.chance(500) {
-                // The operator does not wait: a quit comes while the guest is being given up.
+                // A quit comes while the guest is being given up.
                 let us = self.rng.below(5_000);
                 self.after(us, Event::Command(proc, Command::Quit));
             }
             self.drive(proc);
         }
-    }
-
-    /// I6: somebody has the guest, or it was lost in a way that nobody could have helped.
-    pub fn check_holders(&mut self) {
-        let accepted_loss = std::mem::take(&mut self.accepted_loss);
-        let Some(record) = self.arbiter.record else { return };
-        if record.state == RecordState::Stopped || self.violation.is_some() {
-            return;
-        }
-        if self.procs.iter().any(|proc| self.has_guest(proc, record)) {
-            self.lost = false;
-        } else if self.lost {
-            // Until somebody starts it anew.
-        } else if accepted_loss {
-            self.lost = true;
-            self.stats.lost_guests += 1;
-            self.trace.across(self.now, "the guest is lost: nobody else had it");
-        } else {
-            self.violate(format!("I6: nobody has the guest any more, and no crash did it; {record:?}"));
-        }
-    }
-
-    fn has_guest(&self, proc: &Proc, record: Record) -> bool {
-        let owns = record.owner == proc.me;
-        proc.alive
-            && match &proc.role {
-                Role::Primary(machine) => machine.phase() != primary::Phase::Fenced && owns,
-                Role::Restoring(_) => owns,
-                Role::Waiting => false,
-                Role::Secondary(machine) => {
-                    let new_primary = |holding: &Holding| owns || Model::may_take_over(holding, proc.me, record);
-                    machine.phase() != secondary::Phase::Done
-                        && self.model.holdings.get(&proc.me).is_some_and(new_primary)
-                }
-            }
     }
 }

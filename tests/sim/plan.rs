@@ -14,9 +14,11 @@ use mcd::protocol::shared_disk::Fencing;
 use mcd::protocol::types::GuestName;
 
 use crate::rng::Rng;
+use crate::stream::FRAME_BYTES_MAX;
+use crate::unknown_peers::Says;
 
 /// Every host has this one.
-const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1_000_000, tsc_scales: false };
+pub const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1_000_000, tsc_scales: false };
 
 /// The kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +49,20 @@ pub enum FaultKind {
     TrackingFails,
     /// The guest cannot be stopped when that is next asked for.
     StopFails,
+    /// A host's kernel takes nothing of its data connections: their windows are closed.
+    ZeroWindow,
+    /// The sender thread cannot write.
+    SenderBlocked,
+    /// What is committed is not applied for a while.
+    ApplySlow,
+    /// The next that is to be applied cannot be.
+    ApplyFails,
+    /// The next guest that this host takes over cannot be restored.
+    RestoreFails,
+    /// Programs that are no node of the pair connect to a host.
+    UnknownPeers,
+    /// An operator starts the guest on a host on which nothing runs.
+    Claim,
     /// An operator's command.
     Command,
     /// The guest shuts itself down.
@@ -69,6 +85,17 @@ const KINDS: [FaultKind; 15] = [
     FaultKind::StopFails,
     FaultKind::Command,
     FaultKind::Shutdown,
+];
+
+/// Those that are in fewer runs, so that they do not crowd the others out.
+const RARE_KINDS: [FaultKind; 7] = [
+    FaultKind::UnknownPeers,
+    FaultKind::Claim,
+    FaultKind::ZeroWindow,
+    FaultKind::SenderBlocked,
+    FaultKind::ApplySlow,
+    FaultKind::ApplyFails,
+    FaultKind::RestoreFails,
 ];
 
 /// A fault that waits for a node to come into a phase, so that short phases are hit as often as
@@ -113,6 +140,10 @@ pub struct Plan {
     pub device: bool,
     /// The longest a batch of writes to it usually takes.
     pub storage_us: u64,
+    /// Room for what is staged and not applied yet: enough for one epoch and a frame, or plenty.
+    pub staging_bytes_max: u64,
+    /// The longest it usually takes to apply an epoch.
+    pub apply_us: u64,
     pub heartbeat_us: u64,
     pub timeout_us: u64,
     pub epoch_us: u64,
@@ -152,6 +183,13 @@ pub struct Plan {
     pub only_freezes: bool,
     /// The only thing that goes wrong is that captures hang.
     pub only_hangs: bool,
+    /// The only thing that goes wrong is that what is sent or committed waits for room.
+    pub only_blocked: bool,
+    /// The only thing that goes wrong is that unknown peers come, all the time.
+    pub only_unknown: bool,
+    /// What they all say; if not, it differs.
+    pub flood: Option<Says>,
+    pub hello_timeout_us: u64,
     /// The arbiter keeps no record: a script switches the other host off (`command:`).
     pub recordless: bool,
     /// The longest the sender thread takes to get to a job.
@@ -167,6 +205,7 @@ impl Plan {
         let epoch_us = rng.range(2_000, 40_000);
         let faulty = !rng.chance(20);
         let mut kinds: Vec<FaultKind> = KINDS.iter().copied().filter(|_| faulty && rng.chance(500)).collect();
+        kinds.extend(RARE_KINDS.iter().filter(|_| faulty && rng.chance(150)));
         if faulty && kinds.is_empty() {
             kinds.push(*rng.pick(&KINDS));
         }
@@ -186,7 +225,16 @@ impl Plan {
         if only_hangs {
             kinds = vec![FaultKind::CaptureHangs];
         }
-        let quiet = only_narrow || only_naps || only_freezes || only_hangs;
+        let only_blocked = faulty && !(only_narrow || only_naps || only_freezes || only_hangs) && rng.chance(30);
+        if only_blocked {
+            kinds = vec![FaultKind::ZeroWindow, FaultKind::SenderBlocked, FaultKind::ApplySlow];
+        }
+        let quiet = only_narrow || only_naps || only_freezes || only_hangs || only_blocked;
+        let only_unknown = faulty && !quiet && rng.chance(20);
+        if only_unknown {
+            kinds = vec![FaultKind::UnknownPeers];
+        }
+        let quiet = quiet || only_unknown;
         let recordless = rng.chance(150);
         if recordless {
             // Nothing tells a secondary that was cut off of a guest that was shut down:
@@ -201,16 +249,23 @@ impl Plan {
         // Each disk is asked for by itself.
         let disks = if rng.chance(600) { rng.range(1, 3) } else { 0 };
         let own: Vec<u64> = (0..disks).map(|_| rng.range(1, 5)).collect();
+        let pages = memory + own.iter().sum::<u64>();
+        let blocks = if fencing.is_enough() && rng.chance(600) { rng.range(1, 8) } else { 0 };
+        // What is kept of shared disks counts as staged too, and nothing bounds it here.
+        let tight = blocks == 0 && (only_blocked || rng.chance(300));
         Plan {
             slots: if !recordless && rng.chance(400) { 3 } else { 2 },
-            pages: memory + own.iter().sum::<u64>(),
+            pages,
             memory,
             own,
             hashes: [rng.chance(850), rng.chance(850), rng.chance(850)],
             sum_us: if rng.chance(300) { rng.range(1_000, 40_000) } else { rng.range(50, 3_000) },
             verifies: rng.chance(600),
             block_per_mille: *rng.pick(&[3, 30, 200]),
-            blocks: if fencing.is_enough() && rng.chance(600) { rng.range(1, 8) } else { 0 },
+            blocks,
+            staging_bytes_max: if tight { pages * 4_200 + 2 * FRAME_BYTES_MAX as u64 } else { 1 << 30 },
+            // With plenty of staging memory a thread slower than epochs come would never end.
+            apply_us: if tight && rng.chance(500) { rng.range(100, epoch_us * 2) } else { rng.range(20, 200) },
             device,
             storage_us: rng.range(100, 20_000),
             heartbeat_us,
@@ -219,7 +274,11 @@ impl Plan {
             epoch_min_us: rng.range(200, epoch_us),
             commit_on_output: rng.chance(700),
             retry_us: rng.range(5_000, 30_000),
-            join_timeout_us: if only_naps || only_freezes { 2_000_000 } else { rng.range(40_000, 200_000) },
+            join_timeout_us: if only_naps || only_freezes || only_blocked {
+                2_000_000
+            } else {
+                rng.range(40_000, 200_000)
+            },
             stall_max_us: timeout_us * rng.range(2, 12),
             push_pages_max: rng.range(1, 32) as usize,
             delay_us: (20, rng.range(50, 1_500)),
@@ -247,6 +306,10 @@ impl Plan {
             only_naps,
             only_freezes,
             only_hangs,
+            only_blocked,
+            only_unknown,
+            flood: if rng.chance(500) { Some(Says::Nothing) } else { None },
+            hello_timeout_us: if only_unknown { 2_000_000 } else { rng.range(20_000, 200_000) },
             recordless,
             sender_us: if rng.chance(300) { rng.range(300, 8_000) } else { 300 },
             triggers,
@@ -264,7 +327,12 @@ impl Plan {
 
     /// Nothing goes wrong but one harmless thing.
     pub fn is_quiet(&self) -> bool {
-        self.only_narrow || self.only_naps || self.only_freezes || self.only_hangs
+        self.only_narrow
+            || self.only_naps
+            || self.only_freezes
+            || self.only_hangs
+            || self.only_blocked
+            || self.only_unknown
     }
 
     /// The longest a process may be frozen that nobody may suspect: its last heartbeat may have

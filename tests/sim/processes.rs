@@ -1,13 +1,12 @@
 //! Processes come and go: starts, takeovers, rejoins, crashes.
 
-use mcd::protocol::claim::claim;
 use mcd::protocol::mutant;
 use mcd::protocol::primary::Primary;
-use mcd::protocol::record::Record;
 use mcd::protocol::secondary::Secondary;
 use mcd::protocol::types::InstanceId;
 
 use crate::guest::{Guest, Output};
+use crate::losses::Loss;
 use crate::net::ProcId;
 use crate::node::{Clock, Proc, Role};
 use crate::plan::Plan;
@@ -30,48 +29,12 @@ impl World {
         let clock = Clock { origin_us: self.rng.below(1 << 40), rate: 1_000_000 - span + self.rng.below(2 * span + 1) };
         let role = role(&self.plan, me, clock);
         let proc = self.procs.len();
-        self.procs.push(Proc::new(slot, me, clock, role));
+        self.procs.push(Proc::new(slot, me, clock, role, &self.plan));
         let check = self.model.lives(me);
         self.check(check);
         self.slots[slot] = Some(proc);
         self.host_is_back(slot);
         proc
-    }
-
-    /// Starts the guest on `slot`, as the first node or after everything ended.
-    pub fn boot(&mut self, slot: usize, cold: bool) {
-        self.model.owner_since_us = self.now;
-        for other in 0..self.slots.len() {
-            // Who starts a guest cold, where nothing keeps a record, has looked himself that no
-            // node of it runs.
-            if let Some(old) = self.slots[other].filter(|_| other == slot || self.plan.recordless) {
-                self.end(old);
-            }
-        }
-        self.model.life += 1;
-        let (now, life) = (self.now, self.model.life);
-        let stands = self.arbiter.record;
-        let mut record = None;
-        let proc = self.new_proc(slot, |plan, me, clock| {
-            let claimed = claim(stands, me, cold).unwrap_or_else(|_| Record::first(me));
-            record = Some(claimed);
-            Role::Primary(Box::new(Primary::new(plan.primary(slot), me, claimed, clock.local(now))))
-        });
-        if let Some(record) = record {
-            self.arbiter.set(record);
-            self.procs[proc].local_record.note(record);
-        }
-        self.lost = false;
-        self.procs[proc].guest = Some(Guest::fresh(self.plan.pages, life));
-        self.open_own_disks(proc);
-        self.take_disk(proc);
-        let output = Output::new(self.plan.output_cap);
-        output.pass();
-        self.procs[proc].output = Some(output);
-        self.model.runs(self.procs[proc].me, life, 0);
-        self.note(proc, || format!("starts the guest (life {life})"));
-        self.after(0, Event::GuestStep(proc));
-        self.drive(proc);
     }
 
     /// A process starts as a newcomer.
@@ -121,7 +84,7 @@ impl World {
 
     pub fn restored(&mut self, proc: ProcId) {
         let node = &mut self.procs[proc];
-        let Role::Restoring(record) = node.role else { return };
+        let Role::Restoring(record, _) = node.role else { return };
         if !node.alive {
             return;
         }
@@ -129,6 +92,9 @@ impl World {
             let at = node.idle_until;
             self.at(at, Event::Restored(proc));
             return;
+        }
+        if std::mem::take(&mut node.restore_fails) {
+            return self.restore_failed(proc);
         }
         let pages = std::mem::take(&mut node.image);
         let (mut counter, life) = node.image_state;
@@ -154,6 +120,7 @@ impl World {
             return;
         }
         self.drop_sender(proc);
+        self.apply_rest(proc);
         self.drop_disk(proc, true);
         let conns = std::mem::take(&mut self.procs[proc].conns);
         for (_, conn) in conns {
@@ -177,7 +144,7 @@ impl World {
         }
         self.stats.faults += 1;
         self.note(proc, || (if host { "HOST CRASHES" } else { "CRASHES" }).into());
-        self.accepted_loss = true;
+        self.accept_loss(Loss::Crash);
         self.procs[proc].sender = None;
         self.drop_disk(proc, !host);
         let conns = std::mem::take(&mut self.procs[proc].conns);

@@ -311,6 +311,12 @@ impl World {
 
     // ---- beginnings and ends ----
 
+    /// True while another process that runs has the lock.
+    pub fn is_locked_out(&self, proc: ProcId) -> bool {
+        let holder = self.storage.locks[self.storage.lock_of[self.procs[proc].slot]];
+        holder.is_some_and(|holder| holder != proc && self.procs[holder].alive)
+    }
+
     /// A node starts the guest: whoever else has the lock is switched off by the one who starts it.
     pub fn take_disk(&mut self, proc: ProcId) {
         for holder in self.storage.locks.clone().into_iter().flatten().filter(|holder| *holder != proc) {
@@ -373,6 +379,6 @@ impl World {
         for (block, version) in newest {
             self.store(proc, block, version);
         }
-        self.procs[proc].urgent.push_back(In::Secondary(secondary::Input::KeptWritten));
+        self.arrive(proc, In::Secondary(secondary::Input::KeptWritten));
     }
 }

@@ -22,6 +22,9 @@ type Page = [u8; PAGE_BYTES];
 /// Pages of one frame: few, so that most epochs have several frames.
 const PAGES_PER_FRAME: usize = 5;
 
+/// Bytes of such a frame, and some more.
+pub const FRAME_BYTES_MAX: usize = PAGES_PER_FRAME * (PAGE_BYTES + 64);
+
 /// A guest page of this version: zero, one that compresses, or one that does not, so that every
 /// form of a page travels.
 fn page_of(version: u64) -> Page {
@@ -128,23 +131,27 @@ pub fn sums_over_the_wire(first: u64, hashes: &[BlockHash]) -> Result<(u64, Vec<
 /// What a receiver made of bytes.
 pub enum Arrived {
     Epoch { staged: Staged, began: Instant },
-    Background(Vec<(u64, u64)>),
+    Background { pages: Vec<(u64, u64)>, staged_bytes: u64 },
 }
 
 /// Reads the bytes of one connection with the node's own receiver.
 pub struct Receiver {
     reader: FrameReader<Pipe>,
     epochs: EpochReceiver,
-    budget: Arc<StagingBudget>,
     pages: u64,
 }
 
 impl Receiver {
-    /// For a guest of so many pages.
-    pub fn new(pages: u64) -> Receiver {
-        let budget = StagingBudget::new(1 << 30);
-        let epochs = EpochReceiver::for_pages(budget.clone(), pages);
-        Receiver { reader: FrameReader::new(Pipe(VecDeque::new())), epochs, budget, pages }
+    /// For a guest of so many pages; what it stages is given back to `budget` when it is applied.
+    pub fn new(pages: u64, budget: Arc<StagingBudget>) -> Receiver {
+        let epochs = EpochReceiver::for_pages(budget, pages);
+        Receiver { reader: FrameReader::new(Pipe(VecDeque::new())), epochs, pages }
+    }
+
+    /// The most that so many bytes more can take of the budget, with those that were read before
+    /// and make no frame yet.
+    pub fn staged_bytes_max(&mut self, bytes: usize) -> u64 {
+        (self.reader.source_mut().0.len() + FRAME_BYTES_MAX + bytes) as u64
     }
 
     /// Takes bytes as they come, wherever they were cut.
@@ -160,11 +167,10 @@ impl Receiver {
             match self.epochs.take(now, frame).map_err(|error| error.to_string())? {
                 Received::Nothing => {}
                 Received::Background(payload) => {
-                    arrived.push(Arrived::Background(decode(&payload, self.pages)?));
-                    self.budget.give_back(payload.len() as u64);
+                    let staged_bytes = payload.len() as u64;
+                    arrived.push(Arrived::Background { pages: decode(&payload, self.pages)?, staged_bytes });
                 }
                 Received::Epoch { epoch, began } => {
-                    self.budget.give_back(epoch.bytes);
                     arrived.push(Arrived::Epoch { staged: staged(&epoch, self.pages)?, began });
                 }
                 Received::Message(other) => return Err(format!("a {} inside an epoch", other.name())),
@@ -191,5 +197,5 @@ fn staged(epoch: &StagedEpoch, pages_total: u64) -> Result<Staged, String> {
     let state = <[u8; 16]>::try_from(epoch.state.as_slice()).map_err(|_| "a state of another length")?;
     let both = u128::from_le_bytes(state);
     let (counter, life) = (both as u64, (both >> 64) as u64);
-    Ok(Staged { id: epoch.id, completes: epoch.completes_resync, pages, counter, life })
+    Ok(Staged { id: epoch.id, completes: epoch.completes_resync, pages, counter, life, staged_bytes: epoch.bytes })
 }

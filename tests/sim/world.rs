@@ -10,6 +10,7 @@ use mcd::protocol::types::{ConnId, InstanceId};
 
 use crate::arbiter::Arbiter;
 use crate::disks::{HostDisks, Question};
+use crate::losses::{LOSSES, Loss};
 use crate::model::Model;
 use crate::net::{Conn, ProcId, Weather};
 use crate::node::{Capture, In, Proc};
@@ -18,6 +19,7 @@ use crate::rng::Rng;
 use crate::storage::Storage;
 use crate::stream::Encoder;
 use crate::trace::Trace;
+use crate::unknown_peers::Says;
 
 /// What can happen.
 #[derive(Clone, Debug)]
@@ -59,6 +61,11 @@ pub enum Event {
     },
     Rejoin(ProcId),
     Restored(ProcId),
+    /// The applying thread has done what it had in hand.
+    Apply {
+        proc: ProcId,
+        instance: InstanceId,
+    },
     /// The moment of a capture's cut.
     Cut(Capture),
     Tracking {
@@ -93,6 +100,18 @@ pub enum Event {
         hashes: Vec<BlockHash>,
     },
     Start(usize),
+    /// An operator starts the guest here, unless something runs.
+    Boot(usize),
+    UnknownPeer {
+        slot: usize,
+        says: Says,
+        address: u16,
+    },
+    UnknownBeats(usize),
+    /// One more of many that come all the time.
+    Flood,
+    /// A process's acceptor has waited long enough for a hello.
+    Admission(ProcId),
     Command(ProcId, Command),
     SnapshotEnds {
         proc: ProcId,
@@ -137,7 +156,8 @@ pub struct Stats {
     pub packets: u64,
     pub takeovers: u64,
     pub late_releases: u64,
-    pub lost_guests: u64,
+    /// By [`Loss`].
+    pub lost_guests: [u64; LOSSES],
     pub epochs: u64,
     pub blocks_compared: u64,
     pub blocks_same: u64,
@@ -167,8 +187,8 @@ pub struct World {
     pub faults_over_since: Option<u64>,
     /// The guest is gone for reasons nobody could have helped.
     pub lost: bool,
-    /// A crash just happened: what is lost by it is accepted_loss.
-    pub accepted_loss: bool,
+    /// What just happened that may cost the guest.
+    pub accepted_loss: Option<Loss>,
     pub instances: u64,
     pub scratch: Vec<u8>,
     pub encoder: Encoder,
@@ -204,7 +224,7 @@ impl World {
             stats: Stats::default(),
             faults_over_since: None,
             lost: false,
-            accepted_loss: false,
+            accepted_loss: None,
             instances: 0,
             scratch: Vec::new(),
             encoder: Encoder::new(),
@@ -225,10 +245,24 @@ impl World {
             let text = format!("{:?}", self.plan);
             self.trace.across(0, &text);
         }
+        if self.plan.kinds.contains(&FaultKind::ArbiterCut) && self.rng.chance(200) {
+            // The first start may get no answer.
+            let until = self.rng.below(self.plan.arbiter_timeout_us * 6);
+            self.cut_arbiter(0, until);
+        }
         self.boot(0, false);
+        if !self.plan.recordless && self.rng.chance(100) {
+            let us = self.rng.below(self.plan.arbiter_us.1 * 2);
+            self.after(us, Event::Boot(1));
+        }
         for slot in 1..self.plan.slots {
             let at = self.rng.range(0, 60_000 * slot as u64);
+            // Behind those that are there already.
+            let at = at + if self.plan.only_unknown { 100_000 } else { 0 };
             self.start_later(slot, at);
+        }
+        if self.plan.only_unknown {
+            self.after(0, Event::Flood);
         }
         let first = self.rng.range(0, self.plan.fault_gap_us * 2);
         self.after(first, Event::Fault);
@@ -345,6 +379,7 @@ impl World {
             }
             Event::Rejoin(proc) => self.rejoin(proc),
             Event::Restored(proc) => self.restored(proc),
+            Event::Apply { proc, instance } => self.apply_step(proc, instance),
             Event::Cut(capture) => self.cut(capture),
             Event::Tracking { proc, conn, fails } => self.tracking(proc, conn, fails),
             Event::ReadsOn(proc) => self.read_on(proc),
@@ -354,7 +389,16 @@ impl World {
             Event::HashesRead(proc, question) => self.read_hashes(proc, question),
             Event::OwnHashes { proc, ticket, hashes } => self.own_hashes(proc, ticket, hashes),
             Event::BlocksHashed { proc, instance, run, hashes } => self.hashed(proc, instance, run, hashes),
+            Event::UnknownPeer { slot, says, address } => self.unknown_peer(slot, says, address),
+            Event::UnknownBeats(conn) => self.unknown_beats(conn),
+            Event::Flood => self.flood(),
+            Event::Admission(proc) => self.poll_admission(proc),
             Event::Start(slot) => self.start(slot),
+            Event::Boot(slot) => {
+                if self.slots[slot].is_none() {
+                    self.boot(slot, false);
+                }
+            }
             Event::Command(proc, command) => self.command(proc, command),
             Event::SnapshotEnds { proc, stop, written } => self.snapshot_ends(proc, stop, written),
             Event::Fault => self.fault(),

@@ -159,7 +159,7 @@ impl Primary {
             _ => {
                 self.handed_over_until = None;
                 let new = self.record.next_solo(self.me);
-                self.ask(ArbiterRequest::Swap { expected: self.record, new });
+                self.ask(ArbiterRequest::Swap { expected: Some(self.record), new });
             }
         }
     }

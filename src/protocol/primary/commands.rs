@@ -65,8 +65,9 @@ impl Primary {
         self.pending.orders = self.pending.orders.saturating_sub(1);
         let result = result.map_err(CommandRefused::NotStopped);
         if result.is_err() && !run && !mutant::is("failed-stop-believed") {
-            // It runs on, so an operator's `stop` had no effect.
-            self.stopped_by_operator = false;
+            // It runs on, so an operator's `stop` had no effect, nor had a full output buffer. That
+            // stops it with the next packet that finds no room.
+            (self.stopped_by_operator, self.stopped_by_full_output) = (false, false);
         }
         self.answer_runs(result);
     }
@@ -185,7 +186,7 @@ impl Primary {
     }
 
     pub(super) fn ask_to_stop(&mut self) {
-        self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record.next_stopped() });
+        self.ask(ArbiterRequest::Swap { expected: Some(self.record), new: self.record.next_stopped() });
     }
 
     pub(super) fn end(&mut self) {

@@ -327,7 +327,7 @@ impl Primary {
             // Holding begins with the completing capture and ends with the arbiter's word that the
             // pair is on record: begin only if that word can be had. The record in its own place
             // changes nothing, but an arbiter that cannot write says so.
-            self.ask(ArbiterRequest::Swap { expected: self.record, new: self.record });
+            self.ask(ArbiterRequest::Swap { expected: Some(self.record), new: self.record });
         }
     }
 
@@ -362,7 +362,7 @@ impl Primary {
                 self.phase = Phase::Pairing;
                 if let Some(peer) = &self.peer {
                     let new = self.record.next_paired(self.me, peer.instance);
-                    self.ask(ArbiterRequest::Swap { expected: self.record, new });
+                    self.ask(ArbiterRequest::Swap { expected: Some(self.record), new });
                 }
             }
             Phase::Protected => self.release(now),
@@ -401,7 +401,7 @@ impl Primary {
                 self.phase = Phase::Deciding;
                 self.tell(Event::Suspected { why });
                 let new = self.record.next_solo(self.me);
-                self.ask(ArbiterRequest::Swap { expected: self.record, new });
+                self.ask(ArbiterRequest::Swap { expected: Some(self.record), new });
             }
             // Pairing: the answer decides. The others have no peer.
             Phase::Pairing | Phase::Solo | Phase::Deciding | Phase::Stopping | Phase::Fenced => {}

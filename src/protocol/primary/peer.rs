@@ -115,7 +115,8 @@ impl Peer {
 impl Primary {
     /// How long the newcomer may make no progress, while it builds its machine.
     pub(super) fn build_silence_max(&self) -> Option<Duration> {
-        (self.phase == Phase::Joining).then_some(self.config.build_silence_max)
+        let joins = self.phase == Phase::Joining && !mutant::is("joining-held-for-ever");
+        joins.then_some(self.config.build_silence_max)
     }
 
     /// Takes a heartbeat. The newcomer's first one that says it is ready shows that it has a
@@ -169,7 +170,9 @@ impl Primary {
     }
 
     fn join_candidate(&mut self, now: Instant, conn: ConnId, instance: InstanceId) {
-        let Some(at) = self.candidates.iter().position(|candidate| candidate.instance == instance) else { return };
+        let any = mutant::is("any-heartbeat-connection-joins");
+        let its = |candidate: &Candidate| candidate.instance == instance || any;
+        let Some(at) = self.candidates.iter().position(its) else { return };
         let candidate = self.candidates.remove(at);
         self.peer = Some(Peer::new(&candidate, conn, self.config.heartbeat, now));
         self.phase = Phase::Joining;
@@ -239,7 +242,7 @@ impl Primary {
             );
             return no(RefuseReason::Version, detail);
         }
-        if hello.guest != config.guest {
+        if hello.guest != config.guest && !mutant::is("another-guests-hello-welcomed") {
             let detail = format!(
                 "this primary runs guest '{}', not '{}'; check --guest and --peer of the secondary",
                 config.guest, hello.guest
@@ -262,6 +265,7 @@ impl Primary {
         match (hello.channel, self.phase) {
             (Channel::Data, Phase::Solo) => Ok(()),
             (Channel::Heartbeat, Phase::Solo) if is_candidate => Ok(()),
+            (Channel::Heartbeat, Phase::Solo) if mutant::is("any-heartbeat-connection-joins") => Ok(()),
             (Channel::Data, _) => no(RefuseReason::Busy, BUSY.into()),
             (Channel::Heartbeat, _) => no(
                 RefuseReason::Malformed,

@@ -87,7 +87,7 @@ impl Primary {
             // It died while the arbiter thought: the pair is on record, so going on alone takes
             // another swap.
             self.phase = Phase::Deciding;
-            self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+            self.ask(ArbiterRequest::Swap { expected: Some(record), new: record.next_solo(self.me) });
             return;
         };
         let (conn, instance) = (peer.data, peer.instance);

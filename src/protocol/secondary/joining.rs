@@ -148,10 +148,11 @@ impl Secondary {
     }
 
     /// What comes when the guest is being restored, or when this life is over.
-    pub(super) fn at_the_end(&mut self, input: Input) {
+    pub(super) fn handle_at_the_end(&mut self, input: Input) {
         let (ticket, command) = match input {
             Input::Command { ticket, command } => (ticket, command),
             Input::Hello { conn } => return self.hello(conn),
+            Input::RestoreFailed { why } => return self.restore_failed(why),
             _ => return,
         };
         let result = match command {
@@ -189,7 +190,9 @@ impl Secondary {
     pub(super) fn exit(&mut self, ending: Ending) {
         self.close_connections();
         self.phase = Phase::Done;
-        let stamp = self.committed.filter(|_| self.whole);
+        // What a spoilt image holds is no epoch.
+        let spoilt = matches!(ending, Ending::ImageFailed(_) | Ending::NotRestored { .. });
+        let stamp = self.committed.filter(|_| self.whole && !spoilt);
         self.actions.push_back(Action::Exit { ending, stamp });
     }
 

@@ -12,6 +12,7 @@
 
 mod block_hashes;
 mod digest;
+mod failed_image;
 mod joining;
 mod storage;
 mod takeover;
@@ -186,7 +187,7 @@ impl Secondary {
     /// Takes what happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
         if matches!(self.phase, Phase::Promoted | Phase::Done) {
-            return self.at_the_end(input);
+            return self.handle_at_the_end(input);
         }
         self.notice_stall(now);
         match input {
@@ -204,6 +205,9 @@ impl Secondary {
             Input::Staged { conn, id, completes_resync, staged_bytes, began } => {
                 self.staged(now, conn, (id, began), completes_resync, staged_bytes);
             }
+            Input::ImageFailed { why } => self.image_failed(why),
+            // Only a guest that is being restored can fail to be.
+            Input::RestoreFailed { .. } => {}
             Input::BlocksHashed { first, hashes } => self.hashed(first, hashes),
             Input::Answer { ticket, answer } => {
                 self.stages.decided = now;

@@ -35,6 +35,11 @@ pub(super) struct Inheritance {
 }
 
 impl Inheritance {
+    /// The record that won.
+    pub(super) fn record(&self) -> Record {
+        self.record
+    }
+
     /// What a checker needs to know of it.
     pub(super) fn digest(&self) -> (Record, u32, bool) {
         (self.record, self.tries.min(DOUBLINGS_MAX), self.fault.is_some())

@@ -44,7 +44,7 @@ impl Secondary {
         if self.record.is_none() && mutant::is("standby-reads-first") {
             return self.ask(ArbiterRequest::Read);
         }
-        self.ask(ArbiterRequest::Swap { expected, new: expected.next_solo(self.me) });
+        self.ask(ArbiterRequest::Swap { expected: Some(expected), new: expected.next_solo(self.me) });
     }
 
     pub(super) fn ask(&mut self, request: ArbiterRequest) {
@@ -77,7 +77,7 @@ impl Secondary {
             RecordState::Stopped => self.exit(Ending::GuestEnded("the guest was shut down".into())),
             RecordState::Solo if mutant::is("takes-over-a-solo-guest") && self.record.is_none() => {
                 self.record = Some(record);
-                self.ask(ArbiterRequest::Swap { expected: record, new: record.next_solo(self.me) });
+                self.ask(ArbiterRequest::Swap { expected: Some(record), new: record.next_solo(self.me) });
             }
             RecordState::Paired
                 if record.peer == Some(self.me) && self.record.is_none() && !mutant::is("standby-gives-up") =>
@@ -95,6 +95,7 @@ impl Secondary {
             epoch.epoch = epoch.epoch.saturating_sub(1);
         }
         self.phase = Phase::Promoted;
+        self.record = Some(record);
         self.tell(Event::Takeover { generation: record.generation, epoch });
         let (began, stages, cause) = (self.began, self.stages, self.cause.clone());
         self.actions.push_back(Action::Promote { record, epoch, began, stages, cause });

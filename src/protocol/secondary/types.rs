@@ -119,6 +119,16 @@ pub enum Input {
         /// When it began to arrive.
         began: Instant,
     },
+    /// The image is spoilt: what is committed could not be put into it, or not be read there.
+    ImageFailed {
+        /// Why, in words.
+        why: String,
+    },
+    /// The guest could not be restored from the newest committed epoch, as `Promote` asked.
+    RestoreFailed {
+        /// Why, in words.
+        why: String,
+    },
     /// The hashes asked for.
     BlocksHashed {
         /// The index of the first block.
@@ -167,6 +177,17 @@ pub enum Ending {
     Foreign(String),
     /// The machine cannot be built here.
     NoMachine(String),
+    /// The image is spoilt: no guest can be taken over with it.
+    ImageFailed(String),
+    /// The guest is this node's, on record, and cannot be run here: it is lost.
+    NotRestored {
+        /// The record that won.
+        record: Record,
+        /// The newest committed epoch.
+        epoch: EpochId,
+        /// Why, in words.
+        why: String,
+    },
 }
 
 /// What the driver has to do, in this order.
@@ -246,7 +267,7 @@ pub enum Action {
     /// Ask the arbiter.
     Ask(ArbiterCall),
     /// Throw away what is staged but not committed; finish applying; restore; run the guest under
-    /// `record`.
+    /// `record`. If that fails, say `RestoreFailed`.
     Promote {
         /// The record that won.
         record: Record,

@@ -22,6 +22,10 @@ struct Rig {
     /// The question that waits for an answer: its ticket, and the record it wants.
     asked: Option<(u64, Option<Record>)>,
     exited: bool,
+    /// The vCPUs do not stop when they are told to.
+    stops_fail: bool,
+    /// What they were told: to run, or to stop.
+    orders: Vec<bool>,
 }
 
 impl Rig {
@@ -34,7 +38,12 @@ impl Rig {
                 match action {
                     Action::Push { .. } => inputs.push(Input::Pushed),
                     Action::StartTracking { conn } => inputs.push(Input::Tracking { conn, result: Ok(()) }),
-                    Action::Run(run) => inputs.push(Input::RunDone { run, result: Ok(()) }),
+                    Action::Run(run) => {
+                        let fails = !run && self.stops_fail;
+                        let result = if fails { Err("a vCPU does not stop".into()) } else { Ok(()) };
+                        self.orders.push(run);
+                        inputs.push(Input::RunDone { run, result });
+                    }
                     // Backwards: what is last is taken first.
                     Action::Capture { id, .. } => {
                         let ack = Message::Ack { id, staged_bytes: 0 };
@@ -61,13 +70,13 @@ impl Rig {
         wanted
     }
 
-    /// Protected, with a snapshot that was to stop the guest written while the peer is suspected.
-    fn stopped_while_deciding() -> Rig {
+    /// Protected.
+    fn protected() -> Rig {
         let name = || GuestName::new("web").expect("a name");
         let config = PrimaryConfig { interval: Duration::from_secs(1), ..PrimaryConfig::for_tests() };
         let record = Record::first(ME);
         let primary = Primary::new(config, ME, record, Instant::from_us(0));
-        let mut rig = Rig { primary, asked: None, exited: false };
+        let mut rig = Rig { primary, asked: None, exited: false, stops_fail: false, orders: Vec::new() };
         for (conn, channel) in [(DATA, Channel::Data), (BEATS, Channel::Heartbeat)] {
             let (version, staging_bytes_max) = (PROTOCOL_VERSION, u64::MAX);
             let hello =
@@ -85,6 +94,12 @@ impl Rig {
         // That it can write, and the pair.
         assert!(rig.win().is_some() && rig.win().is_some());
         assert_eq!(rig.primary.phase(), Phase::Protected);
+        rig
+    }
+
+    /// Protected, with a snapshot that was to stop the guest written while the peer is suspected.
+    fn stopped_while_deciding() -> Rig {
+        let mut rig = Rig::protected();
         rig.take(Input::Snapshot { stop: true });
         rig.take(Input::Closed { conn: DATA, why: "cut".into() });
         rig.take(Input::SnapshotEnded { written: true });
@@ -126,4 +141,17 @@ fn a_snapshot_and_one_quit_are_not_an_operator_who_asks_twice() {
         rig.quit();
         assert!(rig.exited, "twice is twice");
     }
+}
+
+#[test]
+fn a_guest_that_could_not_be_stopped_for_full_output_runs_and_can_be_stopped_later() {
+    let mut rig = Rig::protected();
+    rig.take(Input::Closed { conn: DATA, why: "cut".into() });
+    rig.stops_fail = true;
+    rig.take(Input::OutputFull);
+    assert!(rig.primary.guest_runs(), "it did not stop");
+    rig.stops_fail = false;
+    rig.orders.clear();
+    rig.take(Input::Command { ticket: 1, command: Command::Stop });
+    assert_eq!((rig.orders.as_slice(), rig.primary.guest_runs()), (&[false][..], false));
 }
