@@ -158,12 +158,13 @@ impl FromStr for DirtyLoad {
 }
 
 /// How a disk is written.
-const DISK_FORM: &str = "write PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]";
+const DISK_FORM: &str = "write PATH[,ro|,mode=shared[,fenced]][,format=raw][,serial=TEXT]";
 
 /// One disk: its image, and how the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Disk {
     path: PathBuf,
+    is_raw: bool,
     read_only: bool,
     shared: bool,
     fenced: bool,
@@ -172,8 +173,8 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn config(&self) -> DiskConfig {
-        let Disk { path, read_only, shared, fenced, serial } = self.clone();
-        DiskConfig { path, read_only, shared, fenced, serial }
+        let Disk { path, is_raw, read_only, shared, fenced, serial } = self.clone();
+        DiskConfig { path, is_raw, read_only, shared, fenced, serial }
     }
 }
 
@@ -183,13 +184,18 @@ impl FromStr for Disk {
     fn from_str(text: &str) -> Result<Disk, String> {
         let mut parts = text.split(',');
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(DISK_FORM)?;
-        let mut disk = Disk { path: path.into(), read_only: false, shared: false, fenced: false, serial: [0; 20] };
+        let mut disk =
+            Disk { path: path.into(), is_raw: false, read_only: false, shared: false, fenced: false, serial: [0; 20] };
         for part in parts {
             match part.strip_prefix("serial=") {
                 Some(serial) if (1..=20).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic()) => {
                     disk.serial.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
                 }
                 Some(_) => return Err("a serial number is 1 to 20 characters without spaces".to_owned()),
+                None if part == "format=raw" => disk.is_raw = true,
+                None if part.starts_with("format=") => {
+                    return Err(format!("`{part}`: a disk is raw; `qemu-img convert -O raw` makes it so"));
+                }
                 None if part == "ro" => disk.read_only = true,
                 None if part == "mode=shared" => disk.shared = true,
                 None if part == "fenced" => disk.fenced = true,
@@ -327,10 +333,18 @@ mod tests {
     #[test]
     fn disks() {
         let disk = |text: &str| text.parse::<Disk>().map(|disk| disk.config());
-        let plain =
-            DiskConfig { path: "/a/b.img".into(), read_only: false, shared: false, fenced: false, serial: [0; 20] };
+        let plain = DiskConfig {
+            path: "/a/b.img".into(),
+            is_raw: false,
+            read_only: false,
+            shared: false,
+            fenced: false,
+            serial: [0; 20],
+        };
         assert_eq!(disk("/a/b.img"), Ok(plain.clone()));
         assert_eq!(disk("/a/b.img,ro"), Ok(DiskConfig { read_only: true, ..plain.clone() }));
+        assert_eq!(disk("/a/b.img,format=raw"), Ok(DiskConfig { is_raw: true, ..plain.clone() }));
+        assert!(disk("/a/b.img,format=qcow2").is_err_and(|error| error.contains("qemu-img convert")));
         assert_eq!(disk("/a/b.img,mode=replicated"), Ok(plain.clone()));
         assert_eq!(disk("/a/b.img,mode=shared"), Ok(DiskConfig { shared: true, ..plain.clone() }));
         let fenced = DiskConfig { shared: true, fenced: true, ..plain.clone() };

@@ -4,6 +4,7 @@
 pub mod block;
 pub mod bus;
 pub mod image;
+pub mod image_format;
 pub mod net;
 pub mod pci;
 pub mod serial;

@@ -66,6 +66,8 @@ pub struct NodeConfig {
 pub struct DiskConfig {
     /// Its image: a raw file or a block device.
     pub path: PathBuf,
+    /// The operator says that it is raw, whatever it looks like.
+    pub is_raw: bool,
     /// The guest can only read it; it is not replicated then.
     pub read_only: bool,
     /// Both nodes use this very image, on storage they share; never with `read_only`.

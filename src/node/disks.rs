@@ -1,12 +1,10 @@
 //! A node's disk images: opened, checked against their stamps, and stamped as the node's part in
 //! the guest changes.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use thiserror::Error;
-
 use super::config::{DiskConfig, NodeConfig};
+pub use super::disk_error::DiskError;
 use super::inbox::{Flag, InboxSender};
 use super::shared_disks::{self, NodeImage, SharedDiskForwarder, SharedError};
 use super::stamp_writer::{StampWriter, Stamper};
@@ -16,115 +14,15 @@ use crate::checkpoint::journal::{DiskJournal, JournalListener};
 use crate::checkpoint::shared_journal::{SharedGate, SharedJournal};
 use crate::checkpoint::shared_writer::SharedWriter;
 use crate::checkpoint::snapshot::SnapshotHead;
-use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
+use crate::checkpoint::stamp::{Stamp, StampError, StampState};
 use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
+use crate::device::image_format::{self, ImageFormat};
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::machine_shape::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
 use crate::protocol::types::StorageFault;
-use crate::protocol::types::{EpochId, Generation, GuestName};
-
-/// Why a node cannot use its disks.
-#[derive(Debug, Error)]
-pub enum DiskError {
-    /// An image cannot be opened or made.
-    #[error("{0}")]
-    Image(#[from] ImageError),
-    /// A stamp cannot be read or written.
-    #[error("{0}")]
-    Stamp(#[from] StampError),
-    /// The guest must not start from this image.
-    #[error(
-        "disk image {} is not started from: {why}; start the guest where its newest image is, or insist with \
-            --force-disk and lose what is missing here", path.display()
-    )]
-    Refused {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        why: StampRefusal,
-    },
-    /// A newcomer would write over another guest's image.
-    #[error("disk image {} belongs to guest '{guest}': it would be overwritten; name another, or insist with \
-        --force-disk", path.display())]
-    OtherGuest {
-        /// The image.
-        path: PathBuf,
-        /// Its guest.
-        guest: GuestName,
-    },
-    /// The nodes disagree on how many there are.
-    #[error(
-        "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, \
-            in the primary's order"
-    )]
-    Count {
-        /// How many the primary has.
-        wanted: usize,
-        /// What is given here.
-        given: usize,
-    },
-    /// The nodes disagree on what one is.
-    #[error("disk image {} has {given} bytes, the guest's disk {wanted}: remove it to have it made anew, or resize it \
-        (truncate -s {wanted})", path.display())]
-    Size {
-        /// The image.
-        path: PathBuf,
-        /// The primary's size.
-        wanted: u64,
-        /// This one's.
-        given: u64,
-    },
-    /// The disk is read-only on one node only.
-    #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, \
-        or neither", path.display())]
-    ReadOnly {
-        /// The image.
-        path: PathBuf,
-        /// How it is here.
-        here: &'static str,
-        /// How it is there.
-        there: &'static str,
-    },
-    /// Something is wrong with shared storage.
-    #[error("{0}")]
-    Shared(#[from] SharedError),
-    /// A snapshot's disk is read-only and the image is not, or the other way round.
-    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, \
-        or without", path.display())]
-    ReadOnlySnapshot {
-        /// The image.
-        path: PathBuf,
-        /// How it is here.
-        here: &'static str,
-        /// How it is in the snapshot.
-        there: &'static str,
-    },
-    /// A snapshot's disk has another serial number.
-    #[error("disk image {} is given another serial than the snapshot's disk has: leave it out", path.display())]
-    Serial {
-        /// The image.
-        path: PathBuf,
-    },
-    /// The image is not of the snapshot's moment.
-    #[error(
-        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its \
-         stamp as `mcd snapshot save --stop` left them; with any other the guest would find its files changed under \
-         it", path.display()
-    )]
-    NotOfSnapshot {
-        /// The image.
-        path: PathBuf,
-        /// What its stamp shows.
-        is: String,
-        /// The snapshot's epoch.
-        at: EpochId,
-    },
-    /// The thread cannot be started.
-    #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
-    Thread(#[from] std::io::Error),
-}
+use crate::protocol::types::{EpochId, Generation};
 
 /// Opens the images of a guest that starts here; the shapes of its disks.
 ///
@@ -134,6 +32,7 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
     shared_disks::check_fencing(config)?;
     let (mut images, mut shapes) = (Vec::new(), Vec::new());
     for disk in &config.disks {
+        check_format(disk)?;
         let image = shared_disks::open_image(disk)?;
         let DiskConfig { read_only, shared, serial, .. } = *disk;
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
@@ -152,12 +51,27 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
 pub(crate) fn check_images_open(config: &NodeConfig) -> Result<(), DiskError> {
     shared_disks::check_fencing(config)?;
     for disk in &config.disks {
+        check_format(disk)?;
         match shared_disks::open_image(disk) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
             opened => drop(opened?),
         }
     }
     Ok(())
+}
+
+/// Refuses an image that is visibly not raw, unless the operator says that it is. Asked at a node's
+/// start only: what its guest writes to a disk later must not be able to end the node.
+fn check_format(disk: &DiskConfig) -> Result<(), DiskError> {
+    let path = || disk.path.clone();
+    match image_format::format_of(&disk.path) {
+        Ok(Some(ImageFormat::Compressed(unpack))) if !disk.is_raw => {
+            Err(DiskError::Compressed { path: path(), unpack })
+        }
+        Ok(Some(format)) if !disk.is_raw => Err(DiskError::NotRaw { path: path(), format }),
+        // Why it cannot be read is told by who opens it.
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Checks by their stamps that a guest may start from its images, and stamps those that have no

@@ -21,6 +21,7 @@ pub mod config;
 mod connections;
 mod connector;
 mod context;
+mod disk_error;
 mod disks;
 mod error;
 mod events;

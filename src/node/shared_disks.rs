@@ -185,8 +185,14 @@ mod tests {
 
     #[test]
     fn a_shared_block_device_needs_something_that_fences() {
-        let disk =
-            |shared, fenced| DiskConfig { path: "/dev/san".into(), read_only: false, shared, fenced, serial: [0; 20] };
+        let disk = |shared, fenced| DiskConfig {
+            path: "/dev/san".into(),
+            is_raw: false,
+            read_only: false,
+            shared,
+            fenced,
+            serial: [0; 20],
+        };
         let none = ArbiterConfig::None { on_peer_loss: OnPeerLoss::Continue };
         let script = ArbiterConfig::Command { script: "/etc/fence".into(), timeout: Duration::from_secs(1) };
         let check = |shared, fenced, arbiter: &ArbiterConfig, device| {

@@ -9,7 +9,7 @@ use mcd::control::status::State;
 use mcd::device::image::RawImage;
 use mcd::protocol::types::{EpochId, Generation, GuestName};
 
-use super::environment::{Environment, FAILURE, HOST, Mount, REFUSED, mount, run};
+use super::environment::{Environment, FAILURE, HOST, Mount, REFUSED, USAGE, mount, run};
 use super::process::Node;
 
 const DISK_BYTES: u64 = 8 << 20;
@@ -64,6 +64,38 @@ fn a_guest_does_not_start_from_a_missing_locked_or_partial_image() {
         node.ends_well();
         let stamp = Stamp::read(&disk).expect("a stamp").expect("there is one");
         assert_eq!((stamp.guest.as_str(), stamp.at.generation, stamp.state), ("web", Generation(2), StampState::Whole));
+    });
+}
+
+#[test]
+fn an_image_that_is_not_raw_is_refused_unless_the_operator_insists() {
+    run("disks::an_image_that_is_not_raw_is_refused_unless_the_operator_insists", |host| {
+        let start = |flags: &[&str]| Node::start(host.primary_command(flags));
+        for (name, magic, at, is) in [
+            ("a.qcow2", "QFI\u{fb}", 0, "a qcow2 image"),
+            ("a.vmdk", "KDMV", 0, "a VMDK image"),
+            ("a.vhdx", "vhdxfile", 0, "a VHDX image"),
+            ("a.vdi", "\u{7f}\u{10}\u{da}\u{be}", 0x40, "a VDI image"),
+        ] {
+            let mut bytes = vec![0; 65536];
+            let magic: Vec<u8> = magic.chars().map(|c| c as u8).collect();
+            bytes[at..at + magic.len()].copy_from_slice(&magic);
+            let path = host.path(name);
+            fs::write(&path, &bytes).expect("a file");
+            for rest in ["", ",ro", ",mode=shared"] {
+                let parts = [is, "qemu-img convert -O raw", ",format=raw"];
+                start(&[&flag(&path, rest)]).fails(USAGE, &parts);
+                host.secondary(&[&flag(&path, rest)]).fails(USAGE, &parts);
+            }
+            assert!(fs::read(&path).expect("a file") == bytes, "it was not touched");
+        }
+        // Too long or too short to be a disk: still the format is what is wrong.
+        let path = host.path("a.xz");
+        fs::write(&path, b"\xfd7zXZ\0 and so on").expect("a file");
+        start(&[&flag(&path, "")]).fails(USAGE, &["a compressed file", "unxz"]);
+        let mut node = primary(host, &[&flag(&host.path("a.qcow2"), ",format=raw")]);
+        node.quit();
+        node.ends_well();
     });
 }
 

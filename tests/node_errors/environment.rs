@@ -17,6 +17,7 @@ const SECONDARY: &str = "127.0.0.1:7411";
 
 /// Exit codes.
 pub const FAILURE: i32 = 1;
+pub const USAGE: i32 = 2;
 pub const HOST: i32 = 3;
 pub const REFUSED: i32 = 4;
 
