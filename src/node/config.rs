@@ -120,9 +120,9 @@ pub struct SecondaryStart {
 pub struct GuestAddress {
     /// Its address.
     pub ipv4: Ipv4Addr,
-    /// Bits of its network's prefix, 1 to 30.
+    /// Bits of its network's prefix, 1 to 32.
     pub prefix_len: u8,
-    /// Its gateway, in the same network, if it has one.
+    /// Its gateway, if it has one: in the same network, unless that is of one host.
     pub gateway: Option<Ipv4Addr>,
 }
 

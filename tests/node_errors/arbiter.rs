@@ -109,9 +109,7 @@ fn a_fencing_script_decides_a_takeover() {
         fence(host, "echo the switch is mute; exit 2");
         Node::start(host.primary_command(&[&who])).fails(FAILURE, &["out of reach", "the switch is mute"]);
         // The operator's own word asks no script.
-        let (mut cold, control) = host.cold_start_command();
-        cold.arg(&who);
-        let mut primary = Node::start((cold, control));
+        let mut primary = Node::start(host.cold_start_command(&[&who]));
         primary.wait_guest();
         let mut secondary = host.secondary(&[&who]);
         primary.wait_state(State::Protected);

@@ -9,9 +9,9 @@ use super::process::Node;
 fn a_missing_or_occupied_tap_ends_the_node() {
     run("host::a_missing_or_occupied_tap_ends_the_node", |host| {
         let _first = host.primary();
-        let (mut command, _) = host.primary_command(&["--listen=127.0.0.1:7501"]);
-        command.arg(format!("--control={}", host.path("other.sock").display()));
-        Node::start((command, host.path("other.sock"))).fails(HOST, &["tap tap0 is occupied", "name another tap"]);
+        let control = format!("--control={}", host.path("other.sock").display());
+        let other = host.primary_command(&["--listen=127.0.0.1:7501", &control]);
+        Node::start(other).fails(HOST, &["tap tap0 is occupied", "name another tap"]);
         host.secondary(&["--tap=tap0"]).fails(HOST, &["tap tap0 is occupied"]);
         host.secondary(&["--tap=nosuch0"]).fails(HOST, &["there is no tap nosuch0", "ip tuntap add"]);
         host.secondary(&["--tap=lo"]).fails(HOST, &["lo is not a tap"]);
@@ -67,8 +67,7 @@ fn ports_and_control_sockets_in_use_end_the_node() {
         Node::start(host.primary_command(&[])).fails(FAILURE, &["cannot listen on 127.0.0.1:7402", "in use"]);
         drop(taken);
         let _first = host.primary();
-        let (mut command, control) = host.secondary_command(&[]);
-        command.arg(format!("--control={}", host.path("p.sock").display()));
-        Node::start((command, control)).fails(FAILURE, &["control socket", "p.sock", "another process answers there"]);
+        host.secondary(&[&format!("--control={}", host.path("p.sock").display())])
+            .fails(FAILURE, &["control socket", "p.sock", "another process answers there"]);
     });
 }
