@@ -40,6 +40,7 @@ mod error;
 mod events;
 mod futex;
 mod host;
+mod host_memory;
 pub mod initial;
 pub mod memory;
 mod pause;

@@ -1,6 +1,8 @@
 //! What the host lacks: taps, devices, ports.
 
 use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 
 use super::environment::{Environment, FAILURE, HOST, Mount, PRIMARY, mount, run};
 use super::process::Node;
@@ -69,5 +71,32 @@ fn ports_and_control_sockets_in_use_end_the_node() {
         let _first = host.primary();
         host.secondary(&[&format!("--control={}", host.path("p.sock").display())])
             .fails(FAILURE, &["control socket", "p.sock", "another process answers there"]);
+    });
+}
+
+#[test]
+fn more_memory_than_the_host_or_its_control_group_has_is_refused_untouched() {
+    run("host::more_memory_than_the_host_or_its_control_group_has_is_refused_untouched", |host| {
+        Node::start(host.primary_command(&["--memory=900G"]))
+            .fails(HOST, &["921600 MiB", "the host has", "give the guest less"]);
+        // A system in which every control group may have 24 MiB, of either hierarchy.
+        let groups = host.path("groups");
+        fs::create_dir_all(groups.join("memory")).expect("a directory");
+        for limit in ["memory.max", "memory/memory.limit_in_bytes"] {
+            fs::write(groups.join(limit), "25165824\n").expect("a file");
+        }
+        let limited = |(mut command, control): (Command, PathBuf)| {
+            mount(&mut command, &[Mount::Bind(groups.clone(), "/sys/fs/cgroup".into())], None);
+            Node::start((command, control))
+        };
+        let parts = ["64 MiB", "control group /sys/fs/cgroup", "leaves 24 MiB", "memory.max"];
+        limited(host.primary_command(&["--memory=64M"])).fails(HOST, &parts);
+        let mut primary = Node::start(host.primary_command(&["--memory=64M"]));
+        primary.wait_guest();
+        limited(host.secondary_command(&[])).fails(HOST, &parts);
+        primary.assert_serves_alone();
+        // Less than that is given.
+        limited(host.primary_command(&["--memory=16M", "--guest=small", "--tap=tap1", "--listen=127.0.0.1:7501"]))
+            .wait_guest();
     });
 }
