@@ -49,10 +49,9 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             args.interval_min_us, args.interval_ms
         )));
     }
-    if args.staging_max < STAGING_MIN {
+    if let Some(staging) = args.staging_max.filter(|staging| *staging < STAGING_MIN) {
         return Err(Failure::usage(format!(
-            "--staging-max {}: too little for an epoch; give at least {STAGING_MIN}",
-            args.staging_max
+            "--staging-max {staging}: too little for an epoch; give at least {STAGING_MIN}"
         )));
     }
     if args.disk.len() > DISKS_MAX {
@@ -95,7 +94,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             CompressFlag::None => Compress::None,
             CompressFlag::Lz4 => Compress::Lz4,
         },
-        staging_bytes_max: args.staging_max.bytes,
+        staging_bytes_max: args.staging_max.map(|staging| staging.bytes),
         output_bytes_max: output_bytes(args.output_max_bytes)?,
         output_packets_max: usize::try_from(args.output_max_packets).unwrap_or(usize::MAX),
         control,

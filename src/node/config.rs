@@ -45,8 +45,8 @@ pub struct NodeConfig {
     pub stall_max: Duration,
     /// How pages are packed for the wire.
     pub compress: Compress,
-    /// Most bytes of staging memory, as a secondary.
-    pub staging_bytes_max: u64,
+    /// Most bytes of staging memory, as a secondary; `None`: what the guest needs.
+    pub staging_bytes_max: Option<u64>,
     /// Most bytes of held output, as a primary.
     pub output_bytes_max: usize,
     /// Most packets of held output, as a primary.

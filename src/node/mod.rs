@@ -161,13 +161,13 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
             guest: context.config.guest.clone(),
             cpu: context.cpu,
             features: context.features(),
-            staging_bytes_max: context.config.staging_bytes_max,
+            staging_bytes_max: context.config.staging_bytes_max.unwrap_or(u64::MAX),
             retry: RETRY,
             answer_timeout: ANSWER_TIMEOUT,
             stall_max: context.config.stall_max,
         };
-        let protocol = Secondary::new(config.clone(), me, last_conn, start_at);
-        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run()?;
+        let protocol = Secondary::new(config, me, last_conn, start_at);
+        let (end, newest_conn) = SecondaryNode::new(&context, start, protocol)?.run()?;
         last_conn = newest_conn;
         match end {
             SecondaryEnd::Promoted(promoted) => break lead(context, *promoted, me)?,

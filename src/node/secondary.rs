@@ -104,7 +104,6 @@ impl<'a> SecondaryNode<'a> {
     pub(super) fn new(
         context: &'a Context,
         start: &'a SecondaryStart,
-        config: SecondaryConfig,
         protocol: Secondary,
     ) -> Result<SecondaryNode<'a>, NodeError> {
         Ok(SecondaryNode {
@@ -112,7 +111,7 @@ impl<'a> SecondaryNode<'a> {
             start,
             protocol,
             connections: Connections::default(),
-            budget: StagingBudget::new(config.staging_bytes_max),
+            budget: context.config.staging_bytes_max.map_or_else(StagingBudget::following, StagingBudget::new),
             heartbeats: HeartbeatThread::start(context.events.clone())?,
             build_slot: Arc::default(),
             image: None,

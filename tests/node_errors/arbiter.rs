@@ -62,7 +62,7 @@ fn a_primary_is_refused_for_a_guest_on_record_elsewhere() {
     run("arbiter::a_primary_is_refused_for_a_guest_on_record_elsewhere", |host| {
         host.primary().kill();
         Node::start(host.primary_command(&[])).fails(REFUSED, &["guest 'web'", "running elsewhere", "mcd cold-start"]);
-        let mut primary = Node::start(host.cold_start_command());
+        let mut primary = Node::start(host.cold_start_command(&[]));
         primary.wait_guest();
         primary.assert_serves_alone();
         // An end in order is on record, so that the next start needs nobody's word.

@@ -9,6 +9,7 @@ use mcd::protocol::messages::{Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 
 use super::environment::{HOST, PRIMARY, REFUSED, run};
 use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
+use super::process::Node;
 
 #[test]
 fn a_secondary_ends_where_the_peer_speaks_no_mcd_or_another_version() {
@@ -45,6 +46,19 @@ fn a_secondary_ends_where_the_primary_does_not_match_its_flags() {
         let swapped = [format!("--peer={}", PRIMARY[1]), format!("--peer-heartbeat={}", PRIMARY[0])];
         host.secondary(&[&swapped[0], &swapped[1]]).fails(REFUSED, &["this is the heartbeat port"]);
         primary.assert_serves_alone();
+    });
+}
+
+#[test]
+fn a_large_guest_is_protected_without_a_word_about_staging() {
+    run("joining::a_large_guest_is_protected_without_a_word_about_staging", |host| {
+        // An epoch of it may hold more than the 512 MiB that a small guest's secondary stages.
+        let mut primary = Node::start(host.primary_command(&["--memory=544M"]));
+        primary.wait_guest();
+        host.secondary(&["--staging-max=512M"]).fails(REFUSED, &["at most 512 MiB", "--staging-max"]);
+        let mut secondary = host.secondary(&[]);
+        primary.wait_state(State::Protected);
+        secondary.wait_line("protected in g");
     });
 }
 

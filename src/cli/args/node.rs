@@ -140,9 +140,10 @@ pub(in crate::cli) struct NodeArgs {
     /// How pages are packed for the wire
     #[arg(long, value_name = "HOW", value_enum, default_value = "auto", help_heading = "Epochs")]
     pub(in crate::cli) compress: CompressFlag,
-    /// Most memory a secondary spends on epochs it has not applied yet
-    #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Epochs")]
-    pub(in crate::cli) staging_max: Size,
+    /// Most memory a secondary spends on epochs it has not applied yet [default: 512M, or one whole
+    /// epoch of the guest if that is more]
+    #[arg(long, value_name = "SIZE", help_heading = "Epochs")]
+    pub(in crate::cli) staging_max: Option<Size>,
     /// Most output held back, in bytes
     #[arg(long, value_name = "SIZE", default_value = "64M", help_heading = "Epochs")]
     pub(in crate::cli) output_max_bytes: Size,
