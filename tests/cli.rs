@@ -138,6 +138,7 @@ fn every_flag_that_makes_sense_once_is_taken_once() {
         "--on-peer-loss" => "wait",
         "--arbiter" => "file:/x",
         "--dirty" => "1,100",
+        "--cpus" => "2",
         flag if flag.contains("listen") || flag.starts_with("--peer") => "10.0.0.1:7401",
         "--memory" | "--staging-max" | "--output-max-bytes" => "64M",
         _ => "500",
