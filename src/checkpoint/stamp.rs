@@ -4,8 +4,9 @@
 //! a reader sees the old one or the new one.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -82,7 +83,9 @@ impl Stamp {
     pub fn read(image: &Path) -> Result<Option<Stamp>, StampError> {
         let path = stamp_path(image);
         let failed = |reason| StampError::Io { doing: "read", path: path.clone(), reason };
-        let file = match File::open(&path) {
+        // Neither is a link followed nor a pipe waited for.
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error)),
@@ -104,8 +107,13 @@ impl Stamp {
             let path = path.clone();
             move |reason| StampError::Io { doing, path, reason }
         };
-        // What a crash left there is overwritten.
-        let mut file = File::create(&temporary).map_err(failed("create"))?;
+        // What a crash left there goes, and no link that lies there leads anywhere.
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("create")(error)),
+            _ => {}
+        }
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).map_err(failed("create"))?;
         file.write_all(self.to_string().as_bytes()).map_err(failed("write"))?;
         file.sync_all().map_err(failed("sync"))?;
         fs::rename(&temporary, &path).map_err(failed("replace"))?;
@@ -202,6 +210,27 @@ mod tests {
         let error =
             stamp(1, StampState::Whole).write(&directory.path().join("none/disk.img")).expect_err("no directory");
         assert!(error.to_string().contains("cannot create"), "{error}");
+    }
+
+    #[test]
+    fn a_stamp_is_private_and_written_through_no_link() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let directory = tempfile::tempdir().expect("directory");
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("victim"), "precious").expect("write");
+        // What a crash left, or somebody else put there: a link, and a file that others may write.
+        symlink(path("victim"), path("disk.img.mcd.new")).expect("link");
+        stamp(7, StampState::Whole).write(&path("disk.img")).expect("write");
+        fs::write(path("disk.img.mcd.new"), "half").expect("write");
+        fs::set_permissions(path("disk.img.mcd.new"), fs::Permissions::from_mode(0o666)).expect("mode");
+        stamp(8, StampState::Whole).write(&path("disk.img")).expect("write");
+        assert_eq!(fs::read_to_string(path("victim")).expect("read"), "precious");
+        let metadata = fs::symlink_metadata(path("disk.img.mcd")).expect("a stamp");
+        assert!(metadata.is_file());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        // Nor is one read through a link.
+        symlink(path("disk.img.mcd"), path("other.img.mcd")).expect("link");
+        assert!(Stamp::read(&path("other.img")).expect_err("a link").to_string().contains("cannot read"));
     }
 
     #[test]

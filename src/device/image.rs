@@ -82,16 +82,19 @@ impl RawImage {
     /// # Errors
     /// As [`ImageError`] says.
     pub fn open(path: &Path, read_only: bool) -> Result<RawImage, ImageError> {
-        let image = RawImage::open_unlocked(path, read_only)?;
-        if shared_image::is_taken(&image.file, read_only) {
+        RawImage::open_unlocked(path, read_only)?.locked(path)
+    }
+
+    fn locked(self, path: &Path) -> Result<RawImage, ImageError> {
+        if shared_image::is_taken(&self.file, self.read_only) {
             return Err(ImageError::InUse { path: path.to_path_buf() });
         }
-        let locked = if read_only { image.file.try_lock_shared() } else { image.file.try_lock() };
+        let locked = if self.read_only { self.file.try_lock_shared() } else { self.file.try_lock() };
         locked.map_err(|error| match error {
             TryLockError::WouldBlock => ImageError::InUse { path: path.to_path_buf() },
             TryLockError::Error(reason) => ImageError::Io { path: path.to_path_buf(), reason },
         })?;
-        Ok(image)
+        Ok(self)
     }
 
     /// Opens the image at `path` without locking it.
@@ -107,27 +110,39 @@ impl RawImage {
             // For a block device this means: not while it is mounted, or part of something that is.
             options.custom_flags(libc::O_EXCL);
         }
-        let mut file = options.open(path).map_err(|reason| explain(path, reason))?;
+        let file = options.open(path).map_err(|reason| explain(path, reason))?;
+        RawImage::of_file(path, file, read_only)
+    }
+
+    fn of_file(path: &Path, mut file: File, read_only: bool) -> Result<RawImage, ImageError> {
         // A block device has no length of its own, but an end.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(|reason| ImageError::Io { path: owned(), reason })?;
+        let end = file.seek(SeekFrom::End(0));
+        let bytes = end.map_err(|reason| ImageError::Io { path: path.to_path_buf(), reason })?;
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(ImageError::Size { path: owned(), bytes });
+            return Err(ImageError::Size { path: path.to_path_buf(), bytes });
         }
         Ok(RawImage { file, bytes, read_only })
     }
 
-    /// Makes an image of `bytes` zeros at `path`, which takes no space yet, and opens and locks it.
+    /// Makes an image of `bytes` zeros at `path`, which takes no space yet, and locks it. Only its
+    /// owner may read it: it is to hold what a guest keeps private.
     ///
     /// # Errors
     /// As [`ImageError`] says; an image that is there already is not touched.
     pub fn create(path: &Path, bytes: u64) -> Result<RawImage, ImageError> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path);
-        file.and_then(|file| file.set_len(bytes)).map_err(|reason| match reason.raw_os_error() {
+        // The file that was made is the one that is used, whatever has its name by then.
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(|reason| match reason.raw_os_error() {
             // Here it is the directory that is missing.
             Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Io { path: path.to_path_buf(), reason },
             _ => explain(path, reason),
         })?;
-        RawImage::open(path, false)
+        if let Err(reason) = file.set_len(bytes) {
+            // An image without its size would be in the way of the next try.
+            let _ = std::fs::remove_file(path);
+            return Err(explain(path, reason));
+        }
+        RawImage::of_file(path, file, false)?.locked(path)
     }
 
     /// The file behind it.
@@ -291,6 +306,24 @@ mod tests {
         }
         let after = std::fs::metadata(&path).expect("metadata").blocks();
         assert!(after < before, "space was given back: {before} to {after} blocks");
+    }
+
+    #[test]
+    fn an_image_that_is_made_is_private_and_made_through_no_link() {
+        use std::os::unix::fs::symlink;
+        let directory = directory();
+        let path = directory.path().join("made");
+        drop(RawImage::create(&path, BYTES).expect("made"));
+        let metadata = std::fs::metadata(&path).expect("metadata");
+        assert_eq!((metadata.mode() & 0o777, metadata.len()), (0o600, BYTES));
+        let victim = directory.path().join("victim");
+        symlink(&victim, directory.path().join("link")).expect("link");
+        assert!(RawImage::create(&directory.path().join("link"), BYTES).is_err());
+        assert!(!victim.exists());
+        // A size that no file can have leaves nothing in the way of the next try.
+        let path = directory.path().join("huge");
+        assert!(RawImage::create(&path, u64::MAX / 2 / 512 * 512).is_err());
+        assert!(!path.exists());
     }
 
     #[test]

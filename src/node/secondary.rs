@@ -29,7 +29,7 @@ use crate::protocol::command::CommandRefused;
 use crate::protocol::messages::{Channel, Heartbeat, Message, RefuseReason, Welcome};
 use crate::protocol::peer_loss::PeerFault;
 use crate::protocol::record::Record;
-use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
+use crate::protocol::secondary::{Action, Ending, Input, Secondary};
 use crate::protocol::types::ConnId;
 use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, Instant};
