@@ -117,7 +117,8 @@ fn commands_and_flags_that_do_not_exist() {
 /// The words that a flag of a command takes, as its help shows them; and whether it may be repeated.
 fn flags_of(command: &str) -> Vec<(String, bool)> {
     let help = String::from_utf8(mcd(&[command, "--help"]).stdout).unwrap();
-    let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with("--"));
+    // The text about a flag is indented further, and may begin with another flag's name.
+    let lines = help.lines().filter_map(|line| line.strip_prefix("      ")).filter(|line| line.starts_with("--"));
     let flag = |line: &str| line.split([' ', '=']).next().map(|flag| (flag.to_owned(), line.contains('<')));
     lines.filter_map(flag).collect()
 }

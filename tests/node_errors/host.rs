@@ -96,7 +96,14 @@ fn more_memory_than_the_host_or_its_control_group_has_is_refused_untouched() {
         limited(host.secondary_command(&[])).fails(HOST, &parts);
         primary.assert_serves_alone();
         // Less than that is given.
-        limited(host.primary_command(&["--memory=16M", "--guest=small", "--tap=tap1", "--listen=127.0.0.1:7501"]))
-            .wait_guest();
+        let control = format!("--control={}", host.path("other.sock").display());
+        limited(host.primary_command(&[
+            "--memory=16M",
+            &control,
+            "--guest=small",
+            "--tap=tap1",
+            "--listen=127.0.0.1:7501",
+        ]))
+        .wait_guest();
     });
 }

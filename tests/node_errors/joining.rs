@@ -79,8 +79,8 @@ fn a_secondary_ends_at_a_final_refusal() {
 fn a_secondary_refuses_a_welcome_with_impossible_values() {
     run("joining::a_secondary_refuses_a_welcome_with_impossible_values", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let ends = |bad: Welcome, code: i32, part: &str| {
-            let mut node = host.secondary(&[]);
+        let ends_with = |flags: &[&str], bad: Welcome, code: i32, part: &str| {
+            let mut node = host.secondary(flags);
             let (mut peer, _) = fake.accept_data();
             peer.send(&Message::Welcome(bad.clone()));
             // What the host cannot do shows when the machine is built, with both connections open.
@@ -91,12 +91,14 @@ fn a_secondary_refuses_a_welcome_with_impossible_values() {
             });
             node.fails(code, &[part]);
         };
+        let ends = |bad: Welcome, code: i32, part: &str| ends_with(&[], bad, code, part);
         let welcomes = |bad: Welcome, part: &str| ends(bad, REFUSED, part);
         let shaped = |memory_bytes: u64, cpus: u8| Welcome {
             shape: MachineShape { memory_bytes, cpus, ..welcome().shape },
             ..welcome()
         };
-        welcomes(shaped(1 << 40, 1), "raise --staging-max");
+        ends_with(&["--staging-max=512M"], shaped(1 << 40, 1), REFUSED, "raise --staging-max");
+        ends(shaped(1 << 40, 1), HOST, "to have 1048576 MiB of memory");
         welcomes(shaped(u64::MAX, 1), "no machine has this shape");
         welcomes(shaped(0, 1), "no machine has this shape");
         welcomes(shaped((16 << 20) + 1, 1), "no machine has this shape");
