@@ -118,7 +118,11 @@ fn commands_and_flags_that_do_not_exist() {
 fn flags_of(command: &str) -> Vec<(String, bool)> {
     let help = String::from_utf8(mcd(&[command, "--help"]).stdout).unwrap();
     // The text about a flag is indented further, and may begin with another flag's name.
-    let lines = help.lines().filter_map(|line| line.strip_prefix("      ")).filter(|line| line.starts_with("--"));
+    let lines = help
+        .lines()
+        .take_while(|line| !line.starts_with("Example"))
+        .filter_map(|line| line.strip_prefix("      "))
+        .filter(|line| line.starts_with("--"));
     let flag = |line: &str| line.split([' ', '=']).next().map(|flag| (flag.to_owned(), line.contains('<')));
     lines.filter_map(flag).collect()
 }

@@ -141,7 +141,8 @@ mod tests {
             assert_eq!(format_of_bytes(&with(*at, bytes)), Some(*format));
             // Anywhere else, or in part, it is data.
             assert_eq!(format_of_bytes(&with(at + 1, bytes)), None, "{format:?}");
-            assert_eq!(format_of_bytes(&with(*at, &bytes[..bytes.len() - 1])), None, "{format:?}");
+            let other = [&bytes[..bytes.len() - 1], &[0xee]].concat();
+            assert_eq!(format_of_bytes(&with(*at, &other)), None, "{format:?}");
         }
         assert_eq!(format_of_bytes(&with(512, b"conectix")), Some(ImageFormat::Vhd));
     }

@@ -152,6 +152,6 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "5000\n"),
             ("sys/fs/cgroup/memory/memory.stat", "inactive_file 4000\ntotal_inactive_file 1000\n"),
         ];
-        assert_eq!(available_with(&files), (4192, Some("sys/fs/cgroup/memory/".into())));
+        assert_eq!(available_with(&files), (4192, Some("sys/fs/cgroup/memory".into())));
     }
 }
