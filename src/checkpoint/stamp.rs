@@ -33,6 +33,8 @@ pub struct Stamp {
     pub state: StampState,
     /// When the stamp was written, in seconds since 1970; for people only.
     pub written_s: u64,
+    /// The guest's disk has so many bytes and its device here more; `None`: as many as the image.
+    pub disk_bytes: Option<u64>,
     /// The snapshot that was taken as the guest stopped: the image is of its very moment.
     pub snapshot: Option<SnapshotId>,
 }
@@ -73,7 +75,7 @@ impl Stamp {
     /// A stamp that is written now.
     pub fn now(guest: &GuestName, at: EpochId, state: StampState) -> Stamp {
         let written_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Stamp { guest: guest.clone(), at, state, written_s, snapshot: None }
+        Stamp { guest: guest.clone(), at, state, written_s, disk_bytes: None, snapshot: None }
     }
 
     /// The stamp of `image`; `None` if it has none.
@@ -137,14 +139,17 @@ impl Stamp {
         let word = field("state")?;
         let state = StampState::ALL.into_iter().find(|state| state.word() == word).ok_or("its state is unknown")?;
         let written_s = number(field("written")?)?;
-        let snapshot = match lines.next() {
-            None => None,
-            Some(line) => {
-                let id = line.strip_prefix("snapshot ").and_then(SnapshotId::parse);
-                Some(id.ok_or("the line behind its last is no snapshot's")?)
+        let (mut disk_bytes, mut snapshot) = (None, None);
+        for line in lines {
+            match line.split_once(' ') {
+                Some(("bytes", bytes)) if disk_bytes.is_none() => disk_bytes = Some(number(bytes)?),
+                Some(("snapshot", id)) if snapshot.is_none() => {
+                    snapshot = Some(SnapshotId::parse(id).ok_or("the name of its snapshot is none")?);
+                }
+                _ => return Err("the line behind its last is none of a stamp's"),
             }
-        };
-        Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s, snapshot })
+        }
+        Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s, disk_bytes, snapshot })
     }
 
     /// Whether `guest` may start from the image, when `newest` is the newest generation on record,
@@ -159,12 +164,13 @@ impl Stamp {
 
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stamp { guest, at: EpochId { generation: Generation(generation), epoch }, state, written_s, snapshot } =
-            self;
+        let Stamp { guest, at, state, written_s, disk_bytes, snapshot } = self;
+        let EpochId { generation: Generation(generation), epoch } = at;
         writeln!(
             f,
             "{TITLE}\nguest {guest}\ngeneration {generation}\nepoch {epoch}\nstate {state}\nwritten {written_s}"
         )?;
+        disk_bytes.map_or(Ok(()), |bytes| writeln!(f, "bytes {bytes}"))?;
         snapshot.map_or(Ok(()), |id| writeln!(f, "snapshot {id}"))
     }
 }
@@ -175,7 +181,14 @@ mod tests {
 
     fn stamp(generation: u64, state: StampState) -> Stamp {
         let at = EpochId { generation: Generation(generation), epoch: 12 };
-        Stamp { guest: GuestName::new("web").expect("a name"), at, state, written_s: 5, snapshot: None }
+        Stamp {
+            guest: GuestName::new("web").expect("a name"),
+            at,
+            state,
+            written_s: 5,
+            disk_bytes: None,
+            snapshot: None,
+        }
     }
 
     #[test]
@@ -190,6 +203,10 @@ mod tests {
         let of_a_snapshot = Stamp { snapshot: Some(SnapshotId(77)), ..stamp(7, StampState::Whole) };
         of_a_snapshot.write(&image).expect("write");
         assert_eq!(Stamp::read(&image).expect("read"), Some(of_a_snapshot));
+        let of_a_device =
+            Stamp { disk_bytes: Some(8 << 20), snapshot: Some(SnapshotId(77)), ..stamp(7, StampState::Whole) };
+        of_a_device.write(&image).expect("write");
+        assert_eq!(Stamp::read(&image).expect("read"), Some(of_a_device));
         let names: Vec<_> = fs::read_dir(&directory).expect("list").flatten().map(|entry| entry.file_name()).collect();
         assert_eq!(names, ["disk.img.mcd"]);
         let good = stamp(7, StampState::Whole).to_string();
@@ -201,6 +218,9 @@ mod tests {
             good.replace("guest web", "guest a b"),
             good.replace("written 5\n", ""),
             good.clone() + "snapshot 12\n",
+            good.clone() + "bytes 12\nbytes 12\n",
+            good.clone() + "bytes many\n",
+            good.clone() + "colour red\n",
         ];
         for text in bad {
             fs::write(stamp_path(&image), &text).expect("write");

@@ -53,7 +53,10 @@ impl ExitStatus {
     pub(super) fn of(error: &NodeError) -> ExitStatus {
         match error {
             NodeError::Disk(
-                DiskError::Refused { .. } | DiskError::OtherGuest { .. } | DiskError::NotOfSnapshot { .. },
+                DiskError::Refused { .. }
+                | DiskError::OtherGuest { .. }
+                | DiskError::Unknown { .. }
+                | DiskError::NotOfSnapshot { .. },
             ) => ExitStatus::Refused,
             // The files named by --disk, --kernel and --initrd, or their size against --memory.
             NodeError::Disk(DiskError::NotRaw { .. } | DiskError::Compressed { .. }) => ExitStatus::Usage,

@@ -74,6 +74,8 @@ pub struct RawImage {
     file: File,
     bytes: u64,
     read_only: bool,
+    is_device: bool,
+    is_limited: bool,
 }
 
 impl RawImage {
@@ -111,7 +113,8 @@ impl RawImage {
             options.custom_flags(libc::O_EXCL);
         }
         let file = options.open(path).map_err(|reason| explain(path, reason))?;
-        RawImage::of_file(path, file, read_only)
+        let image = RawImage::of_file(path, file, read_only)?;
+        Ok(RawImage { is_device: kind.is_block_device(), ..image })
     }
 
     fn of_file(path: &Path, mut file: File, read_only: bool) -> Result<RawImage, ImageError> {
@@ -121,7 +124,7 @@ impl RawImage {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(ImageError::Size { path: path.to_path_buf(), bytes });
         }
-        Ok(RawImage { file, bytes, read_only })
+        Ok(RawImage { file, bytes, read_only, is_device: false, is_limited: false })
     }
 
     /// Makes an image of `bytes` zeros at `path`, which takes no space yet, and locks it. Only its
@@ -145,9 +148,56 @@ impl RawImage {
         RawImage::of_file(path, file, false)?.locked(path)
     }
 
+    /// True if nothing was ever written to it, as far as its ends and a file's holes show: what a
+    /// disk is used for (a partition table, a file system, a label of LVM or RAID) leaves its mark
+    /// there.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub fn is_blank(&self) -> io::Result<bool> {
+        const HEAD_BYTES: u64 = 16 << 20;
+        const TAIL_BYTES: u64 = 1 << 20;
+        let tail = self.bytes.saturating_sub(TAIL_BYTES).max(HEAD_BYTES);
+        Ok(self.is_zero(0, HEAD_BYTES.min(self.bytes))? && self.is_zero(tail, self.bytes)?)
+    }
+
+    fn is_zero(&self, from: u64, to: u64) -> io::Result<bool> {
+        let mut buffer = vec![0; ZEROS_BYTES];
+        let mut at = from;
+        while at < to {
+            let length = usize::try_from(to - at).unwrap_or(usize::MAX).min(ZEROS_BYTES);
+            let part = buffer.get_mut(..length).unwrap_or_default();
+            self.file.read_exact_at(part, at)?;
+            if part.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            at += part.len() as u64;
+        }
+        Ok(true)
+    }
+
     /// The file behind it.
     pub(super) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The same with the first `bytes` only, if it has more.
+    #[must_use]
+    pub fn limited_to(self, bytes: u64) -> RawImage {
+        match bytes < self.bytes {
+            true => RawImage { bytes, is_limited: true, ..self },
+            false => self,
+        }
+    }
+
+    /// True if there is more of it than is used.
+    pub fn is_limited(&self) -> bool {
+        self.is_limited
+    }
+
+    /// True if it is a block device, whose size its file system or volume manager decides.
+    pub fn is_device(&self) -> bool {
+        self.is_device
     }
 
     /// True if nothing can be written to it.
@@ -324,6 +374,29 @@ mod tests {
         let path = directory.path().join("huge");
         assert!(RawImage::create(&path, u64::MAX / 2 / 512 * 512).is_err());
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_blank_image_has_nothing_at_either_end() {
+        const LARGE: u64 = 64 << 20;
+        let directory = directory();
+        for (name, at, blank) in [("b", None, true), ("c", Some(1024), false), ("d", Some(LARGE - 1), false)] {
+            let path = image(&directory, name, LARGE);
+            let disk = RawImage::open(&path, false).expect("open");
+            if let Some(at) = at {
+                disk.write(at, &[1]).expect("write");
+            }
+            assert_eq!(disk.is_blank().expect("read"), blank, "{name}");
+        }
+        // What is beyond a limit is not the guest's.
+        let limited = RawImage::open(&directory.path().join("d"), false).expect("open").limited_to(LARGE - 512);
+        assert!(limited.is_limited() && limited.bytes() == LARGE - 512 && limited.is_blank().expect("read"));
+        assert!(limited.write(LARGE - 512, &[1]).is_err());
+        let small = RawImage::open(&image(&directory, "e", 512), false).expect("open").limited_to(1024);
+        assert!(!small.is_limited() && !small.is_device());
+        assert!(small.is_blank().expect("read"));
+        small.write(511, &[1]).expect("write");
+        assert!(!small.is_blank().expect("read"));
     }
 
     #[test]

@@ -57,6 +57,13 @@ pub enum DiskError {
         /// Its guest.
         guest: GuestName,
     },
+    /// A newcomer would write over something that was never one of mcd's images.
+    #[error("disk image {} has no stamp and is not empty: it would be overwritten; name another (one that is not there \
+        is made), or insist with --force-disk", path.display())]
+    Unknown {
+        /// The image.
+        path: PathBuf,
+    },
     /// The nodes disagree on how many there are.
     #[error(
         "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, \
@@ -73,6 +80,17 @@ pub enum DiskError {
         (truncate -s {wanted})", path.display())]
     Size {
         /// The image.
+        path: PathBuf,
+        /// The primary's size.
+        wanted: u64,
+        /// This one's.
+        given: u64,
+    },
+    /// A newcomer's device has no room for the guest's disk.
+    #[error("disk {} is a device of {given} bytes, and the guest's disk has {wanted}: name a device of at least that \
+        many (the rest of a larger one is not used), or a file", path.display())]
+    SmallDevice {
+        /// The device.
         path: PathBuf,
         /// The primary's size.
         wanted: u64,

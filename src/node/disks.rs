@@ -33,7 +33,12 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
     let (mut images, mut shapes) = (Vec::new(), Vec::new());
     for disk in &config.disks {
         check_format(disk)?;
-        let image = shared_disks::open_image(disk)?;
+        let disk_bytes = known_bytes(config, disk)?;
+        let image = shared_disks::open_image(disk, disk_bytes)?;
+        if image.is_limited() {
+            let (path, bytes) = (disk.path.display(), image.bytes());
+            tracing::info!(image = %path, bytes, "the guest's disk is smaller than its device, whose rest is not used");
+        }
         let DiskConfig { read_only, shared, serial, .. } = *disk;
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
         images.push(image);
@@ -44,20 +49,50 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
     Ok((images, shapes))
 }
 
-/// Checks at once what a newcomer will need later: that the images which are there can be opened.
+/// The size of the guest's disk, if the stamp beside a device says that it is smaller.
+fn known_bytes(config: &NodeConfig, disk: &DiskConfig) -> Result<Option<u64>, DiskError> {
+    if config.force_disk || disk.read_only || disk.shared {
+        return Ok(None);
+    }
+    Ok(Stamp::read(&disk.path)?.and_then(|stamp| stamp.disk_bytes))
+}
+
+/// Checks at once what a newcomer will need later: that the images which are there can be opened
+/// and may be written over.
 ///
 /// # Errors
-/// [`DiskError::Image`].
+/// [`DiskError`].
 pub(crate) fn check_images_open(config: &NodeConfig) -> Result<(), DiskError> {
     shared_disks::check_fencing(config)?;
     for disk in &config.disks {
         check_format(disk)?;
-        match shared_disks::open_image(disk) {
+        match shared_disks::open_image(disk, None) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
-            opened => drop(opened?),
+            opened => check_overwritable(config, disk, &opened?)?,
         }
     }
     Ok(())
+}
+
+/// Refuses to write over what no node of this guest has written: another guest's image, or something
+/// that was never one of mcd's.
+fn check_overwritable(config: &NodeConfig, disk: &DiskConfig, image: &NodeImage) -> Result<(), DiskError> {
+    let path = || disk.path.clone();
+    if disk.read_only || config.force_disk {
+        return Ok(());
+    }
+    match (Stamp::read(&disk.path)?, image) {
+        (Some(stamp), _) if stamp.guest != config.guest => {
+            Err(DiskError::OtherGuest { path: path(), guest: stamp.guest })
+        }
+        (None, NodeImage::Own(image)) => match image.is_blank() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(DiskError::Unknown { path: path() }),
+            Err(reason) => Err(ImageError::Io { path: path(), reason }.into()),
+        },
+        // What is shared is not written over.
+        (Some(_), _) | (None, NodeImage::Shared(_)) => Ok(()),
+    }
 }
 
 /// Refuses an image that is visibly not raw, unless the operator says that it is. Asked at a node's
@@ -177,26 +212,31 @@ pub(crate) fn open_or_create_images(
             let mode = |shared| if shared { "shared" } else { "replicated" };
             return Err(SharedError::Mode { path: path(), here: mode(disk.shared), there: mode(wanted.shared) }.into());
         }
-        if !disk.read_only
-            && !config.force_disk
-            && let Some(stamp) = Stamp::read(&disk.path)?
-            && stamp.guest != config.guest
-        {
-            return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
-        }
-        let (image, is_made) = match shared_disks::open_image(disk) {
+        let (image, is_made) = match shared_disks::open_image(disk, Some(wanted.bytes)) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
                 (NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?)), true)
             }
             opened => (opened?, false),
         };
-        if image.bytes() != wanted.bytes {
-            return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: image.bytes() });
+        if !is_made {
+            check_overwritable(config, disk, &image)?;
+        }
+        let (wanted, given) = (wanted.bytes, image.bytes());
+        if given != wanted {
+            return Err(match image_is_device(&image) {
+                true => DiskError::SmallDevice { path: path(), wanted, given },
+                false => DiskError::Size { path: path(), wanted, given },
+            });
         }
         images.push(image);
         made.push(is_made);
     }
     Ok((images, made))
+}
+
+/// True if `truncate` does not make it larger.
+fn image_is_device(image: &NodeImage) -> bool {
+    matches!(image, NodeImage::Own(image) if image.is_device())
 }
 
 /// The disks of one machine.
