@@ -108,6 +108,7 @@ fn full_status() -> NodeStatus {
         wire_bytes: 0,
         held_packets: 0,
         held_bytes: 0,
+        lost_frames: 1,
         journal_bytes: 0,
         journal_full_times: 0,
         held_disk_bytes: 0,

@@ -40,6 +40,12 @@ pub enum TapError {
     )]
     NotATap {
         /// The interface.
+    /// It is there and takes no frames.
+    #[error("tap {name} is down, so the guest would have no network: ip link set {name} up")]
+    Down {
+        /// The tap.
+        name: String,
+    },
         name: String,
     },
     /// The host has no tun driver.

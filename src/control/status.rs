@@ -206,6 +206,9 @@ pub struct NodeStatus {
     pub held_packets: u64,
     /// Bytes held now.
     pub held_bytes: u64,
+    /// Frames of the guest that the tap did not take, since the guest runs here.
+    #[serde(default)]
+    pub lost_frames: u64,
     /// Bytes written to disks that wait for their commit.
     #[serde(default)]
     pub journal_bytes: u64,
@@ -276,6 +279,9 @@ impl fmt::Display for NodeStatus {
         }
         if self.held_disk_bytes > 0 {
             writeln!(f, "held writes {} to shared disks", bytes_text(self.held_disk_bytes))?;
+        if self.lost_frames > 0 {
+            writeln!(f, "lost output {} frames that the tap did not take", self.lost_frames)?;
+        }
         }
         if let Some(resync) = &self.resync {
             writeln!(f, "resync      {resync}")?;
@@ -377,6 +383,7 @@ mod tests {
                 detect_ms: 0.5,
                 arbitrate_ms: 1.0,
                 apply_ms: 2.0,
+            lost_frames: 2,
                 restore_ms: 3.0,
                 resume_ms: 0.25,
                 first_packet_ms: None,

@@ -37,6 +37,7 @@ mod shared_disks;
 mod signals;
 mod stamp_writer;
 mod status;
+mod tap_watch;
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -101,6 +102,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let me = new_instance()?;
     let (events, inbox) = inbox();
     let gate = open_gate(&config, &events)?;
+    netbuf::check_up(&config.tap)?;
     let mut shape = start.shape.clone();
     let mut snapshot = match &start.boot {
         GuestBoot::Snapshot(path) => Some(restore::open(path, &config, &shape)?),
@@ -148,6 +150,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     let (events, inbox) = inbox();
     // An occupied tap or image is an error now, not at the takeover.
     drop(open_gate(&config, &events)?);
+    netbuf::check_up(&config.tap)?;
     disks::check_images_open(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Arc::new(Console::open(&config.console)?);

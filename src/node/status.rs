@@ -68,6 +68,9 @@ struct Shown {
     /// Whether the arbiter answered when it was last asked.
     arbiter: Reachability,
 }
+    /// Why the guest has no network here.
+    tap: Option<String>,
+    drivers: Option<Drivers>,
 
 /// A note for the readers.
 enum Note {
@@ -82,6 +85,8 @@ enum Note {
 }
 
 /// The status of one node, over all its roles.
+    Tap(Option<String>),
+    Drivers(Drivers),
 pub(crate) struct StatusStore {
     fixed: Fixed,
     shown: Mutex<Shown>,
@@ -145,6 +150,8 @@ impl StatusStore {
         {
             // Nobody has asked for a long time: this is as good a time as any.
             self.read_notes(&mut shown);
+                tap: None,
+                drivers: None,
         }
         self.notes.force_push(note);
     }
@@ -176,6 +183,8 @@ impl StatusStore {
     /// Writes down how a primary is.
     pub(crate) fn primary(
         &self,
+                Note::Tap(why) => shown.tap = why,
+                Note::Drivers(drivers) => shown.drivers = Some(drivers),
         node: &Primary,
         running: bool,
         resync: Option<Pace>,
@@ -283,7 +292,7 @@ impl StatusStore {
     /// The whole status.
     pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { snapshot, log, takeover, guest_alarm, storage, arbiter, verify: _ } = &*shown;
+        let Shown { snapshot, log, takeover, guest_alarm, storage, tap, drivers, arbiter, verify: _ } = &*shown;
         let mut alarms: Vec<String> = guest_alarm.iter().cloned().collect();
         let arbiter_lost = snapshot.arbiter_lost.as_deref().or(arbiter.why_not());
         if let Some(why) = arbiter_lost {
@@ -295,6 +304,16 @@ impl StatusStore {
                  committed or released meanwhile"
                     .into(),
             );
+    /// The guest runs here from now on.
+    pub(crate) fn guest_runs(&self, looks: Arc<DriverLooks>) {
+        self.note(Note::Drivers(Drivers { looks, since_us: clock::monotonic_us() }));
+    }
+
+    /// The tap was found to be lost, or to be there again.
+    pub(super) fn tap_noticed(&self, why: Option<String>) {
+        self.note(Note::Tap(why));
+    }
+
         }
         if let Some(why) = &snapshot.no_primary {
             alarms.push(format!("no primary to join: {why}"));
@@ -314,6 +333,13 @@ impl StatusStore {
             guest: self.fixed.guest.clone(),
             instance: snapshot.instance.map(|id| id.to_string()).unwrap_or_default(),
             generation: snapshot.at.generation.0,
+        let unused_devices = drivers.as_ref().map(|drivers| drivers.looks.unseen()).unwrap_or_default();
+        if let Some(drivers) = drivers {
+            alarms.extend(unused_alarm(&unused_devices, clock::monotonic_us().saturating_sub(drivers.since_us)));
+        }
+        if let Some(why) = tap {
+            alarms.push(format!("MC_TAP_LOST: {why}"));
+        }
             epoch: snapshot.at.epoch,
             running: snapshot.running,
             peer: snapshot.peer.map(|id| id.to_string()),
@@ -348,6 +374,9 @@ impl StatusStore {
         &self.fixed.guest
     }
 
+            lost_frames: snapshot.held.lost_frames,
+            refused_newcomers: snapshot.refused_newcomers,
+            unused_devices,
     /// The figures of committed epochs from this index of the log on.
     pub(super) fn epochs_since(&self, since: u64) -> EpochsReply {
         self.shown().log.since(since)

@@ -84,6 +84,16 @@ pub enum Event {
     },
     /// The arbiter answers again.
     ArbiterBack,
+    /// The guest's network card is joined to nothing: its frames are lost.
+    TapLost {
+        /// Why.
+        why: String,
+    },
+    /// The tap is there again.
+    TapBack {
+        /// How many frames of the guest were lost since the guest runs here.
+        lost_frames: u64,
+    },
     /// The newcomer's disks were compared with this node's.
     DisksCompared {
         /// How many blocks.
@@ -176,6 +186,8 @@ event_names! {
     Event::Stalled { .. } => "MC_STALLED",
     Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
     Event::ArbiterBack => "MC_ARBITER_BACK",
+    Event::TapLost { .. } => "MC_TAP_LOST",
+    Event::TapBack { .. } => "MC_TAP_BACK",
     Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
     Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
     Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
@@ -194,6 +206,7 @@ impl Event {
                 | Event::Protected { .. }
                 | Event::Takeover { .. }
                 | Event::ArbiterBack
+                | Event::TapBack { .. }
                 | Event::DisksCompared { .. }
                 | Event::DisksVerified { different: 0, .. }
         )
@@ -234,6 +247,13 @@ impl fmt::Display for Event {
             Event::ArbiterBack => write!(f, "arbiter answers again"),
             Event::DisksCompared { blocks, same } => {
                 write!(f, "the newcomer has {same} of {blocks} blocks of the guest's disks already")
+            Event::TapLost { why } => write!(f, "the guest's network is gone: {why}"),
+            Event::TapBack { lost_frames } => {
+                write!(
+                    f,
+                    "the guest's network is back; {lost_frames} frames of the guest were lost on this node so far"
+                )
+            }
             }
             Event::DisksVerified { blocks, different: 0 } => {
                 write!(f, "disks verified: all {blocks} blocks are equal on both nodes")

@@ -51,6 +51,11 @@ impl Environment {
         Environment { net, dir }
     }
 
+    /// Runs `ip` with these words in the network.
+    pub fn ip(&self, words: &str) {
+        self.net.ip(&[words]).expect("ip");
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

@@ -19,3 +19,4 @@ mod silent_connections;
 mod slow_prefault;
 mod snapshots;
 mod unknown_peers;
+mod taps;
