@@ -218,6 +218,12 @@ pub struct NodeStatus {
     /// Bytes of writes to shared disks that are held until their epoch is committed and written.
     #[serde(default)]
     pub held_disk_bytes: u64,
+    /// How many newcomers this primary turned away.
+    #[serde(default)]
+    pub refused_newcomers: u64,
+    /// Devices of the guest that runs here at which none of its drivers has looked.
+    #[serde(default)]
+    pub unused_devices: Vec<String>,
     /// How far a resync is, while there is one.
     pub resync: Option<ResyncProgress>,
     /// How this node became primary, if by takeover.
@@ -382,6 +388,8 @@ mod tests {
                 cause: "closed".into(),
                 detect_ms: 0.5,
                 arbitrate_ms: 1.0,
+            refused_newcomers: 3,
+            unused_devices: vec!["disk 0".into()],
                 apply_ms: 2.0,
             lost_frames: 2,
                 restore_ms: 3.0,

@@ -35,6 +35,7 @@ struct StatusSnapshot {
     held_disk_bytes: u64,
     role: Role,
     state: State,
+    refused_newcomers: u64,
     protected: bool,
     instance: Option<InstanceId>,
     at: EpochId,
@@ -126,6 +127,7 @@ impl StatusStore {
             arbiter_lost: None,
             no_primary: None,
             stuck: false,
+            refused_newcomers: 0,
             storage: None,
         };
         Arc::new(StatusStore {
@@ -215,6 +217,7 @@ impl StatusStore {
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
             stuck: node.is_stuck(),
+            refused_newcomers: node.refused_count(),
             storage: None,
         });
     }
@@ -245,6 +248,7 @@ impl StatusStore {
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
             stuck: false,
+            refused_newcomers: 0,
             storage: node.storage_fault().cloned(),
         });
     }
@@ -370,13 +374,13 @@ impl StatusStore {
     }
 
     /// The guest's name.
+            lost_frames: snapshot.held.lost_frames,
+            refused_newcomers: snapshot.refused_newcomers,
+            unused_devices,
     pub(super) fn guest(&self) -> &str {
         &self.fixed.guest
     }
 
-            lost_frames: snapshot.held.lost_frames,
-            refused_newcomers: snapshot.refused_newcomers,
-            unused_devices,
     /// The figures of committed epochs from this index of the log on.
     pub(super) fn epochs_since(&self, since: u64) -> EpochsReply {
         self.shown().log.since(since)

@@ -163,9 +163,12 @@ fn a_primary_that_does_not_answer_times_out_and_is_retried() {
 #[test]
 fn a_second_secondary_is_refused_as_busy() {
     run("joining::a_second_secondary_is_refused_as_busy", |host| {
-        let primary = host.primary();
+        host.ip("tuntap add dev tap2 mode tap");
+        host.ip("link set tap2 up");
+        let mut primary = host.primary();
         let mut secondary = host.secondary(&[]);
         primary.wait_state(State::Protected);
+        primary.wait_line("protected in g");
         // Whoever asks a secondary for the guest is sent on.
         let mut unknown_peer = Peer::connect("127.0.0.1:7411");
         unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
@@ -174,8 +177,18 @@ fn a_second_secondary_is_refused_as_busy() {
         unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
         unknown_peer.refusal(RefuseReason::Busy);
         assert!(primary.status().protected && secondary.status().protected);
+        // A real one tries again and again, at longer and longer intervals: told once, then counted.
+        let counted = primary.status().refused_newcomers;
+        let third = ["--tap=tap2", "--listen=127.0.0.1:7421", &format!("--control={}", host.path("t.sock").display())];
+        let mut third = host.secondary(&third);
+        third.wait_warning("MC_NO_PRIMARY");
+        primary.wait_status("asked again", |status| status.refused_newcomers >= counted + 4);
         secondary.terminate();
         secondary.ends_well();
-        primary.wait_state(State::Solo);
+        // What kept it waiting is over.
+        third.wait_line("protected in g");
+        let line = primary.wait_line("protected in g");
+        assert!(line.contains("INFO"), "{line}");
+        assert_eq!(primary.seen("MC_REFUSED"), 1);
     });
 }

@@ -14,7 +14,7 @@ impl Primary {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
         let Primary {
-            config, me, record, phase, candidates, peer, begun, tracking, handed_over_until, epochs, ledger,
+            config, me, record, phase, candidates, peer, refusals: _, begun, tracking, handed_over_until, epochs, ledger,
             comparison, tickets, verify, progress_at, verify_at, arbitration, guard, proven, pairing_checked,
             storage_behind, stopped_by_operator, stopped_by_full_output, snapshot, quitting, restart,
             guest_runs, pending, actions,

@@ -23,6 +23,7 @@ mod compare;
 mod digest;
 mod epochs;
 mod peer;
+mod refusals;
 mod storage;
 mod types;
 mod verdicts;
@@ -35,6 +36,7 @@ use self::capture::Begun;
 use self::commands::Pending;
 use self::epochs::Epochs;
 use self::peer::{Candidate, Peer};
+use self::refusals::Refusals;
 use super::arbitration::{ArbiterRequest, Arbitration};
 use super::block_hashes::Comparison;
 use super::event::Event;
@@ -84,6 +86,7 @@ pub struct Primary {
     /// Newcomers that have not opened their heartbeat connection yet.
     candidates: Vec<Candidate>,
     peer: Option<Peer>,
+    refusals: Refusals,
     epochs: Epochs,
     /// What the driver was asked to do with the machine and has not finished.
     begun: Option<Begun>,
@@ -132,6 +135,7 @@ impl Primary {
             phase: Phase::Solo,
             candidates: Vec::new(),
             peer: None,
+            refusals: Refusals::default(),
             epochs: Epochs::new(record.generation, now),
             begun: None,
             tracking: false,

@@ -173,6 +173,7 @@ impl Primary {
         let candidate = self.candidates.remove(at);
         self.peer = Some(Peer::new(&candidate, conn, self.config.heartbeat, now));
         self.phase = Phase::Joining;
+        self.refusals.joined();
         for other in std::mem::take(&mut self.candidates) {
             self.refuse(other.data, RefuseReason::Busy, BUSY.into());
         }
@@ -209,7 +210,9 @@ impl Primary {
 
     /// Turns a newcomer away, and says why to it and to people.
     pub(super) fn refuse(&mut self, conn: ConnId, reason: RefuseReason, detail: String) {
-        self.tell(Event::Refused { reason, detail: detail.clone() });
+        if self.refusals.add(reason, &detail) {
+            self.tell(Event::Refused { reason, detail: detail.clone() });
+        }
         self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
         self.actions.push_back(Action::Close { conn });
     }

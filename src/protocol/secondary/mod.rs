@@ -92,6 +92,8 @@ pub struct Secondary {
     whole: bool,
     cause: String,
     no_primary: Option<String>,
+    /// How often in a row the primary was busy, as far as it counts.
+    busy_times: u32,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
     /// An operator ended this node while it restored the guest: the primary it becomes has to hear
@@ -129,6 +131,7 @@ impl Secondary {
             whole: false,
             cause: String::new(),
             no_primary: None,
+            busy_times: 0,
             quitting: false,
             quit_in_takeover: false,
             actions: VecDeque::new(),
