@@ -29,6 +29,7 @@ use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::sender::Sender;
 use crate::control::status::TakeoverReport;
 use crate::machine::{GuestRam, Machine, MachineEvent};
+use crate::protocol::command::AnnounceSeries;
 use crate::protocol::messages::Channel;
 use crate::protocol::primary::{End, GuestEnd, Input, Primary};
 use crate::protocol::types::{ConnId, EpochId};
@@ -99,10 +100,11 @@ impl PrimaryNode {
         let _ = buffers.alone();
         machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
-        let announcer = Announcer::new(protocol.mac(), context.guest_ip, clock::now());
+        context.status.guest_runs(machine.driver_looks());
+        let announcer = Announcer::new(protocol.mac(), context.guest_ip, AnnounceSeries::DEFAULT, clock::now());
         // Not only after a takeover: a guest that is started anew on another host is where the
         // switches do not look for it.
-        announcer.frames().iter().for_each(|frame| buffers.output().send_now(frame));
+        announcer.frames().iter().for_each(|frame| buffers.output().send(frame));
         if let Some(mut report) = takeover {
             report.resume_ms = resume_us as f64 / 1000.0;
             context.status.takeover(report);
@@ -148,7 +150,7 @@ impl PrimaryNode {
                 return self.finish(end);
             }
             if self.announcer.take_due(clock::now()) {
-                self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
+                self.announcer.frames().iter().for_each(|frame| self.buffers.output().send(frame));
             }
             if let Some(input) = self.next_input()? {
                 self.protocol.handle(clock::now(), input);
@@ -281,6 +283,12 @@ impl PrimaryNode {
             | NodeEvent::Staged { .. }
             | NodeEvent::Background { .. } => None,
         })
+    }
+
+    /// Tells the network where the guest is, in a new series.
+    fn announce(&mut self, series: AnnounceSeries) {
+        self.announcer = Announcer::new(self.protocol.mac(), self.context.guest_ip, series, clock::now());
+        self.announcer.frames().iter().for_each(|frame| self.buffers.output().send(frame));
     }
 
     fn sender_is(&self, conn: ConnId) -> bool {

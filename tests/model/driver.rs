@@ -225,7 +225,7 @@ impl World {
             Action::Preserve { .. } | Action::HashBlocks { .. } => unreachable!("no node offers hashes"),
             // No disk here is on shared storage.
             Action::Committed { .. } | Action::WriteThrough { .. } => {}
-            Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
+            Action::Tell(_) | Action::Announce(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();

@@ -298,6 +298,8 @@ impl World {
             Action::Answer { ticket, result } => self.answered(proc, ticket, result),
             Action::Snapshot => self.write_snapshot(proc),
             Action::NoSnapshot { why } => self.no_snapshot(proc, why),
+            // A frame like the guest's own.
+            Action::Announce(_) => {}
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit(end) => {

@@ -42,6 +42,7 @@ impl PrimaryNode {
                 Action::Run(run) => self.machine.iter().for_each(|machine| machine.run(run)),
                 Action::Snapshot => self.begin_snapshot(),
                 Action::NoSnapshot { why } => self.snapshot_refused(why),
+                Action::Announce(series) => self.announce(series),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence(),
                 Action::Answer { ticket, result } => self.replies.answer(ticket, result),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use crate::protocol::block_hashes::BlockHash;
-use crate::protocol::command::{Command, CommandRefused};
+use crate::protocol::command::{AnnounceSeries, Command, CommandRefused};
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
@@ -303,6 +303,9 @@ pub enum Action {
         /// Why, in words.
         why: &'static str,
     },
+    /// Tell the network where the guest is, now and then so often. What is announced is held and
+    /// released as the guest's own output is.
+    Announce(AnnounceSeries),
     /// Ask the arbiter.
     Ask(ArbiterCall),
     /// Stop the guest for good, throw held output and held writes away, close all connections, and
