@@ -279,15 +279,18 @@ impl fmt::Display for NodeStatus {
             }
         }
         writeln!(f, "held output {} packets, {}", self.held_packets, bytes_text(self.held_bytes))?;
+        if self.lost_frames > 0 {
+            writeln!(f, "lost output {} frames that the tap did not take", self.lost_frames)?;
+        }
         if self.journal_bytes > 0 || self.journal_full_times > 0 {
             let bytes = bytes_text(self.journal_bytes);
             writeln!(f, "disk writes {bytes} wait for a commit; {} had to wait for room", self.journal_full_times)?;
         }
         if self.held_disk_bytes > 0 {
             writeln!(f, "held writes {} to shared disks", bytes_text(self.held_disk_bytes))?;
-        if self.lost_frames > 0 {
-            writeln!(f, "lost output {} frames that the tap did not take", self.lost_frames)?;
         }
+        if !self.unused_devices.is_empty() {
+            writeln!(f, "devices     no driver has looked at: {}", self.unused_devices.join(", "))?;
         }
         if let Some(resync) = &self.resync {
             writeln!(f, "resync      {resync}")?;
@@ -380,18 +383,18 @@ mod tests {
             wire_bytes: 5 << 20,
             held_packets: 2,
             held_bytes: 128,
+            lost_frames: 2,
             journal_bytes: 3 << 20,
             journal_full_times: 4,
             resync: Some(ResyncProgress::of(&[(100, 50), (0, 0), (100, 0)], Some(51_200))),
             held_disk_bytes: 4096,
+            refused_newcomers: 3,
+            unused_devices: vec!["disk 0".into()],
             takeover: Some(TakeoverReport {
                 cause: "closed".into(),
                 detect_ms: 0.5,
                 arbitrate_ms: 1.0,
-            refused_newcomers: 3,
-            unused_devices: vec!["disk 0".into()],
                 apply_ms: 2.0,
-            lost_frames: 2,
                 restore_ms: 3.0,
                 resume_ms: 0.25,
                 first_packet_ms: None,

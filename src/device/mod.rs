@@ -3,6 +3,7 @@
 
 pub mod block;
 pub mod bus;
+pub mod driver_looks;
 pub mod image;
 pub mod image_format;
 pub mod net;

@@ -10,6 +10,7 @@ use crossbeam::queue::ArrayQueue;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::arbiter_thread::Reachability;
+use super::clock;
 use super::config::{ArbiterConfig, NodeConfig};
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
@@ -17,6 +18,7 @@ use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample, EpochsReply};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
 use crate::control::verify::VerifyReport;
+use crate::device::driver_looks::DriverLooks;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::{self, Primary};
 use crate::protocol::secondary::{self, Secondary};
@@ -33,9 +35,9 @@ struct StatusSnapshot {
     held: HeldFigures,
     journal: JournalFigures,
     held_disk_bytes: u64,
+    refused_newcomers: u64,
     role: Role,
     state: State,
-    refused_newcomers: u64,
     protected: bool,
     instance: Option<InstanceId>,
     at: EpochId,
@@ -66,12 +68,12 @@ struct Shown {
     verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
-    /// Whether the arbiter answered when it was last asked.
-    arbiter: Reachability,
-}
     /// Why the guest has no network here.
     tap: Option<String>,
     drivers: Option<Drivers>,
+    /// Whether the arbiter answered when it was last asked.
+    arbiter: Reachability,
+}
 
 /// A note for the readers.
 enum Note {
@@ -83,11 +85,20 @@ enum Note {
     Verify(Box<VerifyReport>),
     Arbiter(Reachability),
     Storage(Option<String>),
-}
-
-/// The status of one node, over all its roles.
     Tap(Option<String>),
     Drivers(Drivers),
+}
+
+/// What the guest's drivers have looked at, and since when the guest runs here.
+struct Drivers {
+    looks: Arc<DriverLooks>,
+    since_us: u64,
+}
+
+/// How long a guest may take to boot before it is an alarm that no driver looked at a device.
+const BOOT_TIME_US: u64 = 60_000_000;
+
+/// The status of one node, over all its roles.
 pub(crate) struct StatusStore {
     fixed: Fixed,
     shown: Mutex<Shown>,
@@ -116,6 +127,7 @@ impl StatusStore {
             held: HeldFigures::default(),
             journal: JournalFigures::default(),
             held_disk_bytes: 0,
+            refused_newcomers: 0,
             role,
             state: if role == Role::Primary { State::Starting } else { State::Connecting },
             protected: false,
@@ -127,7 +139,6 @@ impl StatusStore {
             arbiter_lost: None,
             no_primary: None,
             stuck: false,
-            refused_newcomers: 0,
             storage: None,
         };
         Arc::new(StatusStore {
@@ -139,6 +150,8 @@ impl StatusStore {
                 guest_alarm: None,
                 verify: None,
                 storage: None,
+                tap: None,
+                drivers: None,
                 arbiter: Reachability::Reachable,
             }),
             latest: ArrayQueue::new(1),
@@ -152,8 +165,6 @@ impl StatusStore {
         {
             // Nobody has asked for a long time: this is as good a time as any.
             self.read_notes(&mut shown);
-                tap: None,
-                drivers: None,
         }
         self.notes.force_push(note);
     }
@@ -172,6 +183,8 @@ impl StatusStore {
                 Note::GuestAlarm(alarm) => shown.guest_alarm = Some(alarm),
                 Note::Arbiter(reachability) => shown.arbiter = reachability,
                 Note::Storage(trouble) => shown.storage = trouble,
+                Note::Tap(why) => shown.tap = why,
+                Note::Drivers(drivers) => shown.drivers = Some(drivers),
             }
         }
     }
@@ -185,8 +198,6 @@ impl StatusStore {
     /// Writes down how a primary is.
     pub(crate) fn primary(
         &self,
-                Note::Tap(why) => shown.tap = why,
-                Note::Drivers(drivers) => shown.drivers = Some(drivers),
         node: &Primary,
         running: bool,
         resync: Option<Pace>,
@@ -206,6 +217,7 @@ impl StatusStore {
             held,
             journal,
             held_disk_bytes,
+            refused_newcomers: node.refused_count(),
             role,
             state,
             protected: node.phase() == Phase::Protected,
@@ -217,7 +229,6 @@ impl StatusStore {
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: None,
             stuck: node.is_stuck(),
-            refused_newcomers: node.refused_count(),
             storage: None,
         });
     }
@@ -237,6 +248,7 @@ impl StatusStore {
             held: HeldFigures::default(),
             journal: JournalFigures::default(),
             held_disk_bytes: 0,
+            refused_newcomers: 0,
             role: Role::Secondary,
             state,
             protected: node.phase() == Phase::Paired,
@@ -248,7 +260,6 @@ impl StatusStore {
             arbiter_lost: node.arbiter_lost().map(str::to_owned),
             no_primary: node.no_primary().map(str::to_owned),
             stuck: false,
-            refused_newcomers: 0,
             storage: node.storage_fault().cloned(),
         });
     }
@@ -293,6 +304,16 @@ impl StatusStore {
         self.note(Note::Storage(trouble));
     }
 
+    /// The guest runs here from now on.
+    pub(crate) fn guest_runs(&self, looks: Arc<DriverLooks>) {
+        self.note(Note::Drivers(Drivers { looks, since_us: clock::monotonic_us() }));
+    }
+
+    /// The tap was found to be lost, or to be there again.
+    pub(super) fn tap_noticed(&self, why: Option<String>) {
+        self.note(Note::Tap(why));
+    }
+
     /// The whole status.
     pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
@@ -308,19 +329,16 @@ impl StatusStore {
                  committed or released meanwhile"
                     .into(),
             );
-    /// The guest runs here from now on.
-    pub(crate) fn guest_runs(&self, looks: Arc<DriverLooks>) {
-        self.note(Note::Drivers(Drivers { looks, since_us: clock::monotonic_us() }));
-    }
-
-    /// The tap was found to be lost, or to be there again.
-    pub(super) fn tap_noticed(&self, why: Option<String>) {
-        self.note(Note::Tap(why));
-    }
-
         }
         if let Some(why) = &snapshot.no_primary {
             alarms.push(format!("no primary to join: {why}"));
+        }
+        let unused_devices = drivers.as_ref().map(|drivers| drivers.looks.unseen()).unwrap_or_default();
+        if let Some(drivers) = drivers {
+            alarms.extend(unused_alarm(&unused_devices, clock::monotonic_us().saturating_sub(drivers.since_us)));
+        }
+        if let Some(why) = tap {
+            alarms.push(format!("MC_TAP_LOST: {why}"));
         }
         if let Some(why) = storage {
             alarms.push(format!("shared storage fails, so the guest's flushes wait: {why}"));
@@ -337,13 +355,6 @@ impl StatusStore {
             guest: self.fixed.guest.clone(),
             instance: snapshot.instance.map(|id| id.to_string()).unwrap_or_default(),
             generation: snapshot.at.generation.0,
-        let unused_devices = drivers.as_ref().map(|drivers| drivers.looks.unseen()).unwrap_or_default();
-        if let Some(drivers) = drivers {
-            alarms.extend(unused_alarm(&unused_devices, clock::monotonic_us().saturating_sub(drivers.since_us)));
-        }
-        if let Some(why) = tap {
-            alarms.push(format!("MC_TAP_LOST: {why}"));
-        }
             epoch: snapshot.at.epoch,
             running: snapshot.running,
             peer: snapshot.peer.map(|id| id.to_string()),
@@ -363,6 +374,9 @@ impl StatusStore {
             held_packets: snapshot.held.packets,
             held_bytes: snapshot.held.bytes,
             held_disk_bytes: snapshot.held_disk_bytes,
+            lost_frames: snapshot.held.lost_frames,
+            refused_newcomers: snapshot.refused_newcomers,
+            unused_devices,
             journal_bytes: snapshot.journal.bytes,
             journal_full_times: snapshot.journal.full_times,
             resync: snapshot.resync.as_ref().map(|Pace { parts, rate_pages_s }| {
@@ -374,9 +388,6 @@ impl StatusStore {
     }
 
     /// The guest's name.
-            lost_frames: snapshot.held.lost_frames,
-            refused_newcomers: snapshot.refused_newcomers,
-            unused_devices,
     pub(super) fn guest(&self) -> &str {
         &self.fixed.guest
     }
@@ -407,8 +418,34 @@ fn without_arbiter(state: State) -> &'static str {
     }
 }
 
+/// A guest that should have booted by now has drivers for all of its devices.
+fn unused_alarm(devices: &[String], running_us: u64) -> Option<String> {
+    let is_alarm = !devices.is_empty() && running_us >= BOOT_TIME_US;
+    is_alarm.then(|| {
+        format!(
+            "no driver of the guest has looked at its {}: its kernel needs virtio-mmio (CONFIG_VIRTIO_MMIO, or the \
+             module virtio_mmio in its initrd)",
+            devices.join(", ")
+        )
+    })
+}
+
 fn with_first_packet(mut report: TakeoverReport, first_out_us: Option<u64>) -> TakeoverReport {
     report.first_packet_monotonic_us = first_out_us;
     report.first_packet_ms = first_out_us.map(|us| us.saturating_sub(report.started_monotonic_us) as f64 / 1000.0);
     report
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_a_driver_is_an_alarm_once_the_guest_had_time_to_boot() {
+        let devices = ["network card".to_owned(), "disk 0".to_owned()];
+        assert_eq!(unused_alarm(&devices, BOOT_TIME_US - 1), None);
+        assert_eq!(unused_alarm(&[], BOOT_TIME_US), None);
+        let alarm = unused_alarm(&devices, BOOT_TIME_US).expect("an alarm");
+        assert!(alarm.contains("network card, disk 0") && alarm.contains("virtio-mmio"), "{alarm}");
+    }
 }
