@@ -306,13 +306,13 @@ impl PrimaryNode {
     }
 
     fn machine_event(&mut self, event: MachineEvent) -> Option<Input> {
-        tracing::info!(?event, "the guest's machine reports an event");
+        tracing::info!("{event}");
         match event {
             MachineEvent::Shutdown => Some(Input::GuestEnded(GuestEnd::Shutdown)),
             MachineEvent::Reset => Some(Input::GuestEnded(GuestEnd::Reset)),
-            MachineEvent::VcpuFailed { .. } => Some(Input::GuestEnded(GuestEnd::Failed(format!("{event:?}")))),
+            MachineEvent::VcpuFailed { .. } => Some(Input::GuestEnded(GuestEnd::Failed(event.to_string()))),
             MachineEvent::GuestPanic | MachineEvent::DeviceBroken { .. } => {
-                self.context.status.guest_alarm(format!("the guest is in trouble: {event:?}"));
+                self.context.status.guest_alarm(format!("the guest is in trouble: {event}"));
                 None
             }
             MachineEvent::Booted => None,

@@ -77,7 +77,7 @@ pub enum Event {
         /// For how long.
         stall: Duration,
     },
-    /// The arbiter is out of reach: held output stays held, a secondary waits.
+    /// The arbiter is out of reach. What that means depends on what the node is doing.
     ArbiterLost {
         /// Why.
         why: String,
@@ -243,10 +243,10 @@ impl fmt::Display for Event {
                     stall.as_millis()
                 )
             }
-            Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
+            Event::ArbiterLost { why } => {
+                write!(f, "arbiter out of reach: {why}; it is asked again, and `mcd status` says what waits for it")
+            }
             Event::ArbiterBack => write!(f, "arbiter answers again"),
-            Event::DisksCompared { blocks, same } => {
-                write!(f, "the newcomer has {same} of {blocks} blocks of the guest's disks already")
             Event::TapLost { why } => write!(f, "the guest's network is gone: {why}"),
             Event::TapBack { lost_frames } => {
                 write!(
@@ -254,6 +254,8 @@ impl fmt::Display for Event {
                     "the guest's network is back; {lost_frames} frames of the guest were lost on this node so far"
                 )
             }
+            Event::DisksCompared { blocks, same } => {
+                write!(f, "the newcomer has {same} of {blocks} blocks of the guest's disks already")
             }
             Event::DisksVerified { blocks, different: 0 } => {
                 write!(f, "disks verified: all {blocks} blocks are equal on both nodes")
@@ -286,5 +288,12 @@ mod tests {
             assert!(name.starts_with("MC_"), "{name}");
             assert!(!Event::NAMES[..at].contains(name), "{name}");
         }
+    }
+
+    #[test]
+    fn a_lost_arbiter_is_not_said_to_hold_output() {
+        // It is asked while nothing is held too: by a primary that runs alone, by a secondary.
+        let text = Event::ArbiterLost { why: "no quorum".into() }.to_string();
+        assert!(text.contains("out of reach: no quorum") && !text.contains("held"), "{text}");
     }
 }

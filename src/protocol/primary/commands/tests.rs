@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::super::{Action, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
-use crate::protocol::command::Command;
+use crate::protocol::command::{AnnounceSeries, Command, CommandRefused, DiskChoice};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::failure_detector::HeartbeatConfig;
 use crate::protocol::machine_shape::MachineShape;
@@ -142,5 +142,29 @@ fn a_snapshot_and_one_quit_are_not_an_operator_who_asks_twice() {
         rig.quit();
         rig.quit();
         assert!(rig.exited, "twice is twice");
+    }
+}
+
+#[test]
+fn a_fenced_node_refuses_what_only_the_node_that_runs_the_guest_can_do() {
+    let mut rig = Rig::stopped_while_deciding();
+    let (ticket, wanted) = rig.asked.take().expect("a question");
+    let theirs = rig.primary.record().next_solo(PEER);
+    assert!(wanted.is_some_and(|wanted| wanted != theirs));
+    rig.take(Input::Answer { ticket, answer: ArbiterAnswer::Record(Some(theirs)) });
+    assert_eq!(rig.primary.phase(), Phase::Fenced);
+    for command in [
+        Command::Cont,
+        Command::Stop,
+        Command::Checkpoint,
+        Command::VerifyDisks(DiskChoice::All),
+        Command::AnnounceSelf(AnnounceSeries::DEFAULT),
+    ] {
+        rig.primary.handle(Instant::from_us(0), Input::Command { ticket: 9, command });
+        let actions: Vec<_> = std::iter::from_fn(|| rig.primary.poll_action()).collect();
+        assert!(
+            matches!(actions.as_slice(), [Action::Answer { ticket: 9, result: Err(CommandRefused::Fenced) }]),
+            "{command:?}: {actions:?}"
+        );
     }
 }
