@@ -1,8 +1,8 @@
 //! `--config FILE`: a file of flags without their dashes.
 //!
-//! Every key becomes the flag of its name and is read by the same code, with the flags of the command
-//! line, which take the place of the file's. So the file can never differ from the flags in what it
-//! takes or means.
+//! Every key becomes the flag of its name and is read by the same code, with the flags of the
+//! command line, which take the place of the file's. So the file can never differ from the flags in
+//! what it takes or means.
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -1,5 +1,5 @@
-//! Which virtio devices no driver of the guest has looked at. A kernel without virtio-mmio boots, and
-//! then has neither a network nor a disk.
+//! Which virtio devices no driver of the guest has looked at. A kernel without virtio-mmio boots,
+//! and then has neither a network nor a disk.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -248,6 +248,14 @@ impl BlockBackend for RawImage {
         self.bytes
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        seek(&self.file, offset, libc::SEEK_DATA).map(|at| at.unwrap_or(self.bytes).min(self.bytes))
+    }
+
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        seek(&self.file, offset, libc::SEEK_HOLE).map(|at| at.unwrap_or(self.bytes).min(self.bytes))
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.check(offset, into.len() as u64)?;
         self.file.read_exact_at(into, offset)
@@ -269,6 +277,22 @@ impl BlockBackend for RawImage {
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<Stored> {
         let modes: &[libc::c_int] = if may_unmap { &[PUNCH_HOLE, ZERO_RANGE] } else { &[ZERO_RANGE] };
         self.make_zeros(offset, bytes, modes)
+    }
+}
+
+/// Where data or a hole begins; `None` if there is none behind `offset`. A file system that does
+/// not know holes has one piece of data, and so has a block device.
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let Ok(from) = libc::off_t::try_from(offset) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    // SAFETY: the descriptor belongs to `file` and is open; the call takes numbers only. It moves
+    // the position of the file, which nobody here uses.
+    match unsafe { libc::lseek(file.as_raw_fd(), from, whence) } {
+        at if at >= 0 => Ok(u64::try_from(at).ok()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error if is_unknown(&error) => Ok((whence == libc::SEEK_DATA).then_some(offset)),
+            error => Err(error),
+        },
     }
 }
 
@@ -397,6 +421,20 @@ mod tests {
         assert!(small.is_blank().expect("read"));
         small.write(511, &[1]).expect("write");
         assert!(!small.is_blank().expect("read"));
+    }
+
+    #[test]
+    fn holes_are_found_without_reading() {
+        let directory = directory();
+        let path = image(&directory, "sparse", 16 << 20);
+        let disk = RawImage::open(&path, false).expect("open");
+        assert_eq!(disk.next_data(0).expect("seek"), 16 << 20, "nothing was written");
+        disk.write(8 << 20, &[1; 4096]).expect("write");
+        let data = disk.next_data(4096).expect("seek");
+        assert!((1 << 20..=8 << 20).contains(&data), "{data}");
+        let hole = disk.next_hole(8 << 20).expect("seek");
+        assert!(((8 << 20) + 4096..16 << 20).contains(&hole), "{hole}");
+        assert_eq!(disk.next_data(hole).expect("seek"), 16 << 20);
     }
 
     #[test]

@@ -93,7 +93,8 @@ pub enum MemoryError {
     /// A control group of this process leaves less memory than the guest is to have.
     #[error(
         "the guest is to have {} MiB of memory and the control group {} leaves {} MiB to this node: give the guest \
-            less or raise the limit (memory.max)", wanted_bytes.div_ceil(1 << 20), group.display(), available_bytes >> 20
+            less or raise the limit (memory.max)",
+        wanted_bytes.div_ceil(1 << 20), group.display(), available_bytes >> 20
     )]
     GroupMemory {
         /// The guest's memory, in bytes.

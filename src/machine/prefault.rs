@@ -24,8 +24,9 @@ impl GuestRam {
     /// that are done, in no particular order; the highest is what counts.
     ///
     /// # Errors
-    /// [`MemoryError::HostMemory`] and [`MemoryError::GroupMemory`] if less memory is available than
-    /// the guest has: nothing was touched then; [`MemoryError::Prefault`] if the host cannot give it after all.
+    /// [`MemoryError::HostMemory`] and [`MemoryError::GroupMemory`] if less memory is available
+    /// than the guest has: nothing was touched then; [`MemoryError::Prefault`] if the host cannot
+    /// give it after all.
     pub fn prefault(&self, threads: usize, progress: impl Fn(u64) + Sync) -> Result<(), MemoryError> {
         let (wanted_bytes, available) = (self.bytes(), host_memory::available());
         match available.filter(|available| available.bytes < wanted_bytes) {

@@ -21,7 +21,8 @@ pub enum DiskError {
     Stamp(#[from] StampError),
     /// An image is in a format that is not raw.
     #[error("disk image {} is {format} and would be taken byte for byte: convert it \
-        (qemu-img convert -O raw {} {}.raw), or insist with `,format=raw`", path.display(), path.display(), path.display())]
+        (qemu-img convert -O raw {} {}.raw), or insist with `,format=raw`",
+        path.display(), path.display(), path.display())]
     NotRaw {
         /// The image.
         path: PathBuf,

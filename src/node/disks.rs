@@ -74,8 +74,8 @@ pub(crate) fn check_images_open(config: &NodeConfig) -> Result<(), DiskError> {
     Ok(())
 }
 
-/// Refuses to write over what no node of this guest has written: another guest's image, or something
-/// that was never one of mcd's.
+/// Refuses to write over what no node of this guest has written: another guest's image, or
+/// something that was never one of mcd's.
 fn check_overwritable(config: &NodeConfig, disk: &DiskConfig, image: &NodeImage) -> Result<(), DiskError> {
     let path = || disk.path.clone();
     if disk.read_only || config.force_disk {

@@ -280,6 +280,7 @@ impl<'a> SecondaryNode<'a> {
             | NodeEvent::BlocksHashed { .. }
             | NodeEvent::PeerHashes { .. }
             | NodeEvent::OwnHashes { .. }
+            | NodeEvent::Holes { .. }
             | NodeEvent::Pushed { .. } => None,
         })
     }

@@ -36,8 +36,8 @@ pub struct AnnounceSeries {
 }
 
 impl AnnounceSeries {
-    /// What a node does by itself when a guest begins to run: the first can be lost, or overtaken by
-    /// a late frame of the host that died, which turns the switches back.
+    /// What a node does by itself when a guest begins to run: the first can be lost, or overtaken
+    /// by a late frame of the host that died, which turns the switches back.
     pub const DEFAULT: AnnounceSeries = AnnounceSeries {
         initial: Duration::from_millis(50),
         max: Duration::from_millis(2000),

@@ -318,8 +318,8 @@ fn listen_once(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     // A node that restarts must get its port back while old connections linger.
     socket.set_reuse_address(true)?;
     match socket.bind(&address.into()) {
-        // At boot a network may be configured late, and an address that is moved between hosts comes
-        // when it comes: connections arrive from then on.
+        // At boot a network may be configured late, and an address that is moved between hosts
+        // comes when it comes: connections arrive from then on.
         Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
             match address {
                 SocketAddr::V4(_) => socket.set_freebind_v4(true)?,

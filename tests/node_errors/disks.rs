@@ -2,6 +2,7 @@
 //! room.
 
 use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -152,6 +153,31 @@ fn a_newcomer_does_not_write_over_what_was_never_its_guests() {
         }
         let mut node = host.secondary(&[&flag(&precious, ""), "--force-disk"]);
         node.wait_line("protected in g");
+    });
+}
+
+#[test]
+fn a_sparse_disk_of_a_tebibyte_is_filled_without_reading_its_holes() {
+    run("disks::a_sparse_disk_of_a_tebibyte_is_filled_without_reading_its_holes", |host| {
+        let (disk, made) = (host.path("p.img"), host.path("made.img"));
+        let file = File::create(&disk).expect("an image");
+        file.set_len(1 << 40).expect("room for nothing");
+        for at in [0, 1 << 30, (1 << 40) - 512] {
+            file.write_all_at(&[0xa5; 512], at).expect("written");
+        }
+        let mut primary = primary(host, &[&flag(&disk, "")]);
+        let mut node = host.secondary(&[&flag(&made, "")]);
+        node.wait_line("protected in g");
+        primary.quit();
+        primary.ends_well();
+        node.wait_status("running", |status| status.running);
+        let file = File::open(&made).expect("an image");
+        for (at, byte) in [(0, 0xa5), (512, 0), (1 << 29, 0), (1 << 30, 0xa5), ((1 << 40) - 512, 0xa5)] {
+            let mut read = [1; 512];
+            file.read_exact_at(&mut read, at).expect("read");
+            assert_eq!(read, [byte; 512], "{at}");
+        }
+        assert!(file.metadata().expect("metadata").blocks() * 512 < 1 << 20, "it has holes where the other has");
     });
 }
 

@@ -177,7 +177,8 @@ fn a_second_secondary_is_refused_as_busy() {
         unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
         unknown_peer.refusal(RefuseReason::Busy);
         assert!(primary.status().protected && secondary.status().protected);
-        // A real one tries again and again, at longer and longer intervals: told once, then counted.
+        // A real one tries again and again, at longer and longer intervals: told once, then
+        // counted.
         let counted = primary.status().refused_newcomers;
         let third = ["--tap=tap2", "--listen=127.0.0.1:7421", &format!("--control={}", host.path("t.sock").display())];
         let mut third = host.secondary(&third);

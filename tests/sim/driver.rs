@@ -282,6 +282,7 @@ impl World {
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
             Action::Preserve { run } => self.procs[proc].frozen = Some(Frozen::at_the_next_cut(run)),
             Action::HashBlocks { ticket, run, as_of } => self.ask_own_hashes(proc, Question { ticket, run, as_of }),
+            Action::FindHoles { ticket, run } => self.find_holes(proc, ticket, run),
             // The model keeps every epoch's dirty pages until the primary forgets the peer.
             Action::Committed { id } => self.procs[proc].disk.committed(id),
             Action::WriteThrough { through } => self.write_through(proc, through),

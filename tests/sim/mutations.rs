@@ -77,6 +77,7 @@ const MUTANTS: [(&str, &str); 68] = [
     ("snapshot-counts-as-quit", "a snapshot that stops its guest and one quit count as an operator who asks twice"),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
     ("different-block-taken-for-equal", "a newcomer's block that differs is taken for equal, and not pushed"),
+    ("data-taken-for-a-hole", "where a newcomer has made its disk just now, no block of it is sent"),
     ("made-image-taken-for-equal", "a newcomer's disk that was made just now is taken for the guest's"),
     ("unreadable-taken-for-equal", "blocks that a primary cannot hash are taken for equal"),
     (

@@ -31,6 +31,9 @@ impl PrimaryNode {
                 Action::HashBlocks { ticket, run, as_of } => {
                     self.block_hasher.iter().for_each(|hasher| hasher.hash_blocks(ticket, run.clone(), as_of));
                 }
+                Action::FindHoles { ticket, run } => {
+                    self.block_hasher.iter().for_each(|hasher| hasher.find_holes(ticket, run.clone()));
+                }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
                 Action::WriteThrough { through } => self.buffers.write_through(through),

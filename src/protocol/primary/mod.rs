@@ -97,6 +97,8 @@ pub struct Primary {
     ledger: Option<Ledger>,
     /// Blocks that both nodes are hashing, in a resync or for `verify`.
     comparison: Option<Box<Comparison>>,
+    /// Blocks among which holes are looked for, and the ticket of that.
+    hole_search: Option<(u64, std::ops::Range<u64>)>,
     tickets: u64,
     /// The verify under way, or the last one.
     verify: Option<Box<Verify>>,
@@ -142,6 +144,7 @@ impl Primary {
             handed_over_until: None,
             ledger: None,
             comparison: None,
+            hole_search: None,
             tickets: 0,
             verify: None,
             progress_at: now,
@@ -196,11 +199,6 @@ impl Primary {
     /// The peer, if there is one.
     pub fn peer(&self) -> Option<InstanceId> {
         self.peer.as_ref().map(|peer| peer.instance)
-    }
-
-    /// The features both this node and its peer have; none without a peer.
-    pub fn peer_features(&self) -> u64 {
-        self.peer.as_ref().map_or(0, |peer| peer.features)
     }
 
     /// What a newcomer still lacks, during a resync.
@@ -265,6 +263,7 @@ impl Primary {
             Input::Tracking { conn, result } => self.tracking(conn, result),
             Input::RunDone { run, result } => self.run_done(run, result),
             Input::Pushed => self.pushed(),
+            Input::Holes { ticket, through, holes } => self.own_holes(ticket, through, &holes),
             Input::PeerHashes { conn, first, hashes } => self.peer_hashes(conn, first, hashes),
             Input::OwnHashes { ticket, hashes } => self.own_hashes(ticket, hashes),
             Input::StorageSynced { conn } => self.storage_synced(conn),

@@ -113,6 +113,11 @@ impl Peer {
 }
 
 impl Primary {
+    /// The features both this node and its peer have; none without a peer.
+    pub fn peer_features(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.features)
+    }
+
     /// How long the newcomer may make no progress, while it builds its machine.
     pub(super) fn build_silence_max(&self) -> Option<Duration> {
         (self.phase == Phase::Joining).then_some(self.config.build_silence_max)

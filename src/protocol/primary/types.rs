@@ -193,6 +193,15 @@ pub enum Input {
     },
     /// The guest ended itself.
     GuestEnded(GuestEnd),
+    /// These are holes: what `FindHoles` asked for.
+    Holes {
+        /// The question's ticket.
+        ticket: u64,
+        /// The first block that was not looked at.
+        through: u64,
+        /// The holes before that, rising; no error: what is not known to be a hole is pushed.
+        holes: Vec<Range<u64>>,
+    },
     /// An operator wants a snapshot of the guest. Answered at once, by `Snapshot` or `NoSnapshot`.
     Snapshot {
         /// The guest is to stop for good with it.
@@ -302,6 +311,14 @@ pub enum Action {
     NoSnapshot {
         /// Why, in words.
         why: &'static str,
+    },
+    /// Find out which of these blocks are holes in this node's image of the disk, and say so with
+    /// `Holes`. None of them need be read for that.
+    FindHoles {
+        /// Goes into `Holes`.
+        ticket: u64,
+        /// The blocks, of one disk.
+        run: Range<u64>,
     },
     /// Tell the network where the guest is, now and then so often. What is announced is held and
     /// released as the guest's own output is.
