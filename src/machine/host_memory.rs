@@ -24,7 +24,7 @@ fn available_under(root: &Path) -> Option<Available> {
     let host = Available { bytes: available_in(&meminfo)?, group: None };
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let limits = groups.lines().filter_map(Hierarchy::of).flat_map(|(hierarchy, path)| hierarchy.limits(root, path));
-    Some(limits.chain([host]).min_by_key(|limit| limit.bytes)?)
+    limits.chain([host]).min_by_key(|limit| limit.bytes)
 }
 
 fn available_in(meminfo: &str) -> Option<u64> {

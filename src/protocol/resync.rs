@@ -357,7 +357,7 @@ mod tests {
         assert_eq!(ledger.next_push(100), Some(vec![0, 1, 2, 3, 5, 8]));
         ledger.pushed();
         assert_eq!(ledger.next_hole_search(), Some(10..14));
-        ledger.found_holes(&(10..14), &[11..14]);
+        ledger.found_holes(&(10..14), &[11..12, 12..14]);
         assert_eq!(ledger.next_push(100), Some(vec![10]));
         assert!(!ledger.is_done());
         ledger.pushed();

@@ -131,7 +131,9 @@ impl Primary {
         match searched.is_empty() {
             // The storage does not say.
             true => ledger.incomparable(&run),
-            false if mutant::is("data-taken-for-a-hole") => ledger.found_holes(&searched, &[searched.clone()]),
+            false if mutant::is("data-taken-for-a-hole") => {
+                ledger.found_holes(&searched, std::slice::from_ref(&searched))
+            }
             false => ledger.found_holes(&searched, holes),
         }
         self.tell_comparisons();
