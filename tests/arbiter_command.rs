@@ -135,6 +135,24 @@ fn the_script_gets_the_documented_arguments_and_environment() {
 }
 
 #[test]
+fn the_script_gets_named_variables_only() {
+    let scripts = ScriptDirectory::new();
+    let seen = scripts.path("seen");
+    let script = scripts.script(&format!("env > {}", seen.display()));
+    // The test's own environment has more: what cargo and the shell left in it.
+    assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+    assert_eq!(arbiter(&script, LONG).swap(None, &Record::first(P)).unwrap(), Swap::Won);
+    let text = fs::read_to_string(seen).unwrap();
+    let names: Vec<_> = text.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+    // The shell that runs the script adds some of its own.
+    let known =
+        |name: &&&str| name.starts_with("MCD_") || ["PATH", "HOME", "TZ", "PWD", "OLDPWD", "SHLVL", "_"].contains(name);
+    let other: Vec<_> = names.iter().filter(|name| !known(name)).collect();
+    assert!(other.is_empty(), "{other:?}");
+    assert!(names.contains(&"PATH") && names.contains(&"MCD_PEER"), "{names:?}");
+}
+
+#[test]
 fn a_script_that_cannot_be_run_is_reported_at_the_start() {
     let scripts = ScriptDirectory::new();
     let missing = scripts.path("missing");

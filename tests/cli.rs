@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 const OK: i32 = 0;
 const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
+const HOST: i32 = 3;
 
 fn mcd(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_mcd"))
@@ -33,19 +34,26 @@ fn refused(arguments: &[&str], code: i32, parts: &[&str]) {
     }
 }
 
-/// A primary with nothing wrong, but for what `more` adds.
+/// `good` without the flags that are in `more`, and `more`.
+fn with<'a>(good: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+    let name = |flag: &str| flag.split('=').next().map(str::to_owned);
+    let kept = good.iter().filter(|flag| !more.iter().any(|other| name(other) == name(flag)));
+    kept.chain(more).copied().collect()
+}
+
+/// A primary with nothing wrong, but for what `more` adds or changes.
 #[track_caller]
 fn bad_primary(more: &[&str], parts: &[&str]) {
     let good = ["primary", "--guest=web", "--tap=no-such-tap", "--guest-ip=10.0.0.2/24", "--arbiter=file:/nonexistent"];
-    refused(&[&good[..], &["--control=/nonexistent/s"], more].concat(), USAGE, parts);
+    refused(&with(&[&good[..], &["--control=/nonexistent/s"]].concat(), more), USAGE, parts);
 }
 
-/// A secondary with nothing wrong, but for what `more` adds.
+/// A secondary with nothing wrong, but for what `more` adds or changes.
 #[track_caller]
 fn bad_secondary(more: &[&str], parts: &[&str]) {
     let good =
         ["secondary", "--guest=web", "--tap=no-such-tap", "--arbiter=file:/nonexistent", "--peer=192.0.2.1:7401"];
-    refused(&[&good[..], &["--control=/nonexistent/s"], more].concat(), USAGE, parts);
+    refused(&with(&[&good[..], &["--control=/nonexistent/s"]].concat(), more), USAGE, parts);
 }
 
 /// A primary whose configuration file holds `text`.
@@ -106,6 +114,60 @@ fn commands_and_flags_that_do_not_exist() {
     refused(&["primary", "--peer=10.0.0.1:1"], USAGE, &["unexpected argument '--peer'"]);
 }
 
+/// The words that a flag of a command takes, as its help shows them; and whether it may be
+/// repeated.
+fn flags_of(command: &str) -> Vec<(String, bool)> {
+    let help = String::from_utf8(mcd(&[command, "--help"]).stdout).unwrap();
+    // The text about a flag is indented further, and may begin with another flag's name.
+    let lines = help
+        .lines()
+        .take_while(|line| !line.starts_with("Example"))
+        .filter_map(|line| line.strip_prefix("      "))
+        .filter(|line| line.starts_with("--"));
+    let flag = |line: &str| line.split([' ', '=']).next().map(|flag| (flag.to_owned(), line.contains('<')));
+    lines.filter_map(flag).collect()
+}
+
+#[test]
+fn every_flag_that_makes_sense_once_is_taken_once() {
+    let value = |flag: &str| match flag {
+        "--guest-ip" => "10.0.0.2/24",
+        "--guest-gateway" => "10.0.0.1",
+        "--mac" => "02:00:00:00:00:01",
+        "--rng" | "--commit-on-output" => "true",
+        "--cpu" => "host",
+        "--guest-clock" => "correct",
+        "--compress" => "auto",
+        "--log" => "info",
+        "--log-format" => "human",
+        "--console" => "none",
+        "--on-peer-loss" => "wait",
+        "--arbiter" => "file:/x",
+        "--dirty" => "1,100",
+        "--cpus" | "--connections" => "2",
+        flag if flag.contains("listen") || flag.starts_with("--peer") => "10.0.0.1:7401",
+        "--memory" | "--staging-max" | "--output-max-bytes" => "64M",
+        _ => "500",
+    };
+    for command in ["primary", "secondary", "cold-start", "demo", "status", "console"] {
+        let flags = flags_of(command);
+        assert!(flags.len() >= 2, "{command}: {flags:?}");
+        for (flag, has_value) in flags.iter().filter(|(flag, _)| !matches!(flag.as_str(), "--disk" | "--help")) {
+            let one = if *has_value { format!("{flag}={}", value(flag)) } else { flag.clone() };
+            refused(&[command, &one, &one], USAGE, &[flag, "cannot be used multiple times"]);
+        }
+    }
+    // A flag still wins over its key in a file, however it is written.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mcd.toml");
+    fs::write(&path, "guest = \"web\"\ntap = \"tap-of-file\"\ninterval-ms = 7\n").unwrap();
+    let path = path.to_str().unwrap();
+    let start = ["primary", "--config", path, "--tap", "t", "--interval-ms=1", "--interval-min-us=5000"];
+    refused(&start, USAGE, &["--interval-min-us 5000 is more than --interval-ms 1:"]);
+    bad_primary(&["--disk=/a", "--disk=/b", "--disk=/a,ro"], &["--disk /a is given twice"]);
+    bad_primary(&["--disk=/a,serial=b,serial=c"], &["`serial` is given twice"]);
+}
+
 #[test]
 fn what_is_missing_is_named() {
     refused(&["primary"], USAGE, &["--guest NAME is missing"]);
@@ -124,6 +186,8 @@ fn bad_values() {
     bad_primary(&["--tap=sixteen-chars-xx"], &["--tap <NAME>", "1 to 15 characters"]);
     bad_primary(&["--guest-ip=10.0.0.2"], &["--guest-ip", "write ADDRESS/BITS"]);
     bad_primary(&["--guest-ip=10.0.0.0/24"], &["10.0.0.0 is not a host's address"]);
+    bad_primary(&["--guest-ip=10.0.0.2/33"], &["1 to 32 bits"]);
+    bad_primary(&["--guest-ip=10.0.0.2/31", "--guest-gateway=10.0.0.4"], &["not in the guest's network 10.0.0.2/31"]);
     bad_primary(&["--memory=lots"], &["--memory <SIZE>", "such as 512M"]);
     bad_primary(&["--memory=1.5G"], &["write a whole number"]);
     bad_primary(&["--memory=128MB"], &["K, M, G or T"]);
@@ -155,6 +219,20 @@ fn bad_values() {
     refused(&["demo", "--rounds=0"], USAGE, &["--rounds <N>"]);
     refused(&["demo", "--memory=17000000"], USAGE, &["--memory 17000000", "whole MiB"]);
     refused(&["demo", "--dirty=5"], USAGE, &["--dirty", "PAGES,PER-SECOND"]);
+}
+
+#[test]
+fn networks_of_one_and_of_two_hosts_are_taken() {
+    let start = ["primary", "--guest=a", "--tap=no-such-tap", "--arbiter=file:/x", "--control=/nonexistent/s"];
+    for flags in [
+        &["--guest-ip=10.0.0.2/31"][..],
+        &["--guest-ip=10.0.0.2/31", "--guest-gateway=10.0.0.3"],
+        &["--guest-ip=10.0.0.2/32"],
+        &["--guest-ip=10.0.0.2/32", "--guest-gateway=169.254.1.1"],
+    ] {
+        // Nothing is wrong with the flags: what is missing is on this host.
+        refused(&[&start[..], flags].concat(), HOST, &["tap"]);
+    }
 }
 
 #[test]

@@ -108,9 +108,12 @@ fn full_status() -> NodeStatus {
         wire_bytes: 0,
         held_packets: 0,
         held_bytes: 0,
+        lost_frames: 1,
         journal_bytes: 0,
         journal_full_times: 0,
         held_disk_bytes: 0,
+        refused_newcomers: 1,
+        unused_devices: vec!["disk 0".into()],
         resync: Some(ResyncProgress {
             pages_total: 2,
             pages_left: 1,

@@ -38,6 +38,7 @@
 //! ```
 
 mod buffer;
+mod link;
 mod port;
 mod queue;
 mod tap;
@@ -47,6 +48,7 @@ pub use buffer::{
     Discarded, FRAME_BYTES_MAX, First, Limits, OutputBuffer, PushError, ReleaseError, Released, RestartError,
     SealError, Sealed,
 };
+pub use link::{LinkState, link_state};
 pub use port::{MemoryPort, PacketPort, VNET_HEADER_BYTES};
 pub use tap::{TapError, TunTapPort};
-pub use vnet_tap::VnetTapPort;
+pub use vnet_tap::{VnetTapPort, check_up};

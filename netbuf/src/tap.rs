@@ -19,11 +19,17 @@ pub enum TapError {
         /// The tap.
         name: String,
     },
-    /// This process may not open taps, or not this one.
+    /// The tap is another user's, or has no owner.
     #[error(
-        "no permission for tap {name}: run as root, or create it for this user: \
-            ip tuntap add dev {name} mode tap user $USER"
+        "tap {name} is not this user's: run as its owner or as root, or make it anew for this user: \
+            ip link del {name} && ip tuntap add dev {name} mode tap user $USER"
     )]
+    NotOwned {
+        /// The tap.
+        name: String,
+    },
+    /// This process may not open the tun driver at all.
+    #[error("no permission to open /dev/net/tun for tap {name}: run as root, or give this user the right (mode 0666)")]
     NotPermitted {
         /// The tap.
         name: String,
@@ -31,6 +37,12 @@ pub enum TapError {
     /// There is no such interface.
     #[error("there is no tap {name}: create it: ip tuntap add dev {name} mode tap && ip link set {name} up")]
     Missing {
+        /// The tap.
+        name: String,
+    },
+    /// It is there and takes no frames.
+    #[error("tap {name} is down, so the guest would have no network: ip link set {name} up")]
+    Down {
         /// The tap.
         name: String,
     },
@@ -133,7 +145,8 @@ pub(crate) fn explain(name: &str, source: io::Error) -> TapError {
     let name = name.to_owned();
     match source.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EBUSY) => TapError::Occupied { name },
-        Some(Errno::EPERM | Errno::EACCES) => TapError::NotPermitted { name },
+        Some(Errno::EPERM) => TapError::NotOwned { name },
+        Some(Errno::EACCES) => TapError::NotPermitted { name },
         Some(Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => TapError::NoDriver { name },
         Some(Errno::EINVAL) => TapError::NotATap { name },
         _ => TapError::Io { name, source },
@@ -170,8 +183,9 @@ mod tests {
     fn every_failure_says_what_to_do() {
         let error = |errno: i32| explain("tap7", io::Error::from_raw_os_error(errno)).to_string();
         assert!(error(libc::EBUSY).contains("occupied"));
-        assert!(error(libc::EPERM).contains("root"));
-        assert!(error(libc::EACCES).contains("root"));
+        // It is there, so the advice is not to create it.
+        assert!(error(libc::EPERM).contains("not this user's") && error(libc::EPERM).contains("anew for this user"));
+        assert!(error(libc::EACCES).contains("/dev/net/tun") && error(libc::EACCES).contains("root"));
         assert!(error(libc::ENOENT).contains("modprobe tun"));
         assert!(error(libc::EINVAL).contains("not a tap"));
         for errno in [libc::EBUSY, libc::EPERM, libc::ENOENT, libc::EINVAL, libc::EMFILE] {

@@ -5,6 +5,7 @@
 //! next tap, and frames between guests of one host need no checksum at all. Headers are always
 //! there; what they may say is set by the driver's agreement.
 
+use crate::link::link_state;
 use crate::port::{PacketPort, VNET_HEADER_BYTES};
 use crate::tap::{TapError, check_name, explain};
 use nix::errno::Errno;
@@ -66,6 +67,32 @@ impl VnetTapPort {
     pub fn name(&self) -> &str {
         &self.name
     }
+
+    /// The interface was deleted: takes the one that has its name now, if there is one. The
+    /// descriptor keeps its number, so whoever polls it need not know.
+    fn reattach(&self) -> Result<(), TapError> {
+        let new = VnetTapPort::open(&self.name)?;
+        if self.receives_unchecked.load(Ordering::SeqCst) {
+            new.receive_unchecked(true).map_err(|source| TapError::Io { name: self.name.clone(), source })?;
+        }
+        // SAFETY: both descriptors are open; the call closes what ours was and makes it another
+        // name of the new one, in one step.
+        let result = unsafe { libc::dup3(new.fd.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) };
+        Errno::result(result).map(drop).map_err(|errno| explain(&self.name, errno.into()))
+    }
+}
+
+/// Refuses a tap that is down: what is sent to it is lost.
+///
+/// # Errors
+/// [`TapError::Down`], and [`TapError::Missing`] if there is none.
+pub fn check_up(name: &str) -> Result<(), TapError> {
+    match link_state(name) {
+        Ok(Some(link)) if link.is_up => Ok(()),
+        Ok(Some(_)) => Err(TapError::Down { name: name.to_owned() }),
+        Ok(None) => Err(TapError::Missing { name: name.to_owned() }),
+        Err(source) => Err(TapError::Io { name: name.to_owned(), source }),
+    }
 }
 
 fn attach(name: &str) -> Result<VnetTapPort, TapError> {
@@ -96,7 +123,11 @@ impl PacketPort for VnetTapPort {
     }
 
     fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
-        Ok(nix::unistd::read(&self.fd, buf)?)
+        match nix::unistd::read(&self.fd, buf) {
+            // Whoever reads tries again after a while, so this does too.
+            Err(Errno::EBADFD) if self.reattach().is_ok() => Err(io::ErrorKind::WouldBlock.into()),
+            read => Ok(read?),
+        }
     }
 
     fn as_raw_fd(&self) -> RawFd {

@@ -217,9 +217,10 @@ impl Image {
             Unreadable(ImagePageError),
         }
         let first = run.start;
+        let reader = self.image.reader(&run);
         let hashes = hash_run(run, |index, block| match self.abort.load(Ordering::Relaxed) {
             true => Err(NoHashes::Aborted),
-            false => self.image.read(index, block).map_err(NoHashes::Unreadable),
+            false => reader.read(index, block).map_err(NoHashes::Unreadable),
         });
         match hashes {
             Ok(hashes) => (self.tell)(ApplyNews::BlocksHashed { first, hashes }),

@@ -2,6 +2,7 @@
 //! by index.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -80,6 +81,41 @@ impl GuestImage {
         }
     }
 
+    /// The blocks among `run`, of one disk, that are in holes, rising, at most `holes_max` ranges;
+    /// and the first block that was not looked at.
+    ///
+    /// # Errors
+    /// [`ImagePageError`].
+    pub fn holes(&self, run: &Range<u64>, holes_max: usize) -> Result<(Vec<Range<u64>>, u64), ImagePageError> {
+        const BLOCK: u64 = PAGE_BYTES as u64;
+        let Place::Block { disk, block } = self.place(run.start)? else { return Ok((Vec::new(), run.start)) };
+        let (image, first) = (self.disk(disk)?, run.start - block);
+        let failed = |reason| ImagePageError::Disk { disk, reason };
+        let (mut holes, mut at) = (Vec::new(), run.start);
+        while at < run.end && holes.len() < holes_max {
+            let offset = (at - first) * BLOCK;
+            let data = image.next_data(offset).map_err(failed)?;
+            // The last block of a disk may be a part of one.
+            let end = if data >= image.bytes() { run.end } else { (first + data / BLOCK).min(run.end) };
+            if end > at {
+                holes.push(at..end);
+            }
+            if end >= run.end {
+                return Ok((holes, run.end));
+            }
+            let hole = image.next_hole(data).map_err(failed)?;
+            at = (first + hole.div_ceil(BLOCK)).clamp(end + 1, run.end);
+        }
+        Ok((holes, at))
+    }
+
+    /// A way to read the blocks among `run`, of one disk, that reads none which is in a hole now.
+    pub fn reader(&self, run: &Range<u64>) -> RunReader<'_> {
+        // Storage that fails here fails where it is read, and is reported there.
+        let holes = self.holes(run, READER_HOLES_MAX).map(|(holes, _)| holes).unwrap_or_default();
+        RunReader { image: self, holes }
+    }
+
     /// A way to write pages; blocks that lie together on a disk are written together.
     pub fn writer(&self) -> ImageWriter<'_> {
         ImageWriter { image: self, disks: DiskWriter::new(&self.disks) }
@@ -99,6 +135,31 @@ impl GuestImage {
             image.flush().map_err(|reason| ImagePageError::Disk { disk, reason })?;
         }
         Ok(())
+    }
+}
+
+/// Most holes in a run that a reader knows of; more would cost more to find than to read.
+const READER_HOLES_MAX: usize = 8;
+
+/// Reads blocks of a run.
+pub struct RunReader<'a> {
+    image: &'a GuestImage,
+    holes: Vec<Range<u64>>,
+}
+
+impl RunReader<'_> {
+    /// Reads page `index`, which may be of the run or not.
+    ///
+    /// # Errors
+    /// [`ImagePageError`].
+    pub fn read(&self, index: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), ImagePageError> {
+        match self.holes.iter().any(|hole| hole.contains(&index)) {
+            true => {
+                into.fill(0);
+                Ok(())
+            }
+            false => self.image.read(index, into),
+        }
     }
 }
 

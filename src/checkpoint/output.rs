@@ -241,8 +241,9 @@ impl OutputGate {
         }
     }
 
-    /// Sends a frame of the node's own, past everything held; `frame` has no header.
-    pub fn send_now(&self, frame: &[u8]) {
+    /// Sends a frame of the node's own as if it were the guest's: it is held while these are, for
+    /// this node may not be the one that runs the guest any more. `frame` has no header.
+    pub fn send(&self, frame: &[u8]) {
         // An empty header asks for nothing.
         let with_header: Vec<u8>;
         let frame = match self.port.has_headers() {
@@ -252,21 +253,8 @@ impl OutputGate {
             }
             false => frame,
         };
-        let mut held = self.lock();
-        let held = &mut *held;
-        if held.mode != Mode::Closed {
-            self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
-        }
-    }
-
-    /// Sends a frame of the node's own if frames pass; not if they are held, for this node may not
-    /// be the one any more then.
-    pub fn send_if_passing(&self, frame: &[u8]) {
-        let mut held = self.lock();
-        let held = &mut *held;
-        if held.mode == Mode::Pass {
-            self.emit(frame, &mut held.lost_frames, &mut held.first_out_us);
-        }
+        // A buffer without room has frames of the guest, which say where it is as well.
+        let _ = self.transmit(frame);
     }
 
     /// Throws away what the network sent while nobody ran the guest here.
@@ -447,6 +435,27 @@ mod tests {
     }
 
     #[test]
+    fn frames_of_the_nodes_own_are_held_and_released_with_the_guests() {
+        let (sent, unchecked) = (Arc::new(Mutex::default()), Arc::new(Mutex::default()));
+        let port = Port { has_headers: false, sent: Arc::clone(&sent), unchecked };
+        let buffer = OutputBuffer::new(netbuf::Limits { bytes_max: 1 << 20, packets_max: 10 });
+        let gate = OutputGate::new(Box::new(port), buffer, Box::new(Deaf), || 0);
+        gate.send(&[1; 60]);
+        gate.hold();
+        gate.transmit(&[2; 60]);
+        gate.send(&[3; 60]);
+        assert_eq!((gate.open_packets(), sent.lock().len()), (2, 0));
+        gate.seal(0);
+        gate.send(&[4; 60]);
+        gate.release(0, || true);
+        assert_eq!(*sent.lock(), [[2; 60], [3; 60]]);
+        // Without a commit it never leaves.
+        gate.close();
+        gate.send(&[5; 60]);
+        assert_eq!(sent.lock().len(), 2);
+    }
+
+    #[test]
     fn headers_are_where_the_port_has_them() {
         for has_headers in [false, true] {
             let (sent, unchecked) = (Arc::new(Mutex::default()), Arc::new(Mutex::default()));
@@ -454,7 +463,7 @@ mod tests {
             let buffer = OutputBuffer::new(netbuf::Limits { bytes_max: 1 << 20, packets_max: 10 });
             let gate = OutputGate::new(Box::new(port), buffer, Box::new(Deaf), || 0);
             gate.pass();
-            gate.send_now(&[7; 60]);
+            gate.send(&[7; 60]);
             let header = vec![0; if has_headers { VNET_HEADER_BYTES } else { 0 }];
             assert_eq!(*sent.lock(), [[header, vec![7; 60]].concat()]);
             assert_eq!(gate.offloads() != Offloads::NONE, has_headers);

@@ -113,6 +113,7 @@ impl EpochReceiver {
             message => {
                 if let Message::Welcome(welcome) = &message {
                     let pages = ImageLayout::of(&welcome.shape).pages();
+                    self.budget.fit(welcome.shape.epoch_bytes_max());
                     self.stager = Some(Stager::new(self.budget.clone(), pages));
                 }
                 Ok(Received::Message(message))

@@ -1,6 +1,7 @@
 //! Staging: an epoch is collected whole and checked before anyone hears that it is committed (I2).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 use thiserror::Error;
@@ -51,6 +52,10 @@ pub enum StageError {
     Pages(#[from] PageError),
 }
 
+/// Staging memory of a node that was not told how much: more than one epoch of a small guest, so
+/// that a short delay in applying does not hold its output.
+pub const STAGING_BYTES_DEFAULT: u64 = 512 << 20;
+
 /// A whole epoch, checked.
 #[derive(Debug, Default)]
 pub struct StagedEpoch {
@@ -69,7 +74,9 @@ pub struct StagedEpoch {
 /// Staging memory: spent as frames arrive, given back as epochs are applied.
 #[derive(Debug)]
 pub struct StagingBudget {
-    bytes_max: u64,
+    /// If it follows the guest, it is raised when that is known, before anything is spent.
+    bytes_max: AtomicU64,
+    follows_guest: bool,
     spent: Mutex<Spent>,
     given_back: Condvar,
 }
@@ -83,12 +90,30 @@ struct Spent {
 impl StagingBudget {
     /// A budget of `bytes_max` bytes.
     pub fn new(bytes_max: u64) -> Arc<StagingBudget> {
-        Arc::new(StagingBudget { bytes_max, spent: Mutex::default(), given_back: Condvar::new() })
+        StagingBudget::with(bytes_max, false)
+    }
+
+    /// A budget for a guest that is not known yet: [`STAGING_BYTES_DEFAULT`], or one epoch of the
+    /// guest if that is more.
+    pub fn following() -> Arc<StagingBudget> {
+        StagingBudget::with(STAGING_BYTES_DEFAULT, true)
+    }
+
+    fn with(bytes_max: u64, follows_guest: bool) -> Arc<StagingBudget> {
+        let (spent, given_back) = (Mutex::default(), Condvar::new());
+        Arc::new(StagingBudget { bytes_max: AtomicU64::new(bytes_max), follows_guest, spent, given_back })
+    }
+
+    /// The guest is known: an epoch of it has at most so many bytes.
+    pub fn fit(&self, epoch_bytes_max: u64) {
+        if self.follows_guest {
+            self.bytes_max.store(epoch_bytes_max.max(STAGING_BYTES_DEFAULT), Ordering::Release);
+        }
     }
 
     /// The whole budget.
     pub fn bytes_max(&self) -> u64 {
-        self.bytes_max
+        self.bytes_max.load(Ordering::Acquire)
     }
 
     /// Bytes spent now.
@@ -100,11 +125,11 @@ impl StagingBudget {
     /// belongs to the caller. False if they can never fit beside what the caller holds already, or
     /// if the budget is closed.
     pub fn spend(&self, bytes: u64, own: u64) -> bool {
-        if own.saturating_add(bytes) > self.bytes_max {
+        if own.saturating_add(bytes) > self.bytes_max() {
             return false;
         }
         let mut spent = self.spent.lock();
-        while !spent.closed && spent.bytes.saturating_add(bytes) > self.bytes_max {
+        while !spent.closed && spent.bytes.saturating_add(bytes) > self.bytes_max() {
             self.given_back.wait(&mut spent);
         }
         if spent.closed {

@@ -4,8 +4,9 @@
 //! a reader sees the old one or the new one.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -32,6 +33,8 @@ pub struct Stamp {
     pub state: StampState,
     /// When the stamp was written, in seconds since 1970; for people only.
     pub written_s: u64,
+    /// The guest's disk has so many bytes and its device here more; `None`: as many as the image.
+    pub disk_bytes: Option<u64>,
     /// The snapshot that was taken as the guest stopped: the image is of its very moment.
     pub snapshot: Option<SnapshotId>,
 }
@@ -72,7 +75,7 @@ impl Stamp {
     /// A stamp that is written now.
     pub fn now(guest: &GuestName, at: EpochId, state: StampState) -> Stamp {
         let written_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Stamp { guest: guest.clone(), at, state, written_s, snapshot: None }
+        Stamp { guest: guest.clone(), at, state, written_s, disk_bytes: None, snapshot: None }
     }
 
     /// The stamp of `image`; `None` if it has none.
@@ -82,7 +85,9 @@ impl Stamp {
     pub fn read(image: &Path) -> Result<Option<Stamp>, StampError> {
         let path = stamp_path(image);
         let failed = |reason| StampError::Io { doing: "read", path: path.clone(), reason };
-        let file = match File::open(&path) {
+        // Neither is a link followed nor a pipe waited for.
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error)),
@@ -104,8 +109,13 @@ impl Stamp {
             let path = path.clone();
             move |reason| StampError::Io { doing, path, reason }
         };
-        // What a crash left there is overwritten.
-        let mut file = File::create(&temporary).map_err(failed("create"))?;
+        // What a crash left there goes, and no link that lies there leads anywhere.
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("create")(error)),
+            _ => {}
+        }
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).map_err(failed("create"))?;
         file.write_all(self.to_string().as_bytes()).map_err(failed("write"))?;
         file.sync_all().map_err(failed("sync"))?;
         fs::rename(&temporary, &path).map_err(failed("replace"))?;
@@ -129,14 +139,17 @@ impl Stamp {
         let word = field("state")?;
         let state = StampState::ALL.into_iter().find(|state| state.word() == word).ok_or("its state is unknown")?;
         let written_s = number(field("written")?)?;
-        let snapshot = match lines.next() {
-            None => None,
-            Some(line) => {
-                let id = line.strip_prefix("snapshot ").and_then(SnapshotId::parse);
-                Some(id.ok_or("the line behind its last is no snapshot's")?)
+        let (mut disk_bytes, mut snapshot) = (None, None);
+        for line in lines {
+            match line.split_once(' ') {
+                Some(("bytes", bytes)) if disk_bytes.is_none() => disk_bytes = Some(number(bytes)?),
+                Some(("snapshot", id)) if snapshot.is_none() => {
+                    snapshot = Some(SnapshotId::parse(id).ok_or("the name of its snapshot is none")?);
+                }
+                _ => return Err("the line behind its last is none of a stamp's"),
             }
-        };
-        Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s, snapshot })
+        }
+        Ok(Stamp { guest, at: EpochId { generation, epoch }, state, written_s, disk_bytes, snapshot })
     }
 
     /// Whether `guest` may start from the image, when `newest` is the newest generation on record,
@@ -151,12 +164,13 @@ impl Stamp {
 
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stamp { guest, at: EpochId { generation: Generation(generation), epoch }, state, written_s, snapshot } =
-            self;
+        let Stamp { guest, at, state, written_s, disk_bytes, snapshot } = self;
+        let EpochId { generation: Generation(generation), epoch } = at;
         writeln!(
             f,
             "{TITLE}\nguest {guest}\ngeneration {generation}\nepoch {epoch}\nstate {state}\nwritten {written_s}"
         )?;
+        disk_bytes.map_or(Ok(()), |bytes| writeln!(f, "bytes {bytes}"))?;
         snapshot.map_or(Ok(()), |id| writeln!(f, "snapshot {id}"))
     }
 }
@@ -167,7 +181,14 @@ mod tests {
 
     fn stamp(generation: u64, state: StampState) -> Stamp {
         let at = EpochId { generation: Generation(generation), epoch: 12 };
-        Stamp { guest: GuestName::new("web").expect("a name"), at, state, written_s: 5, snapshot: None }
+        Stamp {
+            guest: GuestName::new("web").expect("a name"),
+            at,
+            state,
+            written_s: 5,
+            disk_bytes: None,
+            snapshot: None,
+        }
     }
 
     #[test]
@@ -182,6 +203,10 @@ mod tests {
         let of_a_snapshot = Stamp { snapshot: Some(SnapshotId(77)), ..stamp(7, StampState::Whole) };
         of_a_snapshot.write(&image).expect("write");
         assert_eq!(Stamp::read(&image).expect("read"), Some(of_a_snapshot));
+        let of_a_device =
+            Stamp { disk_bytes: Some(8 << 20), snapshot: Some(SnapshotId(77)), ..stamp(7, StampState::Whole) };
+        of_a_device.write(&image).expect("write");
+        assert_eq!(Stamp::read(&image).expect("read"), Some(of_a_device));
         let names: Vec<_> = fs::read_dir(&directory).expect("list").flatten().map(|entry| entry.file_name()).collect();
         assert_eq!(names, ["disk.img.mcd"]);
         let good = stamp(7, StampState::Whole).to_string();
@@ -193,6 +218,9 @@ mod tests {
             good.replace("guest web", "guest a b"),
             good.replace("written 5\n", ""),
             good.clone() + "snapshot 12\n",
+            good.clone() + "bytes 12\nbytes 12\n",
+            good.clone() + "bytes many\n",
+            good.clone() + "colour red\n",
         ];
         for text in bad {
             fs::write(stamp_path(&image), &text).expect("write");
@@ -202,6 +230,27 @@ mod tests {
         let error =
             stamp(1, StampState::Whole).write(&directory.path().join("none/disk.img")).expect_err("no directory");
         assert!(error.to_string().contains("cannot create"), "{error}");
+    }
+
+    #[test]
+    fn a_stamp_is_private_and_written_through_no_link() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let directory = tempfile::tempdir().expect("directory");
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("victim"), "precious").expect("write");
+        // What a crash left, or somebody else put there: a link, and a file that others may write.
+        symlink(path("victim"), path("disk.img.mcd.new")).expect("link");
+        stamp(7, StampState::Whole).write(&path("disk.img")).expect("write");
+        fs::write(path("disk.img.mcd.new"), "half").expect("write");
+        fs::set_permissions(path("disk.img.mcd.new"), fs::Permissions::from_mode(0o666)).expect("mode");
+        stamp(8, StampState::Whole).write(&path("disk.img")).expect("write");
+        assert_eq!(fs::read_to_string(path("victim")).expect("read"), "precious");
+        let metadata = fs::symlink_metadata(path("disk.img.mcd")).expect("a stamp");
+        assert!(metadata.is_file());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        // Nor is one read through a link.
+        symlink(path("disk.img.mcd"), path("other.img.mcd")).expect("link");
+        assert!(Stamp::read(&path("other.img")).expect_err("a link").to_string().contains("cannot read"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::arbiter;
 use super::args::{CompressFlag, CpuFlag, GuestClockFlag, MachineArgs, NodeArgs, SecondaryArgs};
 use super::exit::Failure;
-use super::values::{Cidr, ConsoleFlag, Mac, Size};
+use super::values::{Cidr, ConsoleFlag, Disk, Mac, Size};
 use crate::arbiter::ArbiterSpec;
 use crate::checkpoint::snapshot::SnapshotHead;
 use crate::control::console::ConsoleTo;
@@ -49,10 +49,9 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             args.interval_min_us, args.interval_ms
         )));
     }
-    if args.staging_max < STAGING_MIN {
+    if let Some(staging) = args.staging_max.filter(|staging| *staging < STAGING_MIN) {
         return Err(Failure::usage(format!(
-            "--staging-max {}: too little for an epoch; give at least {STAGING_MIN}",
-            args.staging_max
+            "--staging-max {staging}: too little for an epoch; give at least {STAGING_MIN}"
         )));
     }
     if args.disk.len() > DISKS_MAX {
@@ -61,6 +60,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             args.disk.len()
         )));
     }
+    twice(&args.disk)?;
     let control = match &args.control {
         Some(path) => path.clone(),
         None => default_control(&guest)?,
@@ -94,7 +94,7 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
             CompressFlag::None => Compress::None,
             CompressFlag::Lz4 => Compress::Lz4,
         },
-        staging_bytes_max: args.staging_max.bytes,
+        staging_bytes_max: args.staging_max.map(|staging| staging.bytes),
         output_bytes_max: output_bytes(args.output_max_bytes)?,
         output_packets_max: usize::try_from(args.output_max_packets).unwrap_or(usize::MAX),
         control,
@@ -102,6 +102,21 @@ pub(super) fn node(args: &NodeArgs) -> Result<NodeConfig, Failure> {
         force_disk: args.force_disk,
         console,
     })
+}
+
+/// Refuses an image that is named twice, which one disk would then find locked by another. What
+/// nobody writes may well be two disks.
+fn twice(disks: &[Disk]) -> Result<(), Failure> {
+    let configs: Vec<_> = disks.iter().map(Disk::config).collect();
+    let mut pairs =
+        configs.iter().enumerate().flat_map(|(at, one)| configs.iter().skip(at + 1).map(move |two| (one, two)));
+    match pairs.find(|(one, two)| one.path == two.path && !(one.read_only && two.read_only)) {
+        Some((one, _)) => Err(Failure::usage(format!(
+            "--disk {} is given twice: each disk of the guest has an image of its own; name another",
+            one.path.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// What a primary needs besides.
@@ -224,7 +239,8 @@ fn guest_address(ip: Cidr, gateway: Option<Ipv4Addr>) -> Result<GuestAddress, Fa
         Some(gateway) if gateway == ipv4 => {
             Err(Failure::usage(format!("--guest-gateway {gateway} is the guest's own address; give the router's")))
         }
-        Some(gateway) if !ip.has_host(gateway) => Err(Failure::usage(format!(
+        // The gateway of a network of one host is outside of it, on the same link.
+        Some(gateway) if !ip.has_host(gateway) && prefix_len < 32 => Err(Failure::usage(format!(
             "--guest-gateway {gateway} is not in the guest's network {ipv4}/{prefix_len}; give a router that is"
         ))),
         gateway => Ok(GuestAddress { ipv4, prefix_len, gateway }),

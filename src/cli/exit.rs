@@ -53,10 +53,14 @@ impl ExitStatus {
     pub(super) fn of(error: &NodeError) -> ExitStatus {
         match error {
             NodeError::Disk(
-                DiskError::Refused { .. } | DiskError::OtherGuest { .. } | DiskError::NotOfSnapshot { .. },
+                DiskError::Refused { .. }
+                | DiskError::OtherGuest { .. }
+                | DiskError::Unknown { .. }
+                | DiskError::NotOfSnapshot { .. },
             ) => ExitStatus::Refused,
+            // The files named by --disk, --kernel and --initrd, or their size against --memory.
+            NodeError::Disk(DiskError::NotRaw { .. } | DiskError::Compressed { .. }) => ExitStatus::Usage,
             NodeError::Disk(_) => ExitStatus::Host,
-            // The files named by --kernel and --initrd, or their size against --memory.
             NodeError::Machine(MachineError::Boot(BootError::Linux(_))) => ExitStatus::Usage,
             NodeError::Machine(MachineError::Boot(_)) => ExitStatus::Failure,
             NodeError::Machine(_) | NodeError::Tap(_) | NodeError::NoMachine(_) | NodeError::Thread(_) => {

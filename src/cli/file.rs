@@ -1,8 +1,8 @@
 //! `--config FILE`: a file of flags without their dashes.
 //!
-//! Every key becomes the flag of its name and is read by the same code, before the flags of the
-//! command line, of which the last one wins. So the file can never differ from the flags in what it
-//! takes or means.
+//! Every key becomes the flag of its name and is read by the same code, with the flags of the
+//! command line, which take the place of the file's. So the file can never differ from the flags in
+//! what it takes or means.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -105,8 +105,8 @@ fn is_repeated(mcd: &Command, name: &str, key: &str) -> bool {
     arguments.any(|arg| arg.get_long() == Some(key) && matches!(arg.get_action(), ArgAction::Append))
 }
 
-/// Takes out of the file's flags those that may be repeated and are given on the command line too:
-/// that one wins, it does not add.
+/// Takes out of the file's flags those that are given on the command line too: these win, they do
+/// not add. `given` are the flags as they were typed.
 pub(super) fn without_overridden(
     mut flags: Vec<OsString>,
     mcd: &Command,
@@ -119,7 +119,6 @@ pub(super) fn without_overridden(
     };
     for argument in mcd.find_subcommand(name).into_iter().flat_map(Command::get_arguments) {
         if let Some(key) = argument.get_long()
-            && matches!(argument.get_action(), ArgAction::Append)
             && given.iter().any(|flag| is_key(flag, key))
         {
             flags.retain(|flag| !is_key(flag, key));

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::args::StatusArgs;
 use super::config;
 use super::exit::Failure;
-use crate::control::{Client, ClientError};
+use crate::control::{Client, ClientError, is_listening};
 
 /// Asks and prints.
 pub(super) fn run(args: &StatusArgs) -> Result<(), Failure> {
@@ -44,7 +44,22 @@ fn only_socket() -> Result<PathBuf, Failure> {
     let ask = "give --guest NAME or --control PATH";
     let directory = config::control_directory()
         .ok_or_else(|| Failure::usage(format!("which node? {ask} (XDG_RUNTIME_DIR is not set)")))?;
-    match control_sockets(&directory).as_slice() {
+    the_one_in(&directory)
+}
+
+/// The one control socket in a directory at which a node listens.
+fn the_one_in(directory: &Path) -> Result<PathBuf, Failure> {
+    let ask = "give --guest NAME or --control PATH";
+    let (alive, dead): (Vec<_>, Vec<_>) = control_sockets(directory).into_iter().partition(|path| is_listening(path));
+    match alive.as_slice() {
+        [] if !dead.is_empty() => {
+            let names: Vec<_> = dead.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
+            Err(Failure::run(format!(
+                "no node runs: the control sockets in {} were left by nodes that died ({}); see their logs, or {ask}",
+                directory.display(),
+                names.join(", ")
+            )))
+        }
         [] => Err(Failure::run(format!("no node has its control socket in {}; {ask}", directory.display()))),
         [path] => Ok(path.clone()),
         several => {
@@ -82,5 +97,25 @@ mod tests {
         let _listeners = sockets.map(|path| UnixListener::bind(path).expect("listen"));
         fs::write(directory.path().join("old.sock"), "no socket").expect("write");
         assert_eq!(control_sockets(directory.path()), [control]);
+    }
+
+    #[test]
+    fn a_guest_whose_node_died_is_not_offered() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = |name: &str| directory.path().join(format!("{name}.sock"));
+        // Bound and never listened on: what a process that was killed leaves.
+        let dead = |name: &str| {
+            let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("socket");
+            socket.bind(&socket2::SockAddr::unix(path(name)).expect("path")).expect("bind");
+        };
+        let text = |directory: &Path| the_one_in(directory).expect_err("none").line;
+        assert!(text(directory.path()).contains("no node has its control socket in"));
+        dead("old");
+        let line = text(directory.path());
+        assert!(line.contains("no node runs") && line.contains("(old)") && !line.contains("which of"), "{line}");
+        let _web = UnixListener::bind(path("web")).expect("listen");
+        assert_eq!(the_one_in(directory.path()).ok(), Some(path("web")));
+        let _mail = UnixListener::bind(path("mail")).expect("listen");
+        assert!(text(directory.path()).contains("which of mail, web?"));
     }
 }

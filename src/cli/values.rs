@@ -109,10 +109,13 @@ impl Cidr {
         u32::MAX.checked_shl(32 - u32::from(self.prefix_len)).unwrap_or(0)
     }
 
-    /// Whether an address can be that of a host in this network.
+    /// Whether an address can be that of a host in this network. One of 31 bits has two hosts and
+    /// neither a number nor a broadcast of its own (RFC 3021); one of 32 bits is its only host.
     pub(super) fn has_host(self, ipv4: Ipv4Addr) -> bool {
         let (mask, bits) = (self.mask(), ipv4.to_bits());
-        bits & mask == self.ipv4.to_bits() & mask && bits & !mask != 0 && bits & !mask != !mask
+        let is_inside = bits & mask == self.ipv4.to_bits() & mask;
+        let is_reserved = self.prefix_len <= 30 && (bits & !mask == 0 || bits & !mask == !mask);
+        is_inside && !is_reserved
     }
 }
 
@@ -123,8 +126,8 @@ impl FromStr for Cidr {
         let shape = || "write ADDRESS/BITS, such as 10.0.0.2/24".to_owned();
         let (ipv4, bits) = text.split_once('/').ok_or_else(shape)?;
         let cidr = Cidr { ipv4: ipv4.parse().map_err(|_| shape())?, prefix_len: bits.parse().map_err(|_| shape())? };
-        if !(1..=30).contains(&cidr.prefix_len) {
-            return Err("the network's prefix has 1 to 30 bits".to_owned());
+        if !(1..=32).contains(&cidr.prefix_len) {
+            return Err("the network's prefix has 1 to 32 bits".to_owned());
         }
         let ipv4 = cidr.ipv4;
         if ipv4.is_unspecified() || ipv4.is_loopback() || ipv4.is_multicast() || ipv4.is_broadcast() {
@@ -158,12 +161,13 @@ impl FromStr for DirtyLoad {
 }
 
 /// How a disk is written.
-const DISK_FORM: &str = "write PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]";
+const DISK_FORM: &str = "write PATH[,ro|,mode=shared[,fenced]][,format=raw][,serial=TEXT]";
 
 /// One disk: its image, and how the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Disk {
     path: PathBuf,
+    is_raw: bool,
     read_only: bool,
     shared: bool,
     fenced: bool,
@@ -172,8 +176,8 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn config(&self) -> DiskConfig {
-        let Disk { path, read_only, shared, fenced, serial } = self.clone();
-        DiskConfig { path, read_only, shared, fenced, serial }
+        let Disk { path, is_raw, read_only, shared, fenced, serial } = self.clone();
+        DiskConfig { path, is_raw, read_only, shared, fenced, serial }
     }
 }
 
@@ -183,13 +187,24 @@ impl FromStr for Disk {
     fn from_str(text: &str) -> Result<Disk, String> {
         let mut parts = text.split(',');
         let path = parts.next().filter(|path| !path.is_empty()).ok_or(DISK_FORM)?;
-        let mut disk = Disk { path: path.into(), read_only: false, shared: false, fenced: false, serial: [0; 20] };
+        let mut disk =
+            Disk { path: path.into(), is_raw: false, read_only: false, shared: false, fenced: false, serial: [0; 20] };
+        let mut given = Vec::new();
         for part in parts {
+            let word = part.split('=').next().unwrap_or(part);
+            if given.contains(&word) {
+                return Err(format!("`{word}` is given twice: {DISK_FORM}"));
+            }
+            given.push(word);
             match part.strip_prefix("serial=") {
                 Some(serial) if (1..=20).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic()) => {
                     disk.serial.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
                 }
                 Some(_) => return Err("a serial number is 1 to 20 characters without spaces".to_owned()),
+                None if part == "format=raw" => disk.is_raw = true,
+                None if part.starts_with("format=") => {
+                    return Err(format!("`{part}`: a disk is raw; `qemu-img convert -O raw` makes it so"));
+                }
                 None if part == "ro" => disk.read_only = true,
                 None if part == "mode=shared" => disk.shared = true,
                 None if part == "fenced" => disk.fenced = true,
@@ -315,7 +330,7 @@ mod tests {
             assert!(!cidr.has_host(outside.into()));
         }
         for bad in
-            ["", "10.0.0.2", "10.0.0.2/", "10.0.0.2/0", "10.0.0.2/31", "10.0.0.2/33", "10.0.0.0/24", "10.0.0.255/24"]
+            ["", "10.0.0.2", "10.0.0.2/", "10.0.0.2/0", "10.0.0.2/33", "10.0.0.0/24", "10.0.0.255/24", "10.0.0.4/30"]
         {
             assert!(bad.parse::<Cidr>().is_err(), "{bad}");
         }
@@ -325,12 +340,31 @@ mod tests {
     }
 
     #[test]
+    fn a_network_of_two_hosts_and_one_of_one() {
+        for (text, other, is_host) in
+            [("10.0.0.2/31", 3, true), ("10.0.0.3/31", 2, true), ("10.0.0.2/31", 4, false), ("10.0.0.2/32", 1, false)]
+        {
+            let cidr: Cidr = text.parse().unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert!(cidr.has_host(cidr.ipv4), "{text}");
+            assert_eq!(cidr.has_host(Ipv4Addr::new(10, 0, 0, other)), is_host, "{text} and 10.0.0.{other}");
+        }
+    }
+
+    #[test]
     fn disks() {
         let disk = |text: &str| text.parse::<Disk>().map(|disk| disk.config());
-        let plain =
-            DiskConfig { path: "/a/b.img".into(), read_only: false, shared: false, fenced: false, serial: [0; 20] };
+        let plain = DiskConfig {
+            path: "/a/b.img".into(),
+            is_raw: false,
+            read_only: false,
+            shared: false,
+            fenced: false,
+            serial: [0; 20],
+        };
         assert_eq!(disk("/a/b.img"), Ok(plain.clone()));
         assert_eq!(disk("/a/b.img,ro"), Ok(DiskConfig { read_only: true, ..plain.clone() }));
+        assert_eq!(disk("/a/b.img,format=raw"), Ok(DiskConfig { is_raw: true, ..plain.clone() }));
+        assert!(disk("/a/b.img,format=qcow2").is_err_and(|error| error.contains("qemu-img convert")));
         assert_eq!(disk("/a/b.img,mode=replicated"), Ok(plain.clone()));
         assert_eq!(disk("/a/b.img,mode=shared"), Ok(DiskConfig { shared: true, ..plain.clone() }));
         let fenced = DiskConfig { shared: true, fenced: true, ..plain.clone() };
@@ -343,6 +377,9 @@ mod tests {
         let mut serial = [0; 20];
         serial[..3].copy_from_slice(b"abc");
         assert_eq!(disk("/a/b.img,serial=abc"), Ok(DiskConfig { serial, ..plain }));
+        for twice in ["a,ro,ro", "a,serial=a,serial=b", "a,mode=shared,mode=replicated", "a,format=raw,format=raw"] {
+            assert!(disk(twice).is_err_and(|error| error.contains("twice")), "{twice}");
+        }
         for bad in ["", ",ro", "a,rw", "a,serial=", "a,serial=a b", "a,serial=012345678901234567890", "a,", "a,ro=1"] {
             assert!(bad.parse::<Disk>().is_err(), "{bad}");
         }

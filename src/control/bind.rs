@@ -1,14 +1,15 @@
 //! Opening the socket: private to its user from its first moment, and never at the cost of a live
 //! one.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::ControlError;
@@ -34,7 +35,8 @@ impl BoundSocket {
         }
         let fail = |action| move |source| ControlError::Io { path: path.to_owned(), action, source };
         // Two starts at once must not take each other's new socket for a stale one.
-        let _lock = lock_directory(path).map_err(fail("open its directory"))?;
+        make_directory(path).map_err(fail("make its directory"))?;
+        let _lock = NameLock::take(path).map_err(fail("lock its name"))?;
         remove_stale(path)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(fail("open a socket"))?;
         let address = SockAddr::unix(path).map_err(fail("use its path"))?;
@@ -55,7 +57,7 @@ impl BoundSocket {
 
 impl Drop for BoundSocket {
     fn drop(&mut self) {
-        let Ok(_lock) = lock_directory(&self.path) else { return };
+        let Ok(_lock) = NameLock::take(&self.path) else { return };
         let now = fs::symlink_metadata(&self.path).ok().map(|m| (m.dev(), m.ino()));
         if now.is_some() && now == self.identity {
             // Nothing is lost if this fails: the next start takes it for stale.
@@ -64,14 +66,52 @@ impl Drop for BoundSocket {
     }
 }
 
-/// Makes the socket's directory if there is none, and locks it until the answer is dropped.
-fn lock_directory(path: &Path) -> io::Result<Flock<File>> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
-    Flock::lock(File::open(directory)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+/// Makes the socket's directory if there is none, for this user only.
+fn make_directory(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => DirBuilder::new().recursive(true).mode(0o700).create(parent),
+        _ => Ok(()),
+    }
+}
+
+/// The right to make or remove the socket of a name, until it is dropped. It is the lock of a file
+/// beside the socket that only this user can open: whoever could read a directory could lock that.
+struct NameLock {
+    path: PathBuf,
+    _file: Flock<File>,
+}
+
+impl NameLock {
+    fn take(socket: &Path) -> io::Result<NameLock> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        loop {
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+            let file = options.open(&path)?;
+            let ours = file.metadata()?;
+            if ours.uid() != geteuid().as_raw() || ours.mode() & 0o077 != 0 {
+                return Err(io::Error::other(format!(
+                    "{} can be opened by other users, who could hold it: remove it, or name a directory of your own",
+                    path.display()
+                )));
+            }
+            let file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| io::Error::from(errno))?;
+            // Whoever had the lock before may have removed the file with it.
+            let there = fs::symlink_metadata(&path).ok().map(|there| (there.dev(), there.ino()));
+            if there == Some((ours.dev(), ours.ino())) {
+                return Ok(NameLock { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for NameLock {
+    fn drop(&mut self) {
+        // Left behind it does no harm: the next start takes its lock.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// Removes a socket that nobody listens on.
@@ -107,7 +147,51 @@ mod tests {
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert!(matches!(BoundSocket::new(&path), Err(ControlError::InUse { .. })));
         drop(bound);
-        assert!(!path.exists());
+        assert_eq!(fs::read_dir(dir.path().join("deeper")).unwrap().count(), 0, "nothing is left behind");
+        assert_eq!(fs::metadata(dir.path().join("deeper")).unwrap().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_lock_that_other_users_can_hold_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mcd.sock");
+        // Whoever can read a directory can lock it.
+        let _theirs = Flock::lock(File::open(dir.path()).unwrap(), FlockArg::LockExclusive).unwrap();
+        let (done, bound) = std::sync::mpsc::channel();
+        let bind = |path: PathBuf| {
+            let done = done.clone();
+            std::thread::spawn(move || done.send(BoundSocket::new(&path).map(drop)));
+            bound.recv_timeout(std::time::Duration::from_secs(60)).expect("it does not wait for the lock")
+        };
+        bind(path.clone()).unwrap();
+        // A file that others can open is not trusted, and a link is not followed.
+        let lock = dir.path().join("mcd.sock.lock");
+        fs::write(&lock, "").unwrap();
+        fs::set_permissions(&lock, Permissions::from_mode(0o644)).unwrap();
+        let error = bind(path.clone()).unwrap_err().to_string();
+        assert!(error.contains("mcd.sock.lock can be opened by other users"), "{error}");
+        fs::remove_file(&lock).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("victim"), &lock).unwrap();
+        assert!(bind(path).is_err() && !dir.path().join("victim").exists());
+    }
+
+    #[test]
+    fn two_starts_at_once_get_one_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mcd.sock");
+        for _ in 0..20 {
+            Socket::new(Domain::UNIX, Type::STREAM, None).unwrap().bind(&SockAddr::unix(&path).unwrap()).unwrap();
+            let starts: Vec<_> = (0..8)
+                .map(|_| {
+                    std::thread::spawn({
+                        let path = path.clone();
+                        move || BoundSocket::new(&path).ok()
+                    })
+                })
+                .collect();
+            let bound: Vec<_> = starts.into_iter().filter_map(|start| start.join().unwrap()).collect();
+            assert_eq!(bound.len(), 1);
+        }
     }
 
     #[test]

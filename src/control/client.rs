@@ -264,6 +264,16 @@ fn connect_socket(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
+/// False if the socket at `path` was left behind by a process that is gone. One whose process hangs
+/// is listening.
+pub fn is_listening(path: &Path) -> bool {
+    let connected = || -> io::Result<()> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    connected().map_or_else(|error| error.kind() != io::ErrorKind::ConnectionRefused, |()| true)
+}
+
 fn read_error(error: &Value) -> QmpError {
     let text = |key| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let class = match text("class").as_str() {

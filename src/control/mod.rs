@@ -35,7 +35,7 @@ pub mod status;
 mod tests;
 pub mod verify;
 
-pub use client::{Client, ClientError, Event};
+pub use client::{Client, ClientError, Event, is_listening};
 pub use message::{ErrorClass, QmpError};
 pub use server::{EventSink, Handler, Server};
 

@@ -206,6 +206,9 @@ pub struct NodeStatus {
     pub held_packets: u64,
     /// Bytes held now.
     pub held_bytes: u64,
+    /// Frames of the guest that the tap did not take, since the guest runs here.
+    #[serde(default)]
+    pub lost_frames: u64,
     /// Bytes written to disks that wait for their commit.
     #[serde(default)]
     pub journal_bytes: u64,
@@ -215,6 +218,12 @@ pub struct NodeStatus {
     /// Bytes of writes to shared disks that are held until their epoch is committed and written.
     #[serde(default)]
     pub held_disk_bytes: u64,
+    /// How many newcomers this primary turned away.
+    #[serde(default)]
+    pub refused_newcomers: u64,
+    /// Devices of the guest that runs here at which none of its drivers has looked.
+    #[serde(default)]
+    pub unused_devices: Vec<String>,
     /// How far a resync is, while there is one.
     pub resync: Option<ResyncProgress>,
     /// How this node became primary, if by takeover.
@@ -270,12 +279,18 @@ impl fmt::Display for NodeStatus {
             }
         }
         writeln!(f, "held output {} packets, {}", self.held_packets, bytes_text(self.held_bytes))?;
+        if self.lost_frames > 0 {
+            writeln!(f, "lost output {} frames that the tap did not take", self.lost_frames)?;
+        }
         if self.journal_bytes > 0 || self.journal_full_times > 0 {
             let bytes = bytes_text(self.journal_bytes);
             writeln!(f, "disk writes {bytes} wait for a commit; {} had to wait for room", self.journal_full_times)?;
         }
         if self.held_disk_bytes > 0 {
             writeln!(f, "held writes {} to shared disks", bytes_text(self.held_disk_bytes))?;
+        }
+        if !self.unused_devices.is_empty() {
+            writeln!(f, "devices     no driver has looked at: {}", self.unused_devices.join(", "))?;
         }
         if let Some(resync) = &self.resync {
             writeln!(f, "resync      {resync}")?;
@@ -368,10 +383,13 @@ mod tests {
             wire_bytes: 5 << 20,
             held_packets: 2,
             held_bytes: 128,
+            lost_frames: 2,
             journal_bytes: 3 << 20,
             journal_full_times: 4,
             resync: Some(ResyncProgress::of(&[(100, 50), (0, 0), (100, 0)], Some(51_200))),
             held_disk_bytes: 4096,
+            refused_newcomers: 3,
+            unused_devices: vec!["disk 0".into()],
             takeover: Some(TakeoverReport {
                 cause: "closed".into(),
                 detect_ms: 0.5,

@@ -23,6 +23,25 @@ pub trait BlockBackend: Send + Sync {
     /// The disk's size in bytes: a multiple of 512 that never changes.
     fn bytes(&self) -> u64;
 
+    /// The first byte at or behind `offset` that storage has something for, up to the end: what is
+    /// before it are zeros without storage, a hole. Storage that does not know says `offset`.
+    ///
+    /// # Errors
+    /// Whatever the storage met.
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        Ok(offset)
+    }
+
+    /// The first byte behind `offset`, which storage has something for, that is in a hole, or the
+    /// end. Storage that does not know says the end.
+    ///
+    /// # Errors
+    /// Whatever the storage met.
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        let _ = offset;
+        Ok(self.bytes())
+    }
+
     /// Reads `into.len()` bytes at `offset`.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use vm_memory::GuestMemory;
 
 use super::block::BlockBackend;
+use super::driver_looks::DriverLooks;
 use super::net::NetBackend;
 use super::pci::{PCI_PORT, PCI_PORTS, PCI_STATE_VERSION, PciPorts};
 use super::serial::{SERIAL_PORT, SERIAL_PORTS, SERIAL_STATE_VERSION, SerialPort};
@@ -90,6 +91,7 @@ pub struct Bus<M: GuestMemory + Send + Sync + 'static> {
     disks: Vec<BlkDevice<M>>,
     rng: Option<RngDevice<M>>,
     devices: Vec<DeviceId>,
+    looks: Arc<DriverLooks>,
 }
 
 /// What a device is.
@@ -165,7 +167,11 @@ impl<M: GuestMemory + Clone + Send + Sync + 'static> Bus<M> {
         devices.extend((0u16..).zip(&blocks).map(|(instance, _)| id(DeviceKind::Block, instance)));
         devices.extend(rng.iter().map(|_| id(DeviceKind::Rng, 0)));
         let serial = Mutex::new(SerialPort::new(signals));
-        Ok(Bus { serial, console: Mutex::new(console), pci: Mutex::default(), net, disks: blocks, rng, devices })
+        let names = std::iter::once("network card".to_owned());
+        let names = names.chain((0..blocks.len()).map(|number| format!("disk {number}")));
+        let names = names.chain(rng.iter().map(|_| "random source".to_owned()));
+        let looks = Arc::new(DriverLooks::new(names.collect()));
+        Ok(Bus { serial, console: Mutex::new(console), pci: Mutex::default(), net, disks: blocks, rng, devices, looks })
     }
 }
 
@@ -245,12 +251,18 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
     fn virtio_at(&self, address: u64) -> Option<(Virtio<'_, M>, u64)> {
         let from_base = address.checked_sub(VIRTIO_BASE)?;
         let number = usize::try_from(from_base / VIRTIO_WINDOW_BYTES).ok()?;
+        self.looks.seen(number);
         let device = match number.checked_sub(1) {
             None => Virtio::Net(&self.net),
             Some(disk) if disk == self.disks.len() => Virtio::Rng(self.rng.as_ref()?),
             Some(disk) => Virtio::Disk(self.disks.get(disk)?),
         };
         Some((device, from_base % VIRTIO_WINDOW_BYTES))
+    }
+
+    /// Which virtio devices a driver has looked at.
+    pub fn driver_looks(&self) -> Arc<DriverLooks> {
+        Arc::clone(&self.looks)
     }
 
     /// Input of the serial console.
@@ -326,6 +338,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Bus<M> {
     /// was then.
     pub fn restore(&self, device: DeviceId, bytes: &[u8]) -> Result<(), DeviceStateError> {
         let missing = || DeviceStateError::new("the machine has no such device");
+        self.looks.restored();
         match device.kind {
             DeviceKind::Serial => self.serial.lock().restore(bytes),
             DeviceKind::Net => self.net.restore(bytes),

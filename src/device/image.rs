@@ -74,6 +74,8 @@ pub struct RawImage {
     file: File,
     bytes: u64,
     read_only: bool,
+    is_device: bool,
+    is_limited: bool,
 }
 
 impl RawImage {
@@ -82,16 +84,19 @@ impl RawImage {
     /// # Errors
     /// As [`ImageError`] says.
     pub fn open(path: &Path, read_only: bool) -> Result<RawImage, ImageError> {
-        let image = RawImage::open_unlocked(path, read_only)?;
-        if shared_image::is_taken(&image.file, read_only) {
+        RawImage::open_unlocked(path, read_only)?.locked(path)
+    }
+
+    fn locked(self, path: &Path) -> Result<RawImage, ImageError> {
+        if shared_image::is_taken(&self.file, self.read_only) {
             return Err(ImageError::InUse { path: path.to_path_buf() });
         }
-        let locked = if read_only { image.file.try_lock_shared() } else { image.file.try_lock() };
+        let locked = if self.read_only { self.file.try_lock_shared() } else { self.file.try_lock() };
         locked.map_err(|error| match error {
             TryLockError::WouldBlock => ImageError::InUse { path: path.to_path_buf() },
             TryLockError::Error(reason) => ImageError::Io { path: path.to_path_buf(), reason },
         })?;
-        Ok(image)
+        Ok(self)
     }
 
     /// Opens the image at `path` without locking it.
@@ -107,32 +112,92 @@ impl RawImage {
             // For a block device this means: not while it is mounted, or part of something that is.
             options.custom_flags(libc::O_EXCL);
         }
-        let mut file = options.open(path).map_err(|reason| explain(path, reason))?;
-        // A block device has no length of its own, but an end.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(|reason| ImageError::Io { path: owned(), reason })?;
-        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(ImageError::Size { path: owned(), bytes });
-        }
-        Ok(RawImage { file, bytes, read_only })
+        let file = options.open(path).map_err(|reason| explain(path, reason))?;
+        let image = RawImage::of_file(path, file, read_only)?;
+        Ok(RawImage { is_device: kind.is_block_device(), ..image })
     }
 
-    /// Makes an image of `bytes` zeros at `path`, which takes no space yet, and opens and locks it.
+    fn of_file(path: &Path, mut file: File, read_only: bool) -> Result<RawImage, ImageError> {
+        // A block device has no length of its own, but an end.
+        let end = file.seek(SeekFrom::End(0));
+        let bytes = end.map_err(|reason| ImageError::Io { path: path.to_path_buf(), reason })?;
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(ImageError::Size { path: path.to_path_buf(), bytes });
+        }
+        Ok(RawImage { file, bytes, read_only, is_device: false, is_limited: false })
+    }
+
+    /// Makes an image of `bytes` zeros at `path`, which takes no space yet, and locks it. Only its
+    /// owner may read it: it is to hold what a guest keeps private.
     ///
     /// # Errors
     /// As [`ImageError`] says; an image that is there already is not touched.
     pub fn create(path: &Path, bytes: u64) -> Result<RawImage, ImageError> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path);
-        file.and_then(|file| file.set_len(bytes)).map_err(|reason| match reason.raw_os_error() {
+        // The file that was made is the one that is used, whatever has its name by then.
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(|reason| match reason.raw_os_error() {
             // Here it is the directory that is missing.
             Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Io { path: path.to_path_buf(), reason },
             _ => explain(path, reason),
         })?;
-        RawImage::open(path, false)
+        if let Err(reason) = file.set_len(bytes) {
+            // An image without its size would be in the way of the next try.
+            let _ = std::fs::remove_file(path);
+            return Err(explain(path, reason));
+        }
+        RawImage::of_file(path, file, false)?.locked(path)
+    }
+
+    /// True if nothing was ever written to it, as far as its ends and a file's holes show: what a
+    /// disk is used for (a partition table, a file system, a label of LVM or RAID) leaves its mark
+    /// there.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub fn is_blank(&self) -> io::Result<bool> {
+        const HEAD_BYTES: u64 = 16 << 20;
+        const TAIL_BYTES: u64 = 1 << 20;
+        let tail = self.bytes.saturating_sub(TAIL_BYTES).max(HEAD_BYTES);
+        Ok(self.is_zero(0, HEAD_BYTES.min(self.bytes))? && self.is_zero(tail, self.bytes)?)
+    }
+
+    fn is_zero(&self, from: u64, to: u64) -> io::Result<bool> {
+        let mut buffer = vec![0; ZEROS_BYTES];
+        let mut at = from;
+        while at < to {
+            let length = usize::try_from(to - at).unwrap_or(usize::MAX).min(ZEROS_BYTES);
+            let part = buffer.get_mut(..length).unwrap_or_default();
+            self.file.read_exact_at(part, at)?;
+            if part.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            at += part.len() as u64;
+        }
+        Ok(true)
     }
 
     /// The file behind it.
     pub(super) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The same with the first `bytes` only, if it has more.
+    #[must_use]
+    pub fn limited_to(self, bytes: u64) -> RawImage {
+        match bytes < self.bytes {
+            true => RawImage { bytes, is_limited: true, ..self },
+            false => self,
+        }
+    }
+
+    /// True if there is more of it than is used.
+    pub fn is_limited(&self) -> bool {
+        self.is_limited
+    }
+
+    /// True if it is a block device, whose size its file system or volume manager decides.
+    pub fn is_device(&self) -> bool {
+        self.is_device
     }
 
     /// True if nothing can be written to it.
@@ -183,6 +248,14 @@ impl BlockBackend for RawImage {
         self.bytes
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        seek(&self.file, offset, libc::SEEK_DATA).map(|at| at.unwrap_or(self.bytes).min(self.bytes))
+    }
+
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        seek(&self.file, offset, libc::SEEK_HOLE).map(|at| at.unwrap_or(self.bytes).min(self.bytes))
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.check(offset, into.len() as u64)?;
         self.file.read_exact_at(into, offset)
@@ -204,6 +277,22 @@ impl BlockBackend for RawImage {
     fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<Stored> {
         let modes: &[libc::c_int] = if may_unmap { &[PUNCH_HOLE, ZERO_RANGE] } else { &[ZERO_RANGE] };
         self.make_zeros(offset, bytes, modes)
+    }
+}
+
+/// Where data or a hole begins; `None` if there is none behind `offset`. A file system that does
+/// not know holes has one piece of data, and so has a block device.
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let Ok(from) = libc::off_t::try_from(offset) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    // SAFETY: the descriptor belongs to `file` and is open; the call takes numbers only. It moves
+    // the position of the file, which nobody here uses.
+    match unsafe { libc::lseek(file.as_raw_fd(), from, whence) } {
+        at if at >= 0 => Ok(u64::try_from(at).ok()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error if is_unknown(&error) => Ok((whence == libc::SEEK_DATA).then_some(offset)),
+            error => Err(error),
+        },
     }
 }
 
@@ -291,6 +380,61 @@ mod tests {
         }
         let after = std::fs::metadata(&path).expect("metadata").blocks();
         assert!(after < before, "space was given back: {before} to {after} blocks");
+    }
+
+    #[test]
+    fn an_image_that_is_made_is_private_and_made_through_no_link() {
+        use std::os::unix::fs::symlink;
+        let directory = directory();
+        let path = directory.path().join("made");
+        drop(RawImage::create(&path, BYTES).expect("made"));
+        let metadata = std::fs::metadata(&path).expect("metadata");
+        assert_eq!((metadata.mode() & 0o777, metadata.len()), (0o600, BYTES));
+        let victim = directory.path().join("victim");
+        symlink(&victim, directory.path().join("link")).expect("link");
+        assert!(RawImage::create(&directory.path().join("link"), BYTES).is_err());
+        assert!(!victim.exists());
+        // A size that no file can have leaves nothing in the way of the next try.
+        let path = directory.path().join("huge");
+        assert!(RawImage::create(&path, u64::MAX / 2 / 512 * 512).is_err());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_blank_image_has_nothing_at_either_end() {
+        const LARGE: u64 = 64 << 20;
+        let directory = directory();
+        for (name, at, blank) in [("b", None, true), ("c", Some(1024), false), ("d", Some(LARGE - 1), false)] {
+            let path = image(&directory, name, LARGE);
+            let disk = RawImage::open(&path, false).expect("open");
+            if let Some(at) = at {
+                disk.write(at, &[1]).expect("write");
+            }
+            assert_eq!(disk.is_blank().expect("read"), blank, "{name}");
+        }
+        // What is beyond a limit is not the guest's.
+        let limited = RawImage::open(&directory.path().join("d"), false).expect("open").limited_to(LARGE - 512);
+        assert!(limited.is_limited() && limited.bytes() == LARGE - 512 && limited.is_blank().expect("read"));
+        assert!(limited.write(LARGE - 512, &[1]).is_err());
+        let small = RawImage::open(&image(&directory, "e", 512), false).expect("open").limited_to(1024);
+        assert!(!small.is_limited() && !small.is_device());
+        assert!(small.is_blank().expect("read"));
+        small.write(511, &[1]).expect("write");
+        assert!(!small.is_blank().expect("read"));
+    }
+
+    #[test]
+    fn holes_are_found_without_reading() {
+        let directory = directory();
+        let path = image(&directory, "sparse", 16 << 20);
+        let disk = RawImage::open(&path, false).expect("open");
+        assert_eq!(disk.next_data(0).expect("seek"), 16 << 20, "nothing was written");
+        disk.write(8 << 20, &[1; 4096]).expect("write");
+        let data = disk.next_data(4096).expect("seek");
+        assert!((1 << 20..=8 << 20).contains(&data), "{data}");
+        let hole = disk.next_hole(8 << 20).expect("seek");
+        assert!(((8 << 20) + 4096..16 << 20).contains(&hole), "{hole}");
+        assert_eq!(disk.next_data(hole).expect("seek"), 16 << 20);
     }
 
     #[test]

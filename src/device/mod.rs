@@ -3,7 +3,9 @@
 
 pub mod block;
 pub mod bus;
+pub mod driver_looks;
 pub mod image;
+pub mod image_format;
 pub mod net;
 pub mod pci;
 pub mod serial;

@@ -17,6 +17,7 @@
 //! as in QEMU; there the main loop stops them.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
@@ -50,6 +51,26 @@ pub enum MachineEvent {
         /// How often devices of this kind have been broken.
         count: u64,
     },
+}
+
+impl fmt::Display for MachineEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MachineEvent::Booted => f.write_str("the guest is up"),
+            MachineEvent::Shutdown => f.write_str("the guest switched itself off"),
+            MachineEvent::Reset => f.write_str("the guest asked for a reset"),
+            MachineEvent::GuestPanic => f.write_str("the guest panicked; its console says why"),
+            MachineEvent::VcpuFailed { cpu, reason } => write!(f, "vCPU {cpu} cannot go on: {reason}"),
+            MachineEvent::DeviceBroken { device, reason, count } => {
+                let times = if *count > 1 { format!(" ({count} times so far)") } else { String::new() };
+                write!(
+                    f,
+                    "the guest's driver broke the rules of {device}{times}: {reason}; the device does nothing until \
+                    the guest resets it"
+                )
+            }
+        }
+    }
 }
 
 impl MachineEvent {
@@ -198,6 +219,23 @@ impl Iterator for MachineEvents {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn people_are_told_in_words() {
+        let broken = |count| MachineEvent::DeviceBroken { device: "virtio-net", reason: "no chain".into(), count };
+        for (event, text) in [
+            (MachineEvent::VcpuFailed { cpu: 3, reason: "KVM stopped".into() }, "vCPU 3 cannot go on: KVM stopped"),
+            (MachineEvent::GuestPanic, "the guest panicked; its console says why"),
+            (
+                broken(1),
+                "the guest's driver broke the rules of virtio-net: no chain; the device does nothing until the guest \
+                 resets it",
+            ),
+        ] {
+            assert_eq!(event.to_string(), text);
+        }
+        assert!(broken(7).to_string().contains("virtio-net (7 times so far): no chain"));
+    }
 
     fn broken(count: u64) -> MachineEvent {
         MachineEvent::DeviceBroken { device: "disk", reason: "a loop".to_owned(), count }

@@ -11,6 +11,7 @@
 //! - the secondary applies an epoch through [`GuestRam::write_page`], which marks nothing: an image
 //!   is not dirty pages.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -80,14 +81,28 @@ pub enum MemoryError {
     },
     /// The host has less memory than the guest is to have.
     #[error(
-        "the guest is to have {wanted_bytes} bytes of memory and the host has {available_bytes} available: \
-            give the guest less or free some"
+        "the guest is to have {} MiB of memory and the host has {} MiB available: give the guest less or free some",
+        wanted_bytes.div_ceil(1 << 20), available_bytes >> 20
     )]
     HostMemory {
         /// The guest's memory, in bytes.
         wanted_bytes: u64,
         /// What the host has available, in bytes.
         available_bytes: u64,
+    },
+    /// A control group of this process leaves less memory than the guest is to have.
+    #[error(
+        "the guest is to have {} MiB of memory and the control group {} leaves {} MiB to this node: give the guest \
+            less or raise the limit (memory.max)",
+        wanted_bytes.div_ceil(1 << 20), group.display(), available_bytes >> 20
+    )]
+    GroupMemory {
+        /// The guest's memory, in bytes.
+        wanted_bytes: u64,
+        /// What is left below the limit, in bytes.
+        available_bytes: u64,
+        /// The directory of the group that sets it.
+        group: PathBuf,
     },
     /// Memory could not be touched ahead of use.
     #[error("guest memory could not be populated ({reason}): the host may lack free memory")]

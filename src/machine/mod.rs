@@ -40,6 +40,7 @@ mod error;
 mod events;
 mod futex;
 mod host;
+mod host_memory;
 pub mod initial;
 pub mod memory;
 mod pause;
@@ -81,6 +82,7 @@ use self::vcpu::{Common, Task, Vcpu};
 use self::wait::Doorbell;
 use crate::device::Bus;
 use crate::device::bus::VirtioWindow;
+use crate::device::driver_looks::DriverLooks;
 use crate::protocol::machine_shape::MachineShape;
 use crate::protocol::pages::{PAGE_BYTES, PageSet};
 
@@ -299,6 +301,11 @@ impl Machine {
     /// blocks.
     pub fn kick_disks(&self) {
         self.bus.kick_disks();
+    }
+
+    /// Which virtio devices a driver of the guest has looked at.
+    pub fn driver_looks(&self) -> Arc<DriverLooks> {
+        self.bus.driver_looks()
     }
 
     /// Where the guest finds its virtio devices: the network card, the disks, the source of random

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
+use super::host_memory::{self, Available};
 use super::memory::{GuestRam, HostAddress, MemoryError};
 use crate::protocol::pages::PAGE_BYTES;
 
@@ -23,11 +24,19 @@ impl GuestRam {
     /// that are done, in no particular order; the highest is what counts.
     ///
     /// # Errors
-    /// [`MemoryError::HostMemory`] if the host has less memory available than the guest has:
-    /// nothing was touched then; [`MemoryError::Prefault`] if the host cannot give it after all.
+    /// [`MemoryError::HostMemory`] and [`MemoryError::GroupMemory`] if less memory is available
+    /// than the guest has: nothing was touched then; [`MemoryError::Prefault`] if the host cannot
+    /// give it after all.
     pub fn prefault(&self, threads: usize, progress: impl Fn(u64) + Sync) -> Result<(), MemoryError> {
-        if let Some(available_bytes) = available_bytes().filter(|available| *available < self.bytes()) {
-            return Err(MemoryError::HostMemory { wanted_bytes: self.bytes(), available_bytes });
+        let (wanted_bytes, available) = (self.bytes(), host_memory::available());
+        match available.filter(|available| available.bytes < wanted_bytes) {
+            Some(Available { bytes, group: None }) => {
+                return Err(MemoryError::HostMemory { wanted_bytes, available_bytes: bytes });
+            }
+            Some(Available { bytes, group: Some(group) }) => {
+                return Err(MemoryError::GroupMemory { wanted_bytes, available_bytes: bytes, group });
+            }
+            None => {}
         }
         let chunks = self.chunks();
         let (next, done_bytes) = (AtomicUsize::new(0), AtomicU64::new(0));
@@ -87,16 +96,6 @@ fn populate(address: HostAddress, bytes: usize) -> Result<(), Errno> {
     }
 }
 
-/// What the host can give without swapping, in bytes; `None` if it does not say.
-fn available_bytes() -> Option<u64> {
-    available_in(&std::fs::read_to_string("/proc/meminfo").ok()?)
-}
-
-fn available_in(meminfo: &str) -> Option<u64> {
-    let rest = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,16 +120,9 @@ mod tests {
 
     #[test]
     fn more_memory_than_the_host_has_is_refused_untouched() {
-        let Some(available) = available_bytes().filter(|available| *available < MEMORY_BYTES_MAX) else { return };
+        let Some(available) = host_memory::available().filter(|one| one.bytes < MEMORY_BYTES_MAX) else { return };
         let ram = GuestRam::new(MEMORY_BYTES_MAX).expect("map");
         let error = ram.prefault(2, |_| panic!("memory was touched")).expect_err("too much");
-        assert!(matches!(error, MemoryError::HostMemory { wanted_bytes: MEMORY_BYTES_MAX, .. }), "{error}");
-        assert!(available > 0);
-    }
-
-    #[test]
-    fn the_hosts_memory_is_read_off() {
-        assert_eq!(available_in("MemTotal: 9 kB\nMemAvailable:   12 kB\n"), Some(12 * 1024));
-        assert_eq!(available_in("MemTotal: 9 kB\n"), None);
+        assert!(available.bytes > 0 && error.to_string().contains("to have 1048576 MiB of memory"), "{error}");
     }
 }

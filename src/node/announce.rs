@@ -2,8 +2,8 @@
 //! the address is known.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
+use crate::protocol::command::AnnounceSeries;
 use crate::protocol::types::Instant;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -11,21 +11,19 @@ const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_RARP: u16 = 0x8035;
 const FRAME_BYTES_MIN: usize = 60;
 
-/// When the frames are sent again, in ms after the first time: the first can be lost, or overtaken
-/// by a late frame of the host that died, which turns the switches back.
-const REPEATS_MS: [u64; 5] = [50, 150, 400, 1_000, 3_000];
-
 /// What is announced, and when it is once more.
 pub(crate) struct Announcer {
     frames: Vec<Vec<u8>>,
-    began: Instant,
-    repeats: &'static [u64],
+    series: AnnounceSeries,
+    /// The number of the next announcement; the first was number 0.
+    next: u32,
+    last: Instant,
 }
 
 impl Announcer {
     /// The announcement of a guest whose first is sent now.
-    pub(crate) fn new(mac: [u8; 6], ip: Option<Ipv4Addr>, now: Instant) -> Announcer {
-        Announcer { frames: frames(mac, ip), began: now, repeats: &REPEATS_MS }
+    pub(crate) fn new(mac: [u8; 6], ip: Option<Ipv4Addr>, series: AnnounceSeries, now: Instant) -> Announcer {
+        Announcer { frames: frames(mac, ip), series, next: 1, last: now }
     }
 
     /// The frames, in the order to send them.
@@ -35,16 +33,14 @@ impl Announcer {
 
     /// When they are to be sent again, if ever.
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.repeats.first().map(|ms| self.began + Duration::from_millis(*ms))
+        self.series.pause_before(self.next).map(|pause| self.last + pause)
     }
 
     /// Whether they are to be sent again now; true once for each time.
     pub(crate) fn take_due(&mut self, now: Instant) -> bool {
-        let is_due = self.due().is_some_and(|due| due <= now);
-        if is_due {
-            self.repeats = self.repeats.get(1..).unwrap_or_default();
-        }
-        is_due
+        let Some(due) = self.due().filter(|due| *due <= now) else { return false };
+        (self.next, self.last) = (self.next + 1, due);
+        true
     }
 }
 
@@ -84,19 +80,37 @@ fn arp(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    /// When, in ms, the network is told again in this series.
+    fn repeats(series: AnnounceSeries) -> Vec<u64> {
+        let at = |ms: u64| Instant::from_us(ms * 1000);
+        let mut announcer = Announcer::new([2; 6], None, series, at(1_000));
+        let said = (1_000..20_000).filter(|ms| announcer.take_due(at(*ms))).map(|ms| ms - 1_000).collect();
+        assert_eq!(announcer.due(), None);
+        said
+    }
 
     #[test]
     fn it_is_said_again_a_few_times() {
+        assert_eq!(repeats(AnnounceSeries::DEFAULT), [50, 300, 750, 1_400, 2_250, 3_300]);
+        let ms = Duration::from_millis;
+        let capped = AnnounceSeries { initial: ms(100), max: ms(300), rounds: 5, step: ms(150) };
+        assert_eq!(repeats(capped), [100, 350, 650, 950]);
+        assert!(repeats(AnnounceSeries { rounds: 1, ..capped }).is_empty());
+    }
+
+    #[test]
+    fn a_node_that_was_asleep_says_all_of_it_later() {
         let at = |ms: u64| Instant::from_us(ms * 1000);
-        let mut announcer = Announcer::new([2; 6], None, at(1_000));
-        let mut said = Vec::new();
-        for ms in 1_000..10_000 {
-            if announcer.take_due(at(ms)) {
-                said.push(ms - 1_000);
-            }
+        let mut announcer = Announcer::new([2; 6], None, AnnounceSeries::DEFAULT, at(0));
+        let mut said = 0;
+        while announcer.take_due(at(60_000)) {
+            said += 1;
         }
-        assert_eq!((said.as_slice(), announcer.due()), (REPEATS_MS.as_slice(), None));
+        assert_eq!((said, announcer.due()), (6, None));
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub(super) fn config(arbiter: ArbiterConfig) -> NodeConfig {
         stall_max: Duration::from_secs(2),
         heartbeat: HeartbeatConfig { interval: Duration::from_millis(50), timeout: Duration::from_millis(150) },
         compress: Compress::Auto,
-        staging_bytes_max: 1 << 20,
+        staging_bytes_max: Some(1 << 20),
         output_bytes_max: 1 << 20,
         output_packets_max: 1 << 10,
         control: "/nonexistent".into(),

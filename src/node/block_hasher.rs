@@ -18,11 +18,22 @@ use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::types::EpochId;
 use crate::protocol::verify::{Outcome, Verify};
 
+/// Most holes that are told at once; what is behind them is asked for again.
+const HOLES_MAX: usize = 65_536;
+
 /// A question.
 struct Job {
     ticket: u64,
     run: Range<u64>,
-    as_of: Option<EpochId>,
+    what: What,
+}
+
+/// What is asked of blocks.
+enum What {
+    /// Their hashes, as they were when the epoch was cut, or as they are.
+    Hashes(Option<EpochId>),
+    /// Which are holes.
+    Holes,
 }
 
 /// Two threads, of which one at a time has something to do. They end with this handle, which does
@@ -54,7 +65,13 @@ impl BlockHasher {
     pub(crate) fn hash_blocks(&self, ticket: u64, run: Range<u64>, as_of: Option<EpochId>) {
         let thread = if as_of.is_some() { &self.verify } else { &self.resync };
         // The thread ends only after this handle.
-        let _ = thread.send(Job { ticket, run, as_of });
+        let _ = thread.send(Job { ticket, run, what: What::Hashes(as_of) });
+    }
+
+    /// Finds the holes among these blocks of a disk.
+    pub(crate) fn find_holes(&self, ticket: u64, run: Range<u64>) {
+        // The thread ends only after this handle.
+        let _ = self.resync.send(Job { ticket, run, what: What::Holes });
     }
 }
 
@@ -72,9 +89,12 @@ impl Worker {
         let (jobs, queue) = unbounded::<Job>();
         std::thread::Builder::new().name(name.into()).spawn(move || {
             begin();
-            for Job { ticket, run, as_of } in queue {
-                let hashes = self.hash_blocks(run, as_of);
-                if self.events.report(NodeEvent::OwnHashes { ticket, hashes }).is_err() {
+            for Job { ticket, run, what } in queue {
+                let answer = match what {
+                    What::Hashes(as_of) => NodeEvent::OwnHashes { ticket, hashes: self.hash_blocks(run, as_of) },
+                    What::Holes => self.find_holes(ticket, &run),
+                };
+                if self.events.report(answer).is_err() {
                     return;
                 }
             }
@@ -82,9 +102,19 @@ impl Worker {
         Ok(jobs)
     }
 
+    fn find_holes(&self, ticket: u64, run: &Range<u64>) -> NodeEvent {
+        let found = self.image.holes(run, HOLES_MAX);
+        let (holes, through) = found.unwrap_or_else(|error| {
+            tracing::warn!(%error, "holes are not looked for: the whole disk is sent");
+            (Vec::new(), run.start)
+        });
+        NodeEvent::Holes { ticket, through, holes }
+    }
+
     fn hash_blocks(&self, run: Range<u64>, as_of: Option<EpochId>) -> Result<Vec<BlockHash>, String> {
+        let reader = self.image.reader(&run);
         let hashes = hash_run(run, |index, block| {
-            self.image.read(index, block).map_err(|error| error.to_string())?;
+            reader.read(index, block).map_err(|error| error.to_string())?;
             match as_of {
                 Some(epoch) => {
                     self.journal.copy_before_write().as_it_was(index, epoch, block).map_err(|error| error.to_string())

@@ -13,7 +13,7 @@ use super::events::{NodeEvent, SnapshotRequest};
 use super::inbox::{CommandNotTaken, InboxSender};
 use super::status::StatusStore;
 use crate::control::{Handler, QmpError};
-use crate::protocol::command::{Command, DiskChoice};
+use crate::protocol::command::{AnnounceSeries, Command, DiskChoice};
 
 /// How long a command may take to take effect before its client gets an error.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
@@ -83,7 +83,7 @@ impl QmpCommand {
     }
 }
 
-const TABLE: [QmpCommand; 11] = [
+const TABLE: [QmpCommand; 12] = [
     QmpCommand::new("query-status", &[], |node, _| Ok(node.status.status().query_status())),
     QmpCommand::new("query-name", &[], |node, _| Ok(json!({ "name": node.status.guest() }))),
     QmpCommand::new("mc-query", &[], |node, _| to_value(&node.status.status())),
@@ -96,6 +96,9 @@ const TABLE: [QmpCommand; 11] = [
         to_value(&node.status.verify_report().ok_or(CommandError::NothingVerified)?)
     }),
     QmpCommand::new("mc-snapshot", &["path", "stop"], Commands::snapshot),
+    QmpCommand::new("announce-self", &["initial", "max", "rounds", "step"], |node, arguments| {
+        node.carry_out(Command::AnnounceSelf(announce_series(arguments)?))
+    }),
     QmpCommand::new("stop", &[], |node, _| node.carry_out(Command::Stop)),
     QmpCommand::new("cont", &[], |node, _| node.carry_out(Command::Cont)),
     QmpCommand::new("quit", &[], |node, _| node.quit()),
@@ -177,6 +180,27 @@ impl Handler for Commands {
         }
         Ok((entry.run)(self, arguments)?)
     }
+}
+
+/// The series of `announce-self`, with QEMU's names and bounds; what is not given is as the node
+/// does it by itself.
+fn announce_series(arguments: &Arguments) -> Result<AnnounceSeries, CommandError> {
+    let number = |name: &'static str, max: u64, what: &'static str, default: u64| match arguments.get(name) {
+        None => Ok(default),
+        Some(value) => value.as_u64().filter(|number| *number <= max).ok_or(CommandError::BadParameter { name, what }),
+    };
+    let pause = |name, max, what, default: Duration| {
+        let default = u64::try_from(default.as_millis()).unwrap_or(max);
+        number(name, max, what, default).map(Duration::from_millis)
+    };
+    let AnnounceSeries { initial, max, rounds, step } = AnnounceSeries::DEFAULT;
+    let rounds = number("rounds", 1000, "a number from 0 to 1000", u64::from(rounds))?;
+    Ok(AnnounceSeries {
+        initial: pause("initial", 100_000, "milliseconds, at most 100000", initial)?,
+        max: pause("max", 100_000, "milliseconds, at most 100000", max)?,
+        rounds: u32::try_from(rounds).unwrap_or(u32::MAX),
+        step: pause("step", 10_000, "milliseconds, at most 10000", step)?,
+    })
 }
 
 fn disk_choice(disk: Option<&Value>) -> Result<DiskChoice, CommandError> {

@@ -45,8 +45,8 @@ pub struct NodeConfig {
     pub stall_max: Duration,
     /// How pages are packed for the wire.
     pub compress: Compress,
-    /// Most bytes of staging memory, as a secondary.
-    pub staging_bytes_max: u64,
+    /// Most bytes of staging memory, as a secondary; `None`: what the guest needs.
+    pub staging_bytes_max: Option<u64>,
     /// Most bytes of held output, as a primary.
     pub output_bytes_max: usize,
     /// Most packets of held output, as a primary.
@@ -66,6 +66,8 @@ pub struct NodeConfig {
 pub struct DiskConfig {
     /// Its image: a raw file or a block device.
     pub path: PathBuf,
+    /// The operator says that it is raw, whatever it looks like.
+    pub is_raw: bool,
     /// The guest can only read it; it is not replicated then.
     pub read_only: bool,
     /// Both nodes use this very image, on storage they share; never with `read_only`.
@@ -118,9 +120,9 @@ pub struct SecondaryStart {
 pub struct GuestAddress {
     /// Its address.
     pub ipv4: Ipv4Addr,
-    /// Bits of its network's prefix, 1 to 30.
+    /// Bits of its network's prefix, 1 to 32.
     pub prefix_len: u8,
-    /// Its gateway, in the same network, if it has one.
+    /// Its gateway, if it has one: in the same network, unless that is of one host.
     pub gateway: Option<Ipv4Addr>,
 }
 

@@ -13,6 +13,7 @@ use super::disks::NodeDisks;
 use super::error::NodeError;
 use super::inbox::{Flag, InboxSender};
 use super::status::StatusStore;
+use super::tap_watch;
 use crate::arbiter::Arbiter;
 use crate::checkpoint::capture_pool::CapturePool;
 use crate::checkpoint::output::{OutputGate, OutputListener};
@@ -56,6 +57,8 @@ impl ContextWithoutArbiter {
     pub(crate) fn with_arbiter(self, arbiter: Box<dyn Arbiter>) -> std::io::Result<Context> {
         let notice = notice(self.status.clone(), self.sink.clone());
         let arbiter = ArbiterThread::start(arbiter, self.events.clone(), notice)?;
+        let sink = self.sink.clone();
+        tap_watch::start(self.config.tap.clone(), &self.status, move |event| report(&sink, event))?;
         let captures = CapturePool::default();
         let warming = captures.clone();
         std::thread::Builder::new().name("mcd-warm".into()).spawn(move || warming.warm())?;

@@ -1,12 +1,10 @@
 //! A node's disk images: opened, checked against their stamps, and stamped as the node's part in
 //! the guest changes.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use thiserror::Error;
-
 use super::config::{DiskConfig, NodeConfig};
+pub use super::disk_error::DiskError;
 use super::inbox::{Flag, InboxSender};
 use super::shared_disks::{self, NodeImage, SharedDiskForwarder, SharedError};
 use super::stamp_writer::{StampWriter, Stamper};
@@ -16,115 +14,15 @@ use crate::checkpoint::journal::{DiskJournal, JournalListener};
 use crate::checkpoint::shared_journal::{SharedGate, SharedJournal};
 use crate::checkpoint::shared_writer::SharedWriter;
 use crate::checkpoint::snapshot::SnapshotHead;
-use crate::checkpoint::stamp::{Stamp, StampError, StampRefusal, StampState};
+use crate::checkpoint::stamp::{Stamp, StampError, StampState};
 use crate::device::block::BlockBackend;
 use crate::device::image::{ImageError, RawImage};
+use crate::device::image_format::{self, ImageFormat};
 use crate::machine::GuestRam;
 use crate::protocol::layout::ImageLayout;
 use crate::protocol::machine_shape::{DiskShape, JOURNAL_BYTES_MAX, MachineShape};
 use crate::protocol::types::StorageFault;
-use crate::protocol::types::{EpochId, Generation, GuestName};
-
-/// Why a node cannot use its disks.
-#[derive(Debug, Error)]
-pub enum DiskError {
-    /// An image cannot be opened or made.
-    #[error("{0}")]
-    Image(#[from] ImageError),
-    /// A stamp cannot be read or written.
-    #[error("{0}")]
-    Stamp(#[from] StampError),
-    /// The guest must not start from this image.
-    #[error(
-        "disk image {} is not started from: {why}; start the guest where its newest image is, or insist with \
-            --force-disk and lose what is missing here", path.display()
-    )]
-    Refused {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        why: StampRefusal,
-    },
-    /// A newcomer would write over another guest's image.
-    #[error("disk image {} belongs to guest '{guest}': it would be overwritten; name another, or insist with \
-        --force-disk", path.display())]
-    OtherGuest {
-        /// The image.
-        path: PathBuf,
-        /// Its guest.
-        guest: GuestName,
-    },
-    /// The nodes disagree on how many there are.
-    #[error(
-        "the guest has {wanted} disks, and --disk is given {given} times here: name an image for each, \
-            in the primary's order"
-    )]
-    Count {
-        /// How many the primary has.
-        wanted: usize,
-        /// What is given here.
-        given: usize,
-    },
-    /// The nodes disagree on what one is.
-    #[error("disk image {} has {given} bytes, the guest's disk {wanted}: remove it to have it made anew, or resize it \
-        (truncate -s {wanted})", path.display())]
-    Size {
-        /// The image.
-        path: PathBuf,
-        /// The primary's size.
-        wanted: u64,
-        /// This one's.
-        given: u64,
-    },
-    /// The disk is read-only on one node only.
-    #[error("disk image {} is {here} here and {there} at the primary: give both nodes the same word `ro`, \
-        or neither", path.display())]
-    ReadOnly {
-        /// The image.
-        path: PathBuf,
-        /// How it is here.
-        here: &'static str,
-        /// How it is there.
-        there: &'static str,
-    },
-    /// Something is wrong with shared storage.
-    #[error("{0}")]
-    Shared(#[from] SharedError),
-    /// A snapshot's disk is read-only and the image is not, or the other way round.
-    #[error("disk image {} is {here} here and the snapshot's disk {there}: name it with the word `ro`, \
-        or without", path.display())]
-    ReadOnlySnapshot {
-        /// The image.
-        path: PathBuf,
-        /// How it is here.
-        here: &'static str,
-        /// How it is in the snapshot.
-        there: &'static str,
-    },
-    /// A snapshot's disk has another serial number.
-    #[error("disk image {} is given another serial than the snapshot's disk has: leave it out", path.display())]
-    Serial {
-        /// The image.
-        path: PathBuf,
-    },
-    /// The image is not of the snapshot's moment.
-    #[error(
-        "disk image {} {is}, and not what it was when the snapshot was taken, at {at}: bring back the image with its \
-         stamp as `mcd snapshot save --stop` left them; with any other the guest would find its files changed under \
-         it", path.display()
-    )]
-    NotOfSnapshot {
-        /// The image.
-        path: PathBuf,
-        /// What its stamp shows.
-        is: String,
-        /// The snapshot's epoch.
-        at: EpochId,
-    },
-    /// The thread cannot be started.
-    #[error("the host gives no more threads ({0}); lower its load or raise its limits")]
-    Thread(#[from] std::io::Error),
-}
+use crate::protocol::types::{EpochId, Generation};
 
 /// Opens the images of a guest that starts here; the shapes of its disks.
 ///
@@ -134,7 +32,13 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
     shared_disks::check_fencing(config)?;
     let (mut images, mut shapes) = (Vec::new(), Vec::new());
     for disk in &config.disks {
-        let image = shared_disks::open_image(disk)?;
+        check_format(disk)?;
+        let disk_bytes = known_bytes(config, disk)?;
+        let image = shared_disks::open_image(disk, disk_bytes)?;
+        if image.is_limited() {
+            let (path, bytes) = (disk.path.display(), image.bytes());
+            tracing::info!(image = %path, bytes, "the guest's disk is smaller than its device, whose rest is not used");
+        }
         let DiskConfig { read_only, shared, serial, .. } = *disk;
         shapes.push(DiskShape { bytes: image.bytes(), read_only, shared, serial });
         images.push(image);
@@ -145,19 +49,64 @@ pub(crate) fn open_images(config: &NodeConfig) -> Result<(Vec<NodeImage>, Vec<Di
     Ok((images, shapes))
 }
 
-/// Checks at once what a newcomer will need later: that the images which are there can be opened.
+/// The size of the guest's disk, if the stamp beside a device says that it is smaller.
+fn known_bytes(config: &NodeConfig, disk: &DiskConfig) -> Result<Option<u64>, DiskError> {
+    if config.force_disk || disk.read_only || disk.shared {
+        return Ok(None);
+    }
+    Ok(Stamp::read(&disk.path)?.and_then(|stamp| stamp.disk_bytes))
+}
+
+/// Checks at once what a newcomer will need later: that the images which are there can be opened
+/// and may be written over.
 ///
 /// # Errors
-/// [`DiskError::Image`].
+/// [`DiskError`].
 pub(crate) fn check_images_open(config: &NodeConfig) -> Result<(), DiskError> {
     shared_disks::check_fencing(config)?;
     for disk in &config.disks {
-        match shared_disks::open_image(disk) {
+        check_format(disk)?;
+        match shared_disks::open_image(disk, None) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {}
-            opened => drop(opened?),
+            opened => check_overwritable(config, disk, &opened?)?,
         }
     }
     Ok(())
+}
+
+/// Refuses to write over what no node of this guest has written: another guest's image, or
+/// something that was never one of mcd's.
+fn check_overwritable(config: &NodeConfig, disk: &DiskConfig, image: &NodeImage) -> Result<(), DiskError> {
+    let path = || disk.path.clone();
+    if disk.read_only || config.force_disk {
+        return Ok(());
+    }
+    match (Stamp::read(&disk.path)?, image) {
+        (Some(stamp), _) if stamp.guest != config.guest => {
+            Err(DiskError::OtherGuest { path: path(), guest: stamp.guest })
+        }
+        (None, NodeImage::Own(image)) => match image.is_blank() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(DiskError::Unknown { path: path() }),
+            Err(reason) => Err(ImageError::Io { path: path(), reason }.into()),
+        },
+        // What is shared is not written over.
+        (Some(_), _) | (None, NodeImage::Shared(_)) => Ok(()),
+    }
+}
+
+/// Refuses an image that is visibly not raw, unless the operator says that it is. Asked at a node's
+/// start only: what its guest writes to a disk later must not be able to end the node.
+fn check_format(disk: &DiskConfig) -> Result<(), DiskError> {
+    let path = || disk.path.clone();
+    match image_format::format_of(&disk.path) {
+        Ok(Some(ImageFormat::Compressed(unpack))) if !disk.is_raw => {
+            Err(DiskError::Compressed { path: path(), unpack })
+        }
+        Ok(Some(format)) if !disk.is_raw => Err(DiskError::NotRaw { path: path(), format }),
+        // Why it cannot be read is told by who opens it.
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Checks by their stamps that a guest may start from its images, and stamps those that have no
@@ -263,26 +212,31 @@ pub(crate) fn open_or_create_images(
             let mode = |shared| if shared { "shared" } else { "replicated" };
             return Err(SharedError::Mode { path: path(), here: mode(disk.shared), there: mode(wanted.shared) }.into());
         }
-        if !disk.read_only
-            && !config.force_disk
-            && let Some(stamp) = Stamp::read(&disk.path)?
-            && stamp.guest != config.guest
-        {
-            return Err(DiskError::OtherGuest { path: path(), guest: stamp.guest });
-        }
-        let (image, is_made) = match shared_disks::open_image(disk) {
+        let (image, is_made) = match shared_disks::open_image(disk, Some(wanted.bytes)) {
             Err(ImageError::Missing { .. }) if !disk.read_only && !disk.shared => {
                 (NodeImage::Own(Arc::new(RawImage::create(&disk.path, wanted.bytes)?)), true)
             }
             opened => (opened?, false),
         };
-        if image.bytes() != wanted.bytes {
-            return Err(DiskError::Size { path: path(), wanted: wanted.bytes, given: image.bytes() });
+        if !is_made {
+            check_overwritable(config, disk, &image)?;
+        }
+        let (wanted, given) = (wanted.bytes, image.bytes());
+        if given != wanted {
+            return Err(match image_is_device(&image) {
+                true => DiskError::SmallDevice { path: path(), wanted, given },
+                false => DiskError::Size { path: path(), wanted, given },
+            });
         }
         images.push(image);
         made.push(is_made);
     }
     Ok((images, made))
+}
+
+/// True if `truncate` does not make it larger.
+fn image_is_device(image: &NodeImage) -> bool {
+    matches!(image, NodeImage::Own(image) if image.is_device())
 }
 
 /// The disks of one machine.

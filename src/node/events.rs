@@ -248,6 +248,15 @@ pub(super) enum NodeEvent {
         /// The answer.
         answer: ArbiterAnswer,
     },
+    /// Holes of this node's own image, which were asked for.
+    Holes {
+        /// The question's ticket.
+        ticket: u64,
+        /// The first block that was not looked at.
+        through: u64,
+        /// The holes before that.
+        holes: Vec<std::ops::Range<u64>>,
+    },
     /// An event of the machine.
     Machine(MachineEvent),
     /// A snapshot is wanted.
@@ -302,6 +311,7 @@ impl NodeEvent {
     pub(super) fn payload_bytes(&self) -> usize {
         match self {
             NodeEvent::Background { payload, .. } => payload.len(),
+            NodeEvent::Holes { holes, .. } => size_of_val(holes.as_slice()),
             NodeEvent::PeerHashes { hashes, .. } => size_of_val(hashes.as_slice()),
             _ => 0,
         }

@@ -24,6 +24,7 @@ pub mod config;
 mod connections;
 mod connector;
 mod context;
+mod disk_error;
 mod disks;
 mod engine;
 mod error;
@@ -40,6 +41,7 @@ mod shared_disks;
 mod signals;
 mod stamp_writer;
 mod status;
+mod tap_watch;
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -103,6 +105,7 @@ pub fn run_primary(config: NodeConfig, start: &PrimaryStart) -> Result<NodeEnd, 
     let me = new_id()?;
     let (events, inbox) = inbox();
     let gate = open_gate(&config, &events)?;
+    netbuf::check_up(&config.tap)?;
     let mut shape = start.shape.clone();
     let mut snapshot = match &start.boot {
         GuestBoot::Snapshot(path) => Some(restore::open(path, &config, &shape)?),
@@ -150,6 +153,7 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
     let (events, inbox) = inbox();
     // An occupied tap or image is an error now, not at the takeover.
     drop(open_gate(&config, &events)?);
+    netbuf::check_up(&config.tap)?;
     disks::check_images_open(&config)?;
     let arbiter = open_arbiter(&config, false)?;
     let console = Arc::new(Console::open(&config.console)?);
@@ -163,13 +167,13 @@ pub fn run_secondary(config: NodeConfig, start: &SecondaryStart) -> Result<NodeE
             guest: context.config.guest.clone(),
             cpu: context.cpu,
             features: context.features(),
-            staging_bytes_max: context.config.staging_bytes_max,
+            staging_bytes_max: context.config.staging_bytes_max.unwrap_or(u64::MAX),
             retry: RETRY,
             answer_timeout: ANSWER_TIMEOUT,
             stall_max: context.config.stall_max,
         };
-        let protocol = Secondary::new(config.clone(), me, last_conn, start_at);
-        let (end, newest_conn) = SecondaryNode::new(&context, start, config, protocol)?.run(&inbox)?;
+        let protocol = Secondary::new(config, me, last_conn, start_at);
+        let (end, newest_conn) = SecondaryNode::new(&context, start, protocol)?.run(&inbox)?;
         last_conn = newest_conn;
         match end {
             SecondaryEnd::Promoted(promoted, protocol) => break lead(context, &inbox, *promoted, *protocol)?,

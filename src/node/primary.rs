@@ -30,6 +30,7 @@ use crate::checkpoint::output::OutputGate;
 use crate::checkpoint::sender::Sender;
 use crate::control::status::TakeoverReport;
 use crate::machine::{GuestRam, Machine};
+use crate::protocol::command::AnnounceSeries;
 use crate::protocol::messages::Channel;
 use crate::protocol::primary::{End, Input, LastWrites, Primary};
 use crate::protocol::types::ConnId;
@@ -98,10 +99,11 @@ impl PrimaryNode {
         let _ = buffers.alone();
         machine.resume()?;
         let resume_us = clock::monotonic_us().saturating_sub(resuming_us);
-        let announcer = Announcer::new(protocol.mac(), context.guest_ip, clock::now());
+        context.status.guest_runs(machine.driver_looks());
+        let announcer = Announcer::new(protocol.mac(), context.guest_ip, AnnounceSeries::DEFAULT, clock::now());
         // Not only after a takeover: a guest that is started anew on another host is where the
         // switches do not look for it.
-        announcer.frames().iter().for_each(|frame| buffers.output().send_now(frame));
+        announcer.frames().iter().for_each(|frame| buffers.output().send(frame));
         if let Some(mut report) = takeover {
             report.resume_ms = resume_us as f64 / 1000.0;
             context.status.takeover(report);
@@ -214,6 +216,7 @@ impl PrimaryNode {
             }
             NodeEvent::PeerHashes { conn, first, hashes } => Some(Input::PeerHashes { conn, first, hashes }),
             NodeEvent::OwnHashes { ticket, hashes } => Some(Input::OwnHashes { ticket, hashes }),
+            NodeEvent::Holes { ticket, through, holes } => Some(Input::Holes { ticket, through, holes }),
             NodeEvent::OutputWaiting => {
                 Some(Input::OutputWaiting { open_packets: self.buffers.output().open_packets() })
             }
@@ -268,6 +271,12 @@ impl PrimaryNode {
         })
     }
 
+    /// Tells the network where the guest is, in a new series.
+    fn announce(&mut self, series: AnnounceSeries) {
+        self.announcer = Announcer::new(self.protocol.mac(), self.context.guest_ip, series, clock::now());
+        self.announcer.frames().iter().for_each(|frame| self.buffers.output().send(frame));
+    }
+
     fn sender_is(&self, conn: ConnId) -> bool {
         self.sender.as_ref().is_some_and(|sender| sender.conn() == conn)
     }
@@ -292,7 +301,7 @@ impl Engine for PrimaryNode {
             return Ok(Step::Ended);
         }
         if self.announcer.take_due(clock::now()) {
-            self.announcer.frames().iter().for_each(|frame| self.buffers.output().send_if_passing(frame));
+            self.announcer.frames().iter().for_each(|frame| self.buffers.output().send(frame));
         }
         let until = self.protocol.poll_timeout().into_iter().chain(self.announcer.due()).min();
         self.watch_links();

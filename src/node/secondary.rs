@@ -30,7 +30,7 @@ use crate::protocol::command::CommandRefused;
 use crate::protocol::messages::{Channel, Heartbeat, Message, Welcome};
 use crate::protocol::primary::Primary;
 use crate::protocol::record::Record;
-use crate::protocol::secondary::{Action, Ending, Input, Secondary, SecondaryConfig};
+use crate::protocol::secondary::{Action, Ending, Input, Secondary};
 use crate::protocol::types::ConnId;
 use crate::protocol::types::StorageFault;
 use crate::protocol::types::{EpochId, Instant};
@@ -103,7 +103,6 @@ impl SecondaryNode {
     pub(super) fn new(
         context: &Arc<Context>,
         start: &SecondaryStart,
-        config: SecondaryConfig,
         protocol: Secondary,
     ) -> Result<SecondaryNode, NodeError> {
         Ok(SecondaryNode {
@@ -111,7 +110,7 @@ impl SecondaryNode {
             start: start.clone(),
             protocol,
             connections: Connections::default(),
-            budget: StagingBudget::new(config.staging_bytes_max),
+            budget: context.config.staging_bytes_max.map_or_else(StagingBudget::following, StagingBudget::new),
             heartbeats: HeartbeatThread::start(context.events.clone())?,
             build_slot: Arc::default(),
             image: None,
@@ -247,6 +246,7 @@ impl SecondaryNode {
             | NodeEvent::BlocksHashed { .. }
             | NodeEvent::PeerHashes { .. }
             | NodeEvent::OwnHashes { .. }
+            | NodeEvent::Holes { .. }
             | NodeEvent::Pushed { .. } => None,
         })
     }

@@ -67,6 +67,11 @@ impl NodeImage {
         self.backend().bytes()
     }
 
+    /// True if its device has more than the guest's disk.
+    pub(crate) fn is_limited(&self) -> bool {
+        matches!(self, NodeImage::Own(image) if image.is_limited())
+    }
+
     /// The shared image, if it is one.
     pub(crate) fn shared(&self) -> Option<&Arc<SharedImage>> {
         match self {
@@ -84,15 +89,20 @@ impl NodeImage {
     }
 }
 
-/// Opens an image; of a shared one the lock is left alone.
+/// Opens an image; of a shared one the lock is left alone. Of a device that is one node's own only
+/// the first `disk_bytes` are used, if it is known how many the guest's disk has.
 ///
 /// # Errors
 /// [`ImageError`].
-pub(crate) fn open_image(disk: &DiskConfig) -> Result<NodeImage, ImageError> {
-    Ok(match disk.shared {
-        true => NodeImage::Shared(Arc::new(SharedImage::open(&disk.path)?)),
-        false => NodeImage::Own(Arc::new(RawImage::open(&disk.path, disk.read_only)?)),
-    })
+pub(crate) fn open_image(disk: &DiskConfig, disk_bytes: Option<u64>) -> Result<NodeImage, ImageError> {
+    if disk.shared {
+        return Ok(NodeImage::Shared(Arc::new(SharedImage::open(&disk.path)?)));
+    }
+    let image = RawImage::open(&disk.path, disk.read_only)?;
+    Ok(NodeImage::Own(Arc::new(match disk_bytes {
+        Some(bytes) if image.is_device() => image.limited_to(bytes),
+        _ => image,
+    })))
 }
 
 /// Refuses a shared block device that nothing keeps the other host from writing late.
@@ -185,8 +195,14 @@ mod tests {
 
     #[test]
     fn a_shared_block_device_needs_something_that_fences() {
-        let disk =
-            |shared, fenced| DiskConfig { path: "/dev/san".into(), read_only: false, shared, fenced, serial: [0; 20] };
+        let disk = |shared, fenced| DiskConfig {
+            path: "/dev/san".into(),
+            is_raw: false,
+            read_only: false,
+            shared,
+            fenced,
+            serial: [0; 20],
+        };
         let none = ArbiterConfig::None { on_peer_loss: OnPeerLoss::Continue };
         let script = ArbiterConfig::Command { script: "/etc/fence".into(), timeout: Duration::from_secs(1) };
         let check = |shared, fenced, arbiter: &ArbiterConfig, device| {

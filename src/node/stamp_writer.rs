@@ -122,7 +122,10 @@ fn stamp(
     images: &[(PathBuf, NodeImage)],
     (at, state, snapshot): (EpochId, StampState, Option<SnapshotId>),
 ) -> Result<(), StampError> {
-    let stamp = Stamp { snapshot, ..Stamp::now(guest, at, state) };
+    let stamp = |image: &NodeImage| {
+        let disk_bytes = image.is_limited().then(|| image.bytes());
+        Stamp { snapshot, disk_bytes, ..Stamp::now(guest, at, state) }
+    };
     // The stamp of a shared image is its holder's.
-    images.iter().try_for_each(|(path, image)| image.while_ours(|| stamp.write(path)).unwrap_or(Ok(())))
+    images.iter().try_for_each(|(path, image)| image.while_ours(|| stamp(image).write(path)).unwrap_or(Ok(())))
 }

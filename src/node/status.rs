@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crossbeam::queue::ArrayQueue;
 use parking_lot::{Mutex, MutexGuard};
 
+use super::clock;
 use super::config::{ArbiterConfig, NodeConfig};
 use super::meter::Pace;
 use crate::checkpoint::journal::JournalFigures;
@@ -16,6 +17,7 @@ use crate::checkpoint::output::HeldFigures;
 use crate::control::metrics::{EpochLog, EpochSample, EpochsReply};
 use crate::control::status::{ArbiterStatus, NodeStatus, ResyncProgress, Role, State, TakeoverReport};
 use crate::control::verify::VerifyReport;
+use crate::device::driver_looks::DriverLooks;
 use crate::protocol::pages::PAGE_BYTES;
 use crate::protocol::primary::{self, Primary};
 use crate::protocol::secondary::{self, Secondary};
@@ -32,6 +34,7 @@ struct StatusSnapshot {
     held: HeldFigures,
     journal: JournalFigures,
     held_disk_bytes: u64,
+    refused_newcomers: u64,
     role: Role,
     state: State,
     protected: bool,
@@ -64,6 +67,9 @@ struct Shown {
     verify: Option<VerifyReport>,
     /// Why shared storage does not take writes.
     storage: Option<String>,
+    /// Why the guest has no network here.
+    tap: Option<String>,
+    drivers: Option<Drivers>,
     /// Why the arbiter did not answer when it was last asked.
     arbiter_lost: Option<String>,
 }
@@ -77,7 +83,18 @@ enum Note {
     Verify(Box<VerifyReport>),
     ArbiterLost(Option<String>),
     Storage(Option<String>),
+    Tap(Option<String>),
+    Drivers(Drivers),
 }
+
+/// What the guest's drivers have looked at, and since when the guest runs here.
+struct Drivers {
+    looks: Arc<DriverLooks>,
+    since_us: u64,
+}
+
+/// How long a guest may take to boot before it is an alarm that no driver looked at a device.
+const BOOT_TIME_US: u64 = 60_000_000;
 
 /// The status of one node, over all its roles.
 pub(crate) struct StatusStore {
@@ -108,6 +125,7 @@ impl StatusStore {
             held: HeldFigures::default(),
             journal: JournalFigures::default(),
             held_disk_bytes: 0,
+            refused_newcomers: 0,
             role,
             state: if role == Role::Primary { State::Starting } else { State::Connecting },
             protected: false,
@@ -129,6 +147,8 @@ impl StatusStore {
                 takeover: None,
                 verify: None,
                 storage: None,
+                tap: None,
+                drivers: None,
                 arbiter_lost: None,
             }),
             latest: ArrayQueue::new(1),
@@ -159,6 +179,8 @@ impl StatusStore {
                 Note::Verify(report) => shown.verify = Some(*report),
                 Note::ArbiterLost(lost) => shown.arbiter_lost = lost,
                 Note::Storage(fault) => shown.storage = fault,
+                Note::Tap(why) => shown.tap = why,
+                Note::Drivers(drivers) => shown.drivers = Some(drivers),
             }
         }
     }
@@ -191,6 +213,7 @@ impl StatusStore {
             held,
             journal,
             held_disk_bytes,
+            refused_newcomers: node.refused_count(),
             role,
             state,
             protected: node.phase() == Phase::Protected,
@@ -221,6 +244,7 @@ impl StatusStore {
             held: HeldFigures::default(),
             journal: JournalFigures::default(),
             held_disk_bytes: 0,
+            refused_newcomers: 0,
             role: Role::Secondary,
             state,
             protected: node.phase() == Phase::Paired,
@@ -271,10 +295,20 @@ impl StatusStore {
         self.note(Note::Storage(fault));
     }
 
+    /// The guest runs here from now on.
+    pub(crate) fn guest_runs(&self, looks: Arc<DriverLooks>) {
+        self.note(Note::Drivers(Drivers { looks, since_us: clock::monotonic_us() }));
+    }
+
+    /// The tap was found to be lost, or to be there again.
+    pub(super) fn tap_noticed(&self, why: Option<String>) {
+        self.note(Note::Tap(why));
+    }
+
     /// The whole status.
     pub(crate) fn status(&self) -> NodeStatus {
         let shown = self.shown();
-        let Shown { snapshot, log, takeover, storage, arbiter_lost, verify: _ } = &*shown;
+        let Shown { snapshot, log, takeover, storage, tap, drivers, arbiter_lost, verify: _ } = &*shown;
         let mut alarms: Vec<String> = snapshot.guest_alarm.iter().cloned().collect();
         let arbiter_lost = arbiter_lost.as_deref();
         if let Some(why) = arbiter_lost {
@@ -289,6 +323,13 @@ impl StatusStore {
         }
         if let Some(why) = &snapshot.no_primary {
             alarms.push(format!("no primary to join: {why}"));
+        }
+        let unused_devices = drivers.as_ref().map(|drivers| drivers.looks.unseen()).unwrap_or_default();
+        if let Some(drivers) = drivers {
+            alarms.extend(unused_alarm(&unused_devices, clock::monotonic_us().saturating_sub(drivers.since_us)));
+        }
+        if let Some(why) = tap {
+            alarms.push(format!("MC_TAP_LOST: {why}"));
         }
         if let Some(why) = storage {
             alarms.push(format!("shared storage fails, so the guest's flushes wait: {why}"));
@@ -324,6 +365,9 @@ impl StatusStore {
             held_packets: snapshot.held.packets,
             held_bytes: snapshot.held.bytes,
             held_disk_bytes: snapshot.held_disk_bytes,
+            lost_frames: snapshot.held.lost_frames,
+            refused_newcomers: snapshot.refused_newcomers,
+            unused_devices,
             journal_bytes: snapshot.journal.bytes,
             journal_full_times: snapshot.journal.full_times,
             resync: snapshot.resync.as_ref().map(|Pace { parts, rate_pages_s }| {
@@ -365,8 +409,34 @@ fn without_arbiter(state: State) -> &'static str {
     }
 }
 
+/// A guest that should have booted by now has drivers for all of its devices.
+fn unused_alarm(devices: &[String], running_us: u64) -> Option<String> {
+    let is_alarm = !devices.is_empty() && running_us >= BOOT_TIME_US;
+    is_alarm.then(|| {
+        format!(
+            "no driver of the guest has looked at its {}: its kernel needs virtio-mmio (CONFIG_VIRTIO_MMIO, or the \
+             module virtio_mmio in its initrd)",
+            devices.join(", ")
+        )
+    })
+}
+
 fn with_first_packet(mut report: TakeoverReport, first_out_us: Option<u64>) -> TakeoverReport {
     report.first_packet_monotonic_us = first_out_us;
     report.first_packet_ms = first_out_us.map(|us| us.saturating_sub(report.started_monotonic_us) as f64 / 1000.0);
     report
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_a_driver_is_an_alarm_once_the_guest_had_time_to_boot() {
+        let devices = ["network card".to_owned(), "disk 0".to_owned()];
+        assert_eq!(unused_alarm(&devices, BOOT_TIME_US - 1), None);
+        assert_eq!(unused_alarm(&[], BOOT_TIME_US), None);
+        let alarm = unused_alarm(&devices, BOOT_TIME_US).expect("an alarm");
+        assert!(alarm.contains("network card, disk 0") && alarm.contains("virtio-mmio"), "{alarm}");
+    }
 }

@@ -1,5 +1,7 @@
 //! What an operator asks of a node, and why it is refused.
 
+use std::time::Duration;
+
 use thiserror::Error;
 
 /// What an operator asks of a node.
@@ -11,10 +13,44 @@ pub enum Command {
     Cont,
     /// Cut an epoch now.
     Checkpoint,
+    /// Tell the network once more where the guest is.
+    AnnounceSelf(AnnounceSeries),
     /// Compare disks with the secondary's, while the guest runs.
     VerifyDisks(DiskChoice),
     /// End this node. A protected guest goes on at the secondary; an unprotected one is shut down.
     Quit,
+}
+
+/// How often the network is told where the guest is, as QEMU has it: at once, then after `initial`,
+/// and each time `step` later than the time before, up to `max`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AnnounceSeries {
+    /// The first pause.
+    pub initial: Duration,
+    /// The longest.
+    pub max: Duration,
+    /// How often in all.
+    pub rounds: u32,
+    /// By how much each is longer than the one before.
+    pub step: Duration,
+}
+
+impl AnnounceSeries {
+    /// What a node does by itself when a guest begins to run: the first can be lost, or overtaken
+    /// by a late frame of the host that died, which turns the switches back.
+    pub const DEFAULT: AnnounceSeries = AnnounceSeries {
+        initial: Duration::from_millis(50),
+        max: Duration::from_millis(2000),
+        rounds: 7,
+        step: Duration::from_millis(200),
+    };
+
+    /// The pause before the announcement with this number, counted from 0; `None` if there is no
+    /// more.
+    pub fn pause_before(&self, number: u32) -> Option<Duration> {
+        let pauses_before = number.checked_sub(1).filter(|_| number < self.rounds)?;
+        Some(self.step.saturating_mul(pauses_before).saturating_add(self.initial).min(self.max))
+    }
 }
 
 /// Which disks are meant.

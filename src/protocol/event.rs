@@ -83,13 +83,23 @@ pub enum Event {
         /// For how long.
         stall: Duration,
     },
-    /// The arbiter is out of reach: held output stays held, a secondary waits.
+    /// The arbiter is out of reach. What that means depends on what the node is doing.
     ArbiterLost {
         /// Why.
         why: String,
     },
     /// The arbiter answers again.
     ArbiterBack,
+    /// The guest's network card is joined to nothing: its frames are lost.
+    TapLost {
+        /// Why.
+        why: String,
+    },
+    /// The tap is there again.
+    TapBack {
+        /// How many frames of the guest were lost since the guest runs here.
+        lost_frames: u64,
+    },
     /// The newcomer's disks were compared with this node's.
     DisksCompared {
         /// How many blocks.
@@ -192,6 +202,8 @@ event_names! {
     Event::Stalled { .. } => "MC_STALLED",
     Event::ArbiterLost { .. } => "MC_ARBITER_LOST",
     Event::ArbiterBack => "MC_ARBITER_BACK",
+    Event::TapLost { .. } => "MC_TAP_LOST",
+    Event::TapBack { .. } => "MC_TAP_BACK",
     Event::DisksCompared { .. } => "MC_DISKS_COMPARED",
     Event::DisksVerified { .. } => "MC_DISKS_VERIFIED",
     Event::DisksNotVerified { .. } => "MC_DISKS_NOT_VERIFIED",
@@ -211,6 +223,7 @@ impl Event {
                 | Event::Protected { .. }
                 | Event::Takeover { .. }
                 | Event::ArbiterBack
+                | Event::TapBack { .. }
                 | Event::DisksCompared { .. }
                 | Event::DisksVerified { different: 0, .. }
         )
@@ -248,8 +261,17 @@ impl fmt::Display for Event {
                     stall.as_millis()
                 )
             }
-            Event::ArbiterLost { why } => write!(f, "arbiter out of reach: {why}; held output stays held"),
+            Event::ArbiterLost { why } => {
+                write!(f, "arbiter out of reach: {why}; it is asked again, and `mcd status` says what waits for it")
+            }
             Event::ArbiterBack => write!(f, "arbiter answers again"),
+            Event::TapLost { why } => write!(f, "the guest's network is gone: {why}"),
+            Event::TapBack { lost_frames } => {
+                write!(
+                    f,
+                    "the guest's network is back; {lost_frames} frames of the guest were lost on this node so far"
+                )
+            }
             Event::DisksCompared { blocks, same } => {
                 write!(f, "the newcomer has {same} of {blocks} blocks of the guest's disks already")
             }
@@ -289,5 +311,12 @@ mod tests {
             assert!(name.starts_with("MC_"), "{name}");
             assert!(!Event::NAMES[..at].contains(name), "{name}");
         }
+    }
+
+    #[test]
+    fn a_lost_arbiter_is_not_said_to_hold_output() {
+        // It is asked while nothing is held too: by a primary that runs alone, by a secondary.
+        let text = Event::ArbiterLost { why: "no quorum".into() }.to_string();
+        assert!(text.contains("out of reach: no quorum") && !text.contains("held"), "{text}");
     }
 }

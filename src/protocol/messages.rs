@@ -30,7 +30,8 @@ pub struct Hello {
     pub instance: InstanceId,
     /// Feature bits it offers (see [`features`]).
     pub features: u64,
-    /// Most bytes of staging memory it will spend on epochs that are not applied yet.
+    /// Most bytes of staging memory it will spend on epochs that are not applied yet; `u64::MAX` if
+    /// it spends what this guest needs.
     pub staging_bytes_max: u64,
     /// The CPU its host can give a guest; the primary refuses a host on which the guest could not
     /// go on.

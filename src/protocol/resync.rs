@@ -28,6 +28,9 @@ struct Part {
     left: u64,
     /// Those from here on are not compared yet, and must not be pushed.
     unsure: Range<u64>,
+    /// The newcomer's image of it was made just now: it has zeros, so what is a hole here needs no
+    /// push.
+    is_blank: bool,
 }
 
 /// The pages a newcomer still lacks, the push on its way, and the comparison.
@@ -48,7 +51,7 @@ impl Ledger {
     /// blocks of disks, which are compared before they are pushed.
     pub fn new(layout: &ImageLayout, compare: bool) -> Ledger {
         let pages = layout.pages();
-        let part = |pages: Range<u64>, unsure| Part { left: pages.end - pages.start, unsure, pages };
+        let part = |pages: Range<u64>, unsure| Part { left: pages.end - pages.start, unsure, pages, is_blank: false };
         let memory = part(0..layout.memory_pages(), 0..0);
         let disks = (0..layout.disks()).map(|disk| {
             let blocks = layout.blocks_of(disk);
@@ -101,7 +104,7 @@ impl Ledger {
         if self.comparing {
             return None;
         }
-        let part = self.parts.iter().find(|part| !part.unsure.is_empty())?;
+        let part = self.parts.iter().find(|part| !part.unsure.is_empty() && !part.is_blank)?;
         let first = part.unsure.start;
         self.comparing = true;
         Some(first..part.unsure.end.min(first + HASH_BLOCKS_MAX))
@@ -120,6 +123,42 @@ impl Ledger {
             }
         }
         self.sure_until(run, run.end);
+    }
+
+    /// Takes the next blocks of which the newcomer has zeros, to look for holes among them; `None`
+    /// while something is looked for or compared, or when there are no more.
+    pub fn next_hole_search(&mut self) -> Option<Range<u64>> {
+        if self.comparing {
+            return None;
+        }
+        let part = self.parts.iter().find(|part| !part.unsure.is_empty() && part.is_blank)?;
+        self.comparing = true;
+        Some(part.unsure.clone())
+    }
+
+    /// The newcomer has made its image of the disk with these blocks just now.
+    pub fn blank(&mut self, run: &Range<u64>) {
+        self.comparing = false;
+        if let Some(part) = self.parts.iter_mut().find(|part| part.unsure.start == run.start && !part.unsure.is_empty())
+        {
+            part.is_blank = true;
+        }
+    }
+
+    /// Of the blocks `searched`, whose disk is blank at the newcomer, those in `holes` are zeros
+    /// here too.
+    pub fn found_holes(&mut self, searched: &Range<u64>, holes: &[Range<u64>]) {
+        for hole in holes {
+            let hole = hole.start.max(searched.start)..hole.end.min(searched.end);
+            if !hole.is_empty() {
+                let removed = self.left.remove_range(hole);
+                self.left_count -= removed;
+                if let Some(part) = self.parts.iter_mut().find(|part| part.pages.contains(&searched.start)) {
+                    part.left -= removed;
+                }
+            }
+        }
+        self.sure_until(searched, searched.end);
     }
 
     /// The newcomer's image of the disk with these blocks is not worth a comparison: all of it is
@@ -300,5 +339,29 @@ mod tests {
         ledger.compared(&run, &[2]);
         assert_eq!(push_all(&mut ledger), [2]);
         assert!(ledger.is_done());
+    }
+
+    #[test]
+    fn holes_of_a_blank_disk_need_no_push_and_the_rest_does() {
+        let layout = layout(4, &[10]);
+        let mut ledger = Ledger::new(&layout, true);
+        assert_eq!(ledger.next_hole_search(), None, "nobody said that it is blank");
+        let run = ledger.next_comparison().expect("a comparison");
+        ledger.blank(&run);
+        assert_eq!(ledger.next_comparison(), None, "there is nothing to compare with");
+        assert_eq!(ledger.next_hole_search(), Some(4..14));
+        assert_eq!((ledger.next_hole_search(), ledger.is_done()), (None, false));
+        // It stopped half-way, and said more than it was asked.
+        ledger.settle(6);
+        ledger.found_holes(&(4..10), &[0..5, 6..8, 9..12]);
+        assert_eq!(ledger.next_push(100), Some(vec![0, 1, 2, 3, 5, 8]));
+        ledger.pushed();
+        assert_eq!(ledger.next_hole_search(), Some(10..14));
+        ledger.found_holes(&(10..14), &[11..12, 12..14]);
+        assert_eq!(ledger.next_push(100), Some(vec![10]));
+        assert!(!ledger.is_done());
+        ledger.pushed();
+        assert!(ledger.is_done());
+        assert_eq!(ledger.parts().collect::<Vec<_>>(), [(4, 0), (10, 0)]);
     }
 }

@@ -317,7 +317,19 @@ fn listen_once(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     // A node that restarts must get its port back while old connections linger.
     socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
+    match socket.bind(&address.into()) {
+        // At boot a network may be configured late, and an address that is moved between hosts
+        // comes when it comes: connections arrive from then on.
+        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+            match address {
+                SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+                SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+            }
+            socket.bind(&address.into())?;
+            tracing::warn!(%address, "this host does not have the address to listen on yet; it is waited for");
+        }
+        bound => bound?,
+    }
     socket.listen(BACKLOG)?;
     let listener = TcpListener::from(socket);
     let at = listener.local_addr()?;

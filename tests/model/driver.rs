@@ -222,10 +222,12 @@ impl World {
             Action::Capture { id, completes_resync, output } => self.capture(n, id, completes_resync, output),
             Action::Push { pages } => self.node(n).push = Some(pages),
             // Its disks have no hashes: no node here offers them.
-            Action::Preserve { .. } | Action::HashBlocks { .. } => unreachable!("no node offers hashes"),
+            Action::Preserve { .. } | Action::HashBlocks { .. } | Action::FindHoles { .. } => {
+                unreachable!("no node offers hashes")
+            }
             // No disk here is on shared storage.
             Action::Committed { .. } | Action::WriteThrough { .. } => {}
-            Action::Tell(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
+            Action::Tell(_) | Action::Announce(_) | Action::Snapshot | Action::NoSnapshot { .. } => {}
             Action::Release { through, before } => self.release(n, through, before),
             Action::ReleaseAll => {
                 let packets = self.node(n).output.take_all();

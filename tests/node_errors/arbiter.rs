@@ -62,7 +62,7 @@ fn a_primary_is_refused_for_a_guest_on_record_elsewhere() {
     run("arbiter::a_primary_is_refused_for_a_guest_on_record_elsewhere", |host| {
         host.primary().kill();
         Node::start(host.primary_command(&[])).fails(REFUSED, &["guest 'web'", "running elsewhere", "mcd cold-start"]);
-        let mut primary = Node::start(host.cold_start_command());
+        let mut primary = Node::start(host.cold_start_command(&[]));
         primary.wait_guest();
         primary.assert_serves_alone();
         // An end in order is on record, so that the next start needs nobody's word.
@@ -109,9 +109,7 @@ fn a_fencing_script_decides_a_takeover() {
         fence(host, "echo the switch is mute; exit 2");
         Node::start(host.primary_command(&[&who])).fails(FAILURE, &["out of reach", "the switch is mute"]);
         // The operator's own word asks no script.
-        let (mut cold, control) = host.cold_start_command();
-        cold.arg(&who);
-        let mut primary = Node::start((cold, control));
+        let mut primary = Node::start(host.cold_start_command(&[&who]));
         primary.wait_guest();
         let mut secondary = host.secondary(&[&who]);
         primary.wait_state(State::Protected);

@@ -62,7 +62,7 @@ fn ask(first: u64, count: u32) -> Vec<u8> {
 fn a_secondary_disconnects_at_malformed_block_hash_requests() {
     run("block_hashes::a_secondary_disconnects_at_malformed_block_hash_requests", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let mut node = host.secondary(&[&flag(&image(host, "s.img"))]);
+        let mut node = host.secondary(&[&flag(&image(host, "s.img")), "--force-disk"]);
         let able = welcome_with_disk(features::LZ4 | features::DISK_HASHES);
 
         // Good ones first: of what is there, and then of what an epoch has changed and background

@@ -17,6 +17,7 @@ const SECONDARY: &str = "127.0.0.1:7411";
 
 /// Exit codes.
 pub const FAILURE: i32 = 1;
+pub const USAGE: i32 = 2;
 pub const HOST: i32 = 3;
 pub const REFUSED: i32 = 4;
 
@@ -50,6 +51,11 @@ impl Environment {
         Environment { net, dir }
     }
 
+    /// Runs `ip` with these words in the network.
+    pub fn ip(&self, words: &str) {
+        self.net.ip(&[words]).expect("ip");
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -58,14 +64,25 @@ impl Environment {
         self.path("arbiter")
     }
 
-    /// A command of mcd's, in this network.
-    fn mcd(&self, words: &[&str], control: &Path) -> Command {
+    /// A command of mcd's, in this network, with its control socket: the flags `usual`, but for
+    /// those that `more` has.
+    fn mcd(&self, words: &[&str], control: PathBuf, usual: &[String], more: &[&str]) -> (Command, PathBuf) {
         let mut command = self.net.command(env!("CARGO_BIN_EXE_mcd"));
-        // The timeout of a busy test host: nothing here is about lateness.
-        let patient = ["--heartbeat-interval-ms=200", "--heartbeat-timeout-ms=20000"];
-        command.args(words).args(patient).arg(format!("--arbiter=file:{}", self.arbiter().display()));
-        command.arg(format!("--control={}", control.display())).env_remove("RUST_BACKTRACE").env("NO_COLOR", "1");
-        command
+        let every = [
+            // The timeout of a busy test host: nothing here is about lateness.
+            "--heartbeat-interval-ms=200".to_owned(),
+            "--heartbeat-timeout-ms=20000".to_owned(),
+            format!("--arbiter=file:{}", self.arbiter().display()),
+            format!("--control={}", control.display()),
+            "--guest=web".to_owned(),
+        ];
+        let name = |flag: &str| flag.split('=').next().map(str::to_owned);
+        let is_replaced = |flag: &&String| more.iter().any(|other| name(other) == name(flag));
+        command.args(words).args(every.iter().chain(usual).filter(|flag| !is_replaced(flag))).args(more);
+        command.env_remove("RUST_BACKTRACE").env("NO_COLOR", "1");
+        let given = more.iter().find_map(|flag| flag.strip_prefix("--control="));
+        let control = given.map_or(control, PathBuf::from);
+        (command, control)
     }
 
     /// `mcd primary` on the first tap, and what `more` adds.
@@ -74,24 +91,20 @@ impl Environment {
     }
 
     /// `mcd cold-start`, and otherwise the same.
-    pub fn cold_start_command(&self) -> (Command, PathBuf) {
-        self.primary_like(&["cold-start", "--i-know-both-nodes-are-dead"], &[])
+    pub fn cold_start_command(&self, more: &[&str]) -> (Command, PathBuf) {
+        self.primary_like(&["cold-start", "--i-know-both-nodes-are-dead"], more)
     }
 
     fn primary_like(&self, words: &[&str], more: &[&str]) -> (Command, PathBuf) {
-        let control = self.path("p.sock");
-        let mut command = self.mcd(words, &control);
-        command.args(["--guest=web", "--tap=tap0", "--guest-ip=10.0.0.2/24", "--memory=16M", "--listen", PRIMARY[0]]);
-        command.args(more);
-        (command, control)
+        let usual = ["--tap=tap0", "--guest-ip=10.0.0.2/24", "--memory=16M"].map(str::to_owned);
+        let usual = [&usual[..], &[format!("--listen={}", PRIMARY[0])]].concat();
+        self.mcd(words, self.path("p.sock"), &usual, more)
     }
 
     /// `mcd secondary` of the primary, on the second tap, and what `more` adds.
     pub fn secondary_command(&self, more: &[&str]) -> (Command, PathBuf) {
-        let control = self.path("s.sock");
-        let mut command = self.mcd(&["secondary"], &control);
-        command.args(["--guest=web", "--tap=tap1", "--listen", SECONDARY, "--peer", PRIMARY[0]]).args(more);
-        (command, control)
+        let usual = ["--tap=tap1".to_owned(), format!("--listen={SECONDARY}"), format!("--peer={}", PRIMARY[0])];
+        self.mcd(&["secondary"], self.path("s.sock"), &usual, more)
     }
 
     /// A primary whose guest runs.

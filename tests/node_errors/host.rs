@@ -1,6 +1,8 @@
 //! What the host lacks: taps, devices, ports.
 
 use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 
 use super::environment::{Environment, FAILURE, HOST, Mount, PRIMARY, mount, run};
 use super::process::Node;
@@ -9,9 +11,9 @@ use super::process::Node;
 fn a_missing_or_occupied_tap_ends_the_node() {
     run("host::a_missing_or_occupied_tap_ends_the_node", |host| {
         let _first = host.primary();
-        let (mut command, _) = host.primary_command(&["--listen=127.0.0.1:7501"]);
-        command.arg(format!("--control={}", host.path("other.sock").display()));
-        Node::start((command, host.path("other.sock"))).fails(HOST, &["tap tap0 is occupied", "name another tap"]);
+        let control = format!("--control={}", host.path("other.sock").display());
+        let other = host.primary_command(&["--listen=127.0.0.1:7501", &control]);
+        Node::start(other).fails(HOST, &["tap tap0 is occupied", "name another tap"]);
         host.secondary(&["--tap=tap0"]).fails(HOST, &["tap tap0 is occupied"]);
         host.secondary(&["--tap=nosuch0"]).fails(HOST, &["there is no tap nosuch0", "ip tuntap add"]);
         host.secondary(&["--tap=lo"]).fails(HOST, &["lo is not a tap"]);
@@ -67,8 +69,41 @@ fn ports_and_control_sockets_in_use_end_the_node() {
         Node::start(host.primary_command(&[])).fails(FAILURE, &["cannot listen on 127.0.0.1:7402", "in use"]);
         drop(taken);
         let _first = host.primary();
-        let (mut command, control) = host.secondary_command(&[]);
-        command.arg(format!("--control={}", host.path("p.sock").display()));
-        Node::start((command, control)).fails(FAILURE, &["control socket", "p.sock", "another process answers there"]);
+        host.secondary(&[&format!("--control={}", host.path("p.sock").display())])
+            .fails(FAILURE, &["control socket", "p.sock", "another process answers there"]);
+    });
+}
+
+#[test]
+fn more_memory_than_the_host_or_its_control_group_has_is_refused_untouched() {
+    run("host::more_memory_than_the_host_or_its_control_group_has_is_refused_untouched", |host| {
+        Node::start(host.primary_command(&["--memory=900G"]))
+            .fails(HOST, &["921600 MiB", "the host has", "give the guest less"]);
+        // A system in which every control group may have 24 MiB, of either hierarchy.
+        let groups = host.path("groups");
+        fs::create_dir_all(groups.join("memory")).expect("a directory");
+        for limit in ["memory.max", "memory/memory.limit_in_bytes"] {
+            fs::write(groups.join(limit), "25165824\n").expect("a file");
+        }
+        let limited = |(mut command, control): (Command, PathBuf)| {
+            mount(&mut command, &[Mount::Bind(groups.clone(), "/sys/fs/cgroup".into())], None);
+            Node::start((command, control))
+        };
+        let parts = ["64 MiB", "control group /sys/fs/cgroup", "leaves 24 MiB", "memory.max"];
+        limited(host.primary_command(&["--memory=64M"])).fails(HOST, &parts);
+        let mut primary = Node::start(host.primary_command(&["--memory=64M"]));
+        primary.wait_guest();
+        limited(host.secondary_command(&[])).fails(HOST, &parts);
+        primary.assert_serves_alone();
+        // Less than that is given.
+        let control = format!("--control={}", host.path("other.sock").display());
+        limited(host.primary_command(&[
+            "--memory=16M",
+            &control,
+            "--guest=small",
+            "--tap=tap1",
+            "--listen=127.0.0.1:7501",
+        ]))
+        .wait_guest();
     });
 }

@@ -9,6 +9,7 @@ use mcd::protocol::messages::{Message, PROTOCOL_VERSION, RefuseReason, Welcome};
 
 use super::environment::{HOST, PRIMARY, REFUSED, run};
 use super::fake::{FakePrimary, Peer, frame_of_version, garbage, welcome};
+use super::process::Node;
 
 #[test]
 fn a_secondary_ends_where_the_peer_speaks_no_mcd_or_another_version() {
@@ -49,6 +50,19 @@ fn a_secondary_ends_where_the_primary_does_not_match_its_flags() {
 }
 
 #[test]
+fn a_large_guest_is_protected_without_a_word_about_staging() {
+    run("joining::a_large_guest_is_protected_without_a_word_about_staging", |host| {
+        // An epoch of it may hold more than the 512 MiB that a small guest's secondary stages.
+        let mut primary = Node::start(host.primary_command(&["--memory=544M"]));
+        primary.wait_guest();
+        host.secondary(&["--staging-max=512M"]).fails(REFUSED, &["at most 512 MiB", "--staging-max"]);
+        let mut secondary = host.secondary(&[]);
+        primary.wait_state(State::Protected);
+        secondary.wait_line("protected in g");
+    });
+}
+
+#[test]
 fn a_secondary_ends_at_a_final_refusal() {
     run("joining::a_secondary_ends_at_a_final_refusal", |host| {
         let fake = FakePrimary::listen(PRIMARY);
@@ -65,8 +79,8 @@ fn a_secondary_ends_at_a_final_refusal() {
 fn a_secondary_refuses_a_welcome_with_impossible_values() {
     run("joining::a_secondary_refuses_a_welcome_with_impossible_values", |host| {
         let fake = FakePrimary::listen(PRIMARY);
-        let ends = |bad: Welcome, code: i32, part: &str| {
-            let mut node = host.secondary(&[]);
+        let ends_with = |flags: &[&str], bad: Welcome, code: i32, part: &str| {
+            let mut node = host.secondary(flags);
             let (mut peer, _) = fake.accept_data();
             peer.send(&Message::Welcome(bad.clone()));
             // What the host cannot do shows when the machine is built, with both connections open.
@@ -77,12 +91,14 @@ fn a_secondary_refuses_a_welcome_with_impossible_values() {
             });
             node.fails(code, &[part]);
         };
+        let ends = |bad: Welcome, code: i32, part: &str| ends_with(&[], bad, code, part);
         let welcomes = |bad: Welcome, part: &str| ends(bad, REFUSED, part);
         let shaped = |memory_bytes: u64, cpus: u8| Welcome {
             shape: MachineShape { memory_bytes, cpus, ..welcome().shape },
             ..welcome()
         };
-        welcomes(shaped(1 << 40, 1), "raise --staging-max");
+        ends_with(&["--staging-max=512M"], shaped(1 << 40, 1), REFUSED, "raise --staging-max");
+        ends(shaped(1 << 40, 1), HOST, "to have 1048576 MiB of memory");
         welcomes(shaped(u64::MAX, 1), "no machine has this shape");
         welcomes(shaped(0, 1), "no machine has this shape");
         welcomes(shaped((16 << 20) + 1, 1), "no machine has this shape");
@@ -147,9 +163,12 @@ fn a_primary_that_does_not_answer_times_out_and_is_retried() {
 #[test]
 fn a_second_secondary_is_refused_as_busy() {
     run("joining::a_second_secondary_is_refused_as_busy", |host| {
-        let primary = host.primary();
+        host.ip("tuntap add dev tap2 mode tap");
+        host.ip("link set tap2 up");
+        let mut primary = host.primary();
         let mut secondary = host.secondary(&[]);
         primary.wait_state(State::Protected);
+        primary.wait_line("protected in g");
         // Whoever asks a secondary for the guest is sent on.
         let mut unknown_peer = Peer::connect("127.0.0.1:7411");
         unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
@@ -158,8 +177,19 @@ fn a_second_secondary_is_refused_as_busy() {
         unknown_peer.send(&Message::Hello(super::fake::hello(mcd::protocol::messages::Channel::Data, 1)));
         unknown_peer.refusal(RefuseReason::Busy);
         assert!(primary.status().protected && secondary.status().protected);
+        // A real one tries again and again, at longer and longer intervals: told once, then
+        // counted.
+        let counted = primary.status().refused_newcomers;
+        let third = ["--tap=tap2", "--listen=127.0.0.1:7421", &format!("--control={}", host.path("t.sock").display())];
+        let mut third = host.secondary(&third);
+        third.wait_warning("MC_NO_PRIMARY");
+        primary.wait_status("asked again", |status| status.refused_newcomers >= counted + 4);
         secondary.terminate();
         secondary.ends_well();
-        primary.wait_state(State::Solo);
+        // What kept it waiting is over.
+        third.wait_line("protected in g");
+        let line = primary.wait_line("protected in g");
+        assert!(line.contains("INFO"), "{line}");
+        assert_eq!(primary.seen("MC_REFUSED"), 1);
     });
 }

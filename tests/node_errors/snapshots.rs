@@ -143,7 +143,7 @@ fn a_disk_that_is_only_read_needs_no_stop() {
         node.kill();
         // It was never stopped: only a person's word that it is dead lets it go on.
         restore(host, &path, &[&flag("")]).fails(REFUSED, &["on record as running elsewhere", "mcd cold-start"]);
-        let (mut command, control) = host.cold_start_command();
+        let (mut command, control) = host.cold_start_command(&[]);
         command.args([format!("--restore={}", path.display()), flag("")]);
         let mut node = Node::start((command, control));
         node.wait_guest();

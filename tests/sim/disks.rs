@@ -180,6 +180,23 @@ impl World {
         }
     }
 
+    /// It finds blocks that nobody has written, and may stop half-way.
+    pub fn find_holes(&mut self, proc: ProcId, ticket: u64, run: Range<u64>) {
+        let through = if self.rng.chance(300) { self.rng.range(run.start, run.end) } else { run.end };
+        let holes = (run.start..through).filter(|block| self.read_page(proc, *block) == 0);
+        let holes = holes.map(|block| block..block + 1).collect();
+        let us = self.takes(self.plan.sum_us);
+        self.after(us, Event::Holes { proc, ticket, through, holes });
+    }
+
+    pub fn own_holes(&mut self, proc: ProcId, ticket: u64, through: u64, holes: Vec<Range<u64>>) {
+        let node = &mut self.procs[proc];
+        if node.alive && node.is_primary() {
+            self.arrive(proc, In::Primary(primary::Input::Holes { ticket, through, holes }));
+            self.drive(proc);
+        }
+    }
+
     // ---- the secondary's ----
 
     /// The blocks as they are with all that is committed, and nothing that comes later.

@@ -235,11 +235,11 @@ impl World {
         // Before the first heartbeat there is nobody to send one for an engine that sleeps.
         if matches!(event, Told::Suspected { .. }) && self.plan.only_naps {
             let slot = self.procs[proc].slot;
-            self.violate(format!("n{slot}: {event}; but engines slept for less than the time-out, and that is all"));
+            self.violate(format!("n{slot}: {event}; but engines slept for less than the timeout, and that is all"));
         }
         if matches!(event, Told::Suspected { .. }) && self.plan.only_freezes {
             let slot = self.procs[proc].slot;
-            self.violate(format!("n{slot}: {event}; but processes froze for less than the time-out, and that is all"));
+            self.violate(format!("n{slot}: {event}; but processes froze for less than the timeout, and that is all"));
         }
         if gone && self.plan.only_narrow {
             self.violate(format!("n{}: {event}; but the wire carries little, and that is all", self.procs[proc].slot));
@@ -300,6 +300,7 @@ impl World {
             Action::Push { pages } => self.submit(proc, Job::Push(pages)),
             Action::Preserve { run } => self.procs[proc].frozen = Some(Frozen::at_the_next_cut(run)),
             Action::HashBlocks { ticket, run, as_of } => self.ask_own_hashes(proc, Question { ticket, run, as_of }),
+            Action::FindHoles { ticket, run } => self.find_holes(proc, ticket, run),
             // The model keeps every epoch's dirty pages until the primary forgets the peer.
             Action::Committed { id } => self.procs[proc].disk.committed(id),
             Action::WriteThrough { through } => self.write_through(proc, through),
@@ -316,6 +317,8 @@ impl World {
             Action::Answer { ticket, result } => self.answered(proc, ticket, result),
             Action::Snapshot => self.write_snapshot(proc),
             Action::NoSnapshot { why } => self.no_snapshot(proc, why),
+            // A frame like the guest's own.
+            Action::Announce(_) => {}
             Action::Ask(call) => self.ask_arbiter(proc, call),
             Action::Fence => self.fence(proc),
             Action::Exit(end) => {

@@ -152,7 +152,7 @@ impl World {
         }
     }
 
-    /// Freezes a process for less than the time-out, and now and then the next one just before it
+    /// Freezes a process for less than the timeout, and now and then the next one just before it
     /// goes on: that one has heard nothing for long, and then sleeps itself.
     fn freeze_for_a_moment(&mut self, proc: ProcId) {
         // Not at once again: the other one has to hear of it in between.
@@ -227,9 +227,9 @@ impl World {
         (slot + 1 + self.rng.below(self.slots.len() as u64 - 1) as usize) % self.slots.len()
     }
 
-    /// All pages that may be on their way together take longer than a time-out: a heartbeat is late
+    /// All pages that may be on their way together take longer than a timeout: a heartbeat is late
     /// behind them, but not for ever. One delivery and the heartbeat interval before it take less
-    /// than a time-out, for its bytes arrive here all at once, and a kernel would have shown the
+    /// than a timeout, for its bytes arrive here all at once, and a kernel would have shown the
     /// first of them long before.
     fn narrow(&mut self, slot: usize, until: u64) {
         let other = self.another(slot);

@@ -1,4 +1,4 @@
-//! How the world moves what travels: connections made, items delivered in order, time-outs, resets.
+//! How the world moves what travels: connections made, items delivered in order, timeouts, resets.
 
 use std::time::Duration;
 
@@ -343,7 +343,7 @@ impl World {
             let us = self.delay(self.conns[conn].channel);
             self.after(us, Event::Reset { conn, end: 1 - end, why: "connection reset" });
         }
-        self.end_is_gone(conn, end, "user time-out");
+        self.end_is_gone(conn, end, "user timeout");
     }
 
     /// One end learns that its connection is gone.

@@ -10,7 +10,7 @@ use crate::{number, run};
 const SEEDS_MAX: u64 = 20_000;
 
 /// Every bug: its name in the code, and what is wrong with it.
-const MUTANTS: [(&str, &str); 83] = [
+const MUTANTS: [(&str, &str); 84] = [
     ("release-on-send", "output leaves when its epoch is sent, not when it is committed"),
     ("one-epoch-too-many", "an ack releases the epoch after it too"),
     ("ack-before-whole", "an epoch is staged and acknowledged when half of it has arrived"),
@@ -77,6 +77,7 @@ const MUTANTS: [(&str, &str); 83] = [
     ("snapshot-counts-as-quit", "a snapshot that stops its guest and one quit count as an operator who asks twice"),
     ("stop-only-from-the-old-record", "a shutdown while a swap is on its way fences the node"),
     ("different-block-taken-for-equal", "a newcomer's block that differs is taken for equal, and not pushed"),
+    ("data-taken-for-a-hole", "where a newcomer has made its disk just now, no block of it is sent"),
     ("made-image-taken-for-equal", "a newcomer's disk that was made just now is taken for the guest's"),
     ("unreadable-taken-for-equal", "blocks that a primary cannot hash are taken for equal"),
     (

@@ -177,7 +177,7 @@ pub struct Plan {
     /// The only thing that goes wrong is that the wire carries little.
     pub only_narrow: bool,
     /// The only thing that goes wrong is that engines sleep now and then, for less than the
-    /// heartbeat time-out.
+    /// heartbeat timeout.
     pub only_naps: bool,
     /// The same, but no thread of the process runs: what arrives is not read either.
     pub only_freezes: bool,

@@ -93,6 +93,12 @@ pub enum Event {
         ticket: u64,
         hashes: Result<Vec<BlockHash>, String>,
     },
+    Holes {
+        proc: ProcId,
+        ticket: u64,
+        through: u64,
+        holes: Vec<std::ops::Range<u64>>,
+    },
     BlocksHashed {
         proc: ProcId,
         instance: InstanceId,
@@ -388,6 +394,7 @@ impl World {
             Event::DiskWritten(proc) => self.disk_written(proc),
             Event::HashesRead(proc, question) => self.read_hashes(proc, question),
             Event::OwnHashes { proc, ticket, hashes } => self.own_hashes(proc, ticket, hashes),
+            Event::Holes { proc, ticket, through, holes } => self.own_holes(proc, ticket, through, holes),
             Event::BlocksHashed { proc, instance, run, hashes } => self.hashed(proc, instance, run, hashes),
             Event::UnknownPeer { slot, says, address } => self.unknown_peer(slot, says, address),
             Event::UnknownBeats(conn) => self.unknown_beats(conn),

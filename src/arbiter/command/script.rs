@@ -7,6 +7,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{AccessFlags, Pid, access};
+use std::ffi::OsString;
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -123,7 +124,10 @@ impl Script {
         // Nothing here makes the standard library fork, which would copy the page tables of a whole
         // guest: it spawns.
         let mut command = Command::new(&self.path);
-        command.args(arguments).envs(environment.iter().map(|(name, value)| (name, value)));
+        // What a service manager or a shell left in this node's environment must not change what
+        // the script does, and secrets in it are not the script's to see.
+        command.env_clear().envs(inherited()).envs(environment.iter().map(|(name, value)| (name, value)));
+        command.args(arguments);
         command.current_dir("/").process_group(0);
         command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
         let child = command.spawn()?;
@@ -134,6 +138,15 @@ impl Script {
         running.pidfd = Some(pidfd_open(running.group)?);
         Ok(running)
     }
+}
+
+/// The variables of this process that a script is given: where programs and a user's keys are, and
+/// how times are written.
+fn inherited() -> impl Iterator<Item = (&'static str, OsString)> {
+    const NAMES: [&str; 3] = ["PATH", "HOME", "TZ"];
+    const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let given = |name| std::env::var_os(name).or_else(|| (name == "PATH").then(|| PATH.into()));
+    NAMES.into_iter().filter_map(move |name| Some((name, given(name)?)))
 }
 
 fn pid_of(child: &Child) -> Pid {

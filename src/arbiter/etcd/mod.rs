@@ -100,6 +100,7 @@ impl EtcdArbiter {
             Some(client) => client,
             None => Client::new(&self.config)?,
         };
+        let began = Instant::now();
         let count = self.config.endpoints.len();
         let tries = count * ROUNDS_MAX;
         let mut failures: Vec<(usize, AskError)> = Vec::new();
@@ -129,22 +130,27 @@ impl EtcdArbiter {
         // Whoever answers first next time, it should not be one that just failed; and the files may
         // have been renewed.
         self.favourite = (self.favourite + 1) % count.max(1);
-        Err(self.unreachable(&failures))
+        Err(self.unreachable(&failures, began.elapsed()))
     }
 
-    fn unreachable(&self, failures: &[(usize, AskError)]) -> ArbiterError {
+    fn unreachable(&self, failures: &[(usize, AskError)], waited: Duration) -> ArbiterError {
         let reasons = failures
             .iter()
             .map(|(at, error)| format!("{}: {error}", self.config.endpoints.get(*at).map_or("?", |url| url.as_str())));
         let reasons = reasons.collect::<Vec<_>>().join("; ");
-        let waited_ms = self.config.timeout.as_millis();
+        let waited_ms = waited.as_millis();
         ArbiterError::Unreachable {
             arbiter: self.describe(),
             why: format!(
-                "no answer within {waited_ms} ms ({reasons}); \
+                "no answer after {waited_ms} ms ({reasons}); \
                     check that the cluster has a quorum and that this host reaches it"
             ),
         }
+    }
+
+    fn out_of_place(&self) -> ArbiterError {
+        let why = "it answered a read with something else; check that the endpoints are etcd's".to_owned();
+        ArbiterError::Unreachable { arbiter: self.describe(), why }
     }
 
     fn record_of(&self, value: Option<Vec<u8>>) -> Result<Option<Record>, ArbiterError> {
@@ -158,7 +164,7 @@ impl Arbiter for EtcdArbiter {
     fn read(&mut self) -> Result<Option<Record>, ArbiterError> {
         match self.ask(&Call::range(&self.key))?.0 {
             Reply::Value(value) => self.record_of(value),
-            Reply::Swapped => Err(self.unreachable(&[])),
+            Reply::Swapped => Err(self.out_of_place()),
         }
     }
 

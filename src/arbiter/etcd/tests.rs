@@ -1,4 +1,9 @@
+use std::time::Duration;
+
 use super::wire::{Call, Reply, complaint, reply, token};
+use super::{EtcdArbiter, EtcdConfig};
+use crate::arbiter::Arbiter;
+use crate::protocol::types::GuestName;
 
 fn range(body: &str) -> Option<Reply> {
     reply(&Call::range("/mcd/web"), body.as_bytes())
@@ -66,4 +71,20 @@ fn what_is_no_answer_is_not_taken_for_one() {
     }
     assert_eq!(token(format!(r#"{{{header},"token":""}}"#).as_bytes()), None);
     assert_eq!(complaint(b"{}"), None);
+}
+
+#[test]
+fn the_time_that_was_waited_is_told_and_not_the_one_that_was_allowed() {
+    // A port that nobody listens on any more refuses at once.
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let config = EtcdConfig {
+        endpoints: vec![format!("http://{closed}")],
+        prefix: "/mcd".to_owned(),
+        tls: None,
+        login: None,
+        timeout: Duration::from_secs(3600),
+    };
+    let mut arbiter = EtcdArbiter::new(config, &GuestName::new("web").unwrap()).unwrap();
+    let error = arbiter.read().unwrap_err().to_string();
+    assert!(error.contains("no answer after ") && !error.contains("3600000 ms"), "{error}");
 }

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -94,8 +95,10 @@ impl Store {
     /// The lock, held until the file is dropped. An open-file-description lock, so that two threads
     /// of one process exclude each other too.
     fn lock(&self) -> Result<File, ArbiterError> {
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&self.lock);
-        let file = open.map_err(|error| match error.kind() {
+        // Whoever may read the file could hold the lock against both nodes.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let file = options.open(&self.lock).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => self.failed("find", &self.directory, error),
             _ => self.failed("open", &self.lock, error),
         })?;
@@ -120,8 +123,10 @@ impl Store {
 
     fn write_temporary(&self, new: &Record) -> Result<(), ArbiterError> {
         let failed = |error| self.failed("write", &self.temporary, error);
-        // What a crash left there is overwritten.
-        let mut file = File::create(&self.temporary).map_err(failed)?;
+        // What a crash left there goes, and no link that lies there leads anywhere.
+        self.remove_temporary();
+        let mut options = OpenOptions::new();
+        let mut file = options.write(true).create_new(true).mode(0o600).open(&self.temporary).map_err(failed)?;
         file.write_all(text::write(&self.guest, new).as_bytes()).map_err(failed)?;
         file.sync_all().map_err(failed)
     }

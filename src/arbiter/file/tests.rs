@@ -114,6 +114,21 @@ fn what_a_crash_left_behind_is_no_record() {
     assert_eq!(arbiter.read().unwrap(), Some(Record::first(P)));
 }
 
+#[test]
+fn records_are_private_and_written_through_no_link() {
+    use std::os::unix::fs::{MetadataExt, symlink};
+    let (directory, mut arbiter) = arbiter();
+    let victim = directory.path().join("victim");
+    fs::write(&victim, b"precious").unwrap();
+    symlink(&victim, directory.path().join("web-1.record.new")).unwrap();
+    assert_eq!(arbiter.swap(None, &Record::first(P)).unwrap(), Swap::Won);
+    assert_eq!(fs::read(&victim).unwrap(), b"precious");
+    for name in ["web-1.record", "web-1.lock"] {
+        let metadata = fs::symlink_metadata(directory.path().join(name)).unwrap();
+        assert!(metadata.is_file() && metadata.mode() & 0o777 == 0o600, "{name}: {:o}", metadata.mode());
+    }
+}
+
 /// Takes the guest's lock as another node would, and gives it back when dropped.
 fn foreign_lock(directory: &Path) -> fs::File {
     let file =

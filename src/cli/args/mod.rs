@@ -50,8 +50,7 @@ pub(in crate::cli) enum Command {
     /// Run a guest and protect it as soon as a secondary joins
     #[command(
         long_about = "Runs a guest, unprotected at first, and protects it as soon as a secondary joins.",
-        after_help = PRIMARY_HELP,
-        args_override_self = true
+        after_help = PRIMARY_HELP
     )]
     Primary(PrimaryArgs),
 
@@ -59,8 +58,7 @@ pub(in crate::cli) enum Command {
     #[command(
         long_about = "Joins a primary, holds its guest's image and takes over when the primary dies. The guest's \
             memory, vCPUs and Ethernet address are told by the primary.",
-        after_help = SECONDARY_HELP,
-        args_override_self = true
+        after_help = SECONDARY_HELP
     )]
     Secondary(SecondaryArgs),
 
@@ -68,8 +66,7 @@ pub(in crate::cli) enum Command {
     #[command(
         long_about = "Starts a guest anew although the arbiter still knows it as running: what `mcd primary` refuses. \
             If a node of the guest is alive after all, there are two guests with one address.",
-        after_help = COLD_START_HELP,
-        args_override_self = true
+        after_help = COLD_START_HELP
     )]
     ColdStart(ColdStartArgs),
 
@@ -79,8 +76,7 @@ pub(in crate::cli) enum Command {
             the guest, kills the primary with SIGKILL at a random moment, lets the secondary take over, starts a new \
             secondary, and so on. Exit code 0 means: no acknowledged write was lost, no reply was wrong or came twice, \
             no connection was reset. Nothing is left behind.",
-        after_help = DEMO_HELP,
-        args_override_self = true
+        after_help = DEMO_HELP
     )]
     Demo(DemoArgs),
 
@@ -104,8 +100,7 @@ pub(in crate::cli) enum Command {
     /// Ask a running node how it is
     #[command(
         long_about = "Asks a running node how it is, over its control socket (QMP: `mc-query`).",
-        after_help = STATUS_HELP,
-        args_override_self = true
+        after_help = STATUS_HELP
     )]
     Status(StatusArgs),
 
@@ -113,8 +108,7 @@ pub(in crate::cli) enum Command {
     #[command(
         long_about = "Joins the serial console of a guest whose node was started with --console socket: shows what it \
             said last, then what it says, and hands it every key. Ctrl-] leaves; the guest goes on.",
-        after_help = CONSOLE_HELP,
-        args_override_self = true
+        after_help = CONSOLE_HELP
     )]
     Console(ConsoleArgs),
 }

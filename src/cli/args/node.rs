@@ -75,8 +75,9 @@ pub(in crate::cli) struct NodeArgs {
     /// A disk of the guest, a raw image or block device: PATH, PATH,ro or PATH,serial=TEXT; as
     /// often as the guest has disks, on both nodes in the same order. A secondary makes an image
     /// that is not there, and overwrites one that is. With PATH,mode=shared both nodes name the
-    /// same storage instead
-    #[arg(long, value_name = "PATH[,ro|,mode=shared[,fenced]][,serial=TEXT]", help_heading = "Disks")]
+    /// same storage instead. With PATH,format=raw a file that looks like qcow2 or the like is taken
+    /// byte for byte
+    #[arg(long, value_name = "PATH[,ro|,mode=shared[,fenced]][,format=raw][,serial=TEXT]", help_heading = "Disks")]
     pub(in crate::cli) disk: Vec<Disk>,
     /// Take disk images whatever their stamps say. Not allowed in a file
     #[arg(long, help_heading = "Disks")]
@@ -139,9 +140,10 @@ pub(in crate::cli) struct NodeArgs {
     /// How pages are packed for the wire
     #[arg(long, value_name = "HOW", value_enum, default_value = "auto", help_heading = "Epochs")]
     pub(in crate::cli) compress: CompressFlag,
-    /// Most memory a secondary spends on epochs it has not applied yet
-    #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Epochs")]
-    pub(in crate::cli) staging_max: Size,
+    /// Most memory a secondary spends on epochs it has not applied yet [default: 512M, or one whole
+    /// epoch of the guest if that is more]
+    #[arg(long, value_name = "SIZE", help_heading = "Epochs")]
+    pub(in crate::cli) staging_max: Option<Size>,
     /// Most output held back, in bytes
     #[arg(long, value_name = "SIZE", default_value = "64M", help_heading = "Epochs")]
     pub(in crate::cli) output_max_bytes: Size,

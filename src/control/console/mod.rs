@@ -18,6 +18,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -116,7 +117,7 @@ impl Console {
                 console.take_stdin()?;
             }
             ConsoleTo::File(path) => {
-                let file = OpenOptions::new().append(true).create(true).open(path);
+                let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
                 console.copy_to(file.map_err(|reason| ConsoleError::File { path: path.clone(), reason })?)?;
             }
             ConsoleTo::Socket(path) => console.listen(path)?,

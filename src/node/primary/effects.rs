@@ -31,6 +31,9 @@ impl PrimaryNode {
                 Action::HashBlocks { ticket, run, as_of } => {
                     self.block_hasher.iter().for_each(|hasher| hasher.hash_blocks(ticket, run.clone(), as_of));
                 }
+                Action::FindHoles { ticket, run } => {
+                    self.block_hasher.iter().for_each(|hasher| hasher.find_holes(ticket, run.clone()));
+                }
                 Action::Committed { id } => self.committed(id),
                 Action::Release { through, before } => self.release(through, before),
                 Action::WriteThrough { through } => self.buffers.write_through(through),
@@ -42,6 +45,7 @@ impl PrimaryNode {
                 Action::Run(run) => self.machine.iter().for_each(|machine| machine.run(run)),
                 Action::Snapshot => self.begin_snapshot(),
                 Action::NoSnapshot { why } => self.snapshot_refused(why),
+                Action::Announce(series) => self.announce(series),
                 Action::Ask(call) => self.context.arbiter.ask(call),
                 Action::Fence => self.fence(),
                 Action::Answer { ticket, result } => self.replies.answer(ticket, result),

@@ -3,7 +3,7 @@
 //! ```text
 //!  Capture ──▶ the driver pauses, saves, copies, resumes ──▶ Captured, or CaptureFailed
 //!     │  heartbeats, commands, timers go on: a heartbeat says that this node is capturing
-//!     ├─ heartbeat time-out ──▶ an event reports that the guest is stuck
+//!     ├─ heartbeat timeout ──▶ an event reports that the guest is stuck
 //!     └─ stall_max ──▶ protected: HandOver to the secondary, look at the record
 //!                      │   the secondary's ──▶ Fenced
 //!                      │   still ours after handover_timeout ──▶ ask for the guest again (Deciding)
@@ -212,7 +212,7 @@ impl Primary {
         let Some(committed) = self.epochs.committed() else { return };
         assert_eq!(committed.generation, self.record.generation, "I1: a commit of another generation releases output");
         assert_eq!(self.record.owner, self.me, "I3: a node releases output that the record gives to another");
-        // The peer waits for the whole time-out after our last heartbeat, which left at most one
+        // The peer waits for the whole timeout after our last heartbeat, which left at most one
         // interval ago.
         let mut slack = self.config.heartbeat.timeout.saturating_sub(self.config.heartbeat.interval);
         if mutant::is("release-without-deadline") {

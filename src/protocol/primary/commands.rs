@@ -46,6 +46,10 @@ impl Primary {
                 self.sync_run();
                 return self.answer_runs(Ok(()));
             }
+            (Command::AnnounceSelf(series), _) => {
+                self.actions.push_back(Action::Announce(series));
+                Ok(())
+            }
             (Command::Checkpoint, _) if self.peer.is_none() => Err(CommandRefused::NoSecondary),
             (Command::Checkpoint, _) => {
                 self.epochs.press();

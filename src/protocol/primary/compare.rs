@@ -1,6 +1,7 @@
 //! Blocks that are hashed on both nodes: in a resync, so that a newcomer's disk gets only what it
 //! lacks, and to verify the disks of a pair.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::types::Action;
@@ -96,7 +97,7 @@ impl Primary {
 
     /// There is no peer to compare with any more.
     pub(super) fn stop_comparing(&mut self) {
-        self.comparison = None;
+        (self.comparison, self.hole_search) = (None, None);
         self.verify_failed("the pair broke up meanwhile");
     }
 
@@ -113,6 +114,29 @@ impl Primary {
         if let Some(run) = self.ledger.as_mut().and_then(|ledger| ledger.next_comparison()) {
             self.compare(run, None);
         }
+        if let Some(run) = self.ledger.as_mut().and_then(|ledger| ledger.next_hole_search()) {
+            self.tickets += 1;
+            self.hole_search = Some((self.tickets, run.clone()));
+            self.actions.push_back(Action::FindHoles { ticket: self.tickets, run });
+        }
+    }
+
+    /// Holes of this node's image, where the newcomer has zeros. A block that is written after it
+    /// was found to be a hole is in the journal and travels, as one that is written after it was
+    /// compared.
+    pub(super) fn own_holes(&mut self, ticket: u64, through: u64, holes: &[Range<u64>]) {
+        let Some((_, run)) = self.hole_search.take_if(|(asked, _)| *asked == ticket) else { return };
+        let Some(ledger) = &mut self.ledger else { return };
+        let searched = run.start..through.clamp(run.start, run.end);
+        match searched.is_empty() {
+            // The storage does not say.
+            true => ledger.incomparable(&run),
+            false if mutant::is("data-taken-for-a-hole") => {
+                ledger.found_holes(&searched, std::slice::from_ref(&searched))
+            }
+            false => ledger.found_holes(&searched, holes),
+        }
+        self.tell_comparisons();
     }
 
     pub(super) fn tell_progress(&mut self, now: Instant) {
@@ -133,7 +157,7 @@ impl Primary {
 
     // ---- both ----
 
-    fn compare(&mut self, run: std::ops::Range<u64>, as_of: Option<EpochId>) {
+    fn compare(&mut self, run: Range<u64>, as_of: Option<EpochId>) {
         let Some(peer) = &self.peer else { return };
         self.tickets += 1;
         let (ticket, conn, first) = (self.tickets, peer.data, run.start);
@@ -156,7 +180,7 @@ impl Primary {
             self.comparison = None;
             self.ledger.iter_mut().for_each(|ledger| match mutant::is("made-image-taken-for-equal") {
                 true => ledger.compared(&run, &[]),
-                false => ledger.incomparable(&run),
+                false => ledger.blank(&run),
             });
             self.tell_comparisons();
         } else if comparison.take_theirs(first, hashes) {

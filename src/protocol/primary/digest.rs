@@ -14,9 +14,9 @@ impl Primary {
         // Named one by one: a field that is new must find its place here.
         #[rustfmt::skip]
         let Primary {
-            config, me, record, phase, candidates, peer, begun, tracking, handed_over_until, epochs, ledger,
-            comparison, tickets, verify, progress_at, verify_at, arbitration, guard, proven, pairing_checked,
-            storage_behind, stopped_by_operator, stopped_by_full_output, snapshot, quitting, restart,
+            config, me, record, phase, candidates, peer, refusals: _, begun, tracking, handed_over_until, epochs,
+            ledger, comparison, hole_search, tickets, verify, progress_at, verify_at, arbitration, guard, proven,
+            pairing_checked, storage_behind, stopped_by_operator, stopped_by_full_output, snapshot, quitting, restart,
             guest_alarm: _, guest_runs, pending, actions,
         } = self;
         (me, record, phase, ledger, proven, pairing_checked, storage_behind, tracking).hash(into);
@@ -24,7 +24,7 @@ impl Primary {
         begun.iter().for_each(|begun| begun.digest(now, into));
         (handed_over_until.map(|until| until.since(now)), restart, pending).hash(into);
         candidates.iter().for_each(|candidate| candidate.digest(now, into));
-        (comparison, tickets, verify).hash(into);
+        (comparison, hole_search, tickets, verify).hash(into);
         if self.peer_features() & features::DISK_HASHES != 0 {
             (progress_at.since(now), verify_at.since(now)).hash(into);
         }

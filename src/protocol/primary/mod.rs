@@ -25,6 +25,7 @@ mod ending;
 mod epochs;
 mod guest;
 mod peer;
+mod refusals;
 mod storage;
 mod types;
 mod verdicts;
@@ -38,6 +39,7 @@ use self::capture::Begun;
 use self::commands::Pending;
 use self::epochs::Epochs;
 use self::peer::{Candidate, Peer};
+use self::refusals::Refusals;
 use super::arbitration::{ArbiterRequest, Arbitration};
 use super::block_hashes::Comparison;
 use super::event::Event;
@@ -87,6 +89,7 @@ pub struct Primary {
     /// Newcomers that have not opened their heartbeat connection yet.
     candidates: Vec<Candidate>,
     peer: Option<Peer>,
+    refusals: Refusals,
     epochs: Epochs,
     /// What the driver was asked to do with the machine and has not finished.
     begun: Option<Begun>,
@@ -97,6 +100,8 @@ pub struct Primary {
     ledger: Option<Ledger>,
     /// Blocks that both nodes are hashing, in a resync or for `verify`.
     comparison: Option<Box<Comparison>>,
+    /// Blocks among which holes are looked for, and the ticket of that.
+    hole_search: Option<(u64, std::ops::Range<u64>)>,
     tickets: u64,
     /// The verify under way, or the last one.
     verify: Option<Box<Verify>>,
@@ -137,12 +142,14 @@ impl Primary {
             phase: Phase::Solo,
             candidates: Vec::new(),
             peer: None,
+            refusals: Refusals::default(),
             epochs: Epochs::new(record.generation, now),
             begun: None,
             tracking: false,
             handed_over_until: None,
             ledger: None,
             comparison: None,
+            hole_search: None,
             tickets: 0,
             verify: None,
             progress_at: now,
@@ -200,11 +207,6 @@ impl Primary {
         self.peer.as_ref().map(|peer| peer.instance)
     }
 
-    /// The features both this node and its peer have; none without a peer.
-    pub fn peer_features(&self) -> u64 {
-        self.peer.as_ref().map_or(0, |peer| peer.features)
-    }
-
     /// What a newcomer still lacks, during a resync.
     pub fn resync(&self) -> Option<&Ledger> {
         self.ledger.as_ref()
@@ -241,6 +243,7 @@ impl Primary {
             Input::Tracking { conn, result } => self.tracking(conn, result),
             Input::RunDone { run, result } => self.run_done(run, result),
             Input::Pushed => self.pushed(),
+            Input::Holes { ticket, through, holes } => self.own_holes(ticket, through, &holes),
             Input::PeerHashes { conn, first, hashes } => self.peer_hashes(conn, first, hashes),
             Input::OwnHashes { ticket, hashes } => self.own_hashes(ticket, hashes),
             Input::StorageSynced { conn } => self.storage_synced(conn),

@@ -113,6 +113,11 @@ impl Peer {
 }
 
 impl Primary {
+    /// The features both this node and its peer have; none without a peer.
+    pub fn peer_features(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |peer| peer.features)
+    }
+
     /// How long the newcomer may make no progress, while it builds its machine.
     pub(super) fn build_silence_max(&self) -> Option<Duration> {
         let joins = self.phase == Phase::Joining && !mutant::is("joining-held-for-ever");
@@ -176,6 +181,7 @@ impl Primary {
         let candidate = self.candidates.remove(at);
         self.peer = Some(Peer::new(&candidate, conn, self.config.heartbeat, now));
         self.phase = Phase::Joining;
+        self.refusals.joined();
         for other in std::mem::take(&mut self.candidates) {
             self.refuse(other.data, RefuseReason::Busy, BUSY.into());
         }
@@ -212,7 +218,9 @@ impl Primary {
 
     /// Turns a newcomer away, and says why to it and to people.
     pub(super) fn refuse(&mut self, conn: ConnId, reason: RefuseReason, detail: String) {
-        self.tell(Event::Refused { reason, detail: detail.clone() });
+        if self.refusals.add(reason, &detail) {
+            self.tell(Event::Refused { reason, detail: detail.clone() });
+        }
         self.actions.push_back(Action::Send { conn, message: Message::Refuse { reason, detail } });
         self.actions.push_back(Action::Close { conn });
     }

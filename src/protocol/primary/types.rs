@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterCall};
 use crate::protocol::block_hashes::BlockHash;
-use crate::protocol::command::{Command, CommandRefused};
+use crate::protocol::command::{AnnounceSeries, Command, CommandRefused};
 use crate::protocol::cpu::GuestCpu;
 use crate::protocol::event::Event;
 use crate::protocol::failure_detector::HeartbeatConfig;
@@ -200,6 +200,15 @@ pub enum Input {
     },
     /// The guest's machine reports an event.
     Guest(GuestEvent),
+    /// These are holes: what `FindHoles` asked for.
+    Holes {
+        /// The question's ticket.
+        ticket: u64,
+        /// The first block that was not looked at.
+        through: u64,
+        /// The holes before that, rising; no error: what is not known to be a hole is pushed.
+        holes: Vec<Range<u64>>,
+    },
     /// An operator wants a snapshot of the guest. Answered at once, by `Snapshot` or `NoSnapshot`.
     Snapshot {
         /// The guest is to stop for good with it.
@@ -310,6 +319,17 @@ pub enum Action {
         /// Why, in words.
         why: &'static str,
     },
+    /// Find out which of these blocks are holes in this node's image of the disk, and say so with
+    /// `Holes`. None of them need be read for that.
+    FindHoles {
+        /// Goes into `Holes`.
+        ticket: u64,
+        /// The blocks, of one disk.
+        run: Range<u64>,
+    },
+    /// Tell the network where the guest is, now and then so often. What is announced is held and
+    /// released as the guest's own output is.
+    Announce(AnnounceSeries),
     /// Ask the arbiter.
     Ask(ArbiterCall),
     /// Stop the guest for good, throw held output and held writes away, close all connections, and

@@ -15,11 +15,12 @@ impl Secondary {
         let Secondary {
             config: _, me, phase, conns, data, heartbeat, step_at, welcome, made, life, guard, generation,
             expected, committed, began: _, record, inheritance, hashing, resync_left, arbitration, done_bytes, whole,
-            cause: _, stages: _, no_primary: _, quitting, quit_in_takeover, actions,
+            cause: _, stages: _, no_primary: _, busy_times, quitting, quit_in_takeover, actions,
         } = self;
         (me, phase, conns, data, heartbeat, step_at.map(|at| at.since(now))).hash(into);
         welcome.as_ref().map(|welcome| (welcome.instance, welcome.generation)).hash(into);
         (generation, expected, committed, record, done_bytes, whole, quitting, quit_in_takeover).hash(into);
+        busy_times.hash(into);
         (made, hashing, resync_left).hash(into);
         (life.is_some(), guard.is_some(), inheritance.as_ref().map(|inheritance| inheritance.digest())).hash(into);
         if let Some((timer, detector)) = life {

@@ -8,6 +8,9 @@ use crate::protocol::messages::{Channel, Hello, Message, PROTOCOL_VERSION, Refus
 use crate::protocol::peer_loss::{PeerFault, PeerLoss};
 use crate::protocol::types::{ConnId, Generation, Instant};
 
+/// A newcomer waits twice as long after each time it finds the primary busy, up to so many times.
+const BUSY_DOUBLINGS_MAX: u32 = 4;
+
 impl Secondary {
     pub(super) fn new_conn(&mut self) -> ConnId {
         self.conns += 1;
@@ -54,7 +57,7 @@ impl Secondary {
                     return self.exit(Ending::Refused { reason, detail });
                 }
                 self.generation = welcome.generation;
-                self.no_primary = None;
+                (self.no_primary, self.busy_times) = (None, 0);
                 self.welcome = Some(welcome);
                 self.open_heartbeat_connection(now);
             }
@@ -85,7 +88,7 @@ impl Secondary {
         let Welcome { heartbeat_interval_us: interval_us, heartbeat_timeout_us: timeout_us, .. } = *welcome;
         if interval_us == 0 || timeout_us / 2 < interval_us {
             let detail = format!(
-                "it announced heartbeats every {interval_us} µs and a time-out of {timeout_us} µs, which no primary \
+                "it announced heartbeats every {interval_us} µs and a timeout of {timeout_us} µs, which no primary \
                  does; check --peer"
             );
             return Err((RefuseReason::Malformed, detail));
@@ -116,6 +119,11 @@ impl Secondary {
     pub(super) fn refused(&mut self, now: Instant, reason: RefuseReason, detail: String) {
         if matches!(reason, RefuseReason::Busy | RefuseReason::NotPrimary) {
             self.start_over(now, PeerLoss::Closed(detail));
+            if reason == RefuseReason::Busy && self.phase == Phase::Connecting {
+                // It has a secondary, most likely for long.
+                self.step_at = Some(now + self.config.retry * (1 << self.busy_times));
+                self.busy_times = (self.busy_times + 1).min(BUSY_DOUBLINGS_MAX);
+            }
         } else {
             self.exit(Ending::Refused { reason, detail });
         }
@@ -203,5 +211,53 @@ impl Secondary {
         self.life = None;
         self.guard = None;
         self.step_at = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::protocol::cpu::HostCpu;
+    use crate::protocol::secondary::SecondaryConfig;
+    use crate::protocol::types::{GuestName, InstanceId};
+
+    const RETRY: Duration = Duration::from_millis(200);
+
+    fn secondary() -> Secondary {
+        let config = SecondaryConfig {
+            guest: GuestName::new("web").expect("a name"),
+            cpu: HostCpu { digest: 1, tsc_khz: 1, tsc_scales: false },
+            features: 0,
+            staging_bytes_max: u64::MAX,
+            retry: RETRY,
+            answer_timeout: Duration::from_secs(1),
+            stall_max: Duration::from_secs(2),
+        };
+        Secondary::new(config, InstanceId(1), 0, Instant::from_us(0))
+    }
+
+    /// Lets it try once and be refused; how long it waits until it tries again.
+    fn refused(node: &mut Secondary, now: &mut Instant, reason: RefuseReason) -> Duration {
+        *now = node.poll_timeout().expect("it tries");
+        node.handle(*now, Input::Tick);
+        let conn = node.last_conn();
+        node.handle(*now, Input::Connected { conn });
+        let message = Message::Refuse { reason, detail: "not now".into() };
+        node.handle(*now, Input::Message { conn, message });
+        node.poll_timeout().expect("it tries again").since(*now)
+    }
+
+    #[test]
+    fn a_newcomer_that_finds_the_primary_busy_asks_less_and_less_often() {
+        let (mut node, mut now) = (secondary(), Instant::from_us(0));
+        let mut waits = || refused(&mut node, &mut now, RefuseReason::Busy).as_millis();
+        assert_eq!([waits(), waits(), waits(), waits(), waits(), waits()], [200, 400, 800, 1600, 3200, 3200]);
+        // Told once.
+        let told = std::iter::from_fn(|| node.poll_action()).filter(|action| matches!(action, Action::Tell(_)));
+        assert_eq!(told.count(), 1);
+        // A secondary that may become the primary at any moment is asked as before.
+        assert_eq!(refused(&mut node, &mut now, RefuseReason::NotPrimary), RETRY);
     }
 }

@@ -99,6 +99,8 @@ pub struct Secondary {
     cause: String,
     stages: TakeoverStages,
     no_primary: Option<String>,
+    /// How often in a row the primary was busy, as far as it counts.
+    busy_times: u32,
     /// An operator ends this node as soon as the arbiter has answered.
     quitting: bool,
     /// An operator ended this node while it restored the guest: the primary it becomes has to hear
@@ -137,6 +139,7 @@ impl Secondary {
             cause: String::new(),
             stages: TakeoverStages::default(),
             no_primary: None,
+            busy_times: 0,
             quitting: false,
             quit_in_takeover: false,
             actions: VecDeque::new(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::super::{Action, Input, Phase, Primary, PrimaryConfig};
 use crate::protocol::arbitration::{ArbiterAnswer, ArbiterRequest};
-use crate::protocol::command::Command;
+use crate::protocol::command::{AnnounceSeries, Command, CommandRefused, DiskChoice};
 use crate::protocol::cpu::HostCpu;
 use crate::protocol::messages::{Activity, Channel, Heartbeat, Hello, Message, PROTOCOL_VERSION};
 use crate::protocol::record::{Record, RecordState};
@@ -154,4 +154,28 @@ fn a_guest_that_could_not_be_stopped_for_full_output_runs_and_can_be_stopped_lat
     rig.orders.clear();
     rig.take(Input::Command { ticket: 1, command: Command::Stop });
     assert_eq!((rig.orders.as_slice(), rig.primary.guest_runs()), (&[false][..], false));
+}
+
+#[test]
+fn a_fenced_node_refuses_what_only_the_node_that_runs_the_guest_can_do() {
+    let mut rig = Rig::stopped_while_deciding();
+    let (ticket, wanted) = rig.asked.take().expect("a question");
+    let theirs = rig.primary.record().next_solo(PEER);
+    assert!(wanted.is_some_and(|wanted| wanted != theirs));
+    rig.take(Input::Answer { ticket, answer: ArbiterAnswer::Record(Some(theirs)) });
+    assert_eq!(rig.primary.phase(), Phase::Fenced);
+    for command in [
+        Command::Cont,
+        Command::Stop,
+        Command::Checkpoint,
+        Command::VerifyDisks(DiskChoice::All),
+        Command::AnnounceSelf(AnnounceSeries::DEFAULT),
+    ] {
+        rig.primary.handle(Instant::from_us(0), Input::Command { ticket: 9, command });
+        let actions: Vec<_> = std::iter::from_fn(|| rig.primary.poll_action()).collect();
+        assert!(
+            matches!(actions.as_slice(), [Action::Answer { ticket: 9, result: Err(CommandRefused::Fenced) }]),
+            "{command:?}: {actions:?}"
+        );
+    }
 }
