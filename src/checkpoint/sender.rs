@@ -4,12 +4,15 @@
 //! A small epoch that nothing waits before is sent by the thread that captured it: that saves a
 //! wake-up on the way of every commit.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Sender as Queue, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender as Queue, bounded, unbounded};
 use parking_lot::Mutex;
 use thiserror::Error;
 
@@ -107,6 +110,8 @@ pub struct Sender {
     conn: ConnId,
     queue: Option<SenderQueue>,
     thread: Option<JoinHandle<()>>,
+    /// Nothing is ever sent here: it ends with the thread.
+    ended: Receiver<()>,
     closer: LinkCloser,
     epoch_bytes: Arc<AtomicU64>,
 }
@@ -139,6 +144,7 @@ impl Sender {
         let pending = Arc::new(AtomicUsize::new(0));
         let (mine, done) = (Arc::clone(&stream), Arc::clone(&pending));
         let end = closer.clone();
+        let (ends, ended) = bounded::<()>(0);
         let thread = std::thread::Builder::new().name("mcd-send".into()).spawn(move || {
             on_start();
             for job in queue {
@@ -154,9 +160,10 @@ impl Sender {
                 }
             }
             end.shutdown();
+            drop(ends);
         })?;
         let queue = SenderQueue { jobs, pending, stream, closer: closer.clone() };
-        Ok(Sender { conn, queue: Some(queue), thread: Some(thread), closer, epoch_bytes })
+        Ok(Sender { conn, queue: Some(queue), thread: Some(thread), ended, closer, epoch_bytes })
     }
 
     /// The connection it writes to.
@@ -188,23 +195,33 @@ impl Sender {
         self.epoch_bytes.load(Ordering::Relaxed)
     }
 
-    /// Ends the connection now; what is still queued is lost.
-    pub fn abort(mut self) {
-        self.closer.shutdown();
-        self.finish();
+    /// Ends the connection once what was handed over is out, or after `limit`: a peer that takes
+    /// nothing holds nobody up. False if something was lost.
+    pub fn finish_within(mut self, limit: Duration) -> bool {
+        self.queue = None;
+        let in_time = self.ended.recv_timeout(limit) != Err(RecvTimeoutError::Timeout);
+        if !in_time {
+            self.closer.shutdown();
+            // It ends by itself: its next write fails.
+            self.thread = None;
+        }
+        in_time
     }
 
-    fn finish(&mut self) {
-        self.queue = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+    /// Ends the connection now; what is still queued is lost.
+    pub fn abort(self) {
+        drop(self);
     }
 }
 
 impl Drop for Sender {
+    /// As [`Sender::abort`].
     fn drop(&mut self) {
-        self.finish();
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            self.closer.shutdown();
+            let _ = thread.join();
+        }
     }
 }
 

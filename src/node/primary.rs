@@ -147,8 +147,12 @@ impl PrimaryNode {
     /// Ends in order: the last messages leave, what the guest wrote is where it belongs, and the
     /// disks' stamps say so.
     fn finish(mut self, end: End) -> Result<End, NodeError> {
-        drop(self.sender.take());
-        self.leaving.clear();
+        let leave_max = self.context.config.heartbeat.timeout;
+        for sender in self.sender.take().into_iter().chain(self.leaving.drain(..)) {
+            if !sender.finish_within(leave_max) {
+                tracing::warn!("the peer took nothing for the heartbeat timeout; it was not told why this node ends");
+            }
+        }
         let Some(Ok(mut machine)) = self.machine.take().map(MachineThread::finish) else {
             return Err(NodeError::GuestFailed("the thread of its machine ended by itself".into()));
         };

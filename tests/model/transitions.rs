@@ -18,7 +18,7 @@ pub enum Transition {
     Timeout { node: usize, split: bool },
     /// A node carries out its next action.
     Step { node: usize },
-    /// A node's driver stands still for longer than the heartbeat timeout.
+    /// A node's driver is frozen for longer than the heartbeat timeout.
     Stall { node: usize },
     /// The guest writes a page and sends a packet.
     Guest { node: usize },

@@ -149,7 +149,7 @@ impl World {
             return;
         }
         if self.now < self.procs[proc].paused_until {
-            // It stands still too.
+            // It is frozen too.
             return self.at(self.procs[proc].paused_until, Event::HashesRead(proc, question));
         }
         let Question { ticket, run, as_of } = question;

@@ -352,7 +352,7 @@ impl World {
     }
 
     fn release(&mut self, proc: ProcId, through: u64, before: Instant) {
-        // Now and then the driver stands still in the middle of a release.
+        // Now and then the driver is frozen in the middle of a release.
         let stalls = self.plan.kinds.contains(&FaultKind::Stall) && !self.plan.is_quiet();
         let breaks = self.faults_over_since.is_none() && stalls && self.rng.chance(20);
         let mut left = if breaks { self.rng.below(3) } else { u64::MAX };

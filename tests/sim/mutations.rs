@@ -29,7 +29,7 @@ const MUTANTS: [(&str, &str); 84] = [
         "a newcomer that did not hear of its pair drops its image if the pair is not on record yet",
     ),
     ("own-win-not-recognised", "a swap that was won, but whose answer was lost, counts as lost"),
-    ("no-check-after-a-stall", "a primary that stood still releases without asking again"),
+    ("no-check-after-a-stall", "a primary that was frozen releases without asking again"),
     ("release-without-deadline", "a release in hand goes on however long it takes"),
     ("fence-releases-first", "a fenced primary lets its held output go"),
     ("lost-newcomer-keeps-holding", "output stays held when the newcomer is lost"),

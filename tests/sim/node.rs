@@ -115,7 +115,7 @@ pub struct Capture {
     pub output: primary::OutputCut,
     /// Names the tracking it was begun under.
     pub token: u64,
-    /// When it was begun, and for how long the engine had stood still by then.
+    /// When it was begun, and for how long the engine had been frozen by then.
     pub begun_at: u64,
     pub stalled_us: u64,
 }
@@ -209,7 +209,7 @@ pub struct Proc {
     pub stop_failed: bool,
     /// Its guest was handed over.
     pub handed_over: bool,
-    /// For how long its engine stood still, all in all.
+    /// For how long its engine was frozen, all in all.
     pub stalled_us: u64,
     /// The engine's timer had the last turn.
     pub ticked: bool,

@@ -175,7 +175,7 @@ impl World {
         self.note(proc, || format!("no snapshot: {why}"));
     }
 
-    /// The guest stands still: it is written for a while, or cannot be.
+    /// The guest is paused: it is written for a while, or cannot be.
     pub fn write_snapshot(&mut self, proc: ProcId) {
         let runs = self.procs[proc].guest.as_ref().is_some_and(|guest| guest.runs);
         if runs && self.procs[proc].stop_failed {

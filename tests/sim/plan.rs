@@ -27,7 +27,7 @@ pub enum FaultKind {
     ProcessCrash,
     /// A host dies; its sockets fall silent.
     HostCrash,
-    /// A node stands still.
+    /// A node is frozen.
     Stall,
     /// One connection breaks.
     Break,

@@ -255,7 +255,7 @@ impl World {
             return;
         }
         if self.now < node.paused_until {
-            // It stands still too, in the middle of it.
+            // It is frozen too, in the middle of it.
             return self.at(node.paused_until, Event::DiskWritten(proc));
         }
         let Some(Batch { blocks, through, sync_for }) = self.procs[proc].disk.writing.take() else { return };

@@ -280,7 +280,7 @@ impl World {
     pub fn run(&mut self) -> Option<String> {
         while self.violation.is_none() {
             let Some(Reverse(Entry { at, event, .. })) = self.queue.pop() else {
-                self.violate("the world stands still".into());
+                self.violate("nothing happens any more".into());
                 break;
             };
             self.now = at;
