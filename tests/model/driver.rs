@@ -430,7 +430,7 @@ impl World {
     fn promote(&mut self, n: usize, record: Record, epoch: EpochId) {
         let node = self.node(n);
         let (me, image, counter, now) = (node.me, node.image, node.image_counter, node.now);
-        node.role = Role::Primary(Primary::new(primary_config(), me, record, now));
+        node.role = Role::Primary(Box::new(Primary::new(primary_config(), me, record, now)));
         node.guest = Some(Guest::new(image, counter, record.generation.0 as u8));
         node.output = Output::default();
         (node.image, node.image_counter, node.staged) = (crate::guest::HOLES, 0, None);

@@ -32,8 +32,8 @@ pub const TIMEOUT_UNITS: u32 = 2;
 pub enum Role {
     /// It crashed, accepted_loss, or is between two lives as a newcomer.
     Absent,
-    Secondary(Secondary),
-    Primary(Primary),
+    Secondary(Box<Secondary>),
+    Primary(Box<Primary>),
 }
 
 /// A question in the hands of the driver; the first is with the arbiter.
@@ -236,9 +236,9 @@ impl World {
         let (a, b) = (instance(0), instance(1));
         let record = Record::first(a);
         let start = Instant::from_us(0);
-        let mut first = Node::new(a, Role::Primary(Primary::new(primary_config(), a, record, start)));
+        let mut first = Node::new(a, Role::Primary(Box::new(Primary::new(primary_config(), a, record, start))));
         first.guest = Some(Guest::new([0; PAGES], 0, 1));
-        let second = Node::new(b, Role::Secondary(Secondary::new(secondary_config(), b, 0, start)));
+        let second = Node::new(b, Role::Secondary(Box::new(Secondary::new(secondary_config(), b, 0, start))));
         World {
             nodes: [Arc::new(first), Arc::new(second)],
             conns: Arc::new(Vec::new()),
@@ -274,7 +274,7 @@ impl World {
         let me = instance(self.instances);
         self.instances += 1;
         let start = Instant::from_us(0);
-        let fresh = Node::new(me, Role::Secondary(Secondary::new(secondary_config(), me, 0, start)));
+        let fresh = Node::new(me, Role::Secondary(Box::new(Secondary::new(secondary_config(), me, 0, start))));
         self.nodes[node] = Arc::new(fresh);
         self.oracle().forget(node);
     }
