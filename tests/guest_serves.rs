@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent, NetBackend, Transmit};
+use mcd::machine::{CpuModel, GuestNet, Machine, NetBackend, Transmit};
+use mcd::protocol::guest_event::GuestEvent;
 use mcd::protocol::machine_shape::MachineShape;
 use mcd::protocol::pages::PageSet;
 use mcd::testbed::client::connect;
@@ -74,7 +75,7 @@ fn boot(cpus: u8) -> Machine {
         Machine::new(&shape, CpuModel::Host, Arc::new(Tap(tap)), Vec::new(), Box::new(io::stderr())).expect("machine");
     machine.boot_builtin(&GuestNet { ipv4: GUEST, prefix_len: 24, gateway: None }).expect("boot");
     machine.resume().expect("resume");
-    assert_eq!(machine.events().recv_timeout(WAIT_MAX), Ok(MachineEvent::Booted));
+    assert_eq!(machine.events().recv_timeout(WAIT_MAX), Ok(GuestEvent::Booted));
     machine
 }
 
@@ -264,7 +265,7 @@ fn pauses_under_load_lose_nothing() {
             control.ask("DIRTY 0 0", "+OK\r\n");
             control.send(b"SHUTDOWN\r\n");
             let event = machine.events().recv_timeout(WAIT_MAX);
-            assert_eq!(event, Ok(MachineEvent::Shutdown));
+            assert_eq!(event, Ok(GuestEvent::Shutdown));
         }
     });
 }

@@ -207,15 +207,10 @@ impl Sender {
         }
         in_time
     }
-
-    /// Ends the connection now; what is still queued is lost.
-    pub fn abort(self) {
-        drop(self);
-    }
 }
 
 impl Drop for Sender {
-    /// As [`Sender::abort`].
+    /// Ends the connection now; what is still queued is lost.
     fn drop(&mut self) {
         self.queue = None;
         if let Some(thread) = self.thread.take() {

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
+use super::MachineError;
 use super::events::Mailbox;
 use super::pause::PauseSignal;
 use super::state::sections::Kind;
 use super::wait::Doorbell;
-use super::{MachineError, MachineEvent};
 use crate::device::bus::DeviceKind;
 use crate::device::{BlockBackend, Signals};
+use crate::protocol::guest_event::GuestEvent;
 use crate::protocol::machine_shape::{DISKS_MAX, MachineShape};
 
 /// The machine's side of its devices.
@@ -37,7 +38,7 @@ impl Signals for MachineSignals {
 
     fn broken(&self, device: &'static str, reason: &str) {
         // The mailbox counts.
-        self.mailbox.put(MachineEvent::DeviceBroken { device, reason: reason.to_owned(), count: 0 });
+        self.mailbox.put(GuestEvent::DeviceBroken { device, reason: reason.to_owned(), count: 0 });
     }
 
     fn quiesced(&self) {

@@ -17,73 +17,18 @@
 //! as in QEMU; there the main loop stops them.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-/// What a machine tells its owner.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MachineEvent {
-    /// The guest is up and serving.
-    Booted,
-    /// The guest switched itself off.
-    Shutdown,
-    /// The guest asked for a reset (or faulted in a way that resets a CPU).
-    Reset,
-    /// The guest panicked; its console has the reason.
-    GuestPanic,
-    /// A vCPU cannot go on.
-    VcpuFailed {
-        /// The vCPU.
-        cpu: u16,
-        /// Why.
-        reason: String,
-    },
-    /// The guest broke the rules of a device, which does nothing until the guest resets it.
-    DeviceBroken {
-        /// The device's kind.
-        device: &'static str,
-        /// How, the last time.
-        reason: String,
-        /// How often devices of this kind have been broken.
-        count: u64,
-    },
-}
-
-impl fmt::Display for MachineEvent {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            MachineEvent::Booted => f.write_str("the guest is up"),
-            MachineEvent::Shutdown => f.write_str("the guest switched itself off"),
-            MachineEvent::Reset => f.write_str("the guest asked for a reset"),
-            MachineEvent::GuestPanic => f.write_str("the guest panicked; its console says why"),
-            MachineEvent::VcpuFailed { cpu, reason } => write!(f, "vCPU {cpu} cannot go on: {reason}"),
-            MachineEvent::DeviceBroken { device, reason, count } => {
-                let times = if *count > 1 { format!(" ({count} times so far)") } else { String::new() };
-                write!(
-                    f,
-                    "the guest's driver broke the rules of {device}{times}: {reason}; the device does nothing until \
-                    the guest resets it"
-                )
-            }
-        }
-    }
-}
-
-impl MachineEvent {
-    /// True if the guest is at its end.
-    pub fn is_end(&self) -> bool {
-        matches!(self, MachineEvent::Shutdown | MachineEvent::Reset | MachineEvent::VcpuFailed { .. })
-    }
-}
+use crate::protocol::guest_event::GuestEvent;
 
 #[derive(Default)]
 struct State {
     /// At most one end, one boot, one panic, and one for each kind of device.
-    waiting: VecDeque<MachineEvent>,
+    waiting: VecDeque<GuestEvent>,
     ended: bool,
     booted: bool,
     panicked: bool,
@@ -95,12 +40,12 @@ struct State {
 
 impl State {
     /// Puts `event` into the mailbox if it is to be delivered.
-    fn put(&mut self, event: MachineEvent) {
+    fn put(&mut self, event: GuestEvent) {
         let latch = match &event {
-            MachineEvent::Booted => &mut self.booted,
-            MachineEvent::GuestPanic => &mut self.panicked,
-            MachineEvent::DeviceBroken { device, reason, .. } => return self.put_broken(device, reason),
-            MachineEvent::Shutdown | MachineEvent::Reset | MachineEvent::VcpuFailed { .. } => &mut self.ended,
+            GuestEvent::Booted => &mut self.booted,
+            GuestEvent::Panicked => &mut self.panicked,
+            GuestEvent::DeviceBroken { device, reason, .. } => return self.put_broken(device, reason),
+            GuestEvent::Shutdown | GuestEvent::Reset | GuestEvent::VcpuFailed { .. } => &mut self.ended,
         };
         if !std::mem::replace(latch, true) {
             self.waiting.push_back(event);
@@ -114,9 +59,9 @@ impl State {
         }
         let Some((_, times)) = self.broken.get_mut(place) else { return };
         *times = times.saturating_add(1);
-        let now = MachineEvent::DeviceBroken { device, reason: reason.to_owned(), count: *times };
+        let now = GuestEvent::DeviceBroken { device, reason: reason.to_owned(), count: *times };
         let is_same =
-            |event: &&mut MachineEvent| matches!(event, MachineEvent::DeviceBroken { device: d, .. } if *d == device);
+            |event: &&mut GuestEvent| matches!(event, GuestEvent::DeviceBroken { device: d, .. } if *d == device);
         if let Some(waiting) = self.waiting.iter_mut().find(is_same) {
             *waiting = now;
         } else if is_power_of_ten(*times) {
@@ -141,7 +86,7 @@ pub(super) struct Mailbox {
 
 impl Mailbox {
     /// Leaves an event.
-    pub(super) fn put(&self, event: MachineEvent) {
+    pub(super) fn put(&self, event: GuestEvent) {
         self.state.lock().put(event);
         self.arrived.notify_all();
     }
@@ -174,7 +119,7 @@ impl MachineEvents {
     }
 
     /// Waits for the next event; `None` when the machine is gone and all are delivered.
-    pub fn recv(&self) -> Option<MachineEvent> {
+    pub fn recv(&self) -> Option<GuestEvent> {
         let mut state = self.mailbox.state.lock();
         loop {
             if let Some(event) = state.waiting.pop_front() {
@@ -191,7 +136,7 @@ impl MachineEvents {
     ///
     /// # Errors
     /// Without one in that time, or when the machine is gone and all are delivered.
-    pub fn recv_timeout(&self, timeout: Duration) -> Result<MachineEvent, RecvTimeoutError> {
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<GuestEvent, RecvTimeoutError> {
         let deadline = Instant::now() + timeout;
         let mut state = self.mailbox.state.lock();
         loop {
@@ -209,9 +154,9 @@ impl MachineEvents {
 }
 
 impl Iterator for MachineEvents {
-    type Item = MachineEvent;
+    type Item = GuestEvent;
 
-    fn next(&mut self) -> Option<MachineEvent> {
+    fn next(&mut self) -> Option<GuestEvent> {
         self.recv()
     }
 }
@@ -220,25 +165,8 @@ impl Iterator for MachineEvents {
 mod tests {
     use super::*;
 
-    #[test]
-    fn people_are_told_in_words() {
-        let broken = |count| MachineEvent::DeviceBroken { device: "virtio-net", reason: "no chain".into(), count };
-        for (event, text) in [
-            (MachineEvent::VcpuFailed { cpu: 3, reason: "KVM stopped".into() }, "vCPU 3 cannot go on: KVM stopped"),
-            (MachineEvent::GuestPanic, "the guest panicked; its console says why"),
-            (
-                broken(1),
-                "the guest's driver broke the rules of virtio-net: no chain; the device does nothing until the guest \
-                 resets it",
-            ),
-        ] {
-            assert_eq!(event.to_string(), text);
-        }
-        assert!(broken(7).to_string().contains("virtio-net (7 times so far): no chain"));
-    }
-
-    fn broken(count: u64) -> MachineEvent {
-        MachineEvent::DeviceBroken { device: "disk", reason: "a loop".to_owned(), count }
+    fn broken(count: u64) -> GuestEvent {
+        GuestEvent::DeviceBroken { device: "disk", reason: "a loop".to_owned(), count }
     }
 
     #[test]
@@ -247,19 +175,19 @@ mod tests {
         let events = MachineEvents::of(&mailbox);
         let owner = MailboxOwner(Arc::clone(&mailbox));
         for _ in 0..100_000 {
-            mailbox.put(MachineEvent::Booted);
+            mailbox.put(GuestEvent::Booted);
             mailbox.put(broken(0));
-            mailbox.put(MachineEvent::GuestPanic);
+            mailbox.put(GuestEvent::Panicked);
         }
         for _ in 0..1_000 {
-            mailbox.put(MachineEvent::Shutdown);
-            mailbox.put(MachineEvent::Reset);
-            mailbox.put(MachineEvent::VcpuFailed { cpu: 0, reason: String::new() });
+            mailbox.put(GuestEvent::Shutdown);
+            mailbox.put(GuestEvent::Reset);
+            mailbox.put(GuestEvent::VcpuFailed { cpu: 0, reason: String::new() });
         }
         assert_eq!(mailbox.state.lock().waiting.len(), 4, "the mailbox is bounded");
         drop(owner);
-        let all: Vec<MachineEvent> = events.collect();
-        assert_eq!(all, [MachineEvent::Booted, broken(100_000), MachineEvent::GuestPanic, MachineEvent::Shutdown]);
+        let all: Vec<GuestEvent> = events.collect();
+        assert_eq!(all, [GuestEvent::Booted, broken(100_000), GuestEvent::Panicked, GuestEvent::Shutdown]);
     }
 
     #[test]
@@ -268,18 +196,18 @@ mod tests {
         let events = MachineEvents::of(&mailbox);
         let mut got = Vec::new();
         for _ in 0..1_234 {
-            for event in [MachineEvent::Booted, broken(0), MachineEvent::Shutdown] {
+            for event in [GuestEvent::Booted, broken(0), GuestEvent::Shutdown] {
                 mailbox.put(event);
             }
             while let Ok(event) = events.recv_timeout(Duration::ZERO) {
                 got.push(event);
             }
         }
-        let wanted = [MachineEvent::Booted, broken(1), MachineEvent::Shutdown, broken(10), broken(100), broken(1_000)];
+        let wanted = [GuestEvent::Booted, broken(1), GuestEvent::Shutdown, broken(10), broken(100), broken(1_000)];
         assert_eq!(got, wanted);
         mailbox.begin_anew();
-        mailbox.put(MachineEvent::Shutdown);
-        assert_eq!(events.recv_timeout(Duration::ZERO), Ok(MachineEvent::Shutdown), "of another guest");
+        mailbox.put(GuestEvent::Shutdown);
+        assert_eq!(events.recv_timeout(Duration::ZERO), Ok(GuestEvent::Shutdown), "of another guest");
         assert_eq!(events.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
     }
 
@@ -288,10 +216,10 @@ mod tests {
         let owner = MailboxOwner(Arc::default());
         let events = MachineEvents::of(&owner.0);
         let receiver = std::thread::spawn(move || events.collect::<Vec<_>>());
-        owner.0.put(MachineEvent::Booted);
-        owner.0.put(MachineEvent::Reset);
+        owner.0.put(GuestEvent::Booted);
+        owner.0.put(GuestEvent::Reset);
         drop(owner);
-        assert_eq!(receiver.join().expect("thread"), [MachineEvent::Booted, MachineEvent::Reset]);
+        assert_eq!(receiver.join().expect("thread"), [GuestEvent::Booted, GuestEvent::Reset]);
     }
 
     #[test]

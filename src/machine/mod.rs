@@ -61,7 +61,7 @@ pub use self::boot::BootError;
 pub use self::boot::linux::LinuxGuest;
 pub use self::cpuid::CpuModel;
 pub use self::error::{KvmError, MachineError, StateError};
-pub use self::events::{MachineEvent, MachineEvents};
+pub use self::events::MachineEvents;
 pub use self::host::{CPUS_MAX, cpu_digest, cpu_maker, host_cpu};
 pub use self::initial::{GuestNet, InitialVcpu};
 pub use self::memory::{GuestRam, MemoryError};

@@ -115,7 +115,7 @@ pub(super) fn run<E: Engine>(engine: E, inbox: &Inbox) -> Result<E, NodeError> {
     let state = State { engine: Some(engine), stepping: false, ended: false, failed: None };
     let shared = Arc::new(Shared {
         state: Mutex::new(state),
-        queues: inbox.queues().again(),
+        queues: inbox.queues().clone(),
         sleeps_until_us: AtomicU64::new(u64::MAX),
     });
     // The cast is to the trait object; the engine's threads keep nothing of it alive.

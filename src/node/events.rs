@@ -11,7 +11,7 @@ use super::error::NodeError;
 use super::secondary::Promoted;
 use crate::checkpoint::snapshot::{SnapshotError, Written};
 use crate::checkpoint::stage::StagedEpoch;
-use crate::machine::{MachineError, MachineEvent};
+use crate::machine::MachineError;
 use crate::protocol::arbitration::ArbiterAnswer;
 use crate::protocol::block_hashes::BlockHash;
 use crate::protocol::command::{Command, CommandRefused};
@@ -258,7 +258,7 @@ pub(super) enum NodeEvent {
         holes: Vec<std::ops::Range<u64>>,
     },
     /// An event of the machine.
-    Machine(MachineEvent),
+    Machine(GuestEvent),
     /// A snapshot is wanted.
     Snapshot {
         /// What of it.
@@ -275,18 +275,6 @@ pub(super) enum NodeEvent {
         /// Where the result goes once the command took effect.
         reply: Option<Reply>,
     },
-}
-
-/// A machine's event, in the protocol's terms.
-pub(super) fn guest_event(event: MachineEvent) -> GuestEvent {
-    match event {
-        MachineEvent::Booted => GuestEvent::Booted,
-        MachineEvent::Shutdown => GuestEvent::Shutdown,
-        MachineEvent::Reset => GuestEvent::Reset,
-        MachineEvent::GuestPanic => GuestEvent::Panicked,
-        MachineEvent::VcpuFailed { cpu, reason } => GuestEvent::VcpuFailed { cpu, reason },
-        MachineEvent::DeviceBroken { device, reason, count } => GuestEvent::DeviceBroken { device, reason, count },
-    }
 }
 
 impl NodeEvent {

@@ -1,4 +1,6 @@
-//! The driver's inbox: the one place where everything that happens to a node waits for its driver.
+//! An engine's inbox: the one place where everything that happens to a node waits for its engine,
+//! whichever thread drives that (`node/engine`). A reader drives it with what it puts in; waiting
+//! output wakes the machine thread, which does; all else wakes the engine's own thread.
 //!
 //! ```text
 //!  vCPU and device threads ─ flags, newest only ─┐
@@ -16,7 +18,7 @@
 //! | flags of vCPU and device threads | one of each kind | they are one already |
 //! | machine events | one of each kind and machine | the first end of a guest stays, of others the newest |
 //! | commands | [`COMMANDS_MAX`] | the client gets an error |
-//! | reports of worker threads | the jobs that the driver gave out | none is lost: past [`REPORTS_MAX`] the node ends |
+//! | reports of worker threads | the jobs that the engine gave out | none is lost: past [`REPORTS_MAX`] the node ends |
 //! | events of a connection | [`LINK_EVENTS_MAX`], [`LINK_BYTES_MAX`] | its reader waits, and so does its peer |
 //! | connections found broken | one event of each, behind those | it is one already |
 //!
@@ -41,7 +43,7 @@ use self::lanes::{InternalLane, LinkLane};
 use self::latches::Latches;
 use super::clock;
 use super::events::NodeEvent;
-use crate::machine::MachineEvent;
+use crate::protocol::guest_event::GuestEvent;
 use crate::protocol::messages::Message;
 use crate::protocol::types::{ConnId, EpochId, Instant};
 
@@ -294,7 +296,7 @@ pub(super) struct MachineSender {
 impl MachineSender {
     /// Keeps an event until the driver takes it; never waits. The first end of the guest stays and
     /// is delivered once.
-    pub(super) fn send(&self, event: MachineEvent) {
+    pub(super) fn send(&self, event: GuestEvent) {
         self.inbox.shared.latches.machine(self.machine, event);
         self.inbox.shared.wake.unpark();
     }
@@ -315,7 +317,8 @@ struct Turn {
     internal_run: u32,
 }
 
-/// What waits, for whoever drives the engine.
+/// What waits, for whoever drives the engine. Clones share it.
+#[derive(Clone)]
 pub(super) struct Queues {
     shared: Arc<Shared>,
 }
@@ -360,11 +363,6 @@ impl Inbox {
 }
 
 impl Queues {
-    /// The same queues.
-    pub(super) fn again(&self) -> Queues {
-        Queues { shared: Arc::clone(&self.shared) }
-    }
-
     /// What comes next, if anything waits or `until` passed.
     pub(super) fn next(&self, until: Option<Instant>) -> Option<Next> {
         self.next_at(until, clock::now)

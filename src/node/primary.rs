@@ -19,7 +19,7 @@ use super::context::Context;
 use super::disks::NodeDisks;
 use super::engine::{self, Engine, Step};
 use super::error::NodeError;
-use super::events::{Captured, NodeEvent, Replies, guest_event};
+use super::events::{Captured, NodeEvent, Replies};
 use super::heartbeats::HeartbeatThread;
 use super::inbox::{Inbox, Next, Queues};
 use super::meter::Meter;
@@ -147,7 +147,7 @@ impl PrimaryNode {
     /// Ends in order: the last messages leave, what the guest wrote is where it belongs, and the
     /// disks' stamps say so.
     fn finish(mut self, end: End) -> Result<End, NodeError> {
-        let leave_max = self.context.config.heartbeat.timeout;
+        let leave_max = self.protocol.goodbye_timeout();
         for sender in self.sender.take().into_iter().chain(self.leaving.drain(..)) {
             if !sender.finish_within(leave_max) {
                 tracing::warn!("the peer took nothing for the heartbeat timeout; it was not told why this node ends");
@@ -238,7 +238,6 @@ impl PrimaryNode {
             }
             NodeEvent::Answer { ticket, answer } => Some(Input::Answer { ticket, answer }),
             NodeEvent::Machine(event) => {
-                let event = guest_event(event);
                 tracing::info!("the guest {event}");
                 Some(Input::Guest(event))
             }

@@ -2,7 +2,8 @@
 
 use std::net::Ipv4Addr;
 
-use mcd::machine::{CpuModel, GuestNet, Machine, MachineEvent};
+use mcd::machine::{CpuModel, GuestNet, Machine};
+use mcd::protocol::guest_event::GuestEvent;
 use mcd::protocol::machine_shape::MachineShape;
 
 use crate::support::*;
@@ -49,7 +50,7 @@ fn boot(cpus: u8) -> (Machine, std::sync::Arc<Wires>, Console) {
     machine.resume().expect("resume");
     let event = machine.events().recv_timeout(WAIT_MAX);
     let text = String::from_utf8_lossy(&console.0.lock().expect("console")).into_owned();
-    assert_eq!(event, Ok(MachineEvent::Booted), "{text}");
+    assert_eq!(event, Ok(GuestEvent::Booted), "{text}");
     (machine, wires, console)
 }
 

@@ -1,6 +1,7 @@
 //! What a guest tells through ports, and what becomes of a guest that ends itself.
 
-use mcd::machine::{MachineEvent, cpu_digest};
+use mcd::machine::cpu_digest;
+use mcd::protocol::guest_event::GuestEvent;
 
 use crate::guest_code;
 use crate::support::*;
@@ -64,7 +65,7 @@ guest_code!(
 );
 
 /// The first event of a machine that runs `code`.
-fn first_event(code: &'static [u8]) -> MachineEvent {
+fn first_event(code: &'static [u8]) -> GuestEvent {
     let (mut machine, _wires, _console) = loaded(1, code);
     machine.resume().expect("resume");
     let event = machine.events().recv_timeout(WAIT_MAX).expect("event");
@@ -82,8 +83,8 @@ fn a_guest_that_shuts_down_stays_down_in_another_machine_too() {
     let (mut machine, _wires, _console) = loaded(1, boots_and_shuts_down());
     machine.resume().expect("resume");
     let events = machine.events();
-    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Booted));
-    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Shutdown));
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(GuestEvent::Booted));
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(GuestEvent::Shutdown));
     for _ in 0..10 {
         machine.pause().expect("pause");
         machine.resume().expect("resume");
@@ -107,8 +108,8 @@ fn a_panic_and_a_triple_fault_are_told_apart() {
     if !have_kvm() {
         return;
     }
-    assert_eq!(first_event(panics()), MachineEvent::GuestPanic);
-    assert_eq!(first_event(triple_faults()), MachineEvent::Reset);
+    assert_eq!(first_event(panics()), GuestEvent::Panicked);
+    assert_eq!(first_event(triple_faults()), GuestEvent::Reset);
 }
 
 #[test]
@@ -121,8 +122,8 @@ fn a_flood_of_events_is_bounded_and_loses_no_shutdown() {
     // Nobody reads until the guest has written everything.
     let ram = machine.memory().clone();
     let events = machine.events();
-    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Booted));
-    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(MachineEvent::Shutdown), "one boot of thousands, then the end");
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(GuestEvent::Booted));
+    assert_eq!(events.recv_timeout(WAIT_MAX), Ok(GuestEvent::Shutdown), "one boot of thousands, then the end");
     for _ in 0..20 {
         machine.pause().expect("pause");
         machine.resume().expect("resume");
@@ -138,10 +139,10 @@ fn every_way_to_end_a_guest_is_delivered_once() {
         return;
     }
     for (code, end) in [
-        (resets_by_keyboard(), MachineEvent::Reset),
-        (resets_by_register(), MachineEvent::Reset),
-        (powers_off(), MachineEvent::Shutdown),
-        (panics(), MachineEvent::GuestPanic),
+        (resets_by_keyboard(), GuestEvent::Reset),
+        (resets_by_register(), GuestEvent::Reset),
+        (powers_off(), GuestEvent::Shutdown),
+        (panics(), GuestEvent::Panicked),
     ] {
         // Both vCPUs do the same.
         let (mut machine, _wires, _console) = loaded(2, code);

@@ -88,15 +88,19 @@ impl World {
             self.procs[proc].inbox.push_back(In::Primary(primary::Input::CaptureFailed { id, why }));
             return self.drive(proc);
         }
-        self.cut_now(capture);
-        self.drive(proc);
+        // That it succeeded wakes nobody: the engine hears it with whatever comes next, and
+        // timers come first.
+        if !self.cut_now(capture) {
+            self.drive(proc);
+        }
     }
 
-    fn cut_now(&mut self, capture: Capture) {
+    /// Cuts; false if that failed.
+    fn cut_now(&mut self, capture: Capture) -> bool {
         let Capture { proc, id, completes, output, .. } = capture;
         let node = &mut self.procs[proc];
         let fails = std::mem::take(&mut node.capture_fails);
-        let Some(guest) = &mut node.guest else { return };
+        let Some(guest) = &mut node.guest else { return false };
         let dirty = guest.take_dirty();
         if let Some(frozen) = &mut node.frozen {
             frozen.cut(id, &guest.pages);
@@ -109,7 +113,7 @@ impl World {
             node.disk.put_back();
             node.inbox.push_back(In::Primary(primary::Input::CaptureFailed { id, why: "no memory".into() }));
             self.note(proc, || format!("capture {id} FAILS"));
-            return;
+            return false;
         }
         let snapshot = guest.snapshot();
         let (counter, life) = (snapshot.counter, snapshot.life);
@@ -133,6 +137,7 @@ impl World {
         self.check(check);
         self.note(proc, || format!("capture {id}: {} pages, packets below {counter}", pages.len()));
         self.submit(proc, Job::Epoch { id, completes, pages, counter, life });
+        true
     }
 
     /// Lets the guest run, or stops it; now and then a vCPU does not stop.

@@ -28,10 +28,11 @@ use crate::device::bus::{Bus, PortEffect};
 use crate::machine::error::StateError;
 use crate::machine::events::Mailbox;
 use crate::machine::host::HostCaps;
+use crate::machine::initial;
 use crate::machine::memory::GuestMmap;
 use crate::machine::state::vcpu::VcpuState;
 use crate::machine::wait::{Doorbell, EVENT_PORT, WAIT_PORT, Wait, Woken};
-use crate::machine::{MachineEvent, initial};
+use crate::protocol::guest_event::GuestEvent;
 
 /// Event port codes.
 const EVENT_BOOTED: u32 = 1;
@@ -78,7 +79,7 @@ enum Exit {
     Wait(Wait),
     /// The vCPU is not entered again, and its owner hears why; `true` if KVM can complete pending
     /// I/O for it.
-    Ended(MachineEvent, bool),
+    Ended(GuestEvent, bool),
 }
 
 impl VcpuThread {
@@ -216,7 +217,7 @@ impl VcpuThread {
     /// One KVM_RUN and what it asks for.
     fn run_once(&mut self) -> Exit {
         let failed =
-            |cpu: u16, reason: String, completable| Exit::Ended(MachineEvent::VcpuFailed { cpu, reason }, completable);
+            |cpu: u16, reason: String, completable| Exit::Ended(GuestEvent::VcpuFailed { cpu, reason }, completable);
         match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => serve_port_write(&self.bus, &self.mailbox, port, data),
             Ok(VcpuExit::IoIn(port, data)) => {
@@ -234,11 +235,11 @@ impl VcpuThread {
             Ok(VcpuExit::Intr) => Exit::Interrupted,
             Ok(VcpuExit::Shutdown) => {
                 tracing::warn!(cpu = self.cpu, "a triple fault resets the guest");
-                Exit::Ended(MachineEvent::Reset, false)
+                Exit::Ended(GuestEvent::Reset, false)
             }
-            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => Exit::Ended(MachineEvent::Shutdown, false),
-            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => Exit::Ended(MachineEvent::Reset, false),
-            Ok(VcpuExit::SystemEvent(..)) => Exit::Ended(MachineEvent::GuestPanic, false),
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => Exit::Ended(GuestEvent::Shutdown, false),
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => Exit::Ended(GuestEvent::Reset, false),
+            Ok(VcpuExit::SystemEvent(..)) => Exit::Ended(GuestEvent::Panicked, false),
             Ok(VcpuExit::IoapicEoi(_) | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr) => Exit::Served,
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 failed(self.cpu, format!("the CPU refused to enter the guest ({reason:#x})"), false)
@@ -262,17 +263,17 @@ fn serve_port_write(bus: &Bus<GuestMmap>, mailbox: &Mailbox, port: u16, data: &[
         WAIT_PORT => Exit::Wait(Wait::begin(last_word(data))),
         EVENT_PORT => match last_word(data) {
             EVENT_BOOTED => {
-                mailbox.put(MachineEvent::Booted);
+                mailbox.put(GuestEvent::Booted);
                 Exit::Served
             }
-            EVENT_SHUTDOWN => Exit::Ended(MachineEvent::Shutdown, true),
-            EVENT_PANIC => Exit::Ended(MachineEvent::GuestPanic, true),
+            EVENT_SHUTDOWN => Exit::Ended(GuestEvent::Shutdown, true),
+            EVENT_PANIC => Exit::Ended(GuestEvent::Panicked, true),
             _ => Exit::Served,
         },
         _ => match bus.port_write(port, data) {
             PortEffect::None => Exit::Served,
-            PortEffect::Reset => Exit::Ended(MachineEvent::Reset, true),
-            PortEffect::Off => Exit::Ended(MachineEvent::Shutdown, true),
+            PortEffect::Reset => Exit::Ended(GuestEvent::Reset, true),
+            PortEffect::Off => Exit::Ended(GuestEvent::Shutdown, true),
         },
     }
 }

@@ -92,7 +92,7 @@ fn the_thread_that_has_an_event_drives_the_engine_with_it() {
             !matches!(state.drive(&self.1, Some(STEPS_MAX)), Step::Ended)
         }
     }
-    let here: Arc<dyn Driver> = Arc::new(Here(Arc::clone(&engine), inbox.queues().again()));
+    let here: Arc<dyn Driver> = Arc::new(Here(Arc::clone(&engine), inbox.queues().clone()));
     inbox.set_driver(Some(Arc::downgrade(&here)));
     sender.link_event(message(1)).expect("there is an engine");
     assert_eq!(engine.lock().engine.as_ref().expect("it is there").drivers, [thread::current().id()]);

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use parking_lot::Mutex;
 
 use super::Flag;
-use crate::machine::MachineEvent;
 use crate::node::events::NodeEvent;
 use crate::protocol::command::Command;
+use crate::protocol::guest_event::GuestEvent;
 use crate::protocol::messages::Message;
 use crate::protocol::types::{ConnId, EpochId};
 
@@ -35,13 +35,13 @@ const HEARTBEATS_MAX: usize = 8;
 enum Once {
     #[default]
     Never,
-    Waiting(MachineEvent),
+    Waiting(GuestEvent),
     Delivered,
 }
 
 impl Once {
     /// Keeps the first event. False if there was one already.
-    fn keep(&mut self, event: MachineEvent) -> bool {
+    fn keep(&mut self, event: GuestEvent) -> bool {
         let is_first = matches!(self, Once::Never);
         if is_first {
             *self = Once::Waiting(event);
@@ -49,7 +49,7 @@ impl Once {
         is_first
     }
 
-    fn take(&mut self) -> Option<MachineEvent> {
+    fn take(&mut self) -> Option<GuestEvent> {
         match mem::replace(self, Once::Delivered) {
             Once::Waiting(event) => Some(event),
             other => {
@@ -69,7 +69,7 @@ struct Kept {
     booted: Once,
     panic: Once,
     end: Once,
-    device_broken: Option<MachineEvent>,
+    device_broken: Option<GuestEvent>,
     /// The newest heartbeat of each connection.
     heartbeats: Vec<(ConnId, Message)>,
 }
@@ -140,18 +140,18 @@ impl Latches {
         kept.machine
     }
 
-    pub(super) fn machine(&self, machine: u64, event: MachineEvent) {
+    pub(super) fn machine(&self, machine: u64, event: GuestEvent) {
         let mut kept = self.kept.lock();
         if machine != kept.machine {
             return;
         }
         let (is_news, bit) = match &event {
-            MachineEvent::Booted => (kept.booted.keep(event), BOOTED),
-            MachineEvent::GuestPanic => (kept.panic.keep(event), PANIC),
-            MachineEvent::Shutdown | MachineEvent::Reset | MachineEvent::VcpuFailed { .. } => {
+            GuestEvent::Booted => (kept.booted.keep(event), BOOTED),
+            GuestEvent::Panicked => (kept.panic.keep(event), PANIC),
+            GuestEvent::Shutdown | GuestEvent::Reset | GuestEvent::VcpuFailed { .. } => {
                 (kept.end.keep(event), GUEST_END)
             }
-            MachineEvent::DeviceBroken { .. } => {
+            GuestEvent::DeviceBroken { .. } => {
                 kept.device_broken = Some(event);
                 (true, DEVICE_BROKEN)
             }

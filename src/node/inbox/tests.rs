@@ -176,18 +176,18 @@ fn a_guest_that_rings_its_event_port_for_ever_is_one_event_and_cannot_hide_its_e
     let (sender, inbox) = inbox();
     let machine = sender.of_new_machine();
     for _ in 0..100_000 {
-        machine.send(MachineEvent::Booted);
-        machine.send(MachineEvent::GuestPanic);
-        machine.send(MachineEvent::DeviceBroken { device: "net", reason: "again".into(), count: 1 });
+        machine.send(GuestEvent::Booted);
+        machine.send(GuestEvent::Panicked);
+        machine.send(GuestEvent::DeviceBroken { device: "net", reason: "again".into(), count: 1 });
     }
-    machine.send(MachineEvent::Reset);
-    machine.send(MachineEvent::Shutdown);
+    machine.send(GuestEvent::Reset);
+    machine.send(GuestEvent::Shutdown);
     assert_eq!(next(&inbox), "Reset", "the first end");
-    assert_eq!([next(&inbox), next(&inbox)], ["Booted", "GuestPanic"]);
+    assert_eq!([next(&inbox), next(&inbox)], ["Booted", "Panicked"]);
     assert!(next(&inbox).starts_with("DeviceBroken"));
-    machine.send(MachineEvent::Shutdown);
-    machine.send(MachineEvent::Booted);
-    machine.send(MachineEvent::VcpuFailed { cpu: 0, reason: "late".into() });
+    machine.send(GuestEvent::Shutdown);
+    machine.send(GuestEvent::Booted);
+    machine.send(GuestEvent::VcpuFailed { cpu: 0, reason: "late".into() });
     assert_eq!(next(&inbox), "nothing", "an end is delivered once");
 }
 
@@ -195,11 +195,11 @@ fn a_guest_that_rings_its_event_port_for_ever_is_one_event_and_cannot_hide_its_e
 fn the_end_of_a_guest_is_that_of_the_newest_machine() {
     let (sender, inbox) = inbox();
     let old = sender.of_new_machine();
-    old.send(MachineEvent::Shutdown);
+    old.send(GuestEvent::Shutdown);
     let new = sender.of_new_machine();
-    old.send(MachineEvent::Reset);
+    old.send(GuestEvent::Reset);
     assert_eq!(next(&inbox), "nothing");
-    new.send(MachineEvent::Shutdown);
+    new.send(GuestEvent::Shutdown);
     assert_eq!(next(&inbox), "Shutdown");
 }
 

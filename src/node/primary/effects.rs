@@ -192,7 +192,7 @@ impl PrimaryNode {
 /// Ends a sender's connection now. Its thread may be reading a disk that does not answer, so a
 /// thread of its own waits for it.
 fn give_up(sender: Sender) {
-    let waiting = std::thread::Builder::new().name("mcd-send-end".into()).spawn(move || sender.abort());
+    let waiting = std::thread::Builder::new().name("mcd-send-end".into()).spawn(move || drop(sender));
     if let Err(error) = waiting {
         tracing::warn!(%error, "a sending thread could not be waited for");
     }

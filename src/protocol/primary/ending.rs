@@ -26,6 +26,12 @@ pub struct LastStamp {
 }
 
 impl Primary {
+    /// How long the peer may take for the last messages to it. One that takes nothing for so long
+    /// would be suspected; it needs no word of why this node ends.
+    pub fn goodbye_timeout(&self) -> Duration {
+        self.config.heartbeat.timeout
+    }
+
     /// How long shared storage may take for the guest's last writes before the node ends so; `None`
     /// if they are not this node's to write.
     pub fn drain_timeout(&self, end: &End) -> Option<Duration> {

@@ -57,66 +57,18 @@ impl Secondary {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::protocol::arbitration::ArbiterAnswer;
-    use crate::protocol::cpu::HostCpu;
-    use crate::protocol::machine_shape::MachineShape;
-    use crate::protocol::messages::{Message, Welcome};
     use crate::protocol::record::Record;
-    use crate::protocol::secondary::{Input, SecondaryConfig};
-    use crate::protocol::types::{EpochId, Generation, GuestName, InstanceId, Instant};
+    use crate::protocol::secondary::Input;
+    use crate::protocol::secondary::test_support::{DATA, NEW, OLD, paired, take};
+    use crate::protocol::types::{EpochId, Generation};
 
-    const CPU: HostCpu = HostCpu { digest: 7, tsc_khz: 1000, tsc_scales: true };
-    const OLD: InstanceId = InstanceId(1);
-    const NEW: InstanceId = InstanceId(2);
     const NEWEST: EpochId = EpochId { generation: Generation(1), epoch: 0 };
-
-    fn take(node: &mut Secondary, input: Input) -> Vec<Action> {
-        node.handle(Instant::from_us(0), input);
-        std::iter::from_fn(|| node.poll_action()).collect()
-    }
-
-    /// On record as the peer, with one epoch committed.
-    fn paired() -> Secondary {
-        let config = SecondaryConfig {
-            guest: GuestName::new("web").expect("a name"),
-            cpu: CPU,
-            features: 0,
-            staging_bytes_max: u64::MAX,
-            retry: Duration::from_secs(1),
-            answer_timeout: Duration::from_secs(1),
-            stall_max: Duration::from_secs(2000),
-        };
-        let welcome = Message::Welcome(Welcome {
-            instance: OLD,
-            generation: Generation(1),
-            shape: MachineShape::bare(4 * 4096, 1, [2, 0, 0, 0, 0, 1]),
-            tsc_khz: 1000,
-            features: 0,
-            interval_us: 1000,
-            heartbeat_interval_us: 10_000_000,
-            heartbeat_timeout_us: 1_000_000_000,
-        });
-        let mut node = Secondary::new(config, NEW, 0, Instant::from_us(0));
-        take(&mut node, Input::Tick);
-        for conn in [1, 2] {
-            take(&mut node, Input::Connected { conn });
-            take(&mut node, Input::Message { conn, message: welcome.clone() });
-        }
-        take(&mut node, Input::MachineReady { made: Vec::new() });
-        let (began, staged_bytes) = (Instant::from_us(0), 0);
-        take(&mut node, Input::Staged { conn: 1, id: NEWEST, completes_resync: true, staged_bytes, began });
-        let record = Record::first(OLD).next_paired(OLD, NEW);
-        take(&mut node, Input::Message { conn: 1, message: Message::Paired { record } });
-        assert_eq!(node.phase(), Phase::Paired);
-        node
-    }
 
     /// Loses its primary; the ticket of the question for the guest.
     fn lose_primary(node: &mut Secondary) -> u64 {
-        let asked = take(node, Input::Closed { conn: 1, why: "cut".into() });
+        let asked = take(node, Input::Closed { conn: DATA, why: "cut".into() });
         let ticket = asked.iter().find_map(|action| match action {
             Action::Ask(call) => Some(call.ticket),
             _ => None,
@@ -133,7 +85,7 @@ mod tests {
             Some(&Action::Exit { ending: Ending::ImageFailed("disk full".into()), stamp: None })
         );
         assert!(!actions.iter().any(|action| matches!(action, Action::Ask(_))), "{actions:?}");
-        assert_eq!(take(&mut node, Input::Closed { conn: 1, why: "cut".into() }), []);
+        assert_eq!(take(&mut node, Input::Closed { conn: DATA, why: "cut".into() }), []);
     }
 
     #[test]
