@@ -102,7 +102,7 @@ impl Registry {
             if sessions.len() < CLIENTS_MAX {
                 return true;
             }
-            sessions.values().find(|session| !session.negotiated.load(Ordering::Acquire)).cloned()
+            sessions.values().find(|session| !session.keeps_place.load(Ordering::Acquire)).cloned()
         };
         idle.is_some_and(|session| {
             session.close();

@@ -35,12 +35,20 @@ pub(super) struct Session {
     pub(super) outbox: Outbox,
     /// Before, only `qmp_capabilities` is understood and no events are sent.
     pub(super) negotiated: AtomicBool,
+    /// It makes no room for others any more: so from before its negotiation is answered, or a
+    /// client that has the answer could still be closed.
+    pub(super) keeps_place: AtomicBool,
 }
 
 impl Session {
     pub(super) fn new(stream: UnixStream) -> io::Result<Session> {
         stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-        Ok(Session { stream, outbox: Outbox::new(), negotiated: AtomicBool::new(false) })
+        Ok(Session {
+            stream,
+            outbox: Outbox::new(),
+            negotiated: AtomicBool::new(false),
+            keeps_place: AtomicBool::new(false),
+        })
     }
 
     /// No more commands are read; those under way are answered.
@@ -186,6 +194,7 @@ impl Reader<'_> {
             Ok(request) if !self.session.negotiated.load(Ordering::Acquire) => {
                 let result = self.negotiate(&request);
                 let done = result.is_ok();
+                self.session.keeps_place.store(done, Ordering::Release);
                 let heard = self.reply(result, request.id);
                 // Only now, so that no event comes before the answer.
                 self.session.negotiated.store(done, Ordering::Release);
